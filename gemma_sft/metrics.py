@@ -1,0 +1,150 @@
+"""metrics.jsonl, TensorBoard and the line that a person reads."""
+
+import json
+import math
+import os
+import time
+from typing import Any
+from typing import Mapping
+
+import jax
+
+# Dense bf16 FLOP/s of a chip, from the vendors' data sheets.
+PEAK_FLOPS = {
+    'NVIDIA H100': 989e12, 'NVIDIA H200': 989e12, 'NVIDIA A100': 312e12,
+    'NVIDIA L4': 121e12, 'Tesla T4': 65e12,
+    'TPU v2': 23e12, 'TPU v3': 61e12, 'TPU v4': 275e12,
+    'TPU v5 lite': 197e12, 'TPU v5e': 197e12, 'TPU v5p': 459e12,
+    'TPU v5': 459e12, 'TPU v6 lite': 918e12, 'TPU v6e': 918e12,
+}
+
+
+def peak_flops() -> float | None:
+  """Returns the peak FLOP/s of all devices, or None where it is not known."""
+  kind = jax.devices()[0].device_kind
+  for name in sorted(PEAK_FLOPS, key=len, reverse=True):
+    if kind.startswith(name):
+      return PEAK_FLOPS[name] * jax.device_count()
+  return None
+
+
+def step_flops(
+    *,
+    body_params: int,
+    embedding_params: int,
+    n_tokens: float,
+    n_trained: float,
+    frozen_base: bool,
+) -> float:
+  """Returns the FLOPs that a step needs, attention and adapters left out.
+
+  2 per weight and token forward, 2 for the activations' gradient and, when all
+  weights are trained, 2 for theirs; the head works on trained tokens alone.
+  Recomputation does not count as work done.
+  """
+  per_weight = 4 if frozen_base else 6
+  return per_weight * (body_params * n_tokens + embedding_params * n_trained)
+
+
+class Writer:
+  """Appends metrics of a run to metrics.jsonl and TensorBoard files."""
+
+  def __init__(self, workdir: str, *, resume_step: int, active: bool = True):
+    """Opens the files.
+
+    Args:
+      workdir: Of the run.
+      resume_step: Lines of later steps are dropped: a run that was killed
+        after its last checkpoint takes those steps again.
+      active: False on all hosts but the first, which then write nothing.
+    """
+    self._active = active
+    if not active:
+      return
+    from tensorboardX import SummaryWriter
+
+    path = os.path.join(workdir, 'metrics.jsonl')
+    kept = [line for line in read_jsonl(path) if line['step'] <= resume_step]
+    with open(path + '.tmp', 'w', encoding='utf-8') as file:
+      file.writelines(json.dumps(line) + '\n' for line in kept)
+    os.replace(path + '.tmp', path)
+    self._file = open(path, 'a', encoding='utf-8')
+    self._board = SummaryWriter(
+        os.path.join(workdir, 'tensorboard'), purge_step=resume_step + 1)
+
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    """Writes numbers (and texts, to the JSON alone) of a step."""
+    if not self._active:
+      return
+    line = {'step': step, 'time': round(time.time(), 3), **values}
+    self._file.write(json.dumps(line) + '\n')
+    self._file.flush()
+    for name, value in values.items():
+      if isinstance(value, (int, float)) and not isinstance(value, bool):
+        self._board.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    if self._active:
+      self._file.close()
+      self._board.close()
+
+
+def read_jsonl(path: str) -> list[dict[str, Any]]:
+  """Returns the objects of a JSON-lines file; a half-written last line, which
+  a kill can leave, is passed over."""
+  if not os.path.exists(path):
+    return []
+  rows = []
+  with open(path, encoding='utf-8') as file:
+    for line in file:
+      try:
+        rows.append(json.loads(line))
+      except json.JSONDecodeError:
+        break
+  return rows
+
+
+def duration(seconds: float) -> str:
+  """Returns '2 h 05 m', '3 m 20 s' or '12 s'."""
+  seconds = round(seconds)
+  if seconds >= 3600:
+    return f'{seconds // 3600} h {seconds % 3600 // 60:02d} m'
+  if seconds >= 60:
+    return f'{seconds // 60} m {seconds % 60:02d} s'
+  return f'{seconds} s'
+
+
+def progress_line(
+    *,
+    step: int,
+    total_steps: int,
+    loss: float,
+    grad_norm: float,
+    tokens_per_second: float,
+    flops_per_second: float,
+    seconds_left: float,
+) -> str:
+  """Returns the line that a training run prints."""
+  peak = peak_flops()
+  share = f'{100 * flops_per_second / peak:.1f} % of peak | ' if peak else ''
+  width = len(str(total_steps))
+  return (f'step {step:{width}d}/{total_steps} | loss {loss:.4f} |'
+          f' grad norm {grad_norm:.3f} | {tokens_per_second:,.0f} tokens/s |'
+          f' {share}{duration(seconds_left)} left')
+
+
+def summarise(nll_sum: float, n_tokens: float, n_bytes: int) -> dict[str, float]:
+  """Returns loss, perplexity and bits per byte of the trained text.
+
+  Args:
+    nll_sum: Sum of -ln p over the trained tokens, terminators included.
+    n_tokens: Their number.
+    n_bytes: UTF-8 bytes of the answers. Bits per byte compare models with
+      different tokenizers; perplexities per token do not.
+  """
+  loss = nll_sum / n_tokens
+  return {
+      'loss': loss,
+      'perplexity': math.exp(min(loss, 700.0)),
+      'bits_per_byte': nll_sum / math.log(2) / max(1, n_bytes),
+  }

@@ -1,0 +1,63 @@
+"""AdamW and its schedules."""
+
+from typing import Any
+
+import optax
+
+
+def make_schedule(
+    *,
+    learning_rate: float,
+    schedule: str,
+    warmup_share: float,
+    final_share: float,
+    total_steps: int,
+) -> optax.Schedule:
+  """Returns step -> learning rate.
+
+  Args:
+    learning_rate: The peak.
+    schedule: 'constant', 'linear' or 'cosine' after the warm-up.
+    warmup_share: Share of the steps that rise linearly from 0 to the peak.
+    final_share: What is left of the peak at the last step.
+    total_steps: Number of updates.
+  """
+  warmup = round(warmup_share * total_steps)
+  decay = max(1, total_steps - warmup)
+  if schedule == 'constant':
+    after = optax.constant_schedule(learning_rate)
+  elif schedule == 'linear':
+    after = optax.linear_schedule(
+        learning_rate, learning_rate * final_share, decay)
+  else:
+    after = optax.cosine_decay_schedule(learning_rate, decay, final_share)
+  if not warmup:
+    return after
+  # Update 0 already moves: the ramp reaches the peak at update `warmup`.
+  ramp = optax.linear_schedule(
+      learning_rate / (warmup + 1), learning_rate, warmup)
+  return optax.join_schedules([ramp, after], [warmup])
+
+
+def make_optimizer(
+    schedule: optax.Schedule,
+    *,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    clip_norm: float,
+) -> optax.GradientTransformation:
+  """Returns AdamW (arXiv 1711.05101) after clipping by the global norm.
+
+  Args:
+    schedule: step -> learning rate.
+    b1: Decay of the first moment.
+    b2: Decay of the second moment.
+    eps: Added to the root of the second moment.
+    weight_decay: Decoupled; on every trained leaf.
+    clip_norm: Largest global norm of a gradient; 0 leaves it alone.
+  """
+  steps: list[Any] = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+  return optax.chain(*steps, optax.adamw(
+      schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay))

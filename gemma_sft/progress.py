@@ -1,0 +1,177 @@
+"""What a person sees of a run, and which of its checkpoints is the best."""
+
+import contextlib
+import math
+import textwrap
+import time
+from typing import Any
+from typing import Mapping
+
+import jax
+
+from gemma_sft import errors
+from gemma_sft import metrics
+from gemma_sft import model as model_lib
+
+
+class Meter:
+  """Reads the metrics of steps, writes them and prints a line now and then."""
+
+  def __init__(self, run: Any, writer: metrics.Writer):
+    """Starts the clock.
+
+    Args:
+      run: `runs.Run`.
+      writer: Where the numbers go.
+    """
+    self._run = run
+    self._writer = writer
+    params = run.base if run.base is not None else run.initial_state.trainable
+    self._embedding = model_lib.embedding(params).size
+    self._body = model_lib.count_params(params) - self._embedding
+    self._clock = time.monotonic()
+    self._tokens = self._trained = self._steps = 0
+    self._first = True
+
+  @contextlib.contextmanager
+  def paused(self):
+    """Leaves what happens inside out of the tokens per second."""
+    start = time.monotonic()
+    yield
+    self._clock += time.monotonic() - start
+
+  def read(self, pending: tuple[Any, ...] | None) -> None:
+    """Waits for a step and takes its numbers in.
+
+    Args:
+      pending: (step, metrics on the device, batch, hash chain), or None.
+
+    Raises:
+      UserError: if the loss or the gradient is not finite.
+    """
+    if pending is None:
+      return
+    step, on_device, batch, chain = pending
+    values = {k: float(v) for k, v in jax.device_get(on_device).items()}
+    self._check_finite(step, values)
+    self._steps += 1
+    self._tokens += int(batch['n_tokens'])
+    self._trained += values['n_trained']
+    elapsed = time.monotonic() - self._clock
+    values['learning_rate'] = float(self._run.schedule(step - 1))
+    if self._first:
+      # Mostly compilation: told, and left out of the speed.
+      self._first = False
+      values['first_step_seconds'] = elapsed
+      self._say(f'first step, with compilation: {metrics.duration(elapsed)}')
+      self._restart()
+    config, total = self._run.config, self._run.total_steps
+    if self._steps and (step % config.train.log_every == 0 or step == total):
+      flops = metrics.step_flops(
+          body_params=self._body, embedding_params=self._embedding,
+          n_tokens=self._tokens, n_trained=self._trained,
+          frozen_base=config.lora.enabled)
+      values['tokens_per_second'] = self._tokens / elapsed
+      self._say(metrics.progress_line(
+          step=step, total_steps=total, loss=values['loss'],
+          grad_norm=values['grad_norm'],
+          tokens_per_second=self._tokens / elapsed,
+          flops_per_second=flops / elapsed,
+          seconds_left=(total - step) * elapsed / self._steps))
+      self._restart()
+    self._writer.write(step, {**values, 'chain': chain})
+
+  def _restart(self):
+    self._clock = time.monotonic()
+    self._tokens = self._trained = self._steps = 0
+
+  def _check_finite(self, step, values):
+    bad = [k for k in ('loss', 'grad_norm') if not math.isfinite(values[k])]
+    if bad:
+      raise errors.UserError(
+          f'step {step}: ' + ', '.join(f'{k} is {values[k]}' for k in bad),
+          'finite numbers',
+          'the last checkpoint is from before; lower'
+          ' --config.optimizer.learning_rate, keep --config.optimizer.clip_norm'
+          ' above 0, or compute in --config.model.dtype=float32')
+
+  def _say(self, text):
+    if jax.process_index() == 0:
+      print(text, flush=True)
+
+
+class Tracker:
+  """Follows one metric over the evaluations."""
+
+  def __init__(
+      self,
+      metric: str,
+      mode: str,
+      patience: int,
+      *,
+      best: dict[str, Any],
+      stale: int,
+  ):
+    """Goes on from a checkpoint, or begins with empty `best` and 0 `stale`.
+
+    Args:
+      metric: Key of the scores, such as 'loss' or 'judge/strict'.
+      mode: 'min' or 'max'.
+      patience: Evaluations without a new best before `exhausted`; 0 for never.
+      best: {'step', 'value'} so far.
+      stale: Evaluations since then.
+    """
+    self._metric, self._mode, self._patience = metric, mode, patience
+    self.best, self.stale = dict(best), stale
+
+  def update(self, step: int, scores: Mapping[str, float]) -> None:
+    """Takes in an evaluation.
+
+    Raises:
+      UserError: if the scores lack the metric though its source was there.
+    """
+    if self._metric not in scores:
+      # Without validation data, or a judge that cannot work here, there is no
+      # best: the latest counts.
+      source = self._metric.partition('/')[0]
+      if scores and (source != 'judge' or any(
+          k.startswith('judge/') for k in scores)):
+        raise errors.UserError(
+            f'config.eval.metric is {self._metric!r}',
+            f'one of {", ".join(scores)}',
+            errors.nearest(self._metric, list(scores))
+            + 'Set --config.eval.metric, and --config.eval.judged=-1 for the'
+            " judge's.")
+      return
+    value = scores[self._metric]
+    sign = 1 if self._mode == 'max' else -1
+    if not self.best or sign * value >= sign * self.best['value']:
+      improved = not self.best or value != self.best['value']
+      self.best = {'step': step, 'value': value}
+      self.stale = 0 if improved else self.stale + 1
+    else:
+      self.stale += 1
+
+  @property
+  def exhausted(self) -> bool:
+    return bool(self._patience) and self.stale >= self._patience
+
+  def reason(self, step: int) -> str:
+    """Returns why the run stopped early, or ''."""
+    if not self.exhausted:
+      return ''
+    return (f'stopped early after {step} updates: {self._metric} has not'
+            f' improved for {self.stale} evaluations')
+
+  def describe(self) -> str:
+    """Returns 'loss 1.234 after 60 updates'."""
+    if not self.best:
+      return 'the latest (nothing was evaluated)'
+    return (f'{self._metric} {self.best["value"]:.4g} after'
+            f' {self.best["step"]} updates')
+
+
+def quote(prompt: str, answer: str) -> str:
+  """Returns a prompt and its answer, set off from the log around them."""
+  body = textwrap.indent(answer.strip() or '(nothing)', '  | ')
+  return f'  > {prompt}\n{body}'

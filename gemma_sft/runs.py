@@ -1,0 +1,320 @@
+"""Everything that a training run is made of, built from its config."""
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gemma_sft import chat
+from gemma_sft import checkpoint as checkpoint_lib
+from gemma_sft import config as config_lib
+from gemma_sft import data
+from gemma_sft import errors
+from gemma_sft import loading
+from gemma_sft import lora
+from gemma_sft import model as model_lib
+from gemma_sft import optimizer as optimizer_lib
+from gemma_sft import records as records_lib
+from gemma_sft import sharding
+from gemma_sft import state as state_lib
+from gemma_sft import tasks
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+  """What a step's program depends on besides its arrays."""
+
+  lora_enabled: bool
+  lora_scale: float
+  dropout: float
+  seed: int
+  compute_dtype: Any
+  remat: str
+  loss_chunk: int
+  groups: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A prepared run.
+
+  Attributes:
+    config: The whole config.
+    workdir: Its folder.
+    mesh: Over all devices.
+    model: The architecture.
+    tokenizer: Its tokenizer.
+    task: A module of `gemma_sft.tasks`.
+    splits: train and, where set, validation.
+    source: Batches of train.
+    validation: Batches of validation, or None.
+    total_steps: Updates of the whole run.
+    base: The frozen weights, or None when all weights are trained.
+    base_hash: Content hash of the base weights.
+    data_hash: Content hash of the training records.
+    settings: For `train.train_step`.
+    schedule: step -> learning rate.
+    optimizer: Optax's.
+    initial_state: The state before the first update.
+  """
+
+  config: Any
+  workdir: str
+  mesh: jax.sharding.Mesh
+  model: model_lib.Model
+  tokenizer: chat.Tokenizer
+  task: Any
+  splits: dict[str, loading.Split]
+  source: data.Batches
+  validation: data.Batches | None
+  total_steps: int
+  base: Any
+  base_hash: str
+  data_hash: str
+  settings: StepSettings
+  schedule: optax.Schedule
+  optimizer: optax.GradientTransformation
+  initial_state: state_lib.TrainState
+
+  def merged(self, trainable: Any) -> Any:
+    """Returns plain weights for generation."""
+    if not self.settings.lora_enabled:
+      return jax.tree.map(
+          lambda leaf: leaf.astype(self.settings.compute_dtype), trainable)
+    return lora.merge(
+        self.base, trainable, self.settings.lora_scale,
+        transposed_gating=self.model.transposed_gating)
+
+  def meta(self, step: int, data_state: Any, chain: str, **more: Any
+           ) -> checkpoint_lib.Meta:
+    """Returns what a checkpoint of this run says besides its arrays."""
+    return checkpoint_lib.Meta(
+        step=step, data=data_state, chain=chain,
+        config=dict(config_lib.leaves(self.config)), base=self.base_hash,
+        data_hash=self.data_hash, **more)
+
+
+def prepare(config: Any, workdir: str, *, data_only: bool = False
+            ) -> Run | None:
+  """Builds a run, telling the person what it is; stops at the first mistake.
+
+  Everything that needs no weights comes first: a wrong row or mesh is told
+  before gigabytes are read.
+
+  Args:
+    config: Validated.
+    workdir: The run's folder, locked by the caller.
+    data_only: Stop after the audit, the plan printed; returns None.
+
+  Raises:
+    UserError: for what the user can mend.
+  """
+  loading.enable_compilation_cache()
+  task = tasks.load(config.task)
+  mesh = sharding.make_mesh(
+      data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+  layout = make_layout(config, mesh)
+  model = loading.load_model(config.model)
+  dtype, reason = loading.choose_dtype(config.model.dtype)
+  say(f'devices: {jax.device_count()} x {jax.devices()[0].device_kind}, mesh '
+      + ' x '.join(f'{a} {n}' for a, n in mesh.shape.items()))
+  say(f'dtype: {dtype.name} for the base and compute ({reason}); adapters, '
+      'optimizer and loss float32')
+
+  resolved = loading.resolve_weights(config.model)
+  say(f'base: {config.model.name}, {resolved.description}')
+  tokenizer = loading.load_tokenizer(
+      config.model, resolved, model.generation)
+  splits = loading.load_splits(
+      config.data, ('train', 'validation', 'test'), task, tokenizer)
+  report_audit(splits, task)
+  source = make_source(config, splits['train'], layout, epochs=None)
+  total_steps = config.train.steps or (
+      source.batches_per_epoch * config.train.epochs)
+  say(f'plan: {total_steps} updates, {source.batches_per_epoch} an epoch of'
+      f' {splits["train"].report.n_examples} examples x {config.data.repeat}'
+      f' in rows of {config.data.max_length} tokens')
+  if data_only:
+    return None
+
+  base = loading.load_base(
+      model, resolved, mesh, seed=config.seed,
+      dtype=dtype if config.lora.enabled else jnp.dtype('float32'))
+  schedule = optimizer_lib.make_schedule(
+      learning_rate=config.optimizer.learning_rate,
+      schedule=config.optimizer.schedule,
+      warmup_share=config.optimizer.warmup_share,
+      final_share=config.optimizer.final_share, total_steps=total_steps)
+  optimizer = optimizer_lib.make_optimizer(
+      schedule, b1=config.optimizer.b1, b2=config.optimizer.b2,
+      eps=config.optimizer.eps, weight_decay=config.optimizer.weight_decay,
+      clip_norm=config.optimizer.clip_norm)
+  state = initial_state(config, model, base, optimizer, mesh)
+  say(f'trained: {model_lib.count_params(state.trainable):,} of '
+      f'{model_lib.count_params(base):,} weights')
+  with open(os.path.join(workdir, 'config.json'), 'w', encoding='utf-8') as f:
+    f.write(config_lib.to_json(config))
+  validation = None
+  if 'validation' in splits:
+    validation = make_source(config, splits['validation'], layout, epochs=1,
+                             shuffle=False)
+  return Run(
+      config=config, workdir=workdir, mesh=mesh, model=model,
+      tokenizer=tokenizer, task=task, splits=splits, source=source,
+      validation=validation, total_steps=total_steps,
+      base=base if config.lora.enabled else None,
+      base_hash=resolved.content_hash,
+      data_hash=records_lib.content_hash(splits['train'].records),
+      settings=StepSettings(
+          lora_enabled=config.lora.enabled,
+          lora_scale=lora_scale(config),
+          dropout=config.lora.dropout if config.lora.enabled else 0.0,
+          seed=config.seed, compute_dtype=dtype, remat=config.train.remat,
+          loss_chunk=config.train.loss_chunk, groups=layout.groups),
+      schedule=schedule, optimizer=optimizer, initial_state=state)
+
+
+def say(text: str) -> None:
+  """Prints a line, on the first host only."""
+  if jax.process_index() == 0:
+    print(text, flush=True)
+
+
+def lora_scale(config: Any) -> float:
+  """Returns the factor of the adapters' update."""
+  return lora.scale(
+      config.lora.rank, config.lora.alpha, config.lora.rank_stabilised)
+
+
+def make_layout(config: Any, mesh: jax.sharding.Mesh) -> data.Layout:
+  """Returns the layout of training batches."""
+  return data.Layout(
+      batch_size=config.data.batch_size, max_length=config.data.max_length,
+      packing=config.data.packing, buckets=tuple(config.data.buckets),
+      repeat=config.data.repeat, microbatches=config.train.microbatches,
+      groups=sharding.batch_groups(mesh))
+
+
+def make_source(
+    config: Any,
+    split: loading.Split,
+    layout: data.Layout,
+    *,
+    epochs: int | None,
+    shuffle: bool = True,
+) -> data.Batches:
+  """Returns the batches of a split, this host's rows of them."""
+  if not shuffle:
+    layout = dataclasses.replace(layout, repeat=1)
+  return data.Batches(
+      split.examples, layout, seed=config.seed if shuffle else None,
+      epochs=epochs, host=jax.process_index(), n_hosts=jax.process_count())
+
+
+def initial_state(
+    config: Any,
+    model: model_lib.Model,
+    base: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+) -> state_lib.TrainState:
+  """Returns the state before the first update, born in its shards."""
+  def make(params):
+    if not config.lora.enabled:
+      return state_lib.make_state(params, optimizer)
+    return state_lib.make_state(
+        lora.init_adapters(
+            params, rank=config.lora.rank, targets=config.lora.targets,
+            transposed_gating=model.transposed_gating, seed=config.seed),
+        optimizer)
+
+  shardings = sharding.tree_shardings(jax.eval_shape(make, base), mesh)
+  return jax.jit(make, out_shardings=shardings)(base)
+
+
+_SHOWN = 5
+
+
+def report_audit(splits: dict[str, loading.Split], task: Any) -> None:
+  """Prints the audit, and what the task finds wrong in training answers."""
+  for split in splits.values():
+    say(f'audit: {split.report}')
+  problems = task.check_answers(splits['train'].records)
+  for line in problems[:_SHOWN]:
+    say(f'warning: {line}')
+  if len(problems) > _SHOWN:
+    say(f'warning: ... and {len(problems) - _SHOWN} more')
+  if problems:
+    n = splits['train'].report.n_examples
+    say(f'warning: {len(problems)} of {n} training answers are wrong by the'
+        " task's own judge; the run goes on and learns from them")
+
+
+def abstract_state(run: Run) -> Any:
+  """Returns shapes and shardings of the state, for restoring."""
+  return jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(
+          leaf.shape, leaf.dtype, sharding=leaf.sharding), run.initial_state)
+
+
+def check_resume(run: Run, meta: checkpoint_lib.Meta) -> None:
+  """Refuses to go on where the checkpoint's run was another.
+
+  Raises:
+    UserError: naming what differs: config, base weights, data or batches.
+  """
+  saved = meta.config
+  different = config_lib.differences(saved, dict(
+      config_lib.leaves(run.config)))
+  if different:
+    raise errors.UserError(
+        f'the checkpoint in {run.workdir} is of another config: '
+        + '; '.join(different),
+        'the config that the run began with',
+        'undo the change, or choose another --workdir')
+  if meta.base != run.base_hash:
+    raise errors.UserError(
+        f'the base weights have hash {run.base_hash[:16]}, the checkpoint was'
+        f' trained on {meta.base[:16]}', 'the same base weights',
+        'point --config.model.weights at those, or choose another --workdir')
+  if meta.data_hash != run.data_hash:
+    raise errors.UserError(
+        f'the training records ({run.config.data.train}) have hash'
+        f' {run.data_hash[:16]}, the checkpoint was trained on'
+        f' {meta.data_hash[:16]}', 'unchanged training data',
+        'restore the file, or choose another --workdir')
+  if meta.chain != data.chain_of(run.source, meta.step):
+    raise errors.UserError(
+        f'the {meta.step} batches before this checkpoint cannot be made again',
+        f'hash chain {meta.chain[:16]}',
+        'the tokenizer or the packing has changed since; choose another'
+        ' --workdir')
+  say(f'resuming after {meta.step} updates; batches {meta.chain[:16]} verified')
+
+
+def init_from(run: Run, workdir: str) -> state_lib.TrainState:
+  """Returns the fresh state with another run's best adapters in it.
+
+  Raises:
+    UserError: if that run is of another base or shape of adapters.
+  """
+  checkpoints = checkpoint_lib.Checkpoints(
+      workdir, keep=1, metric='', mode='min', read_only=True)
+  step = checkpoint_lib.choose_step(checkpoints, -1)
+  try:
+    state, meta = checkpoints.restore(step, abstract_state(run))
+  except ValueError as error:
+    raise errors.UserError(
+        f'config.init_from: {workdir} cannot be taken over:'
+        f' {str(error).splitlines()[0]}',
+        'a run with the same lora.rank and lora.targets',
+        'correct --config.init_from or those') from error
+  if meta.base != run.base_hash:
+    raise errors.UserError(
+        f'config.init_from: {workdir} was trained on base {meta.base[:16]}',
+        f'base {run.base_hash[:16]}', 'take a run on the same base weights')
+  say(f'starting from {workdir}, step {step}')
+  return dataclasses.replace(run.initial_state, trainable=state.trainable)

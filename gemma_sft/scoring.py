@@ -1,0 +1,166 @@
+"""Scores of a set of weights: loss on a split, and the judge's on answers."""
+
+import functools
+import time
+from typing import Any
+from typing import Callable
+from typing import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from gemma_sft import chat
+from gemma_sft import data
+from gemma_sft import generate
+from gemma_sft import loss as loss_lib
+from gemma_sft import metrics
+from gemma_sft import model as model_lib
+from gemma_sft import sharding
+from gemma_sft import tasks
+
+
+def put_batch(
+    batch: data.Batch, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+  """Puts this host's rows of a batch on the mesh; returns the arrays alone."""
+  place = sharding.batch_sharding(mesh)
+  return {
+      name: jax.make_array_from_process_local_data(place, batch[name])
+      for name in ('tokens', 'targets', 'positions', 'segment_ids',
+                   'loss_mask', 'rows')}
+
+
+def batch_nll(
+    model: model_lib.Model,
+    params: Any,
+    microbatch: dict[str, jax.Array],
+    *,
+    max_trained: int,
+    groups: int,
+    chunk_size: int,
+    **hidden: Any,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns (nll_sum, n_tokens) of one microbatch: what training minimises.
+
+  Args:
+    model: From `make_model`.
+    params: The base weights.
+    microbatch: Arrays (B, T) of a `data.Batches` batch.
+    max_trained: See `loss.masked_nll`.
+    groups: See `loss.masked_nll`.
+    chunk_size: See `loss.masked_nll`.
+    **hidden: Adapters, dropout and rematerialisation of
+      `model.hidden_states`.
+  """
+  x_BTD = model_lib.hidden_states(
+      model, params, microbatch['tokens'], microbatch['positions'],
+      microbatch['segment_ids'], **hidden)
+  return loss_lib.masked_nll(
+      x_BTD, model_lib.embedding(params), microbatch['targets'],
+      microbatch['loss_mask'], max_trained=max_trained, groups=groups,
+      chunk_size=chunk_size, softcap=model.config.final_logit_softcap)
+
+
+def evaluate_loss(
+    model: model_lib.Model,
+    params: Any,
+    source: data.Batches,
+    mesh: jax.sharding.Mesh,
+    *,
+    adapters: Any = None,
+    lora_scale: float = 1.0,
+    chunk_size: int = 1024,
+) -> dict[str, float]:
+  """Returns loss, perplexity and bits per byte over one pass of a source."""
+  nll_sum = n_tokens = 0.0
+  for i in range(source.batches_per_epoch):
+    batch = source[i]
+    nll, n = _nll_of_batch(
+        model, params, adapters, put_batch(batch, mesh), lora_scale,
+        int(batch['max_trained']), sharding.batch_groups(mesh), chunk_size)
+    nll_sum += float(nll)
+    n_tokens += float(n)
+  return metrics.summarise(nll_sum, n_tokens, source.target_bytes())
+
+
+@functools.partial(jax.jit, static_argnames=(
+    'model', 'lora_scale', 'max_trained', 'groups', 'chunk_size'))
+def _nll_of_batch(
+    model, params, adapters, batch, lora_scale, max_trained, groups,
+    chunk_size):
+
+  def add(total, microbatch):
+    nll, n = batch_nll(
+        model, params, microbatch, max_trained=max_trained, groups=groups,
+        chunk_size=chunk_size, adapters=adapters, lora_scale=lora_scale)
+    return (total[0] + nll, total[1] + n), None
+
+  zero = (jnp.float32(0), jnp.float32(0))
+  return jax.lax.scan(add, zero, batch)[0]
+
+
+def answer_records(
+    model: model_lib.Model,
+    params: Any,
+    tokenizer: chat.Tokenizer,
+    conversations: Sequence[Sequence[chat.Message] | str],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+  """Answers the last question of each conversation greedily.
+
+  Plain text is continued from its first line.
+
+  Args:
+    model: From `make_model`.
+    params: Weights with the adapters merged in.
+    tokenizer: Of the model.
+    conversations: As tasks make them, the reference answer last.
+    max_new_tokens: Of an answer.
+    batch_size: Rows at a time.
+    progress: See `generate.generate`.
+  """
+  prompts = [
+      [tokenizer.bos_id, *tokenizer.encode(c.partition('\n')[0] + '\n')]
+      if isinstance(c, str) else chat.render_prompt(c[:-1], tokenizer)
+      for c in conversations]
+  answers = generate.generate(
+      model, params, prompts,
+      generate.Sampling(max_new_tokens=max_new_tokens),
+      stop_ids=tokenizer.stop_ids, batch_size=batch_size, progress=progress)
+  return [tokenizer.decode(a) for a in answers]
+
+
+def answer_prompts(
+    model: model_lib.Model,
+    params: Any,
+    tokenizer: chat.Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+) -> list[str]:
+  """Answers single questions greedily."""
+  return answer_records(
+      model, params, tokenizer,
+      [(chat.Message('user', p), chat.Message('model', '')) for p in prompts],
+      max_new_tokens=max_new_tokens, batch_size=len(prompts))
+
+
+def judge_records(
+    model: model_lib.Model,
+    params: Any,
+    tokenizer: chat.Tokenizer,
+    task: Any,
+    records: Sequence[Any],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[tasks.Judged, list[str], float]:
+  """Returns the judge's verdict on greedy answers, the answers, the seconds."""
+  start = time.monotonic()
+  answers = answer_records(
+      model, params, tokenizer, [task.to_messages(r) for r in records],
+      max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
+  return task.judge(records, answers), answers, time.monotonic() - start

@@ -1,0 +1,130 @@
+"""Does this run's gradient depend on how the batch is cut? It must not.
+
+One global batch, its gradient computed as one microbatch and as many, packed
+and padded, on the mesh and on one device. All of them are the same sum.
+"""
+
+import dataclasses
+import json
+import os
+from typing import Any
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_sft import data
+from gemma_sft import errors
+from gemma_sft import runs
+from gemma_sft import scoring
+from gemma_sft import sharding
+
+# Largest difference of a leaf's gradient relative to the largest entry of that
+# leaf (DESIGN.md, decision 2): float32 sums in another order; bfloat16 has 8
+# bits of mantissa.
+LIMITS = {'float32': 1e-5, 'bfloat16': 2e-2}
+
+
+def check(run: runs.Run, gradient_sums: Callable[..., Any]) -> dict[str, float]:
+  """Runs the comparison, prints and records it, and stops the run beyond.
+
+  Dropout is off: its masks are drawn per row, and packing changes rows.
+
+  Args:
+    run: Prepared.
+    gradient_sums: `train.gradient_sums`.
+
+  Returns:
+    {variant: largest relative difference}.
+
+  Raises:
+    UserError: if a variant differs by more than the limit of its dtype.
+  """
+  groups = run.settings.groups
+  rows = _batch_rows(run)
+  trainable = _perturbed(run.initial_state.trainable)
+  layouts = {
+      f'1x{rows}, packed': (1, True, run.mesh),
+      f'{rows // groups}x{groups}, packed': (rows // groups, True, run.mesh),
+      f'1x{rows}, padded': (1, False, run.mesh),
+  }
+  if jax.device_count() > 1 and jax.process_count() == 1:
+    layouts[f'1x{rows}, packed, one device'] = (
+        1, True, sharding.single_device_mesh())
+  n_examples = min(rows, len(run.splits['train'].examples))
+  examples = run.splits['train'].examples[:n_examples]
+  results = {}
+  for name, (microbatches, packing, mesh) in layouts.items():
+    results[name] = _gradient(
+        run, gradient_sums, trainable, examples, rows, microbatches, packing,
+        mesh)
+  reference_name = next(iter(results))
+  reference, n_reference = results[reference_name]
+  largest = {
+      name: _difference(reference, gradient)
+      for name, (gradient, n) in results.items() if name != reference_name}
+  counts = {name: n for name, (_, n) in results.items()}
+  limit = LIMITS[run.settings.compute_dtype.name]
+  for name, difference in largest.items():
+    runs.say(f'self-test: gradient of {name} differs from {reference_name} by'
+             f' {difference:.2e} (limit {limit:.0e})')
+  with open(os.path.join(run.workdir, 'self_test.json'), 'w',
+            encoding='utf-8') as file:
+    json.dump({'limit': limit, 'largest_difference': largest,
+               'trained_tokens': counts}, file, indent=2)
+  if len(set(counts.values())) > 1 or not all(
+      d <= limit for d in largest.values()):
+    raise errors.UserError(
+        f'self-test: the gradient depends on how the batch is cut: {largest},'
+        f' trained tokens {counts}',
+        f'differences of at most {limit:.0e} and equal counts',
+        'nothing was trained; report this with self_test.json from the'
+        ' workdir')
+  return largest
+
+
+def _batch_rows(run):
+  """At least 8 rows, and a multiple of the device shards."""
+  groups = run.settings.groups
+  return -(-8 // groups) * groups
+
+
+def _perturbed(trainable):
+  """Moves zero leaves (B) off zero, so that every leaf has a gradient."""
+  leaves, tree = jax.tree.flatten(trainable)
+  keys = jax.random.split(jax.random.key(0), len(leaves))
+  return tree.unflatten([
+      leaf + 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
+      for key, leaf in zip(keys, leaves)])
+
+
+def _gradient(
+    run, gradient_sums, trainable, examples, rows, microbatches, packing, mesh):
+  layout = data.Layout(
+      batch_size=rows, max_length=run.config.data.max_length, packing=packing,
+      microbatches=microbatches, groups=sharding.batch_groups(mesh))
+  source = data.Batches(
+      examples, layout, seed=None,
+      host=jax.process_index(), n_hosts=jax.process_count())
+  assert source.batches_per_epoch == 1  # As many rows as examples, or more.
+  batch = source[0]
+  settings = dataclasses.replace(
+      run.settings, dropout=0.0, groups=layout.groups)
+  base = run.base
+  if mesh is not run.mesh:
+    one = sharding.replicated(mesh)
+    trainable, base = jax.device_put((trainable, base), one)
+  gradient, _, n = jax.jit(
+      gradient_sums, static_argnames=('model', 'settings', 'max_trained'))(
+          trainable, base, scoring.put_batch(batch, mesh), jnp.int32(0),
+          model=run.model, settings=settings,
+          max_trained=int(batch['max_trained']))
+  return jax.tree.map(np.asarray, jax.device_get(gradient)), float(n)
+
+
+def _difference(reference, gradient):
+  """Largest difference over a leaf's largest entry, over all leaves."""
+  return max(
+      float(np.max(np.abs(a - b)) / max(np.max(np.abs(a)), 1e-30))
+      for a, b in zip(jax.tree.leaves(reference), jax.tree.leaves(gradient)))

@@ -1,0 +1,111 @@
+"""The mesh, and one ordered table of which parameter lies where on it."""
+
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
+from gemma_sft import errors
+
+AXES = ('data', 'fsdp', 'tensor')
+
+# (regex over 'layer_0/attn/q_einsum/w', spec). The first match counts; a
+# parameter without one, and a rule that never comes first, are errors. Axes
+# that do not divide a dimension are left out of that dimension.
+RULES = (
+    (r'(^|/)embedder/input_embedding$', P('tensor', 'fsdp')),          # V D
+    (r'(^|/)embedder/per_layer_embeddings$', P('tensor', None, 'fsdp')),  # V L P
+    (r'(^|/)embedder/per_layer_model_projection/w$', P('fsdp', None, None)),
+    (r'(q|k)_einsum/w$', P('tensor', 'fsdp', None)),               # N D H
+    (r'(kv|qkv)_einsum/w$', P(None, 'tensor', 'fsdp', None)),      # C K D H
+    (r'attn_vec_einsum/w$', P('tensor', None, 'fsdp')),            # N H D
+    (r'mlp/gating_einsum$', P(None, 'tensor', 'fsdp')),            # 2 F D
+    (r'mlp/linear$', P('tensor', 'fsdp')),                         # F D
+    (r'per_layer_(input_gate|projection)/w$', P('fsdp', None)),
+    # Adapters, norms and scalars are small: everywhere.
+    (r'/(a|b)$', P()),
+    (r'(scale|skip_scale|count|step)$', P()),
+)
+
+
+def make_mesh(*, data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
+  """Returns a mesh over all devices of all hosts.
+
+  Args:
+    data: Size of each axis; one of the three may be -1 for what is left.
+    fsdp: As `data`.
+    tensor: As `data`.
+
+  Raises:
+    UserError: if the sizes do not make up the number of devices.
+  """
+  sizes = dict(zip(AXES, (data, fsdp, tensor)))
+  n = jax.device_count()
+  open_axes = [axis for axis, size in sizes.items() if size == -1]
+  known = math.prod(size for size in sizes.values() if size != -1)
+  if len(open_axes) == 1 and n % known == 0:
+    sizes[open_axes[0]] = n // known
+  elif open_axes or known != n:
+    text = ' x '.join(f'{a} {s}' for a, s in sizes.items())
+    raise errors.UserError(
+        f'config.mesh is {text}, and there are {n} devices'
+        f' ({jax.devices()[0].device_kind})',
+        f'sizes whose product is {n}, at most one of them -1',
+        '--config.mesh.data=-1 --config.mesh.fsdp=1 --config.mesh.tensor=1')
+  return jax.make_mesh(
+      tuple(sizes.values()), AXES,
+      axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def single_device_mesh() -> jax.sharding.Mesh:
+  """Returns a mesh of the first local device alone."""
+  devices = np.array(jax.local_devices()[:1]).reshape(1, 1, 1)
+  return jax.sharding.Mesh(
+      devices, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def batch_groups(mesh: jax.sharding.Mesh) -> int:
+  """Returns the number of shards that rows are split into."""
+  return mesh.shape['data'] * mesh.shape['fsdp']
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """Returns the sharding of arrays (A, B / A, ...)."""
+  return NamedSharding(mesh, P(None, ('data', 'fsdp')))
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """Returns the sharding of what every device holds."""
+  return NamedSharding(mesh, P())
+
+
+def tree_shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Returns a tree of shardings by `RULES`, for arrays or their shapes.
+
+  Raises:
+    ValueError: if no rule covers a leaf, or a rule is hidden by earlier ones.
+  """
+  def of(path, leaf):
+    name = '/'.join(str(getattr(p, 'key', getattr(p, 'name', p)))
+                    for p in path)
+    matches = [i for i, (rule, _) in enumerate(RULES) if re.search(rule, name)]
+    if not matches:
+      raise ValueError(f'no sharding rule covers {name} {leaf.shape}')
+    if len(matches) > 1:
+      raise ValueError(
+          f'{name} is covered by {[RULES[i][0] for i in matches]}: each'
+          ' parameter takes one rule')
+    return NamedSharding(mesh, _fitting(RULES[matches[0]][1], leaf.shape, mesh))
+
+  return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def _fitting(spec, shape, mesh):
+  """Leaves out axes that do not divide; a head count of 1 stays whole."""
+  return P(*(
+      axis if axis is not None and size % mesh.shape[axis] == 0 else None
+      for axis, size in zip(spec, shape)))

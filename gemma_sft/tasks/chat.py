@@ -1,0 +1,54 @@
+"""Any prompt and completion, conversation or plain text; judged by equality."""
+
+from typing import Sequence
+
+from gemma_sft import chat
+from gemma_sft import errors
+from gemma_sft import records as records_lib
+from gemma_sft import tasks
+
+
+def to_messages(record: records_lib.Record) -> Sequence[chat.Message] | str:
+  """Returns the record's conversation, or its plain text.
+
+  Raises:
+    UserError: if the record has none of the columns.
+  """
+  fields = record.fields
+  if 'messages' in fields:
+    return [chat.Message(m['role'], m['content']) for m in fields['messages']]
+  if 'text' in fields:
+    return fields['text']
+  if 'prompt' not in fields or 'completion' not in fields:
+    raise errors.UserError(
+        f'{record.where}: columns {", ".join(fields)}',
+        'prompt and completion, or messages, or text',
+        "name your columns: --config.data.columns='prompt=question,"
+        "completion=answer'")
+  system = ([chat.Message('system', fields['system'])]
+            if fields.get('system') else [])
+  return [*system, chat.Message('user', fields['prompt']),
+          chat.Message('model', fields['completion'])]
+
+
+def answer(record: records_lib.Record) -> str:
+  """Returns the last answer of the model, or the plain text."""
+  messages = to_messages(record)
+  return messages if isinstance(messages, str) else messages[-1].content
+
+
+def judge(
+    records: Sequence[records_lib.Record], completions: Sequence[str]
+) -> tasks.Judged:
+  """Counts the answers that are the record's own, white space aside."""
+  rows = [
+      {'exact': ' '.join(c.split()) == ' '.join(answer(r).split())}
+      for r, c in zip(records, completions)]
+  share = sum(row['exact'] for row in rows) / max(1, len(rows))
+  return tasks.Judged({'exact': share, 'n': len(rows)}, rows)
+
+
+def check_answers(records: Sequence[records_lib.Record]) -> list[str]:
+  """Finds nothing: any answer may be right."""
+  del records
+  return []

@@ -1,0 +1,286 @@
+"""Fine-tunes a Gemma.
+
+    python -m gemma_sft.train --config=configs/blop.py --workdir=workdirs/blop
+
+A step is `train_step` below plus `loss.py`; a run is `main`, with `data.py`,
+`lora.py` and `state.py`. Started again with the same command, a run goes on
+from its last checkpoint and ends with the same bits.
+"""
+
+from gemma_sft import cli
+
+if __name__ == '__main__':
+  # Before the heavy imports: `run` parses the flags, then imports this module
+  # by its name and calls `main`.
+  cli.run('gemma_sft.train', 'config', 'workdir', 'dry_run')
+
+import functools
+import signal
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gemma_sft import checkpoint as checkpoint_lib
+from gemma_sft import config as config_lib
+from gemma_sft import data
+from gemma_sft import loading
+from gemma_sft import lora
+from gemma_sft import metrics
+from gemma_sft import model as model_lib
+from gemma_sft import progress
+from gemma_sft import runs
+from gemma_sft import scoring
+from gemma_sft import self_test
+from gemma_sft import state as state_lib
+
+# The step --------------------------------------------------------------------
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=('model', 'optimizer', 'settings', 'max_trained'),
+    donate_argnames=('state',))
+def train_step(
+    state: state_lib.TrainState,
+    base: Any,
+    batch: dict[str, jax.Array],
+    *,
+    model: model_lib.Model,
+    optimizer: optax.GradientTransformation,
+    settings: runs.StepSettings,
+    max_trained: int,
+) -> tuple[state_lib.TrainState, dict[str, jax.Array]]:
+  """Applies one update.
+
+  The gradient is that of the mean over all trained tokens of the batch:
+  microbatches and hosts add sums, and the division comes once, at the end.
+
+  Args:
+    state: With step, adapters (or all weights) and optimizer state; donated.
+    base: The frozen weights; None when all weights are trained.
+    batch: Arrays (A, B / A, T) from `data.Batches`.
+    model: The architecture.
+    optimizer: Optax's.
+    settings: See `runs.StepSettings`.
+    max_trained: Bound on trained tokens, see `loss.masked_nll`.
+
+  Returns:
+    (the state one step on, {loss, grad_norm, n_trained}).
+  """
+  grads, nll_sum, n_trained = gradient_sums(
+      state.trainable, base, batch, state.step, model=model,
+      settings=settings, max_trained=max_trained)
+  divisor = jnp.maximum(n_trained, 1.0)
+  grads = jax.tree.map(lambda g: g / divisor, grads)
+  updates, opt_state = optimizer.update(
+      grads, state.opt_state, state.trainable)
+  new_state = state_lib.TrainState(
+      step=state.step + 1,
+      trainable=optax.apply_updates(state.trainable, updates),
+      opt_state=opt_state)
+  return new_state, {
+      'loss': nll_sum / divisor,
+      'grad_norm': optax.global_norm(grads),
+      'n_trained': n_trained}
+
+
+def gradient_sums(
+    trainable: Any,
+    base: Any,
+    batch: dict[str, jax.Array],
+    step: jax.Array,
+    *,
+    model: model_lib.Model,
+    settings: runs.StepSettings,
+    max_trained: int,
+) -> tuple[Any, jax.Array, jax.Array]:
+  """Returns (gradient of the nll sum, nll sum, trained tokens) of a batch."""
+
+  def nll_sum(trainable, microbatch):
+    if settings.lora_enabled:
+      params, adapters = base, trainable
+    else:
+      # f32 masters, compute in the device's dtype.
+      params, adapters = jax.tree.map(
+          lambda leaf: leaf.astype(settings.compute_dtype), trainable), None
+    dropout = None
+    if settings.dropout:
+      key = jax.random.fold_in(jax.random.key(settings.seed), step)
+      dropout = lora.Dropout(settings.dropout, jax.vmap(
+          jax.random.fold_in, (None, 0))(key, microbatch['rows']))
+    return scoring.batch_nll(
+        model, params, microbatch, adapters=adapters,
+        lora_scale=settings.lora_scale, dropout=dropout,
+        remat=settings.remat, max_trained=max_trained, groups=settings.groups,
+        chunk_size=settings.loss_chunk)
+
+  def add_microbatch(sums, microbatch):
+    (nll, n), grads = jax.value_and_grad(nll_sum, has_aux=True)(
+        trainable, microbatch)
+    return jax.tree.map(jnp.add, sums, (grads, nll, n)), None
+
+  zeros = (jax.tree.map(jnp.zeros_like, trainable),
+           jnp.float32(0), jnp.float32(0))
+  return jax.lax.scan(add_microbatch, zeros, batch)[0]
+
+
+# The run ---------------------------------------------------------------------
+
+
+def main(config: Any, workdir: str, dry_run: bool) -> int:
+  """Runs a config in a workdir; see the module's docstring."""
+  cli.require('config', config, '--config=configs/blop.py')
+  cli.require('workdir', workdir, '--workdir=workdirs/blop')
+  config_lib.validate(config)
+  lock = loading.lock_workdir(workdir)
+  run = runs.prepare(config, workdir, data_only=dry_run)
+  if run is None:
+    runs.say('dry run: nothing was trained')
+    return 0
+  if config.self_test:
+    self_test.check(run, gradient_sums)
+  train(run)
+  lock.close()
+  return 0
+
+
+def train(run: runs.Run) -> None:
+  """Trains until the last step, a stop signal, the deadline or patience."""
+  config, total = run.config, run.total_steps
+  stop = _StopRequest(config.deadline_minutes)
+  checkpoints = checkpoint_lib.Checkpoints(
+      run.workdir, keep=config.checkpoint.keep, metric=config.eval.metric,
+      mode=config.eval.mode)
+
+  # Resume order:
+  #   1. the newest whole checkpoint in the workdir,
+  #   2. the adapters of another run (config.init_from),
+  #   3. fresh.
+  state, meta = run.initial_state, None
+  if restored := checkpoints.restore_latest(runs.abstract_state(run)):
+    state, meta = restored
+    runs.check_resume(run, meta)
+  elif config.init_from:
+    state = runs.init_from(run, config.init_from)
+  step = meta.step if meta else 0
+  chain = meta.chain if meta else data.EMPTY_CHAIN
+  tracker = progress.Tracker(
+      config.eval.metric, config.eval.mode, config.eval.patience,
+      best=meta.best if meta else {}, stale=meta.stale if meta else 0)
+  iterator = data.make_iterator(
+      run.source, state=meta.data if meta else None)
+  writer = metrics.Writer(
+      run.workdir, resume_step=step if meta else -1,
+      active=jax.process_index() == 0)
+  meter = progress.Meter(run, writer)
+
+  eval_every = config.eval.every or run.source.batches_per_epoch
+  save_every = config.checkpoint.every or eval_every
+  pending = None  # (step, metrics) of the step still running on the device.
+  # Evaluation, checkpoint and log line N describe the weights after N updates.
+  while True:
+    last = step == total
+    evaluate = (step % eval_every == 0 or last) and (
+        meta is None or step > meta.step)
+    if evaluate or last or stop.requested or step % save_every == 0:
+      # Nothing of a step whose loss is not finite is evaluated or kept.
+      meter.read(pending)
+      pending = None
+    scores = {}
+    if evaluate:
+      with meter.paused():
+        scores = evaluate_state(run, state, step)
+        writer.write(step, {f'eval/{k}': v for k, v in scores.items()})
+        tracker.update(step, scores)
+    finished = last or stop.requested or tracker.exhausted
+    due = finished or (step and step % save_every == 0)
+    if due and (meta is None or step > meta.step):
+      checkpoints.save(state, run.meta(
+          step, iterator.get_state(), chain, metrics=scores,
+          best=tracker.best, stale=tracker.stale))
+    if finished:
+      break
+    batch = next(iterator)
+    state, step_metrics = train_step(
+        state, run.base, scoring.put_batch(batch, run.mesh), model=run.model,
+        optimizer=run.optimizer, settings=run.settings,
+        max_trained=int(batch['max_trained']))
+    # Read one step late, so that the device never waits for the host.
+    meter.read(pending)
+    step += 1
+    chain = data.extend_chain(chain, batch['digest'].tobytes())
+    pending = (step, step_metrics, batch, chain)
+  checkpoints.close()
+  writer.close()
+  runs.say(stop.reason(step, total) or tracker.reason(step) or (
+      f'finished {total} updates; batches {chain[:16]}'))
+  runs.say(f'best: {tracker.describe()}; checkpoints in {run.workdir}')
+
+
+def evaluate_state(
+    run: runs.Run, state: state_lib.TrainState, step: int
+) -> dict[str, float]:
+  """Returns the validation scores of the weights after `step` updates."""
+  config, scores = run.config, {}
+  if run.validation is not None:
+    params, adapters = (run.base, state.trainable) if (
+        run.settings.lora_enabled) else (run.merged(state.trainable), None)
+    scores = scoring.evaluate_loss(
+        run.model, params, run.validation, run.mesh, adapters=adapters,
+        lora_scale=run.settings.lora_scale, chunk_size=config.train.loss_chunk)
+  text = ''.join(f' | {k} {v:.4g}' for k, v in scores.items())
+  records = run.splits['validation'].records if 'validation' in (
+      run.splits) else []
+  records = records[:config.eval.judged if config.eval.judged >= 0 else None]
+  if records or config.eval.prompts:
+    params = run.merged(state.trainable)
+  if records:
+    judged, _, seconds = scoring.judge_records(
+        run.model, params, run.tokenizer, run.task, records,
+        max_new_tokens=config.eval.max_new_tokens,
+        batch_size=config.eval.batch_size)
+    scores |= {f'judge/{k}': v for k, v in judged.metrics.items()}
+    text += ''.join(f' | {k} {v:.4g}' for k, v in judged.metrics.items())
+    text += f' ({metrics.duration(seconds)})' + (
+        f' | {judged.note}' if judged.note else '')
+  runs.say(f'evaluation after {step} updates{text}')
+  if config.eval.prompts:
+    answers = scoring.answer_prompts(
+        run.model, params, run.tokenizer, config.eval.prompts,
+        max_new_tokens=config.eval.max_new_tokens)
+    for prompt, answer in zip(config.eval.prompts, answers):
+      runs.say(progress.quote(prompt, answer))
+  return scores
+
+
+class _StopRequest:
+  """SIGTERM, SIGINT or the deadline: save and end after the step at hand."""
+
+  def __init__(self, deadline_minutes: float):
+    self._signal = None
+    self._deadline = (
+        time.monotonic() + 60 * deadline_minutes if deadline_minutes else None)
+    for number in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(number, self._on_signal)
+
+  def _on_signal(self, number, frame):
+    del frame
+    if self._signal is not None:  # A second one ends at once.
+      raise KeyboardInterrupt
+    self._signal = signal.Signals(number).name
+
+  @property
+  def requested(self) -> bool:
+    return self._signal is not None or (
+        self._deadline is not None and time.monotonic() > self._deadline)
+
+  def reason(self, step: int, total: int) -> str:
+    """Returns why the run ended before its last step, or ''."""
+    if not self.requested or step == total:
+      return ''
+    cause = self._signal or 'the deadline (config.deadline_minutes)'
+    return (f'stopped by {cause} after {step} of {total} updates; the same'
+            ' command goes on from here')
