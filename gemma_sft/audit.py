@@ -54,7 +54,7 @@ def check_split(
     max_cut_share: float,
     n_control_text: int = 0,
 ) -> tuple[list[chat.Example], Report]:
-  """Returns the examples, cut to `max_length` where that is allowed, and counts.
+  """Returns the examples, cut to `max_length` where allowed, and the counts.
 
   Args:
     split: Its name, for messages.

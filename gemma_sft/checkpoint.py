@@ -160,6 +160,25 @@ class Checkpoints:
       raise ValueError(f'the bytes of checkpoint {step} have changed on disk')
     return state, meta
 
+  def restore_trainable(self, step: int) -> tuple[Any, Meta]:
+    """Returns a checkpoint's adapters (or weights) on this host, and `Meta`.
+
+    Raises:
+      UserError: if the checkpoint cannot be read.
+    """
+    try:
+      restored = self._manager.restore(
+          step,
+          args=ocp.args.Composite(
+              state=ocp.args.StandardRestore(),
+              meta=ocp.args.JsonRestore()))
+    except Exception as error:
+      raise errors.UserError(
+          f'checkpoint {step} in {self._dir} cannot be read: {error}',
+          f'a whole checkpoint, one of {self.steps()}',
+          'choose another with --step') from error
+    return restored['state']['trainable'], Meta(**restored['meta'])
+
   def restore_latest(
       self, abstract_state: Any
   ) -> tuple[state_lib.TrainState, Meta] | None:

@@ -8,7 +8,6 @@ prefetches and keeps that number.
 
 import bisect
 import dataclasses
-import functools
 import hashlib
 from typing import Any
 from typing import Iterator
@@ -175,8 +174,10 @@ class Batches:
     self._layout = layout
     self._seed = seed
     self._lengths = [len(e.tokens) - 1 for e in self._examples]
+    self._trained = [int(e.loss_mask[1:].sum()) for e in self._examples]
     self._digests = [example_digest(e) for e in self._examples]
     self._host, self._n_hosts = host, n_hosts
+    self._plans: dict[int, list] = {}
     self.batches_per_epoch = len(self._plan(0))
     self._len = (self.batches_per_epoch * epochs if epochs is not None
                  else 2**31 - 1)
@@ -184,14 +185,35 @@ class Batches:
   def __len__(self) -> int:
     return self._len
 
-  @functools.lru_cache(maxsize=2)
   def _plan(self, epoch):
-    return plan_epoch(
-        self._lengths, self._layout, seed=self._seed, epoch=epoch)
+    # Prefetching threads may be an epoch ahead: two plans are kept.
+    plan = self._plans.get(epoch)
+    if plan is None:
+      plan = plan_epoch(
+          self._lengths, self._layout, seed=self._seed, epoch=epoch)
+      self._plans = {
+          e: p for e, p in self._plans.items() if abs(e - epoch) < 2
+      } | {epoch: plan}
+    return plan
 
   def _rows_of(self, index):
     epoch, within = divmod(index, self.batches_per_epoch)
     return self._plan(epoch)[within]
+
+  def _max_trained(self, epoch, T):
+    """Bound on the trained tokens of a device's share of a microbatch.
+
+    One for all batches of the epoch with rows of T, rounded up to an eighth of
+    the share, because each bound is a program to compile.
+    """
+    layout = self._layout
+    shares = layout.microbatches * layout.groups
+    most = max(
+        sum(self._trained[i] for row in part for i in row)
+        for length, rows in self._plan(epoch) if length == T
+        for part in _split(rows, shares))
+    eighth = max(1, layout.batch_size // shares * T // 8)
+    return max(1, -(-most // eighth)) * eighth
 
   def digest(self, index: int) -> bytes:
     """Returns SHA-256 over the examples of batch `index` and their places."""
@@ -207,11 +229,6 @@ class Batches:
     layout = self._layout
     T, rows = self._rows_of(index)
     A, b = layout.microbatches, layout.batch_size // layout.microbatches
-    trained = np.asarray(
-        [sum(self._examples[i].loss_mask[1:].sum() for i in row)
-         for row in rows]).reshape(A * layout.groups, -1).sum(axis=1).max()
-    # Rounded up to eighths, so that few shapes are compiled.
-    eighth = max(1, b // layout.groups * T // 8)
     numbers = np.arange(layout.batch_size, dtype=np.int32).reshape(A, b)
     share = b // self._n_hosts
     mine = numbers[:, self._host * share:(self._host + 1) * share]
@@ -222,7 +239,8 @@ class Batches:
         # Wraps after 2**31 rows; only dropout's randomness depends on it.
         'rows': (index * layout.batch_size + mine.astype(np.int64)
                  ).astype(np.int32),
-        'max_trained': np.int32(max(1, -(-trained // eighth)) * eighth),
+        'max_trained': np.int32(
+            self._max_trained(index // self.batches_per_epoch, T)),
         'n_tokens': np.int32(sum(self._lengths[i] for r in rows for i in r)),
         'digest': np.frombuffer(self.digest(index), np.uint8),
     }
@@ -230,6 +248,12 @@ class Batches:
   def target_bytes(self) -> int:
     """Returns the UTF-8 bytes of the trained text of one epoch."""
     return sum(e.target_bytes for e in self._examples) * self._layout.repeat
+
+
+def _split(rows, n):
+  """Returns rows in n equal runs."""
+  size = len(rows) // n
+  return [rows[i * size:(i + 1) * size] for i in range(n)]
 
 
 def _assemble(rows: list[list[chat.Example]], T: int) -> Batch:

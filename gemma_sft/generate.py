@@ -7,7 +7,9 @@ merged before, so this is the plain base model's code.
 
 import dataclasses
 import functools
-from typing import Any, Callable, Sequence
+from typing import Any
+from typing import Callable
+from typing import Sequence
 
 import jax
 import jax.numpy as jnp

@@ -16,7 +16,6 @@ from gemma_sft import errors
 from gemma_sft import model as model_lib
 from gemma_sft import records as records_lib
 from gemma_sft import sharding
-from gemma_sft import tasks
 from gemma_sft import weights
 from gemma_sft.weights import tokenizer_file
 

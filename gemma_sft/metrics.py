@@ -133,7 +133,8 @@ def progress_line(
           f' {share}{duration(seconds_left)} left')
 
 
-def summarise(nll_sum: float, n_tokens: float, n_bytes: int) -> dict[str, float]:
+def summarise(
+    nll_sum: float, n_tokens: float, n_bytes: int) -> dict[str, float]:
   """Returns loss, perplexity and bits per byte of the trained text.
 
   Args:

@@ -171,7 +171,13 @@ class Tracker:
             f' {self.best["step"]} updates')
 
 
+_QUOTED_LINES = 16
+
+
 def quote(prompt: str, answer: str) -> str:
-  """Returns a prompt and its answer, set off from the log around them."""
-  body = textwrap.indent(answer.strip() or '(nothing)', '  | ')
+  """Returns a prompt and its answer's first lines, set off from the log."""
+  lines = answer.strip().splitlines() or ['(nothing)']
+  if len(lines) > _QUOTED_LINES:
+    lines[_QUOTED_LINES:] = [f'... ({len(lines) - _QUOTED_LINES} more lines)']
+  body = textwrap.indent('\n'.join(lines), '  | ', lambda line: True)
   return f'  > {prompt}\n{body}'

@@ -318,3 +318,88 @@ def init_from(run: Run, workdir: str) -> state_lib.TrainState:
         f'base {run.base_hash[:16]}', 'take a run on the same base weights')
   say(f'starting from {workdir}, step {step}')
   return dataclasses.replace(run.initial_state, trainable=state.trainable)
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+  """Weights to be scored or talked to, with what goes with them.
+
+  Attributes:
+    config: The whole config.
+    mesh: Over all devices.
+    model: The architecture.
+    tokenizer: Its tokenizer.
+    task: A module of `gemma_sft.tasks`.
+    params: Plain weights, adapters merged in.
+    description: Which weights these are.
+  """
+
+  config: Any
+  mesh: jax.sharding.Mesh
+  model: model_lib.Model
+  tokenizer: chat.Tokenizer
+  task: Any
+  params: Any
+  description: str
+
+  def split(self, name: str) -> loading.Split:
+    """Returns an audited split."""
+    return loading.load_splits(
+        self.config.data, (name,), self.task, self.tokenizer)[name]
+
+  def source(self, examples: list[chat.Example]) -> data.Batches:
+    """Returns the batches of examples, in order."""
+    layout = dataclasses.replace(
+        make_layout(self.config, self.mesh), repeat=1)
+    return data.Batches(
+        examples, layout, seed=None, host=jax.process_index(),
+        n_hosts=jax.process_count())
+
+
+def load_weights(
+    config: Any, workdir: str, *, base: bool, step: int) -> Served:
+  """Loads the base and, unless `base`, merges a run's checkpoint into it.
+
+  Args:
+    config: Of the run.
+    workdir: Of the run.
+    base: The untouched base model.
+    step: See `checkpoint.choose_step`.
+
+  Raises:
+    UserError: if there is no such checkpoint, or it is of another base.
+  """
+  loading.enable_compilation_cache()
+  mesh = sharding.make_mesh(
+      data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+  model = loading.load_model(config.model)
+  dtype, _ = loading.choose_dtype(config.model.dtype)
+  checkpoints = None
+  if not base:
+    # Before gigabytes are read: is there a checkpoint?
+    checkpoints = checkpoint_lib.Checkpoints(workdir, read_only=True)
+    step = checkpoint_lib.choose_step(checkpoints, step)
+  resolved = loading.resolve_weights(config.model)
+  tokenizer = loading.load_tokenizer(
+      config.model, resolved, model.generation)
+  params = loading.load_base(
+      model, resolved, mesh, dtype=dtype, seed=config.seed)
+  description = f'{config.model.name}, untouched'
+  if checkpoints is not None:
+    trainable, meta = checkpoints.restore_trainable(step)
+    if meta.base != resolved.content_hash:
+      raise errors.UserError(
+          f'the checkpoint was trained on base {meta.base[:16]}, the weights'
+          f' have hash {resolved.content_hash[:16]}', 'the same base weights',
+          'point --config.model.weights at those')
+    if config.lora.enabled:
+      params = lora.merge(
+          params, trainable, lora_scale(config),
+          transposed_gating=model.transposed_gating)
+    else:
+      params = jax.tree.map(
+          lambda leaf, like: jax.device_put(
+              leaf.astype(dtype), like.sharding), trainable, params)
+    description = f'{config.model.name}, tuned {step} updates in {workdir}'
+  return Served(config, mesh, model, tokenizer, tasks.load(config.task),
+                params, description)

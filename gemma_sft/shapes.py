@@ -11,7 +11,9 @@ jaxtyping's import hook with beartype (`tests/conftest.py`).
 """
 
 import jax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import Int
 
 TokensBT = Int[jax.Array, 'B T']
 MaskBT = Bool[jax.Array, 'B T']

@@ -17,9 +17,9 @@ AXES = ('data', 'fsdp', 'tensor')
 # parameter without one, and a rule that never comes first, are errors. Axes
 # that do not divide a dimension are left out of that dimension.
 RULES = (
-    (r'(^|/)embedder/input_embedding$', P('tensor', 'fsdp')),          # V D
-    (r'(^|/)embedder/per_layer_embeddings$', P('tensor', None, 'fsdp')),  # V L P
-    (r'(^|/)embedder/per_layer_model_projection/w$', P('fsdp', None, None)),
+    (r'embedder/input_embedding$', P('tensor', 'fsdp')),           # V D
+    (r'embedder/per_layer_embeddings$', P('tensor', None, 'fsdp')),  # V L P
+    (r'embedder/per_layer_model_projection/w$', P('fsdp', None, None)),
     (r'(q|k)_einsum/w$', P('tensor', 'fsdp', None)),               # N D H
     (r'(kv|qkv)_einsum/w$', P(None, 'tensor', 'fsdp', None)),      # C K D H
     (r'attn_vec_einsum/w$', P('tensor', None, 'fsdp')),            # N H D

@@ -10,10 +10,11 @@ import sys
 import types
 
 import hypothesis
-import pytest
 from hypothesis import strategies as st
+import pytest
 
-from gemma_sft import errors, records
+from gemma_sft import errors
+from gemma_sft import records
 
 _ROOT = pathlib.Path(records.__file__).parents[1]
 _BUILDER = _ROOT / 'data' / 'blop' / 'blop_dataset_builder.py'

@@ -1,5 +1,6 @@
 """Weights from every source end in one tree, exactly or not at all."""
 
+import dataclasses
 import importlib.metadata
 import json
 import pathlib
@@ -77,37 +78,47 @@ def test_layout_is_the_tree_of_the_library(name):
       num_layers=sizes['layers'], embed_dim=sizes['embed'],
       hidden_dim=sizes['hidden'], num_heads=sizes['heads'],
       num_kv_heads=sizes['kv_heads'], head_dim=sizes['head_dim'])
-  if built.transposed_gating != sizes['transposed_gating']:
-    pytest.skip('a layout of the presets only')
+  config = dataclasses.replace(
+      built.config, transpose_gating_einsum=sizes['transposed_gating'])
+  built = dataclasses.replace(
+      built, transformer=built.transformer.clone(config=config))
   flat = convert.flatten(model.abstract_params(built))
   assert {k: v.shape for k, v in flat.items()} == _layout(name).shapes
 
 
-def test_hugging_face_projections_by_their_definition():
-  """Each row computes what the library's einsum computes."""
-  layout = _layout('gemma2_2b')
+@pytest.mark.parametrize('form', names.FORMS)
+@pytest.mark.parametrize('name', _LAYOUTS)
+def test_every_projection_computes_what_the_library_computes(name, form):
+  layout = _layout(name)
   arrays = _random_arrays(layout.shapes)
-  hf = dict(names.from_library(layout, 'hf', arrays.__getitem__))
+  file = dict(names.from_library(layout, form, arrays.__getitem__))
+  layer = {
+      path.removeprefix('layer_1/attn/').removeprefix('layer_1/mlp/'): array
+      for path, array in arrays.items() if path.startswith('layer_1/')}
   rng = np.random.default_rng(1)
   x = rng.normal(size=(5, 8)).astype(np.float32)
-  out = rng.normal(size=(5, 4, 6)).astype(np.float32)
+  heads = rng.normal(size=(5, 4, 6)).astype(np.float32)
   act = rng.normal(size=(5, 12)).astype(np.float32)
-  kv = np.einsum('TD,SKDH->STKH', x, arrays['layer_1/attn/kv_einsum/w'])
-  gate = np.einsum('TD,SDF->STF', x, arrays['layer_1/mlp/gating_einsum'])
-  expected = {
-      'self_attn.q_proj': (
-          x, np.einsum('TD,NDH->TNH', x, arrays['layer_1/attn/q_einsum/w'])),
-      'self_attn.k_proj': (x, kv[0]),
-      'self_attn.v_proj': (x, kv[1]),
-      'self_attn.o_proj': (out.reshape(5, -1), np.einsum(
-          'TNH,NHD->TD', out, arrays['layer_1/attn/attn_vec_einsum/w'])),
-      'mlp.gate_proj': (x, gate[0]),
-      'mlp.up_proj': (x, gate[1]),
-      'mlp.down_proj': (act, act @ arrays['layer_1/mlp/linear']),
-  }
-  for name, (inputs, want) in expected.items():
-    got = inputs @ hf[f'model.layers.1.{name}.weight'].T
-    # f32 sums of up to 24 products of order 1.
+  if 'qkv_einsum/w' in layer:
+    q, k, v = np.einsum('TD,SNDH->STNH', x, layer['qkv_einsum/w'])
+  else:
+    q = np.einsum('TD,NDH->TNH', x, layer['q_einsum/w'])
+    k, v = np.einsum('TD,SKDH->STKH', x, layer['kv_einsum/w'])
+  gating = 'SFD' if layout.transposed_gating else 'SDF'
+  gate, up = np.einsum(f'TD,{gating}->STF', x, layer['gating_einsum'])
+  out = np.einsum('TNH,NHD->TD', heads, layer['attn_vec_einsum/w'])
+  for hf_name, gguf_name, inputs, want in (
+      ('self_attn.q_proj', 'attn_q', x, q),
+      ('self_attn.k_proj', 'attn_k', x, k),
+      ('self_attn.v_proj', 'attn_v', x, v),
+      ('self_attn.o_proj', 'attn_output', heads, out),
+      ('mlp.gate_proj', 'ffn_gate', x, gate),
+      ('mlp.up_proj', 'ffn_up', x, up),
+      ('mlp.down_proj', 'ffn_down', act, act @ layer['linear']),
+  ):
+    prefix = {'hf': f'model.layers.1.{hf_name}', 'gguf': f'blk.1.{gguf_name}'}
+    got = inputs.reshape(5, -1) @ file[f'{prefix[form]}.weight'].T
+    # f32 sums of up to 24 products of numbers up to 4.
     np.testing.assert_allclose(got, want.reshape(5, -1), atol=1e-4)
 
 
@@ -335,6 +346,15 @@ def test_gguf_loads_exactly_and_only_once(tiny, tiny_gguf, tmp_path):
   before = meta.stat().st_mtime_ns
   assert weights.resolve(str(tiny_gguf), cache) == resolved
   assert meta.stat().st_mtime_ns == before
+
+
+def test_each_of_several_hosts_converts_for_itself(
+    tiny, tiny_gguf, tmp_path, monkeypatch):
+  with monkeypatch.context() as patch:
+    patch.setattr(jax, 'process_count', lambda: 2)
+    resolved = weights.resolve(str(tiny_gguf), tmp_path / 'cache')
+  _assert_tree_equal(
+      weights.load(resolved, tiny[1], dtype=jnp.float32), tiny[2])
 
 
 def test_load_casts_and_shards(tiny, tiny_gguf, tmp_path):

@@ -5,8 +5,8 @@ on `DIR/blop/1.0.0`. It is written as ArrayRecord, so TensorFlow is not needed.
 """
 
 import argparse
-import pathlib
 from collections.abc import Iterator
+import pathlib
 
 import tensorflow_datasets as tfds
 

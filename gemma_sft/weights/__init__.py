@@ -239,9 +239,8 @@ def check_config(resolved: Resolved, config) -> None:
     config: The model's `gm.nn.config.TransformerConfig`.
   """
   if resolved.kind == 'gguf':
-    folder = pathlib.Path(resolved.path).parent
-    metadata = convert.read_meta(folder)['metadata']
-    gguf_file.check_config(metadata, config, resolved.description.split(':')[0])
+    meta = convert.read_meta(pathlib.Path(resolved.path).parent)
+    gguf_file.check_config(meta['metadata'], config, meta['source'])
 
 
 def load(

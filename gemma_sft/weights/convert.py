@@ -1,6 +1,7 @@
 """Converts a GGUF once into an Orbax checkpoint and a tokenizer in a cache."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from collections.abc import Mapping
 import contextlib
 import fcntl
 import hashlib
@@ -8,6 +9,8 @@ import json
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 from typing import Any
 
 from absl import logging
@@ -20,6 +23,10 @@ from gemma_sft.weights import tokenizer_file
 
 # Part of the cache's folder name: a change of the conversion converts again.
 _VERSION = 1
+_CHILD = (
+    'import sys; from gemma_sft.weights import convert;'
+    ' convert.save_arrays(*sys.argv[1:])'
+)
 
 
 def file_sha256(path: str | os.PathLike) -> str:
@@ -121,6 +128,7 @@ def convert(source: pathlib.Path, sha256: str, target: pathlib.Path) -> None:
   (partial / 'tokenizer.model').write_bytes(tokenizer)
   params = unflatten(dict(names.to_library(file.layout, 'gguf', file.read)))
   meta = {
+      'source': str(source),
       'source_sha256': sha256,
       'n_tensors': file.n_tensors,
       'tree_sha256': tree_digest(params),
@@ -150,16 +158,24 @@ def _sizes(path: pathlib.Path) -> dict[str, int]:
 def _save(params: Mapping[str, Any], path: pathlib.Path) -> None:
   from orbax import checkpoint as ocp
 
-  # Each host converts on its own disk (or waits for the lock of a shared one),
-  # so none may wait for the others in here.
-  process = jax.process_index()
-  options = ocp.options.MultiprocessingOptions(
-      primary_host=process,
-      active_processes={process},
-      barrier_sync_key_prefix=f'convert_{process}',
-  )
-  with ocp.StandardCheckpointer(
-      multiprocessing_options=options
-  ) as checkpointer:
+  if jax.process_count() > 1:
+    # Of numpy arrays Orbax writes those of process 0 alone, while each host
+    # converts for itself: a process that knows of no other does the saving.
+    arrays = path.with_suffix('.npz')
+    np.savez(arrays, **flatten(params))
+    subprocess.run(
+        [sys.executable, '-c', _CHILD, arrays, path],
+        env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+        check=True,
+    )
+    arrays.unlink()
+    return
+  with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(path.absolute(), params)
     checkpointer.wait_until_finished()
+
+
+def save_arrays(arrays: str, path: str) -> None:
+  """Saves an .npz of library paths as a checkpoint; the child of `_save`."""
+  with np.load(arrays) as npz:
+    _save(unflatten(dict(npz)), pathlib.Path(path))

@@ -8,7 +8,10 @@ Gemma 1 to 3 are checked by logits against transformers and llama.cpp; the rows
 of Gemma 4 (dense) are read from their sources only.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import re
 

@@ -1,6 +1,7 @@
 """SentencePiece models: rebuilt from a GGUF, or tiny and made in memory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence
 import string
 from typing import Any
 

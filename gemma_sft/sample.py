@@ -1,0 +1,140 @@
+"""Answers prompts with a run's weights, or chats.
+
+    python -m gemma_sft.sample --workdir=W --prompt='What is Blop?'
+    python -m gemma_sft.sample --workdir=W            # a chat; /help
+    python -m gemma_sft.sample --workdir=W --base     # the untouched model
+
+Temperature, top-k, top-p, repetition penalty, stop texts and seed are
+`config.sampling`: --config=... --config.sampling.temperature=0.
+"""
+
+from gemma_sft import cli
+
+if __name__ == '__main__':
+  cli.run('gemma_sft.sample', 'config', 'workdir', 'base', 'step', 'prompt',
+          'system')
+
+import sys
+from typing import Any
+from typing import Sequence
+
+from gemma_sft import chat
+from gemma_sft import config as config_lib
+from gemma_sft import generate
+from gemma_sft import runs
+
+_HELP = """  /new           forget the conversation
+  /system TEXT   set the system text and begin anew
+  /quit          leave (so does end of file)"""
+
+
+def main(
+    config: Any,
+    workdir: str,
+    base: bool,
+    step: int,
+    prompt: Sequence[str] | None,
+    system: str,
+) -> int:
+  """Answers or chats; see the module's docstring."""
+  cli.require('workdir', workdir, '--workdir=workdirs/blop')
+  if config is None:
+    config = cli.load_run_config(workdir)
+  config_lib.validate(config)
+  served = runs.load_weights(config, workdir, base=base, step=step)
+  print(f'weights: {served.description}', file=sys.stderr)
+  if prompt:
+    for text in prompt:
+      if len(prompt) > 1:
+        print(f'> {text}')
+      conversation = _opening(system) + [chat.Message('user', text)]
+      answer(served, config.sampling, conversation, sys.stdout.write)
+    return 0
+  return _chat(served, config.sampling, system)
+
+
+def answer(
+    served: runs.Served,
+    sampling: Any,
+    conversation: Sequence[chat.Message],
+    write: Any,
+) -> str:
+  """Streams an answer to `write` and returns it.
+
+  Args:
+    served: The weights.
+    sampling: `config.sampling`.
+    conversation: Ending with the user's turn.
+    write: Called with each new piece of text.
+  """
+  prompt = chat.render_prompt(conversation, served.tokenizer)
+  shown = ''
+
+  def on_tokens(_, tokens):
+    nonlocal shown
+    text, stopped = cut_at_stop(
+        served.tokenizer.decode(tokens), sampling.stop)
+    # A half-decoded character or the beginning of a stop text may still
+    # change: it is held back until it is settled.
+    settled = text if stopped else _settled(text, sampling.stop)
+    if len(settled) > len(shown):
+      write(settled[len(shown):])
+      sys.stdout.flush()
+      shown = settled
+    return stopped
+
+  tokens = generate.generate(
+      served.model, served.params, [prompt],
+      generate.Sampling(
+          temperature=sampling.temperature, top_k=sampling.top_k,
+          top_p=sampling.top_p,
+          repetition_penalty=sampling.repetition_penalty,
+          max_new_tokens=sampling.max_new_tokens),
+      stop_ids=served.tokenizer.stop_ids, batch_size=1, seed=sampling.seed,
+      is_done=on_tokens)[0]
+  text, _ = cut_at_stop(served.tokenizer.decode(tokens), sampling.stop)
+  write(text[len(shown):] + '\n')
+  return text
+
+
+def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+  """Returns the text before the first stop text, and whether there was one."""
+  places = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
+  return (text[:min(places)], True) if places else (text, False)
+
+
+def _settled(text, stops):
+  longest = max((len(s) for s in stops), default=1)
+  for n in range(min(longest - 1, len(text)), 0, -1):
+    if any(stop.startswith(text[-n:]) for stop in stops):
+      return text[:-n]
+  return text.rstrip('\ufffd')
+
+
+def _opening(system: str) -> list[chat.Message]:
+  return [chat.Message('system', system)] if system else []
+
+
+def _chat(served, sampling, system) -> int:
+  print('chat with the model; /help lists the commands', file=sys.stderr)
+  conversation = _opening(system)
+  while True:
+    try:
+      line = input('> ').strip()
+    except EOFError:
+      print()
+      return 0
+    if line in ('/quit', '/exit'):
+      return 0
+    if line == '/help':
+      print(_HELP)
+    elif line == '/new':
+      conversation = _opening(system)
+    elif line.startswith('/system'):
+      system = line[len('/system'):].strip()
+      conversation = _opening(system)
+    elif line:
+      turn = [*conversation, chat.Message('user', line)]
+      text = answer(served, sampling, turn, sys.stdout.write)
+      if text.strip():
+        conversation = [*turn, chat.Message('model', text)]

