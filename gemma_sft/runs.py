@@ -35,6 +35,7 @@ class StepSettings:
   remat: str
   loss_chunk: int
   groups: int
+  mesh: jax.sharding.Mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +174,7 @@ def prepare(config: Any, workdir: str, *, data_only: bool = False
           lora_scale=lora_scale(config),
           dropout=config.lora.dropout if config.lora.enabled else 0.0,
           seed=config.seed, compute_dtype=dtype, remat=config.train.remat,
-          loss_chunk=config.train.loss_chunk, groups=layout.groups),
+          loss_chunk=config.train.loss_chunk, groups=layout.groups, mesh=mesh),
       schedule=schedule, optimizer=optimizer, initial_state=state)
 
 

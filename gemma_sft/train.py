@@ -34,6 +34,7 @@ from gemma_sft import progress
 from gemma_sft import runs
 from gemma_sft import scoring
 from gemma_sft import self_test
+from gemma_sft import sharding
 from gemma_sft import state as state_lib
 
 # The step --------------------------------------------------------------------
@@ -81,6 +82,10 @@ def train_step(
       step=state.step + 1,
       trainable=optax.apply_updates(state.trainable, updates),
       opt_state=opt_state)
+  # Without this the compiler may shard adapters as it likes, and the next call
+  # would be compiled again.
+  new_state = jax.lax.with_sharding_constraint(
+      new_state, sharding.tree_shardings(new_state, settings.mesh))
   return new_state, {
       'loss': nll_sum / divisor,
       'grad_norm': optax.global_norm(grads),
@@ -182,10 +187,10 @@ def train(run: runs.Run) -> None:
   pending = None  # (step, metrics) of the step still running on the device.
   # Evaluation, checkpoint and log line N describe the weights after N updates.
   while True:
-    last = step == total
+    last, stopping = step == total, stop.requested
     evaluate = (step % eval_every == 0 or last) and (
         meta is None or step > meta.step)
-    if evaluate or last or stop.requested or step % save_every == 0:
+    if evaluate or last or stopping or step % save_every == 0:
       # Nothing of a step whose loss is not finite is evaluated or kept.
       meter.read(pending)
       pending = None
@@ -195,7 +200,7 @@ def train(run: runs.Run) -> None:
         scores = evaluate_state(run, state, step)
         writer.write(step, {f'eval/{k}': v for k, v in scores.items()})
         tracker.update(step, scores)
-    finished = last or stop.requested or tracker.exhausted
+    finished = last or stopping or tracker.exhausted
     due = finished or (step and step % save_every == 0)
     if due and (meta is None or step > meta.step):
       checkpoints.save(state, run.meta(
@@ -215,8 +220,9 @@ def train(run: runs.Run) -> None:
     pending = (step, step_metrics, batch, chain)
   checkpoints.close()
   writer.close()
-  runs.say(stop.reason(step, total) or tracker.reason(step) or (
-      f'finished {total} updates; batches {chain[:16]}'))
+  runs.say((stop.reason(step, total) if stopping and not last else '')
+           or tracker.reason(step)
+           or f'finished {total} updates; batches {chain[:16]}')
   runs.say(f'best: {tracker.describe()}; checkpoints in {run.workdir}')
 
 
@@ -278,9 +284,7 @@ class _StopRequest:
         self._deadline is not None and time.monotonic() > self._deadline)
 
   def reason(self, step: int, total: int) -> str:
-    """Returns why the run ended before its last step, or ''."""
-    if not self.requested or step == total:
-      return ''
+    """Returns why the run ended before its last step."""
     cause = self._signal or 'the deadline (config.deadline_minutes)'
     return (f'stopped by {cause} after {step} of {total} updates; the same'
             ' command goes on from here')

@@ -1,5 +1,6 @@
 """Eight CPU devices, strict shapes and a small config, for every test."""
 
+import functools
 import os
 
 # Before JAX is imported by any test module.
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sentencepiece import sentencepiece_model_pb2
 
 from configs import tiny as tiny_config
 from gemma_sft import chat
@@ -26,6 +28,24 @@ from gemma_sft.weights import tokenizer_file
 
 # (1, T) broadcast to (B, T) by accident is a wrong sum, not an error.
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+def _allow_rank_promotion(cls):
+  """Spares the library's Gemma 4 blocks, which scale by a (1,) array."""
+  strict = cls.__call__
+
+  @functools.wraps(strict)
+  def call(*args, **kwargs):
+    with jax.numpy_rank_promotion('allow'):
+      return strict(*args, **kwargs)
+
+  cls.__call__ = call
+
+
+model_lib.import_gemma()
+from gemma.gm.nn.gemma4 import _modules as modules4
+
+_allow_rank_promotion(modules4.Block)
 
 
 # Two layers, one local and one global; grouped queries; norms where the
@@ -48,6 +68,20 @@ def make_params(model: model_lib.Model, seed: int = 0):
   return jax.tree.map(
       lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32),
       model_lib.abstract_params(model))
+
+
+def make_tokenizer(generation: int) -> chat.Tokenizer:
+  """The built-in byte tokenizer with the tags of a generation."""
+  if generation != 4:
+    return chat.Tokenizer(
+        tokenizer_file.byte_tokenizer(generation), generation)
+  proto = sentencepiece_model_pb2.ModelProto.FromString(
+      tokenizer_file.byte_tokenizer(3))
+  # Where Gemma 4 has them; the first two ids do not matter.
+  for token, piece in ((7, '<|image>'), (8, '<audio|>'), (105, '<|turn>'),
+                       (106, '<turn|>')):
+    proto.pieces[token].piece = piece
+  return chat.Tokenizer(proto.SerializeToString(), 4)
 
 
 @pytest.fixture

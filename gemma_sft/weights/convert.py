@@ -97,6 +97,8 @@ def is_intact(path: pathlib.Path, sha256: str) -> bool:
     meta = read_meta(path)
     if meta['source_sha256'] != sha256:
       raise ValueError('it belongs to another file')
+    if not {'source', 'metadata'} <= meta.keys():
+      raise ValueError('its meta.json is incomplete')
     if meta['files'] != _sizes(path):
       raise ValueError('files are missing or have other sizes')
   except (OSError, ValueError, KeyError, TypeError) as error:
