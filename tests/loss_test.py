@@ -1,0 +1,195 @@
+"""The gathered, chunked loss is the plain one, and never loses a token."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_sft import loss
+
+_B, _T, _D, _V = 8, 6, 16, 40
+# Compiled whole: faster than operation by operation.
+_masked_nll = jax.jit(loss.masked_nll, static_argnames=(
+    'max_trained', 'groups', 'chunk_size', 'softcap'))
+
+
+def _inputs(seed=0, share=0.4, dtype=jnp.float32):
+  rng = np.random.default_rng(seed)
+  x_BTD = jnp.asarray(rng.normal(0, 1, (_B, _T, _D)), dtype)
+  embedding_VD = jnp.asarray(rng.normal(0, 1, (_V, _D)), dtype)
+  targets_BT = jnp.asarray(rng.integers(0, _V, (_B, _T)), jnp.int32)
+  mask_BT = jnp.asarray(rng.random((_B, _T)) < share)
+  return x_BTD, embedding_VD, targets_BT, mask_BT
+
+
+def _plain(x_BTD, embedding_VD, targets_BT, mask_BT, softcap=None):
+  """All logits at once."""
+  logits_BTV = jnp.einsum('BTD,VD->BTV', x_BTD, embedding_VD)
+  if softcap is not None:
+    logits_BTV = softcap * jnp.tanh(logits_BTV / softcap)
+  log_BTV = jax.nn.log_softmax(logits_BTV)
+  picked_BT = jnp.take_along_axis(log_BTV, targets_BT[..., None], axis=2)[
+      ..., 0]
+  return -jnp.sum(jnp.where(mask_BT, picked_BT, 0))
+
+
+def _value_and_grads(fn, x_BTD, embedding_VD, *rest):
+  return jax.jit(jax.value_and_grad(
+      lambda x, e: fn(x, e, *rest), argnums=(0, 1)))(x_BTD, embedding_VD)
+
+
+def _assert_close(got, wanted, tolerance):
+  """Compares trees, each leaf relative to its largest entry."""
+  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+    largest = np.abs(w).max()
+    np.testing.assert_allclose(g, w, rtol=0, atol=tolerance * max(1, largest))
+
+
+@pytest.mark.parametrize('softcap', (None, 5.0))
+@pytest.mark.parametrize('groups', (1, 2, 8))
+@pytest.mark.parametrize('chunk_size', (3, 64))
+def test_value_and_gradients_are_those_of_all_logits(
+    softcap, groups, chunk_size):
+  inputs = _inputs()
+  # One group of the eight, and the first half of a pair, trains nothing.
+  mask_BT = inputs[3].at[:_B // groups if groups > 1 else 1].set(False)
+  inputs = (*inputs[:3], mask_BT)
+  most = int(mask_BT.reshape(groups, -1).sum(axis=1).max())
+  fn = functools.partial(
+      _masked_nll, max_trained=most + 1, groups=groups,
+      chunk_size=chunk_size, softcap=softcap)
+  n = fn(*inputs)[1]
+  assert n == mask_BT.sum() and n.dtype == jnp.float32
+  got = _value_and_grads(lambda *a: fn(*a)[0], *inputs)
+  wanted = _value_and_grads(
+      functools.partial(_plain, softcap=softcap), *inputs)
+  _assert_close(got, wanted, 1e-5)  # f32 sums in another order.
+
+
+def test_a_number_by_hand():
+  # Two tokens of probability 1/2 each over a vocabulary of two; one trained.
+  nll, n = _masked_nll(
+      jnp.zeros((1, 2, 3)), jnp.ones((2, 3)), jnp.zeros((1, 2), jnp.int32),
+      jnp.asarray([[False, True]]), max_trained=2)
+  assert (float(n), nll.dtype) == (1.0, jnp.float32)
+  np.testing.assert_allclose(nll, np.log(2), rtol=1e-6)  # f32.
+
+
+def test_untrained_positions_do_not_count():
+  x_BTD, embedding_VD, targets_BT, mask_BT = _inputs()
+  other_BTD = jnp.where(mask_BT[..., None], x_BTD, 100.0)
+  other_BT = jnp.where(mask_BT, targets_BT, 0)
+  one, other = (
+      _masked_nll(x, embedding_VD, t, mask_BT, max_trained=48)[0]
+      for x, t in ((x_BTD, targets_BT), (other_BTD, other_BT)))
+  assert one == other  # The same numbers in the same order.
+
+
+@pytest.mark.parametrize('chunk_size', (1, 64))
+def test_nothing_trained_is_zero(chunk_size):
+  x_BTD, embedding_VD, targets_BT, mask_BT = _inputs()
+  nothing = jnp.zeros_like(mask_BT)
+
+  def fn(*arrays):
+    return _masked_nll(
+        *arrays, max_trained=4, groups=2, chunk_size=chunk_size)
+
+  assert fn(x_BTD, embedding_VD, targets_BT, nothing) == (0.0, 0.0)
+  _, grads = _value_and_grads(
+      lambda *a: fn(*a)[0], x_BTD, embedding_VD, targets_BT, nothing)
+  assert all(not np.any(g) for g in grads)
+
+
+@pytest.mark.parametrize('chunk_size', (1, 64))
+def test_everything_trained_at_the_bound(chunk_size):
+  x_BTD, embedding_VD, targets_BT, mask_BT = _inputs()
+  all_BT = jnp.ones_like(mask_BT)
+  nll, n = _masked_nll(
+      x_BTD, embedding_VD, targets_BT, all_BT, max_trained=_T, groups=8,
+      chunk_size=chunk_size)
+  assert n == _B * _T
+  _assert_close(nll, _plain(x_BTD, embedding_VD, targets_BT, all_BT), 1e-5)
+
+
+@pytest.mark.parametrize('groups', (1, 2))
+def test_more_trained_tokens_than_the_bound_are_not_lost_unseen(groups):
+  x_BTD, embedding_VD, targets_BT, mask_BT = _inputs()
+  most = int(mask_BT.reshape(groups, -1).sum(axis=1).max())
+  for bound, is_whole in ((most, True), (most - 1, False)):
+    # Chunks whose last one has room to spare.
+    for chunk_size in (4, 64):
+      nll, n = _masked_nll(
+          x_BTD, embedding_VD, targets_BT, mask_BT, max_trained=bound,
+          groups=groups, chunk_size=chunk_size)
+      assert np.isfinite(nll) == is_whole
+      assert n == mask_BT.sum()
+
+
+_AT_ZERO_LEAKS = pytest.mark.xfail(strict=True, reason=(
+    'unused slots of the gather take position 0 with weight 0, and 0 * NaN is'
+    ' NaN; in the gradient as in the value'))
+
+
+@pytest.mark.parametrize('position', (
+    pytest.param((0, 0), marks=_AT_ZERO_LEAKS), (0, 1), (5, 3)))
+@pytest.mark.parametrize('chunk_size', (4, 64))
+def test_not_a_number_in_an_untrained_position_stays_there(
+    position, chunk_size):
+  x_BTD, embedding_VD, targets_BT, mask_BT = _inputs()
+  mask_BT = mask_BT.at[position].set(False)
+  x_BTD = x_BTD.at[position].set(jnp.nan)
+  value, grads = _value_and_grads(
+      lambda *a: _masked_nll(
+          *a, max_trained=48, chunk_size=chunk_size)[0],
+      x_BTD, embedding_VD, targets_BT, mask_BT)
+  assert np.isfinite(value)
+  assert all(np.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize('chunk_size', (4, 64))
+def test_not_a_number_in_a_trained_position_is_seen(chunk_size):
+  x_BTD, embedding_VD, targets_BT, mask_BT = _inputs()
+  mask_BT = mask_BT.at[3, 3].set(True)
+  nll, _ = _masked_nll(
+      x_BTD.at[3, 3].set(jnp.nan), embedding_VD, targets_BT, mask_BT,
+      max_trained=48, chunk_size=chunk_size)
+  assert np.isnan(nll)
+
+
+def test_bfloat16_inputs_are_summed_in_f32():
+  wide = _inputs()
+  narrow = _inputs(dtype=jnp.bfloat16)
+
+  def fn(*arrays):
+    return _masked_nll(*arrays, max_trained=48, chunk_size=4)[0]
+
+  value, grads = _value_and_grads(fn, *narrow)
+  assert value.dtype == jnp.float32
+  assert all(g.dtype == jnp.bfloat16 for g in grads)
+  # Of bfloat16's 8 bits of mantissa; the sums add nothing to that.
+  _assert_close((value, *(g.astype(jnp.float32) for g in grads)),
+                jax.tree.leaves(_value_and_grads(fn, *wide)), 2e-2)
+  exact = _value_and_grads(fn, *(a.astype(jnp.float32) for a in narrow[:2]),
+                           *narrow[2:])[0]
+  np.testing.assert_allclose(value, exact, rtol=1e-5)  # Products are exact.
+
+
+def test_only_a_chunk_of_logits_exists():
+  inputs = _inputs(share=1.0)
+
+  def fn(*arrays):
+    return _masked_nll(*arrays, max_trained=48, chunk_size=4)[0]
+
+  program = str(jax.make_jaxpr(jax.grad(fn, argnums=(0, 1)))(*inputs))
+  assert f'f32[1,4,{_V}]' in program
+  assert f'48,{_V}]' not in program
+
+
+@pytest.mark.parametrize('wrong', (0, 2, 3))
+def test_shapes_that_do_not_belong_together_are_refused(wrong):
+  inputs = list(_inputs())
+  inputs[wrong] = inputs[wrong][:4]
+  with pytest.raises(Exception, match='B T|shape'):
+    loss.masked_nll(*inputs, max_trained=48)
