@@ -20,9 +20,6 @@ def get_config() -> config_dict.ConfigDict:
   config.deadline_minutes = 0.0
   # Workdir of another run whose best adapters to start from; '' for fresh.
   config.init_from = ''
-  # Before training, compare the gradient of one batch as 1xB, Bx1, packed,
-  # padded and on one device; stop if they differ.
-  config.self_test = False
 
   config.model = model = config_dict.ConfigDict()
   # A preset of gemma_sft/model.py, or custom with the dimensions below.

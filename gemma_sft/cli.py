@@ -35,8 +35,11 @@ _FLAGS = {
         'dry_run', False, 'Audit the data, print the plan and stop.'),
     'base': lambda: flags.DEFINE_bool(
         'base', False, 'The untouched base model instead of the tuned one.'),
+    'self_test': lambda: flags.DEFINE_bool(
+        'self_test', False, 'Before training, compare the gradient of one batch'
+        ' as 1xB, Bx1, packed, padded and on one device; stop if they differ.'),
     'split': lambda: flags.DEFINE_string(
-        'split', 'test', 'The split: train, validation or test.'),
+        'split', None, 'The split: train, validation or test.'),
     'step': lambda: flags.DEFINE_integer(
         'step', -1, 'Checkpoint to use; -1 is the best, -2 the latest.'),
     'prompt': lambda: flags.DEFINE_multi_string(
@@ -47,12 +50,27 @@ _FLAGS = {
         'examples', 3, 'Number of examples to show.'),
     'color': lambda: flags.DEFINE_bool(
         'color', None, 'Colours; the default is whether this is a terminal.'),
+    'temperature': lambda: flags.DEFINE_float(
+        'temperature', None, '0 for greedy. Default of this and of the flags'
+        ' below: config.sampling of the run.'),
+    'top_k': lambda: flags.DEFINE_integer(
+        'top_k', None, 'Keep the k likeliest tokens; 0 for all.'),
+    'top_p': lambda: flags.DEFINE_float(
+        'top_p', None, 'Keep the likeliest tokens that make up p.'),
+    'repetition_penalty': lambda: flags.DEFINE_float(
+        'repetition_penalty', None, '1 for none.'),
+    'max_new_tokens': lambda: flags.DEFINE_integer(
+        'max_new_tokens', None, 'Longest answer.'),
+    'stop': lambda: flags.DEFINE_multi_string(
+        'stop', None, 'Text that ends an answer; may be given several times.'),
+    'seed': lambda: flags.DEFINE_integer(
+        'seed', None, 'Of the sampling.'),
     'limit': lambda: flags.DEFINE_integer(
         'limit', 0, 'Judge only the first so many records; 0 for all.'),
 }
 
 
-def run(module: str, *flag_names: str, usage: str = '') -> None:
+def run(module: str, *flag_names: str, **defaults: Any) -> None:
   """Parses the command line, runs `module.main(**flags)` and exits.
 
   Exit status: what `main` returns, or 2 for a user's mistake, or 130 for an
@@ -61,10 +79,10 @@ def run(module: str, *flag_names: str, usage: str = '') -> None:
   Args:
     module: The entry point's importable name.
     *flag_names: The flags that it takes, keys of `_FLAGS`.
-    usage: Text over the flags in `--help`; the module's docstring by default.
+    **defaults: Of flags whose default is another here.
   """
   try:
-    values = _parse(module, flag_names, usage)
+    values = _parse(module, flag_names, defaults)
     main: Callable[..., Any] = importlib.import_module(module).main
     status = main(**values)
   except errors.UserError as error:
@@ -73,15 +91,20 @@ def run(module: str, *flag_names: str, usage: str = '') -> None:
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr)
     status = 130
+  except BrokenPipeError:  # The reader, such as `head`, has seen enough.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    status = 0
   sys.stdout.flush()
   sys.exit(status or 0)
 
 
-def _parse(module, flag_names, usage):
+def _parse(module, flag_names, defaults):
   for name in flag_names:
     _FLAGS[name]()
+  for name, value in defaults.items():
+    flags.FLAGS.set_default(name, value)
   if any(a in ('--help', '-h', '--helpfull') for a in sys.argv[1:]):
-    print(usage or sys.modules['__main__'].__doc__)
+    print(sys.modules['__main__'].__doc__)
     for name in flag_names:
       print(f'  --{name}: {flags.FLAGS[name].help}')
     sys.exit(0)

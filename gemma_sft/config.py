@@ -10,7 +10,7 @@ from gemma_sft import errors
 # May differ between a checkpoint and the run that resumes it: none of these
 # changes a number that training computes.
 _FREE_ON_RESUME = (
-    'deadline_minutes', 'self_test', 'eval.', 'checkpoint.', 'mesh.',
+    'deadline_minutes', 'eval.', 'checkpoint.', 'mesh.',
     'sampling.', 'train.log_every', 'train.remat', 'data.test',
     'model.weights', 'model.tokenizer')
 

@@ -12,7 +12,7 @@ from gemma_sft import cli
 
 if __name__ == '__main__':
   cli.run('gemma_sft.evaluate', 'config', 'workdir', 'base', 'split', 'step',
-          'limit')
+          'limit', split='test')
 
 import json
 import os

@@ -47,7 +47,7 @@ def import_gemma() -> types.ModuleType:
     module = types.ModuleType(policy)
     module.AnchoredPolicyLoader = type('AnchoredPolicyLoader', (), {})
     sys.modules[policy] = module
-  if 'tensorflow' not in sys.modules:
+  if sys.modules.get('tensorflow') is None:
     stand_in = types.ModuleType('tensorflow')
     stand_in.Tensor = type('Tensor', (), {})
     stand_in.__spec__ = importlib.machinery.ModuleSpec('tensorflow', None)

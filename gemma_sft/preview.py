@@ -8,7 +8,8 @@ Trained tokens are green (or in «guillemets» without colours), the rest is dim
 from gemma_sft import cli
 
 if __name__ == '__main__':
-  cli.run('gemma_sft.preview', 'config', 'split', 'examples', 'color')
+  cli.run('gemma_sft.preview', 'config', 'split', 'examples', 'color',
+          split='train')
 
 import sys
 from typing import Any
@@ -29,8 +30,6 @@ def main(
   """Prints the preview; see the module's docstring."""
   cli.require('config', config, '--config=configs/blop.py')
   config_lib.validate(config)
-  # Its default is for evaluation; here the training data is the point.
-  split = 'train' if split == 'test' and not config.data.test else split
   if split not in ('train', 'validation', 'test') or not config.data[split]:
     raise errors.UserError(
         f'--split={split}', 'a split that the config names',

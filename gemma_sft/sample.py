@@ -4,15 +4,16 @@
     python -m gemma_sft.sample --workdir=W            # a chat; /help
     python -m gemma_sft.sample --workdir=W --base     # the untouched model
 
-Temperature, top-k, top-p, repetition penalty, stop texts and seed are
-`config.sampling`: --config=... --config.sampling.temperature=0.
+Temperature, top-k, top-p, repetition penalty, stop texts and seed have flags;
+their defaults are the run's `config.sampling`.
 """
 
 from gemma_sft import cli
 
 if __name__ == '__main__':
   cli.run('gemma_sft.sample', 'config', 'workdir', 'base', 'step', 'prompt',
-          'system')
+          'system', 'temperature', 'top_k', 'top_p', 'repetition_penalty',
+          'max_new_tokens', 'stop', 'seed')
 
 import sys
 from typing import Any
@@ -35,11 +36,16 @@ def main(
     step: int,
     prompt: Sequence[str] | None,
     system: str,
+    **sampling: Any,
 ) -> int:
   """Answers or chats; see the module's docstring."""
   cli.require('workdir', workdir, '--workdir=workdirs/blop')
   if config is None:
     config = cli.load_run_config(workdir)
+  config = config.copy_and_resolve_references()
+  for name, value in sampling.items():
+    if value is not None:
+      config.sampling[name] = tuple(value) if name == 'stop' else value
   config_lib.validate(config)
   served = runs.load_weights(config, workdir, base=base, step=step)
   print(f'weights: {served.description}', file=sys.stderr)

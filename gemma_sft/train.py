@@ -12,7 +12,8 @@ from gemma_sft import cli
 if __name__ == '__main__':
   # Before the heavy imports: `run` parses the flags, then imports this module
   # by its name and calls `main`.
-  cli.run('gemma_sft.train', 'config', 'workdir', 'dry_run')
+  cli.run('gemma_sft.train', 'config', 'workdir', 'dry_run',
+          'self_test')
 
 import functools
 import signal
@@ -33,7 +34,7 @@ from gemma_sft import model as model_lib
 from gemma_sft import progress
 from gemma_sft import runs
 from gemma_sft import scoring
-from gemma_sft import self_test
+from gemma_sft import self_test as self_test_lib
 from gemma_sft import sharding
 from gemma_sft import state as state_lib
 
@@ -135,7 +136,9 @@ def gradient_sums(
 # The run ---------------------------------------------------------------------
 
 
-def main(config: Any, workdir: str, dry_run: bool) -> int:
+def main(
+    config: Any, workdir: str, dry_run: bool = False, self_test: bool = False
+) -> int:
   """Runs a config in a workdir; see the module's docstring."""
   cli.require('config', config, '--config=configs/blop.py')
   cli.require('workdir', workdir, '--workdir=workdirs/blop')
@@ -145,8 +148,8 @@ def main(config: Any, workdir: str, dry_run: bool) -> int:
   if run is None:
     runs.say('dry run: nothing was trained')
     return 0
-  if config.self_test:
-    self_test.check(run, gradient_sums)
+  if self_test:
+    self_test_lib.check(run, gradient_sums)
   train(run)
   lock.close()
   return 0

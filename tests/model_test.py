@@ -1,0 +1,347 @@
+"""Our way through the official models gives the official logits."""
+
+import functools
+import inspect
+import pathlib
+import subprocess
+import sys
+
+import conftest
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_sft import errors
+from gemma_sft import lora
+from gemma_sft import model as model_lib
+
+_B, _T = 2, 20  # The window of the local layers is 8.
+# More kinds: Gemma 1 7B fuses q, k and v; Gemma 4 E2B has inputs per layer and
+# last layers that reuse keys and values.
+_KINDS = {
+    '1': dict(generation=1),
+    '1_fused': dict(generation=1, num_kv_heads=4),
+    '2': dict(generation=2),
+    '3': dict(generation=3),
+    '4': dict(generation=4),
+    '4_shared': dict(
+        generation=4, num_layers=4, per_layer_input_dim=8, shared_kv_layers=2),
+}
+# Sums of 32 products in another order, in f32, relative to the spread.
+_CLOSE = 1e-5
+
+
+@functools.cache
+def _model(kind):
+  return model_lib.make_model('custom', **conftest.DIMENSIONS | _KINDS[kind])
+
+
+@functools.cache
+def _params(kind):
+  return conftest.make_params(_model(kind))
+
+
+@functools.cache
+def _adapters(kind):
+  adapters = lora.init_adapters(
+      _params(kind), rank=3, targets='attn/|mlp/', seed=0,
+      transposed_gating=_model(kind).transposed_gating)
+  rng = np.random.default_rng(1)
+  return jax.tree.map(
+      lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), jnp.float32),
+      adapters)
+
+
+def _tokens(T=_T, seed=0):
+  return jnp.asarray(
+      np.random.default_rng(seed).integers(3, 512, (_B, T)), jnp.int32)
+
+
+def _arranged(tokens_BT):
+  """Returns (tokens, positions, segment ids) of rows of one example each."""
+  T = tokens_BT.shape[1]
+  positions_BT = jnp.broadcast_to(jnp.arange(T)[None], tokens_BT.shape)
+  return tokens_BT, positions_BT, jnp.ones_like(tokens_BT)
+
+
+@functools.partial(jax.jit, static_argnames=('kind', 'remat'))
+def _hidden(kind, params, arranged, adapters=None, remat='none'):
+  return model_lib.hidden_states(
+      _model(kind), params, *arranged, adapters=adapters, lora_scale=2.0,
+      remat=remat)
+
+
+def _assert_close(got, wanted, tolerance=_CLOSE):
+  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+    g, w = np.asarray(g), np.asarray(w)
+    spread = max(1e-3, w.max() - w.min())
+    np.testing.assert_allclose(g, w, rtol=0, atol=tolerance * spread)
+
+
+def _official_logits(kind, tokens_BT):
+  with jax.numpy_rank_promotion('allow'):
+    return _model(kind).transformer.apply(
+        {'params': _params(kind)}, tokens_BT).logits
+
+
+@pytest.mark.parametrize('kind', _KINDS)
+def test_logits_are_the_librarys_own(kind):
+  model, params, tokens_BT = _model(kind), _params(kind), _tokens()
+  x_BTD = _hidden(kind, params, _arranged(tokens_BT))
+  assert x_BTD.shape == (_B, _T, 32) and x_BTD.dtype == jnp.float32
+  logits_BTV = model_lib.logits(model, params, x_BTD)
+  wanted_BTV = _official_logits(kind, tokens_BT)
+  assert np.std(wanted_BTV) > 0.5  # No comparison of zeros.
+  _assert_close(logits_BTV, wanted_BTV)
+
+
+@pytest.mark.parametrize('kind', ('3', '4'))
+def test_adapters_work_after_a_plain_call_of_the_library(kind):
+  # `Transformer.__call__` is under `nn.jit`, whose cached traces ignore
+  # interceptors: after a plain call, adapters would be left out unseen.
+  tokens_BT = _tokens()
+  arranged = _arranged(tokens_BT)
+  plain_BTV = _official_logits(kind, tokens_BT)
+  jax.clear_caches()
+  _official_logits(kind, tokens_BT)
+  x_BTD, base_BTD = (
+      model_lib.hidden_states(
+          _model(kind), _params(kind), *arranged, adapters=adapters)
+      for adapters in (_adapters(kind), None))
+  assert np.abs(x_BTD - base_BTD).max() > 0.1
+  # Nor does the intercepted call leak into the library's.
+  _assert_close(_official_logits(kind, tokens_BT), plain_BTV)
+
+
+@pytest.mark.parametrize('kind', _KINDS)
+def test_packed_examples_do_not_see_each_other(kind):
+  # Each longer than the window, so the window has to follow the positions.
+  lengths, T = (12, 17, 11), 48
+  rng = np.random.default_rng(2)
+  tokens, positions, segments = (np.zeros((1, T), np.int32) for _ in range(3))
+  rows = [rng.integers(3, 512, n) for n in lengths]
+  starts = np.cumsum([0, *lengths[:-1]])
+  for i, (row, start) in enumerate(zip(rows, starts), 1):
+    at = slice(start, start + len(row))
+    tokens[0, at], positions[0, at] = row, np.arange(len(row))
+    segments[0, at] = i
+  packed_TD = _hidden(
+      kind, _params(kind), (*map(jnp.asarray, (tokens, positions, segments)),)
+  )[0]
+  # The rows of padding see nothing; that must not become NaN.
+  assert np.isfinite(packed_TD).all()
+  for row, start in zip(rows, starts):
+    alone_BT, filled_BT = (np.zeros((1, T), np.int32) for _ in range(2))
+    alone_BT[0, :len(row)], filled_BT[0, :len(row)] = row, 1
+    alone = (jnp.asarray(alone_BT), _arranged(jnp.asarray(alone_BT))[1],
+             jnp.asarray(filled_BT))
+    _assert_close(packed_TD[start:start + len(row)],
+                  _hidden(kind, _params(kind), alone)[0, :len(row)])
+
+
+def test_segment_mask_by_hand():
+  mask_BTS = model_lib.segment_mask(jnp.asarray([[1, 1, 2, 2, 0]]))
+  np.testing.assert_array_equal(mask_BTS[0].astype(int), [
+      [1, 0, 0, 0, 0],
+      [1, 1, 0, 0, 0],
+      [0, 0, 1, 0, 0],
+      [0, 0, 1, 1, 0],
+      [0, 0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize('kind', _KINDS)
+def test_no_position_sees_a_later_one(kind):
+  at = 11
+  tokens_BT = _tokens()
+  changed_BT = tokens_BT.at[:, at:].set(_tokens(seed=5)[:, at:])
+  before_BTD, after_BTD = (
+      _hidden(kind, _params(kind), _arranged(t))
+      for t in (tokens_BT, changed_BT))
+  np.testing.assert_array_equal(before_BTD[:, :at], after_BTD[:, :at])
+  assert (np.abs(before_BTD - after_BTD)[:, at:].max(axis=2) > 1e-3).all()
+
+
+@pytest.mark.parametrize('kind', ('1', '2', '3', '4'))
+def test_no_gradient_flows_to_a_later_token(kind):
+  # Rows of the embedding that occur after position 11 alone get none.
+  at = 11
+  tokens_BT = jnp.broadcast_to(jnp.arange(3, 3 + _T)[None], (_B, _T))
+
+  @jax.jit
+  @jax.grad
+  def gradient(table_VD):
+    params = dict(_params(kind))
+    params['embedder'] = params['embedder'] | {'input_embedding': table_VD}
+    x_BTD = model_lib.hidden_states(_model(kind), params, *_arranged(tokens_BT))
+    return jnp.sum(x_BTD[:, at] ** 3)  # The norm makes the plain sum flat.
+
+  size_V = np.abs(gradient(model_lib.embedding(_params(kind)))).max(axis=1)
+  assert (size_V[3:3 + at + 1] > 0).all()
+  assert not size_V[3 + at + 1:].any()
+
+
+@pytest.mark.parametrize('kind', ('2', '3', '4_shared'))
+def test_recomputed_blocks_give_the_same_value_and_gradient(kind):
+  arranged = _arranged(_tokens())
+
+  def run(remat):
+    def fn(adapters):
+      x_BTD = model_lib.hidden_states(
+          _model(kind), _params(kind), *arranged, adapters=adapters,
+          lora_scale=2.0, remat=remat)
+      return jnp.sum(jnp.sin(x_BTD))
+    fn = jax.value_and_grad(fn)
+    n_checkpoints = str(jax.make_jaxpr(fn)(_adapters(kind))).count(' remat2')
+    return jax.jit(fn)(_adapters(kind)), n_checkpoints
+
+  (kept, n_kept), (again, n_again) = run('none'), run('block')
+  # One for each block forward, or nothing was tested.
+  assert n_kept == 0 and n_again >= _model(kind).config.num_layers
+  _assert_close(again, kept)  # XLA may fuse the two programs differently.
+
+
+@pytest.mark.parametrize('kind', ('3', '4'))
+def test_compute_follows_the_weights_dtype(kind):
+  params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), _params(kind))
+  x_BTD = jax.eval_shape(
+      lambda p, a: model_lib.hidden_states(
+          _model(kind), p, *_arranged(_tokens()), adapters=a),
+      params, _adapters(kind))
+  assert x_BTD.dtype == jnp.bfloat16  # Though the adapters are f32.
+  assert jax.eval_shape(
+      lambda p, x: model_lib.logits(_model(kind), p, x), params, x_BTD
+  ).dtype == jnp.float32
+
+
+# Architectures ----------------------------------------------------------------
+
+_COUNTS = {
+    'gemma1_2b': 2_506_434_560,
+    'gemma1_7b': 8_538_074_112,
+    'gemma2_2b': 2_614_636_800,
+    'gemma2_9b': 9_242_164_736,
+    'gemma2_27b': 27_227_718_144,
+    'gemma3_270m': 268_098_176,
+    'gemma3_1b': 999_885_952,
+    'gemma3_4b': 3_880_099_328,
+    'gemma3_12b': 11_765_788_416,
+    'gemma3_27b': 27_009_002_240,
+    # As the library builds them; nobody publishes a count of the text part.
+    'gemma4_e2b': 4_647_449_891,
+    'gemma4_e4b': 7_518_069_034,
+    'gemma4_31b': 30_697_345_340,
+}
+
+
+def test_every_preset_has_a_count():
+  assert list(_COUNTS) == list(model_lib.PRESETS)
+
+
+@pytest.mark.parametrize('name', _COUNTS)
+def test_presets_have_the_published_size(name):
+  model = model_lib.make_model(name)
+  params = model_lib.abstract_params(model)
+  assert (model.name, model.generation) == (name, int(name[5]))
+  assert model_lib.count_params(params) == _COUNTS[name]
+  # Text alone: no tower that nothing here would train or feed.
+  assert not [k for k in params if 'vision' in k or 'audio' in k]
+  gating = params['layer_0']['mlp']['gating_einsum'].shape
+  width, hidden = model.config.embed_dim, model.config.hidden_dim
+  assert gating == ((2, hidden, width) if model.transposed_gating else
+                    (2, width, hidden))
+
+
+def test_dimensions_of_a_custom_model():
+  model = _model('3')
+  assert model_lib.embedding(_params('3')).shape == (512, 32)
+  assert model.config.num_layers == 2
+  kinds = [kind.name for kind in model.config.attention_types]
+  assert kinds == ['LOCAL_SLIDING', 'GLOBAL']
+  assert model.config.sliding_window_size == 8
+  assert hash(model) == hash(model_lib.make_model(
+      'custom', **conftest.DIMENSIONS | _KINDS['3']))  # A static argument.
+
+
+@pytest.mark.parametrize('name, got', (
+    ('gemma4_26b_a4b', 'mixture of experts'),
+    ('gemma3_270', "Did you mean 'gemma3_270m'?"),
+    ('llama', 'one of gemma1_2b'),
+))
+def test_a_model_that_is_not_there_is_refused(name, got):
+  with pytest.raises(errors.UserError, match=got):
+    model_lib.make_model(name)
+
+
+@pytest.mark.parametrize('changes, got', (
+    (dict(generation=5), 'generation is 5'),
+    (dict(generation=3, num_kv_heads=3), '4 query heads and 3'),
+    (dict(generation=3, num_kv_heads=0), '4 query heads and 0'),
+))
+def test_dimensions_that_do_not_work_out_are_refused(changes, got):
+  with pytest.raises(errors.UserError, match=got):
+    model_lib.make_model('custom', **conftest.DIMENSIONS | changes)
+
+
+# The library ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('kind', ('3', '4'))
+def test_the_internals_that_are_reached_are_as_they_were(kind):
+  transformer = type(_model(kind).transformer)
+  inputs = inspect.signature(transformer._encode_and_get_inputs).parameters
+  assert {'tokens', 'positions', 'attention_mask'} <= set(inputs)
+  required = {name for name, p in inputs.items()
+              if p.default is p.empty and name != 'self'}
+  assert required <= {'tokens'}, 'a new argument that _run does not give'
+  assert list(inspect.signature(
+      transformer._apply_attention).parameters)[:3] == [
+          'self', 'inputs', 'cache']
+  source = inspect.getsource(inspect.getmodule(transformer))
+  assert 'nn.jit' in source, '__call__ may serve interceptors now'
+  assert 'self._apply_attention(' in inspect.getsource(transformer)
+
+
+@pytest.mark.parametrize('kind', _KINDS)
+def test_every_projection_is_an_einsum_that_is_adapted(kind):
+  # A layer of another class would be left out without a word.
+  calls = set()
+
+  def intercept(next_fun, args, kwargs, context):
+    module = context.module
+    if type(module).__name__ == 'Einsum' and context.method_name == '__call__':
+      calls.add('/'.join((*module.path, module.weight_name)))
+    return next_fun(*args, **kwargs)
+
+  import flax.linen as nn
+  with nn.intercept_methods(intercept):
+    model_lib.abstract_params(_model(kind))
+  flat = jax.tree_util.tree_flatten_with_path(_params(kind))[0]
+  names = {'/'.join(p.key for p in path) for path, leaf in flat
+           if leaf.ndim >= 2 and 'embedder' not in path[0].key}
+  per_layer = {n for n in calls if 'embedder' in n}
+  dense = {n for n in names if 'per_layer' in n}  # Gemma 4's small gates.
+  assert names - dense == calls - per_layer - dense
+
+
+_SCRIPT = '''
+import sys
+import {modules}
+from gemma_sft import model
+model.abstract_params(model.make_model(
+    "custom", generation=4, vocab_size=8, num_layers=2, embed_dim=8,
+    hidden_dim=8, num_heads=2, num_kv_heads=1, head_dim=4))
+print([m for m in sys.modules if m.partition(".")[0] in
+       ("tensorflow", "keras", "tensorflow_datasets")])
+'''
+
+
+def test_tensorflow_is_not_imported():
+  modules = ', '.join(f'gemma_sft.{name}' for name in (
+      'model', 'loss', 'lora', 'data', 'state', 'optimizer', 'sharding',
+      'generate'))
+  done = subprocess.run(
+      [sys.executable, '-c', _SCRIPT.format(modules=modules)], check=True,
+      capture_output=True, text=True,
+      cwd=pathlib.Path(model_lib.__file__).parents[1])
+  assert done.stdout.strip() == '[]'
