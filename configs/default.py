@@ -92,8 +92,8 @@ def get_config() -> config_dict.ConfigDict:
   train.microbatches = 1
   # none keeps activations, block makes them again in the backward pass.
   train.remat = 'none'
-  # Trained positions whose logits exist at a time: 1024 of 262,144 floats are
-  # 1 GB.
+  # With all weights trained: positions whose logits exist at a time (1024 of
+  # 262,144 floats are 1 GB). LoRA has no logits, see loss.py.
   train.loss_chunk = 1024
   train.log_every = 10
 
@@ -116,7 +116,7 @@ def get_config() -> config_dict.ConfigDict:
   # Validation records answered and judged each time; 0 for none, -1 for all.
   evaluation.judged = 0
   # Rows of a generation batch.
-  evaluation.batch_size = 48
+  evaluation.batch_size = 64
   evaluation.max_new_tokens = 256
   # Answered after each evaluation, greedily.
   evaluation.prompts = ()

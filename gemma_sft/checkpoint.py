@@ -6,8 +6,10 @@
 The frozen base is not in a checkpoint; `Meta.base` names it by content.
 """
 
+from collections.abc import Callable
+from collections.abc import Iterator
+import contextlib
 import dataclasses
-import errno
 import hashlib
 import os
 import shutil
@@ -180,12 +182,17 @@ class Checkpoints:
     return restored['state']['trainable'], Meta(**restored['meta'])
 
   def restore_latest(
-      self, abstract_state: Any
+      self, abstract_state: Any, check: Callable[[Meta], None]
   ) -> tuple[state_lib.TrainState, Meta] | None:
     """Returns the newest checkpoint that is whole, or None without any.
 
     A damaged one is passed over with a warning and moved aside, so that the
     run can save that step again.
+
+    Args:
+      abstract_state: Shapes and shardings.
+      check: Raises `UserError` for a checkpoint that is not this run's, before
+        its arrays are read: of other shapes, they would seem damaged.
 
     Raises:
       UserError: if there are checkpoints and none of them can be read.
@@ -193,7 +200,10 @@ class Checkpoints:
     steps = self.steps()
     for step in reversed(steps):
       try:
+        check(self.read_meta(step))
         return self.restore(step, abstract_state)
+      except errors.UserError:
+        raise
       except Exception as error:  # Whatever a damaged file leads to.
         logging.warning(
             'checkpoint %d cannot be read and is passed over: %s', step,
@@ -242,26 +252,21 @@ def choose_step(checkpoints: Checkpoints, step: int) -> int:
   return step
 
 
-class _disk_errors:
-  """Turns a full or read-only disk into a message."""
+_FULL = ('No space left', 'File too large', 'Disk quota exceeded')
 
-  def __init__(self, path: str):
-    self._path = path
 
-  def __enter__(self):
-    return self
-
-  def __exit__(self, kind, error, traceback):
-    text = f'{error!r}'
-    full = (isinstance(error, OSError) and error.errno in (
-        errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            ) or 'No space left' in text or 'File too large' in text
-    if error is not None and full:
-      free = shutil.disk_usage(os.path.dirname(self._path)).free / 1e9
-      raise errors.UserError(
-          f'the disk is full: a checkpoint could not be saved in {self._path}'
-          f' ({free:.1f} GB free)',
-          'room for one more checkpoint',
-          'make room and start the same command again: it resumes from the'
-          ' last whole checkpoint') from error
-    return False
+@contextlib.contextmanager
+def _disk_errors(path: str) -> Iterator[None]:
+  """Turns a full disk into a message."""
+  try:
+    yield
+  except Exception as error:  # TensorStore raises ValueError for it.
+    if not any(text in repr(error) for text in _FULL):
+      raise
+    free = shutil.disk_usage(os.path.dirname(path)).free / 1e9
+    raise errors.UserError(
+        f'the disk is full: a checkpoint could not be saved in {path}'
+        f' ({free:.1f} GB free)',
+        'room for one more checkpoint',
+        'make room and start the same command again: it resumes from the'
+        ' last whole checkpoint') from error

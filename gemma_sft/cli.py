@@ -13,6 +13,7 @@ before JAX is loaded; `run` then imports the module by its name and calls its
 """
 
 import importlib
+import logging
 import os
 import sys
 from typing import Any
@@ -81,6 +82,9 @@ def run(module: str, *flag_names: str, **defaults: Any) -> None:
     *flag_names: The flags that it takes, keys of `_FLAGS`.
     **defaults: Of flags whose default is another here.
   """
+  # Orbax's warnings about its own options are not for the person.
+  logging.getLogger('absl').addFilter(
+      lambda record: f'{os.sep}orbax{os.sep}' not in record.pathname)
   try:
     values = _parse(module, flag_names, defaults)
     main: Callable[..., Any] = importlib.import_module(module).main

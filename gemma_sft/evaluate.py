@@ -59,8 +59,7 @@ def main(
   print(f'scoring {name} ({served.description}) on {len(records)} records of'
         f' {split}', flush=True)
   scores = scoring.evaluate_loss(
-      served.model, served.params, served.source(examples), served.mesh,
-      chunk_size=config.train.loss_chunk)
+      served.model, served.params, served.source(examples), served.mesh)
   judged, answers, seconds = scoring.judge_records(
       served.model, served.params, served.tokenizer, served.task, records,
       max_new_tokens=config.eval.max_new_tokens,

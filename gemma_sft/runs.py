@@ -156,8 +156,6 @@ def prepare(config: Any, workdir: str, *, data_only: bool = False
   state = initial_state(config, model, base, optimizer, mesh)
   say(f'trained: {model_lib.count_params(state.trainable):,} of '
       f'{model_lib.count_params(base):,} weights')
-  with open(os.path.join(workdir, 'config.json'), 'w', encoding='utf-8') as f:
-    f.write(config_lib.to_json(config))
   validation = None
   if 'validation' in splits:
     validation = make_source(config, splits['validation'], layout, epochs=1,
@@ -294,6 +292,14 @@ def check_resume(run: Run, meta: checkpoint_lib.Meta) -> None:
         'the tokenizer or the packing has changed since; choose another'
         ' --workdir')
   say(f'resuming after {meta.step} updates; batches {meta.chain[:16]} verified')
+
+
+def save_config(run: Run) -> None:
+  """Keeps the config in the workdir, once it is known to be the run's."""
+  if jax.process_index() == 0:
+    path = os.path.join(run.workdir, 'config.json')
+    with open(path, 'w', encoding='utf-8') as file:
+      file.write(config_lib.to_json(run.config))
 
 
 def init_from(run: Run, workdir: str) -> state_lib.TrainState:

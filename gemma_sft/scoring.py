@@ -36,7 +36,8 @@ def batch_nll(
     *,
     max_trained: int,
     groups: int,
-    chunk_size: int,
+    frozen_head: bool,
+    chunk_size: int = 1024,
     **hidden: Any,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns (nll_sum, n_tokens) of one microbatch: what training minimises.
@@ -48,6 +49,7 @@ def batch_nll(
     max_trained: See `loss.masked_nll`.
     groups: See `loss.masked_nll`.
     chunk_size: See `loss.masked_nll`.
+    frozen_head: See `loss.masked_nll`.
     **hidden: Adapters, dropout and rematerialisation of
       `model.hidden_states`.
   """
@@ -57,7 +59,8 @@ def batch_nll(
   return loss_lib.masked_nll(
       x_BTD, model_lib.embedding(params), microbatch['targets'],
       microbatch['loss_mask'], max_trained=max_trained, groups=groups,
-      chunk_size=chunk_size, softcap=model.config.final_logit_softcap)
+      chunk_size=chunk_size, frozen_head=frozen_head,
+      softcap=model.config.final_logit_softcap)
 
 
 def evaluate_loss(
@@ -68,7 +71,6 @@ def evaluate_loss(
     *,
     adapters: Any = None,
     lora_scale: float = 1.0,
-    chunk_size: int = 1024,
 ) -> dict[str, float]:
   """Returns loss, perplexity and bits per byte over one pass of a source."""
   nll_sum = n_tokens = 0.0
@@ -76,22 +78,22 @@ def evaluate_loss(
     batch = source[i]
     nll, n = _nll_of_batch(
         model, params, adapters, put_batch(batch, mesh), lora_scale,
-        int(batch['max_trained']), sharding.batch_groups(mesh), chunk_size)
+        int(batch['max_trained']), sharding.batch_groups(mesh))
     nll_sum += float(nll)
     n_tokens += float(n)
   return metrics.summarise(nll_sum, n_tokens, source.target_bytes())
 
 
 @functools.partial(jax.jit, static_argnames=(
-    'model', 'lora_scale', 'max_trained', 'groups', 'chunk_size'))
+    'model', 'lora_scale', 'max_trained', 'groups'))
 def _nll_of_batch(
-    model, params, adapters, batch, lora_scale, max_trained, groups,
-    chunk_size):
+    model, params, adapters, batch, lora_scale, max_trained, groups):
 
   def add(total, microbatch):
     nll, n = batch_nll(
         model, params, microbatch, max_trained=max_trained, groups=groups,
-        chunk_size=chunk_size, adapters=adapters, lora_scale=lora_scale)
+        frozen_head=True, adapters=adapters,
+        lora_scale=lora_scale)
     return (total[0] + nll, total[1] + n), None
 
   zero = (jnp.float32(0), jnp.float32(0))

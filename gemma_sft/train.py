@@ -21,7 +21,9 @@ import time
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gemma_sft import checkpoint as checkpoint_lib
@@ -121,7 +123,7 @@ def gradient_sums(
         model, params, microbatch, adapters=adapters,
         lora_scale=settings.lora_scale, dropout=dropout,
         remat=settings.remat, max_trained=max_trained, groups=settings.groups,
-        chunk_size=settings.loss_chunk)
+        chunk_size=settings.loss_chunk, frozen_head=settings.lora_enabled)
 
   def add_microbatch(sums, microbatch):
     (nll, n), grads = jax.value_and_grad(nll_sum, has_aux=True)(
@@ -168,11 +170,12 @@ def train(run: runs.Run) -> None:
   #   2. the adapters of another run (config.init_from),
   #   3. fresh.
   state, meta = run.initial_state, None
-  if restored := checkpoints.restore_latest(runs.abstract_state(run)):
+  if restored := checkpoints.restore_latest(
+      runs.abstract_state(run), lambda meta: runs.check_resume(run, meta)):
     state, meta = restored
-    runs.check_resume(run, meta)
   elif config.init_from:
     state = runs.init_from(run, config.init_from)
+  runs.save_config(run)
   step = meta.step if meta else 0
   chain = meta.chain if meta else data.EMPTY_CHAIN
   tracker = progress.Tracker(
@@ -190,7 +193,7 @@ def train(run: runs.Run) -> None:
   pending = None  # (step, metrics) of the step still running on the device.
   # Evaluation, checkpoint and log line N describe the weights after N updates.
   while True:
-    last, stopping = step == total, stop.requested
+    last, stopping = step == total, stop.requested()
     evaluate = (step % eval_every == 0 or last) and (
         meta is None or step > meta.step)
     if evaluate or last or stopping or step % save_every == 0:
@@ -239,7 +242,7 @@ def evaluate_state(
         run.settings.lora_enabled) else (run.merged(state.trainable), None)
     scores = scoring.evaluate_loss(
         run.model, params, run.validation, run.mesh, adapters=adapters,
-        lora_scale=run.settings.lora_scale, chunk_size=config.train.loss_chunk)
+        lora_scale=run.settings.lora_scale)
   text = ''.join(f' | {k} {v:.4g}' for k, v in scores.items())
   records = run.splits['validation'].records if 'validation' in (
       run.splits) else []
@@ -281,10 +284,13 @@ class _StopRequest:
       raise KeyboardInterrupt
     self._signal = signal.Signals(number).name
 
-  @property
   def requested(self) -> bool:
-    return self._signal is not None or (
+    """Whether any host is asked to stop. All hosts call it at the same step."""
+    here = self._signal is not None or (
         self._deadline is not None and time.monotonic() > self._deadline)
+    if jax.process_count() == 1:
+      return here
+    return bool(multihost_utils.process_allgather(np.asarray(here)).any())
 
   def reason(self, step: int, total: int) -> str:
     """Returns why the run ended before its last step."""
