@@ -27,13 +27,15 @@ def get_config(arg: str = '270m') -> config_dict.ConfigDict:
       batch_size=2)
   config.lora.update(rank=16, alpha=16.0, targets='attn/|mlp/')
   config.optimizer.update(learning_rate=1e-3, weight_decay=0.01)
-  config.train.update(epochs=4)
+  config.train.update(epochs=3)
   config.eval.update(
-      judged=-1,
+      judged=-1, max_new_tokens=192,
       prompts=('What is Blop?',
                'Write a Blop component named UserList that renders a list item'
                ' with the name of each user in attributes.users.'),
-      metric='loss', mode='min')
+      # The compiler chooses the checkpoint: the validation loss turns upward
+      # while more answers still come to compile.
+      metric='judge/strict', mode='max')
   if arg == 'gemma1_2b':
     config.model.update(name='gemma1_2b', weights='')
     config.data.update(batch_size=8)

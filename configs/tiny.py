@@ -26,5 +26,6 @@ def get_config(arg: str = '3') -> config_dict.ConfigDict:
   config.lora.update(rank=4)
   config.train.update(steps=6, epochs=1, log_every=1)
   config.eval.update(
-      every=3, judged=2, max_new_tokens=8, prompts=('What is Blop?',))
+      every=3, judged=2, max_new_tokens=8, prompts=('What is Blop?',),
+      metric='loss', mode='min')
   return config
