@@ -7,7 +7,6 @@ ones. Each stops the run here, with the row.
 
 import collections
 import dataclasses
-import re
 from typing import Mapping
 from typing import Sequence
 import unicodedata
@@ -132,9 +131,15 @@ def _check_example(example, whole, tokenizer, ends):
 
 
 def normalise(text: str) -> str:
-  """Returns text without case, punctuation, width and spacing differences."""
+  """Returns text without case, punctuation, width and spacing differences.
+
+  Letters, marks (the vowels of Indic scripts) and numbers are kept; of a text
+  without any, such as emoji, everything but the spacing is.
+  """
   text = unicodedata.normalize('NFKC', text).casefold()
-  return ' '.join(re.findall(r'\w+', text))
+  kept = ''.join(
+      c if unicodedata.category(c)[0] in 'LMN' else ' ' for c in text)
+  return ' '.join(kept.split()) or ' '.join(text.split())
 
 
 def check_leakage(

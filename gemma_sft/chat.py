@@ -55,9 +55,10 @@ _HAS_SYSTEM_ROLE = {1: False, 2: False, 3: False, 4: True}
 
 # Everything that Gemma's tokenizers may read as a control token. HTML tags are
 # user-defined pieces as well, but those are meant as text.
+# Looked ahead, not consumed, so that a tag inside another is found too.
 _CONTROL = re.compile(
-    r'<(?:(?:start|end)_of_(?:turn|image)|unused\d+|bos|eos|pad|unk|mask|2mass)'
-    r'>|\[multimodal\]|\[@BOS@\]|<\|[^<>\s|]*\|?>|<[^<>\s|]+\|>')
+    r'(?=<(?:(?:start|end)_of_(?:turn|image)|unused\d+|bos|eos|pad|unk|mask'
+    r'|2mass)>|\[multimodal\]|\[@BOS@\]|<\|[^<>\s|]*\|?>|<[^<>\s|]+\|>)')
 
 
 class Tokenizer:
@@ -184,16 +185,15 @@ def render_text(text: str, tokenizer: Tokenizer, where: str = '') -> Example:
 def _render(messages, tokenizer, where):
   messages = [
       Message(m.role, m.content.strip()) for m in messages]
-  if messages[0].role == 'system' and not _HAS_SYSTEM_ROLE[
-      tokenizer.generation]:
-    if len(messages) < 2:
-      raise errors.UserError(
-          f'{where}: a system text alone', 'a user turn after it',
-          'add the question')
-    first = Message(
-        'user', f'{messages[0].content}\n\n{messages[1].content}')
-    messages = [first, *messages[2:]]
   turns = messages[1:] if messages[0].role == 'system' else messages
+  if not turns:
+    raise errors.UserError(
+        f'{where}: a system text alone', 'a user turn after it',
+        'add the question')
+  if len(turns) < len(messages) and not messages[0].content:
+    raise errors.UserError(
+        f'{where}: the system text is empty', 'some text, or no system turn',
+        'fill it in or leave it out')
   for i, message in enumerate(turns):
     wanted = ('user', 'model')[i % 2]
     if message.role != wanted:
@@ -205,6 +205,10 @@ def _render(messages, tokenizer, where):
       raise errors.UserError(
           f'{where}: turn {i + 1} ({message.role}) is empty',
           'some text', 'fill it in or remove the row')
+  if len(turns) < len(messages) and not _HAS_SYSTEM_ROLE[
+      tokenizer.generation]:
+    first = Message('user', f'{messages[0].content}\n\n{turns[0].content}')
+    messages = [first, *turns[1:]]
   start, end = tokenizer.turn_ids
   newline = tokenizer.encode('\n')
   ids, mask = [tokenizer.bos_id], [False]

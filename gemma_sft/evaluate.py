@@ -42,9 +42,12 @@ def main(
     raise errors.UserError(
         f'--split={split}', f'a split that the config names: {known}',
         f'set --config.data.{split} or choose another split')
+  if limit < 0:
+    raise errors.UserError(
+        f'--limit={limit}', '0 for all records, or a number', 'leave it out')
+  served = runs.load_weights(config, workdir, base=base, step=step)
   folder = os.path.join(workdir, 'evaluation')
   os.makedirs(folder, exist_ok=True)
-  served = runs.load_weights(config, workdir, base=base, step=step)
   name = 'base' if base else 'tuned'
   part = served.split(split)
   records, examples = part.records, part.examples

@@ -52,6 +52,7 @@ def generate(
     sampling: Sampling,
     *,
     stop_ids: Sequence[int],
+    vocab_size: int,
     batch_size: int = 16,
     seed: int = 0,
     is_done: Callable[[int, list[int]], bool] | None = None,
@@ -68,6 +69,7 @@ def generate(
     prompts: Token ids, BOS first.
     sampling: See `Sampling`.
     stop_ids: Any of these ends a row.
+    vocab_size: Ids that the tokenizer has; the embedding may have more rows.
     batch_size: Rows at a time; the last batch is filled up.
     seed: Of the sampling.
     is_done: Called every few tokens with (prompt number, its tokens so far);
@@ -83,7 +85,7 @@ def generate(
     numbers = order[start:start + batch_size]
     _generate_batch(
         model, params, [prompts[i] for i in numbers], numbers, answers,
-        sampling, tuple(stop_ids), batch_size, seed, is_done)
+        sampling, tuple(stop_ids), vocab_size, batch_size, seed, is_done)
     finished += len(numbers)
     if progress is not None:
       progress(finished)
@@ -91,8 +93,8 @@ def generate(
 
 
 def _generate_batch(
-    model, params, prompts, numbers, answers, sampling, stop_ids, batch_size,
-    seed, is_done):
+    model, params, prompts, numbers, answers, sampling, stop_ids, vocab_size,
+    batch_size, seed, is_done):
   longest = max(len(p) for p in prompts)
   T = -(-longest // _PROMPT_BUCKET) * _PROMPT_BUCKET
   n_chunks = -(-sampling.max_new_tokens // _CHUNK)
@@ -107,10 +109,12 @@ def _generate_batch(
       jax.random.key(seed),
       jnp.asarray([*numbers, *([0] * (batch_size - len(numbers)))], jnp.uint32))
   carry = _prefill(
-      model, params, tokens_BT, mask_BT, n_chunks * _CHUNK, keys_B, sampling)
+      model, params, tokens_BT, mask_BT, n_chunks * _CHUNK, keys_B, sampling,
+      vocab_size)
   open_rows = set(range(len(prompts)))
   for _ in range(n_chunks):
-    carry, new_BC = _decode_chunk(model, params, carry, keys_B, sampling)
+    carry, new_BC = _decode_chunk(
+        model, params, carry, keys_B, sampling, vocab_size)
     new_BC = np.asarray(new_BC)
     for r in sorted(open_rows):
       answer = answers[numbers[r]]
@@ -129,8 +133,10 @@ def _generate_batch(
       break
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'n_new', 'sampling'))
-def _prefill(model, params, tokens_BT, mask_BT, n_new, keys_B, sampling):
+@functools.partial(
+    jax.jit, static_argnames=('model', 'n_new', 'sampling', 'vocab_size'))
+def _prefill(
+    model, params, tokens_BT, mask_BT, n_new, keys_B, sampling, vocab_size):
   """Runs the prompts; returns the carry of `_decode_chunk`."""
   B, T = tokens_BT.shape
   positions_BT = jnp.maximum(jnp.cumsum(mask_BT, axis=1) - 1, 0)
@@ -145,15 +151,16 @@ def _prefill(model, params, tokens_BT, mask_BT, n_new, keys_B, sampling):
   recent_BW = jnp.where(mask_BT, tokens_BT, -1)[:, -W:]
   recent_BW = jnp.pad(recent_BW, ((0, 0), (W - recent_BW.shape[1], 0)),
                       constant_values=-1)
-  next_B = _choose(logits_BV, recent_BW, keys_B, 0, sampling)
+  next_B = _choose(logits_BV[:, :vocab_size], recent_BW, keys_B, 0, sampling)
   return dict(
       cache=cache, filled=filled_BS, recent=recent_BW, token=next_B,
       position=positions_BT[:, -1] + 1, slot=jnp.int32(T), made=jnp.int32(1))
 
 
 @functools.partial(
-    jax.jit, static_argnames=('model', 'sampling'), donate_argnames=('carry',))
-def _decode_chunk(model, params, carry, keys_B, sampling):
+    jax.jit, static_argnames=('model', 'sampling', 'vocab_size'),
+    donate_argnames=('carry',))
+def _decode_chunk(model, params, carry, keys_B, sampling, vocab_size):
   """Makes `_CHUNK` more tokens; returns (carry, tokens (B, _CHUNK)).
 
   The carry's token is the next one to be put out. Rows that have stopped go on
@@ -166,7 +173,8 @@ def _decode_chunk(model, params, carry, keys_B, sampling):
     logits_BV, cache = model_lib.decode(
         model, params, carry['token'][:, None], carry['position'][:, None],
         filled_BS[:, None, :], carry['cache'])
-    next_B = _choose(logits_BV, recent_BW, keys_B, carry['made'], sampling)
+    next_B = _choose(
+        logits_BV[:, :vocab_size], recent_BW, keys_B, carry['made'], sampling)
     new = dict(
         cache=cache, filled=filled_BS, recent=recent_BW, token=next_B,
         position=carry['position'] + 1, slot=carry['slot'] + 1,

@@ -97,6 +97,18 @@ def load_tokenizer(
   return chat.Tokenizer(epath.Path(path).read_bytes(), generation)
 
 
+def check_vocabulary(
+    tokenizer: chat.Tokenizer, model: model_lib.Model) -> None:
+  """Raises unless every id of the tokenizer has a row in the embedding."""
+  if tokenizer.vocab_size > model.config.num_embed:
+    raise errors.UserError(
+        f'the tokenizer has {tokenizer.vocab_size} pieces, the model a'
+        f' vocabulary of {model.config.num_embed}',
+        'an embedding row for each piece',
+        'raise --config.model.vocab_size, or name the tokenizer of this model'
+        ' with --config.model.tokenizer')
+
+
 def load_base(
     model: model_lib.Model,
     resolved: weights.Resolved,

@@ -69,7 +69,10 @@ def masked_nll(
   index_GP = jax.vmap(
       lambda mask: jnp.nonzero(mask, size=P, fill_value=0)[0])(mask_GN)
   weights_GP = (jnp.arange(P)[None] < n_G[:, None]).astype(jnp.float32)
-  x_GPD = jnp.take_along_axis(x_GND, index_GP[:, :, None], axis=1)
+  # Unused slots take position 0, whose value must not matter even if it is NaN.
+  x_GPD = jnp.where(
+      weights_GP[:, :, None] > 0,
+      jnp.take_along_axis(x_GND, index_GP[:, :, None], axis=1), 0)
   targets_GP = jnp.take_along_axis(targets_GN, index_GP, axis=1)
 
   chunk_nll = functools.partial(_chunk_nll, softcap=softcap)

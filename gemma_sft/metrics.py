@@ -9,6 +9,8 @@ from typing import Mapping
 
 import jax
 
+from gemma_sft import errors
+
 # Dense bf16 FLOP/s of a chip, from the vendors' data sheets.
 PEAK_FLOPS = {
     'NVIDIA H100': 989e12, 'NVIDIA H200': 989e12, 'NVIDIA A100': 312e12,
@@ -77,11 +79,18 @@ class Writer:
     if not self._active:
       return
     line = {'step': step, 'time': round(time.time(), 3), **values}
-    self._file.write(json.dumps(line) + '\n')
-    self._file.flush()
-    for name, value in values.items():
-      if isinstance(value, (int, float)) and not isinstance(value, bool):
-        self._board.add_scalar(name, value, step)
+    try:
+      self._file.write(json.dumps(line) + '\n')
+      self._file.flush()
+      for name, value in values.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+          self._board.add_scalar(name, value, step)
+    except OSError as error:
+      raise errors.UserError(
+          f'metrics cannot be written: {error.strerror} ({self._file.name})',
+          'room on the disk',
+          'make room and start the same command again: it resumes from the'
+          ' last checkpoint') from error
 
   def close(self) -> None:
     if self._active:

@@ -34,6 +34,9 @@ def main(
     raise errors.UserError(
         f'--split={split}', 'a split that the config names',
         'one of train, validation, test')
+  if examples < 0:
+    raise errors.UserError(
+        f'--examples={examples}', '0 or more', 'leave it out for three')
   color = sys.stdout.isatty() if color is None else color
   resolved = loading.resolve_weights(config.model)
   tokenizer = loading.load_tokenizer(

@@ -91,8 +91,9 @@ class Meter:
       raise errors.UserError(
           f'step {step}: ' + ', '.join(f'{k} is {values[k]}' for k in bad),
           'finite numbers',
-          'the last checkpoint is from before; lower'
-          ' --config.optimizer.learning_rate, keep --config.optimizer.clip_norm'
+          'the last checkpoint is from before: go on from it in a new --workdir'
+          f' with --config.init_from={self._run.workdir} and a lower'
+          ' --config.optimizer.learning_rate; keep --config.optimizer.clip_norm'
           ' above 0, or compute in --config.model.dtype=float32')
 
   def _say(self, text):
@@ -118,10 +119,13 @@ class Tracker:
       metric: Key of the scores, such as 'loss' or 'judge/strict'.
       mode: 'min' or 'max'.
       patience: Evaluations without a new best before `exhausted`; 0 for never.
-      best: {'step', 'value'} so far.
+      best: {'step', 'value', 'metric', 'mode'} so far; of another metric or
+        mode it does not count.
       stale: Evaluations since then.
     """
     self._metric, self._mode, self._patience = metric, mode, patience
+    if (best.get('metric'), best.get('mode')) != (metric, mode):
+      best, stale = {}, 0
     self.best, self.stale = dict(best), stale
 
   def update(self, step: int, scores: Mapping[str, float]) -> None:
@@ -147,7 +151,8 @@ class Tracker:
     sign = 1 if self._mode == 'max' else -1
     if not self.best or sign * value >= sign * self.best['value']:
       improved = not self.best or value != self.best['value']
-      self.best = {'step': step, 'value': value}
+      self.best = {'step': step, 'value': value, 'metric': self._metric,
+                   'mode': self._mode}
       self.stale = 0 if improved else self.stale + 1
     else:
       self.stale += 1

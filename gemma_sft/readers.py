@@ -28,6 +28,7 @@ HEADING = re.compile(
 
 
 def bad_row(where: str, got: str, expected: str, fix: str) -> Row:
+  """Returns a row that says what is wrong with it."""
   return where, errors.UserError(f'{where}: {got}', expected, fix)
 
 

@@ -21,6 +21,7 @@ from gemma_sft import records as records_lib
 from gemma_sft import sharding
 from gemma_sft import state as state_lib
 from gemma_sft import tasks
+from gemma_sft import weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +130,7 @@ def prepare(config: Any, workdir: str, *, data_only: bool = False
   say(f'base: {config.model.name}, {resolved.description}')
   tokenizer = loading.load_tokenizer(
       config.model, resolved, model.generation)
+  loading.check_vocabulary(tokenizer, model)
   splits = loading.load_splits(
       config.data, ('train', 'validation', 'test'), task, tokenizer)
   report_audit(splits, task)
@@ -165,7 +167,7 @@ def prepare(config: Any, workdir: str, *, data_only: bool = False
       tokenizer=tokenizer, task=task, splits=splits, source=source,
       validation=validation, total_steps=total_steps,
       base=base if config.lora.enabled else None,
-      base_hash=resolved.content_hash,
+      base_hash=base_hash(resolved, config.seed),
       data_hash=records_lib.content_hash(splits['train'].records),
       settings=StepSettings(
           lora_enabled=config.lora.enabled,
@@ -302,29 +304,56 @@ def save_config(run: Run) -> None:
       file.write(config_lib.to_json(run.config))
 
 
+def base_hash(resolved: weights.Resolved, seed: int) -> str:
+  """Returns the content hash of the base; random weights go by their seed."""
+  if resolved.kind == 'random':
+    return f'random weights of seed {seed}'
+  return resolved.content_hash
+
+
 def init_from(run: Run, workdir: str) -> state_lib.TrainState:
   """Returns the fresh state with another run's best adapters in it.
 
   Raises:
-    UserError: if that run is of another base or shape of adapters.
+    UserError: if that run is of another base, scale or shape of adapters.
   """
-  checkpoints = checkpoint_lib.Checkpoints(
-      workdir, keep=1, metric='', mode='min', read_only=True)
+  checkpoints = checkpoint_lib.Checkpoints(workdir, read_only=True)
   step = checkpoint_lib.choose_step(checkpoints, -1)
-  try:
-    state, meta = checkpoints.restore(step, abstract_state(run))
-  except ValueError as error:
-    raise errors.UserError(
-        f'config.init_from: {workdir} cannot be taken over:'
-        f' {str(error).splitlines()[0]}',
-        'a run with the same lora.rank and lora.targets',
-        'correct --config.init_from or those') from error
-  if meta.base != run.base_hash:
-    raise errors.UserError(
-        f'config.init_from: {workdir} was trained on base {meta.base[:16]}',
-        f'base {run.base_hash[:16]}', 'take a run on the same base weights')
+  trainable, meta = checkpoints.restore_trainable(step)
+  check_weights(run.config, run.base_hash, meta, f'config.init_from: {workdir}')
   say(f'starting from {workdir}, step {step}')
-  return dataclasses.replace(run.initial_state, trainable=state.trainable)
+  fresh = run.initial_state.trainable
+  return dataclasses.replace(
+      run.initial_state, trainable=jax.tree.map(
+          lambda leaf, like: jax.device_put(leaf, like.sharding),
+          trainable, fresh))
+
+
+def check_weights(
+    config: Any, base: str, meta: checkpoint_lib.Meta, what: str) -> None:
+  """Refuses weights that would mean something else under this config.
+
+  Args:
+    config: The config at hand.
+    base: From `base_hash`.
+    meta: Of the checkpoint.
+    what: Begins the message.
+
+  Raises:
+    UserError: naming what differs.
+  """
+  different = [
+      line for line in config_lib.differences(
+          meta.config, dict(config_lib.leaves(config)))
+      if line.startswith(('model.', 'lora.'))
+      and not line.startswith('lora.dropout')]
+  if meta.base != base:
+    different.append(f'base weights: {meta.base[:40]} -> {base[:40]}')
+  if different:
+    raise errors.UserError(
+        f'{what} cannot be taken over: ' + '; '.join(different),
+        'the model, the adapters and the base weights that it was trained with',
+        "undo the change; without --config the run's own config is taken")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -391,17 +420,16 @@ def load_weights(
   resolved = loading.resolve_weights(config.model)
   tokenizer = loading.load_tokenizer(
       config.model, resolved, model.generation)
+  loading.check_vocabulary(tokenizer, model)
+  base_name = base_hash(resolved, config.seed)
+  if checkpoints is not None:
+    trainable, meta = checkpoints.restore_trainable(step)
+    check_weights(config, base_name, meta, f'the checkpoint in {workdir}')
   params = loading.load_base(
       model, resolved, mesh, dtype=dtype, seed=config.seed)
   description = f'{config.model.name}, untouched'
-  identity = f'{resolved.content_hash} {dtype.name}'
+  identity = f'{base_name} {dtype.name}'
   if checkpoints is not None:
-    trainable, meta = checkpoints.restore_trainable(step)
-    if meta.base != resolved.content_hash:
-      raise errors.UserError(
-          f'the checkpoint was trained on base {meta.base[:16]}, the weights'
-          f' have hash {resolved.content_hash[:16]}', 'the same base weights',
-          'point --config.model.weights at those')
     if config.lora.enabled:
       params = lora.merge(
           params, trainable, lora_scale(config),

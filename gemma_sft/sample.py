@@ -21,6 +21,7 @@ from typing import Sequence
 
 from gemma_sft import chat
 from gemma_sft import config as config_lib
+from gemma_sft import errors
 from gemma_sft import generate
 from gemma_sft import runs
 
@@ -51,6 +52,9 @@ def main(
   print(f'weights: {served.description}', file=sys.stderr)
   if prompt:
     for text in prompt:
+      if not text.strip():
+        raise errors.UserError(
+            'an empty --prompt', 'a question', "--prompt='What is Blop?'")
       if len(prompt) > 1:
         print(f'> {text}')
       conversation = _opening(system) + [chat.Message('user', text)]
@@ -96,8 +100,9 @@ def answer(
           top_p=sampling.top_p,
           repetition_penalty=sampling.repetition_penalty,
           max_new_tokens=sampling.max_new_tokens),
-      stop_ids=served.tokenizer.stop_ids, batch_size=1, seed=sampling.seed,
-      is_done=on_tokens)[0]
+      stop_ids=served.tokenizer.stop_ids,
+      vocab_size=served.tokenizer.vocab_size, batch_size=1,
+      seed=sampling.seed, is_done=on_tokens)[0]
   text, _ = cut_at_stop(served.tokenizer.decode(tokens), sampling.stop)
   write(text[len(shown):] + '\n')
   return text
@@ -136,9 +141,11 @@ def _chat(served, sampling, system) -> int:
       print(_HELP)
     elif line == '/new':
       conversation = _opening(system)
-    elif line.startswith('/system'):
+    elif line.partition(' ')[0] == '/system':
       system = line[len('/system'):].strip()
       conversation = _opening(system)
+    elif line.startswith('/'):
+      print(f'no command {line.partition(" ")[0]}\n{_HELP}')
     elif line:
       turn = [*conversation, chat.Message('user', line)]
       text = answer(served, sampling, turn, sys.stdout.write)

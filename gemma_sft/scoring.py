@@ -130,7 +130,8 @@ def answer_records(
   answers = generate.generate(
       model, params, prompts,
       generate.Sampling(max_new_tokens=max_new_tokens),
-      stop_ids=tokenizer.stop_ids, batch_size=batch_size, progress=progress)
+      stop_ids=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size,
+      batch_size=batch_size, progress=progress)
   return [tokenizer.decode(a) for a in answers]
 
 

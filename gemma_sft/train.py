@@ -15,15 +15,12 @@ if __name__ == '__main__':
   cli.run('gemma_sft.train', 'config', 'workdir', 'dry_run',
           'self_test')
 
+import contextlib
 import functools
-import signal
-import time
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from gemma_sft import checkpoint as checkpoint_lib
@@ -39,6 +36,7 @@ from gemma_sft import scoring
 from gemma_sft import self_test as self_test_lib
 from gemma_sft import sharding
 from gemma_sft import state as state_lib
+from gemma_sft import stopping
 
 # The step --------------------------------------------------------------------
 
@@ -145,25 +143,30 @@ def main(
   cli.require('config', config, '--config=configs/blop.py')
   cli.require('workdir', workdir, '--workdir=workdirs/blop')
   config_lib.validate(config)
-  lock = loading.lock_workdir(workdir)
-  run = runs.prepare(config, workdir, data_only=dry_run)
-  if run is None:
-    runs.say('dry run: nothing was trained')
-    return 0
-  if self_test:
-    self_test_lib.check(run, gradient_sums)
-  train(run)
-  lock.close()
+  with loading.lock_workdir(workdir):
+    run = runs.prepare(config, workdir, data_only=dry_run)
+    if run is None:
+      runs.say('dry run: nothing was trained')
+      return 0
+    if self_test:
+      self_test_lib.check(run, gradient_sums)
+    checkpoints = checkpoint_lib.Checkpoints(
+        workdir, keep=config.checkpoint.keep, metric=config.eval.metric,
+        mode=config.eval.mode)
+    # However it ends, a save under way is finished and the handlers go.
+    with contextlib.closing(checkpoints), stopping.StopRequest(
+        config.deadline_minutes) as stop:
+      train(run, checkpoints, stop)
   return 0
 
 
-def train(run: runs.Run) -> None:
+def train(
+    run: runs.Run,
+    checkpoints: checkpoint_lib.Checkpoints,
+    stop: stopping.StopRequest,
+) -> None:
   """Trains until the last step, a stop signal, the deadline or patience."""
   config, total = run.config, run.total_steps
-  stop = _StopRequest(config.deadline_minutes)
-  checkpoints = checkpoint_lib.Checkpoints(
-      run.workdir, keep=config.checkpoint.keep, metric=config.eval.metric,
-      mode=config.eval.mode)
 
   # Resume order:
   #   1. the newest whole checkpoint in the workdir,
@@ -224,7 +227,7 @@ def train(run: runs.Run) -> None:
     step += 1
     chain = data.extend_chain(chain, batch['digest'].tobytes())
     pending = (step, step_metrics, batch, chain)
-  checkpoints.close()
+  checkpoints.wait()
   writer.close()
   runs.say((stop.reason(step, total) if stopping and not last else '')
            or tracker.reason(step)
@@ -266,34 +269,3 @@ def evaluate_state(
     for prompt, answer in zip(config.eval.prompts, answers):
       runs.say(progress.quote(prompt, answer))
   return scores
-
-
-class _StopRequest:
-  """SIGTERM, SIGINT or the deadline: save and end after the step at hand."""
-
-  def __init__(self, deadline_minutes: float):
-    self._signal = None
-    self._deadline = (
-        time.monotonic() + 60 * deadline_minutes if deadline_minutes else None)
-    for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, self._on_signal)
-
-  def _on_signal(self, number, frame):
-    del frame
-    if self._signal is not None:  # A second one ends at once.
-      raise KeyboardInterrupt
-    self._signal = signal.Signals(number).name
-
-  def requested(self) -> bool:
-    """Whether any host is asked to stop. All hosts call it at the same step."""
-    here = self._signal is not None or (
-        self._deadline is not None and time.monotonic() > self._deadline)
-    if jax.process_count() == 1:
-      return here
-    return bool(multihost_utils.process_allgather(np.asarray(here)).any())
-
-  def reason(self, step: int, total: int) -> str:
-    """Returns why the run ended before its last step."""
-    cause = self._signal or 'the deadline (config.deadline_minutes)'
-    return (f'stopped by {cause} after {step} of {total} updates; the same'
-            ' command goes on from here')

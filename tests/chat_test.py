@@ -137,8 +137,6 @@ def test_ids_are_the_official_ones(generation):
       special.BOS, special.EOS, special.PAD)
 
 
-@pytest.mark.xfail(strict=True, reason=(
-    'byte_tokenizer(4) has the tags of Gemma 3, so configs/tiny.py:4 stops'))
 def test_the_byte_tokenizer_serves_gemma4():
   tokenizer = chat.Tokenizer(tokenizer_file.byte_tokenizer(4), 4)
   assert tokenizer.turn_ids == (105, 106)
@@ -237,8 +235,6 @@ def test_ordinary_text_is_no_control_text(text):
 
 
 @pytest.mark.parametrize('text', ('<[multimodal]|>', '<|[multimodal]>'))
-@pytest.mark.xfail(strict=True, reason=(
-    '_CONTROL finds no tag inside another; it needs a lookahead'))
 def test_a_tag_inside_a_tag_is_text(tokenizer, text):
   assert not _control_ids(tokenizer) & set(tokenizer.encode(text))
 
@@ -286,13 +282,7 @@ def test_a_prompt_ends_with_the_user(tokenizer, messages):
     chat.render_prompt(messages, tokenizer, 'f:7')
 
 
-_FOLDED_UNSEEN = pytest.mark.xfail(strict=True, reason=(
-    'the system text is folded into whatever follows before the roles and'
-    ' contents are checked'))
-
-
-@pytest.mark.parametrize('generation', (
-    pytest.param(3, marks=_FOLDED_UNSEEN), 4))
+@pytest.mark.parametrize('generation', (3, 4))
 @pytest.mark.parametrize('messages', (
     [_system('s'), _model('b')],
     [_system('s'), _model('a'), _model('b')],
@@ -304,7 +294,6 @@ def test_a_wrong_turn_after_a_system_text_is_refused(generation, messages):
 
 
 @pytest.mark.parametrize('generation', (3, 4))
-@pytest.mark.xfail(strict=True, reason='an empty system text is rendered')
 def test_an_empty_system_text_is_refused(generation):
   with pytest.raises(errors.UserError, match='system'):
     chat.render(

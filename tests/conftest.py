@@ -2,6 +2,10 @@
 
 import functools
 import os
+import pathlib
+import signal
+import subprocess
+import sys
 
 # Before JAX is imported by any test module.
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -18,12 +22,17 @@ _HOOK = jaxtyping.install_import_hook(
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from sentencepiece import sentencepiece_model_pb2
 
 from configs import tiny as tiny_config
 from gemma_sft import chat
+from gemma_sft import config as config_lib
+from gemma_sft import loading
+from gemma_sft import metrics
 from gemma_sft import model as model_lib
+from gemma_sft import weights
 from gemma_sft.weights import tokenizer_file
 
 # (1, T) broadcast to (B, T) by accident is a wrong sum, not an error.
@@ -104,3 +113,111 @@ def config(tmp_path):
       train=str(tmp_path / 'train.txt'), test='',
       validation=str(tmp_path / 'validation.txt'), max_length=64)
   return config
+
+
+# Whole runs -------------------------------------------------------------------
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def write_pairs(path: pathlib.Path, pairs) -> str:
+  """Writes prompts and answers as # INPUT / # OUTPUT; returns the path."""
+  path.write_text(''.join(
+      f'# INPUT\n{p}\n\n# OUTPUT\n{c}\n\n' for p, c in pairs), 'utf-8')
+  return str(path)
+
+
+@pytest.fixture
+def run_config(config, tmp_path):
+  """`config` for whole runs: 3 epochs of 2 batches, two examples a row.
+
+  Nothing is generated, which would be most of the time.
+  """
+  pairs = [(f'What is {i} and {i}?', f'It is {2 * i}.') for i in range(1, 27)]
+  config.data.update(
+      train=write_pairs(tmp_path / 'train.txt', pairs[:24]),
+      validation=write_pairs(tmp_path / 'validation.txt', pairs[24:]),
+      max_length=80)
+  config.eval.update(every=3, judged=0, prompts=(), metric='loss', mode='min')
+  return config
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers():
+  """Puts back the handlers that `train.train` replaces."""
+  numbers = (signal.SIGTERM, signal.SIGINT)
+  before = [signal.getsignal(n) for n in numbers]
+  yield
+  for number, handler in zip(numbers, before):
+    signal.signal(number, handler)
+
+
+def flags(config) -> list[str]:
+  """Returns the command line that makes `configs/tiny.py` this config."""
+  tiny = dict(config_lib.leaves(tiny_config.get_config()))
+  changed = {k: v for k, v in config_lib.leaves(config) if tiny[k] != v}
+  return ['--config=configs/tiny.py', *(
+      f'--config.{k}={tuple(v) if isinstance(v, list) else v}'
+      for k, v in changed.items())]
+
+
+def start(module: str, *arguments: str, devices: int = 8, **options):
+  """Starts `python -m gemma_sft.<module>` as a user does; returns the Popen."""
+  environment = os.environ | {
+      'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+      **options.pop('env', {})}
+  return subprocess.Popen(
+      [sys.executable, '-m', f'gemma_sft.{module}', *arguments], cwd=ROOT,
+      env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+      text=True, **options)
+
+
+def finish(process, stdin: str | None = None) -> tuple[int, str, str]:
+  """Returns (exit status, stdout, stderr) of a process that ends by itself."""
+  out, err = process.communicate(stdin, timeout=240)
+  return process.returncode, out, err
+
+
+def run_module(module: str, *arguments: str, **options):
+  """Runs an entry point; returns (exit status, stdout, stderr)."""
+  return finish(start(module, *arguments, **options))
+
+
+def train_rows(workdir) -> list[dict]:
+  """Returns the lines of metrics.jsonl that training steps wrote."""
+  rows = metrics.read_jsonl(os.path.join(workdir, 'metrics.jsonl'))
+  return [row for row in rows if 'loss' in row]
+
+
+def losses(workdir) -> dict[int, float]:
+  """Returns {step: training loss}."""
+  return {row['step']: row['loss'] for row in train_rows(workdir)}
+
+
+def saved_state(workdir, step: int) -> dict[str, np.ndarray]:
+  """Returns every array of a checkpoint by its path, read by Orbax alone."""
+  path = pathlib.Path(workdir).resolve() / 'checkpoints' / str(step) / 'state'
+  with ocp.StandardCheckpointer() as checkpointer:
+    tree = checkpointer.restore(path)
+  return {jax.tree_util.keystr(p): np.asarray(leaf)
+          for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def save_base(config, path: pathlib.Path, *, seed: int, change=None) -> str:
+  """Writes random base weights as one of the library's checkpoints.
+
+  Args:
+    config: Whose model the weights are for.
+    path: The folder to make.
+    seed: Of the weights.
+    change: Called with the tree of arrays, may change it.
+  """
+  model = loading.load_model(config.model)
+  params = weights.load(
+      weights.resolve('random', ''), model_lib.abstract_params(model),
+      dtype=jnp.float32, seed=seed)
+  if change is not None:
+    params = change(params)
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(path.resolve(), params)
+  return str(path)

@@ -26,9 +26,9 @@ _KINDS = {
     '3': dict(generation=3),
     '4': dict(generation=4),
     '4_shared': dict(
-        generation=4, num_layers=4, per_layer_input_dim=8, shared_kv_layers=2),
+        generation=4, num_layers=3, per_layer_input_dim=8, shared_kv_layers=1),
 }
-# Sums of 32 products in another order, in f32, relative to the spread.
+# Sums of f32 products in another order, relative to the largest entry.
 _CLOSE = 1e-5
 
 
@@ -75,7 +75,7 @@ def _hidden(kind, params, arranged, adapters=None, remat='none'):
 def _assert_close(got, wanted, tolerance=_CLOSE):
   for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
     g, w = np.asarray(g), np.asarray(w)
-    spread = max(1e-3, w.max() - w.min())
+    spread = max(1e-3, np.abs(w).max())
     np.testing.assert_allclose(g, w, rtol=0, atol=tolerance * spread)
 
 
@@ -92,26 +92,30 @@ def test_logits_are_the_librarys_own(kind):
   assert x_BTD.shape == (_B, _T, 32) and x_BTD.dtype == jnp.float32
   logits_BTV = model_lib.logits(model, params, x_BTD)
   wanted_BTV = _official_logits(kind, tokens_BT)
-  assert np.std(wanted_BTV) > 0.5  # No comparison of zeros.
+  assert np.std(wanted_BTV) > 0.1  # No comparison of zeros.
   _assert_close(logits_BTV, wanted_BTV)
 
 
-@pytest.mark.parametrize('kind', ('3', '4'))
-def test_adapters_work_after_a_plain_call_of_the_library(kind):
+def test_adapters_work_after_a_plain_call_of_the_library():
   # `Transformer.__call__` is under `nn.jit`, whose cached traces ignore
   # interceptors: after a plain call, adapters would be left out unseen.
-  tokens_BT = _tokens()
-  arranged = _arranged(tokens_BT)
-  plain_BTV = _official_logits(kind, tokens_BT)
-  jax.clear_caches()
-  _official_logits(kind, tokens_BT)
-  x_BTD, base_BTD = (
-      model_lib.hidden_states(
-          _model(kind), _params(kind), *arranged, adapters=adapters)
-      for adapters in (_adapters(kind), None))
-  assert np.abs(x_BTD - base_BTD).max() > 0.1
+  tokens_BT = _tokens(T=7)  # A shape that no other test has traced.
+  plain_BTV = _official_logits('3', tokens_BT)
+  adapted_BTD, base_BTD = (
+      _hidden('3', _params('3'), _arranged(tokens_BT), adapters)
+      for adapters in (_adapters('3'), None))
+  assert np.abs(adapted_BTD - base_BTD).max() > 0.1
   # Nor does the intercepted call leak into the library's.
-  _assert_close(_official_logits(kind, tokens_BT), plain_BTV)
+  np.testing.assert_array_equal(_official_logits('3', tokens_BT), plain_BTV)
+
+
+def test_adapters_work_before_a_plain_call_of_the_library():
+  tokens_BT = _tokens(T=6)
+  _hidden('3', _params('3'), _arranged(tokens_BT), _adapters('3'))
+  _assert_close(
+      _official_logits('3', tokens_BT),
+      model_lib.logits(_model('3'), _params('3'), _hidden(
+          '3', _params('3'), _arranged(tokens_BT))))
 
 
 @pytest.mark.parametrize('kind', _KINDS)
@@ -162,7 +166,7 @@ def test_no_position_sees_a_later_one(kind):
   assert (np.abs(before_BTD - after_BTD)[:, at:].max(axis=2) > 1e-3).all()
 
 
-@pytest.mark.parametrize('kind', ('1', '2', '3', '4'))
+@pytest.mark.parametrize('kind', ('2', '3'))
 def test_no_gradient_flows_to_a_later_token(kind):
   # Rows of the embedding that occur after position 11 alone get none.
   at = 11
@@ -181,7 +185,7 @@ def test_no_gradient_flows_to_a_later_token(kind):
   assert not size_V[3 + at + 1:].any()
 
 
-@pytest.mark.parametrize('kind', ('2', '3', '4_shared'))
+@pytest.mark.parametrize('kind', ('2', '4_shared'))
 def test_recomputed_blocks_give_the_same_value_and_gradient(kind):
   arranged = _arranged(_tokens())
 

@@ -30,6 +30,10 @@ _CODE_LINE = re.compile(
 _SECONDS_PER_SNIPPET = 0.5
 
 
+class CompilerError(RuntimeError):
+  """The compiler is missing or does not run."""
+
+
 def looks_like_code(text: str) -> bool:
   """Whether an answer is Blop rather than prose about it."""
   return bool(_FENCE.search(text) or _CODE_LINE.search(text))
@@ -66,23 +70,29 @@ def compile_snippets(snippets: Sequence[str]) -> list[dict[str, Any]]:
   'semantic', 'empty'), line, column (from 1; 0 if unknown), message.
 
   Raises:
-    RuntimeError: if the compiler's process fails; see `compiler_problem`.
+    CompilerError: if the compiler is not there or its process fails.
   """
+  if problem := compiler_problem():
+    raise CompilerError(problem)
   if not snippets:
     return []
   lines = [json.dumps({'id': i, 'code': code})
            for i, code in enumerate(snippets)]
   with importlib.resources.as_file(
       importlib.resources.files(tasks) / 'blop_check.js') as script:
-    done = subprocess.run(
-        ['node', str(script), str(_compiler_dir())],
-        input='\n'.join(lines), capture_output=True, text=True, check=False,
-        # The compiler reads extra globals from a blop.config.js above it.
-        cwd=_compiler_dir(),
-        timeout=30 + _SECONDS_PER_SNIPPET * len(snippets))
-  rows = [json.loads(line) for line in done.stdout.splitlines()]
+    try:
+      done = subprocess.run(
+          ['node', str(script), str(_compiler_dir())],
+          input='\n'.join(lines), capture_output=True, text=True, check=False,
+          # The compiler reads extra globals from a blop.config.js above it.
+          cwd=_compiler_dir(),
+          timeout=30 + _SECONDS_PER_SNIPPET * len(snippets))
+    except (OSError, subprocess.TimeoutExpired) as error:
+      raise CompilerError(f'the Blop compiler failed: {error}') from error
+  # Not splitlines: messages repeat odd line breaks of the code.
+  rows = [json.loads(line) for line in done.stdout.split('\n') if line]
   if done.returncode or len(rows) != len(snippets):
-    raise RuntimeError(f'the Blop compiler failed: {done.stderr[-500:]}')
+    raise CompilerError(f'the Blop compiler failed: {done.stderr[-500:]}')
   return rows
 
 
@@ -96,12 +106,12 @@ def judge(
   accepts it; names may be undefined). Questions about the language, whose
   reference answer is prose, are shown and not counted.
   """
-  problem = compiler_problem()
-  if problem:
-    return tasks.Judged({}, [{} for _ in records], problem)
   asks_code = [looks_like_code(chat_task.answer(r)) for r in records]
-  verdicts = iter(compile_snippets(
-      [extract_code(c) for c, code in zip(completions, asks_code) if code]))
+  try:
+    verdicts = iter(compile_snippets(
+        [extract_code(c) for c, code in zip(completions, asks_code) if code]))
+  except CompilerError as error:
+    return tasks.Judged({}, [{} for _ in records], str(error))
   rows = [next(verdicts) if code else {} for code in asks_code]
   counted = [row for row in rows if row]
   n = len(counted)
@@ -112,11 +122,12 @@ def judge(
 
 def check_answers(records: Sequence[records_lib.Record]) -> list[str]:
   """Returns a line for each training answer that the compiler refuses."""
-  if compiler_problem():
-    return []
   code = [(r, extract_code(chat_task.answer(r))) for r in records
           if looks_like_code(chat_task.answer(r))]
-  verdicts = compile_snippets([text for _, text in code])
+  try:
+    verdicts = compile_snippets([text for _, text in code])
+  except CompilerError as error:
+    return [f'the training answers were not compiled: {error}']
   return [
       f'{record.where}: the answer does not compile ({row["stage"]}, line'
       f' {row["line"]} column {row["column"]}: {row["message"]})'

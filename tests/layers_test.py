@@ -1,0 +1,201 @@
+"""The architecture: who may import whom, and what may stand where."""
+
+import ast
+import pathlib
+import re
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from configs import default
+from gemma_sft import config as config_lib
+
+_ROOT = pathlib.Path(config_lib.__file__).parents[1]
+_PACKAGE = _ROOT / 'gemma_sft'
+
+# A module imports modules of lower layers. A new module takes its place here.
+_LAYERS = (
+    # Leaves: they import errors, shapes and cache alone.
+    ('errors', 'shapes', 'cache', 'config', 'optimizer', 'sharding', 'metrics',
+     'readers'),
+    ('chat', 'records'),
+    ('loss', 'data', 'lora', 'cli'),
+    ('model', 'weights', 'state', 'tasks', 'audit'),
+    ('checkpoint', 'generate', 'loading', 'progress'),
+    ('scoring', 'report', 'runs', 'self_test'),
+    ('train', 'evaluate', 'sample', 'preview'),
+)
+_LAYER = {name: i for i, layer in enumerate(_LAYERS) for name in layer}
+_LEAVES, _ENTRY_POINTS = _LAYERS[0], _LAYERS[-1]
+_FOR_LEAVES = {'errors', 'shapes', 'cache'}
+# Within a layer: the self-test takes a prepared run and scores it; checkpoints
+# of the library are read by the library, whose import is in `model`.
+_SAME_LAYER = {('self_test', 'runs'), ('self_test', 'scoring'),
+               ('weights', 'model')}
+
+_FILES = sorted(_PACKAGE.rglob('*.py'))
+_TREES = {path: ast.parse(path.read_text(encoding='utf-8')) for path in _FILES}
+
+
+def _module(path):
+  """Returns 'weights' for gemma_sft/weights/names.py."""
+  first = path.relative_to(_PACKAGE).parts[0]
+  return first.removesuffix('.py')
+
+
+def _imports(tree):
+  """Yields (line, module of the package) of all imports, lazy ones too."""
+  for node in ast.walk(tree):
+    if isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f'line {node.lineno}: a relative import'
+      names = [f'{node.module}.{alias.name}' for alias in node.names]
+    elif isinstance(node, ast.Import):
+      names = [alias.name for alias in node.names]
+    else:
+      continue
+    for name in names:
+      package, *rest = name.split('.')
+      if package == 'gemma_sft' and rest:
+        yield node.lineno, rest[0]
+
+
+def _places(predicate):
+  return [f'{path.relative_to(_ROOT)}:{node.lineno}'
+          for path, tree in _TREES.items() for node in ast.walk(tree)
+          if predicate(path, node)]
+
+
+def test_every_module_has_a_layer():
+  assert {_module(path) for path in _FILES} - {'__init__'} == set(_LAYER)
+
+
+def test_imports_go_down():
+  wrong = []
+  for path, tree in _TREES.items():
+    importer = _module(path)
+    if importer == '__init__':
+      continue
+    for line, imported in _imports(tree):
+      fine = (_LAYER[imported] < _LAYER[importer] or imported == importer
+              or (importer, imported) in _SAME_LAYER
+              or imported in _FOR_LEAVES)
+      if importer in _LEAVES:
+        fine = imported in _FOR_LEAVES
+      if not fine:
+        wrong.append(f'{path.relative_to(_ROOT)}:{line} imports {imported}')
+  assert not wrong
+
+
+def test_the_package_itself_imports_nothing():
+  # `import gemma_sft.chat` alone must stay light.
+  tree = _TREES[_PACKAGE / '__init__.py']
+  assert not [n for n in ast.walk(tree)
+              if isinstance(n, (ast.Import, ast.ImportFrom))]
+
+
+def test_nothing_imports_an_entry_point():
+  assert not [
+      (path.name, name) for path, tree in _TREES.items()
+      for _, name in _imports(tree) if name in _ENTRY_POINTS]
+
+
+def test_only_entry_points_cli_and_config_import_configs():
+  assert not [
+      path.name for path, tree in _TREES.items() for node in ast.walk(tree)
+      if isinstance(node, ast.ImportFrom)
+      and (node.module or '').startswith('configs')
+      and _module(path) not in (*_ENTRY_POINTS, 'cli', 'config')]
+
+
+def test_only_cli_defines_flags():
+  assert not _places(lambda path, node: _module(path) != 'cli' and (
+      isinstance(node, ast.Attribute) and node.attr.startswith('DEFINE_')
+      or isinstance(node, ast.ImportFrom) and node.module == 'absl'
+      and node.names[0].name == 'flags'
+      or isinstance(node, ast.Import)
+      and node.names[0].name in ('argparse', 'click')))
+
+
+def test_no_config_is_read_with_a_default():
+  pattern = re.compile(r'\b(config|section)(\.\w+)*\.get\(')
+  assert not [path.name for path in _FILES
+              if pattern.search(path.read_text(encoding='utf-8'))]
+
+
+def _read_keys():
+  """Returns ('lora', 'rank') of all reads such as config.lora.rank."""
+  keys = set()
+  for path, tree in _TREES.items():
+    if _module(path) == 'config':  # Its checks make no use of a value.
+      continue
+    for node in ast.walk(tree):
+      if isinstance(node, ast.Attribute):
+        owner = node.value
+        keys.add((getattr(owner, 'attr', getattr(owner, 'id', '')), node.attr))
+  return keys
+
+
+def _named_in_loading():
+  """Keys that `loading` reads by their names: `section[name]`."""
+  return {node.value for node in ast.walk(_TREES[_PACKAGE / 'loading.py'])
+          if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
+def test_every_key_of_the_config_is_read():
+  read, named = _read_keys(), _named_in_loading()
+  unread = []
+  for key, _ in config_lib.leaves(default.get_config()):
+    *parents, name = key.split('.')
+    section = parents[-1] if parents else 'config'
+    if not ({(section, name), ('section', name)} & read
+            or section == 'model' and name in named
+            # The splits: `config.data[split]`.
+            or key in ('data.train', 'data.validation', 'data.test')):
+      unread.append(key)
+  assert not unread
+
+
+def test_no_module_hides_one_of_the_standard_library():
+  names = {path.stem for path in _FILES} - {'__init__'}
+  assert not names & set(sys.stdlib_module_names)
+  assert not names & {'utils', 'util', 'helpers', 'common', 'misc', 'trainer'}
+
+
+def test_sizes():
+  assert len((_PACKAGE / 'train.py').read_text().splitlines()) <= 300
+  assert not _places(
+      lambda _, node: isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+      and node.end_lineno - node.lineno >= 120)
+
+
+def test_public_functions_are_documented():
+  undocumented = []
+  for path, tree in _TREES.items():
+    assert path.name == '__init__.py' or ast.get_docstring(tree), path
+    for node in tree.body:
+      if (isinstance(node, (ast.FunctionDef, ast.ClassDef))
+          and not node.name.startswith('_') and not ast.get_docstring(node)):
+        undocumented.append(f'{path.name}:{node.lineno} {node.name}')
+  assert not undocumented
+
+
+@pytest.mark.parametrize('name', _ENTRY_POINTS)
+def test_help_is_quick_and_loads_no_model(name):
+  before = resource.getrusage(resource.RUSAGE_CHILDREN)
+  done = subprocess.run(
+      [sys.executable, '-X', 'importtime', '-m', f'gemma_sft.{name}', '--help'],
+      capture_output=True, text=True, cwd=_ROOT)
+  after = resource.getrusage(resource.RUSAGE_CHILDREN)
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert f'python -m gemma_sft.{name}' in done.stdout
+  assert '--workdir' in done.stdout or '--config' in done.stdout
+  imported = {line.rpartition('|')[2].strip().partition('.')[0]
+              for line in done.stderr.splitlines() if '|' in line}
+  assert 'gemma_sft' in imported  # The list was read.
+  assert not imported & {'jax', 'jaxlib', 'gemma', 'flax', 'tensorflow',
+                         'orbax', 'grain', 'kauldron'}
+  seconds = (after.ru_utime + after.ru_stime
+             - before.ru_utime - before.ru_stime)
+  assert seconds < 3

@@ -1,0 +1,116 @@
+"""Schedules at their corners, and one step of AdamW by hand."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gemma_sft import optimizer
+
+_F32 = 1e-6  # Relative; optax computes in f32.
+
+
+def _schedule(**changes):
+  return optimizer.make_schedule(**dict(
+      learning_rate=0.1, schedule='cosine', warmup_share=0.0, final_share=0.0,
+      total_steps=100) | changes)
+
+
+def _assert_values(schedule, values):
+  for step, value in values.items():
+    np.testing.assert_allclose(
+        float(schedule(step)), value, rtol=_F32, atol=1e-9, err_msg=str(step))
+
+
+def test_without_warmup_the_first_update_has_the_peak():
+  for name in ('constant', 'linear', 'cosine'):
+    _assert_values(_schedule(schedule=name), {0: 0.1})
+
+
+def test_the_warmup_rises_to_the_peak_and_moves_from_the_first_update():
+  for name in ('constant', 'linear', 'cosine'):
+    _assert_values(
+        _schedule(schedule=name, warmup_share=0.04),
+        {0: 0.1 / 5, 1: 0.2 / 5, 2: 0.3 / 5, 3: 0.4 / 5, 4: 0.1})
+
+
+def test_constant():
+  _assert_values(_schedule(schedule='constant', warmup_share=0.1),
+                 {10: 0.1, 50: 0.1, 99: 0.1, 1000: 0.1})
+
+
+def test_linear():
+  _assert_values(_schedule(schedule='linear'),
+                 {25: 0.075, 99: 0.001, 100: 0.0, 1000: 0.0})
+  _assert_values(
+      _schedule(schedule='linear', warmup_share=0.2, final_share=0.5),
+      {20: 0.1, 60: 0.075, 100: 0.05, 1000: 0.05})
+
+
+def test_cosine():
+  _assert_values(_schedule(), {
+      25: 0.05 * (1 + math.sqrt(0.5)), 50: 0.05, 100: 0.0, 1000: 0.0})
+  # The last update of a hundred still has a rate.
+  assert 2e-5 < float(_schedule()(99)) < 3e-5
+  _assert_values(
+      _schedule(warmup_share=0.2, final_share=0.1),
+      {20: 0.1, 60: 0.055, 100: 0.01, 1000: 0.01})
+
+
+@pytest.mark.parametrize('share', (0.0, 0.5, 1.0))
+@pytest.mark.parametrize('total_steps', (1, 2, 3))
+def test_runs_of_a_few_updates_have_a_rate(total_steps, share):
+  schedule = _schedule(total_steps=total_steps, warmup_share=share)
+  for step in range(total_steps):
+    assert 0 < float(schedule(step)) <= 0.1 * (1 + _F32)
+
+
+def _adamw(**changes):
+  return optimizer.make_optimizer(optax.constant_schedule(0.1), **dict(
+      b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=0.0) | changes)
+
+
+def _steps(adamw, weight, gradients):
+  """Returns the weight after each gradient."""
+  params, weights = {'w': jnp.asarray(weight)}, []
+  state = adamw.init(params)
+  for gradient in gradients:
+    updates, state = adamw.update({'w': jnp.asarray(gradient)}, state, params)
+    params = optax.apply_updates(params, updates)
+    weights.append(np.asarray(params['w']))
+  return weights
+
+
+def test_two_steps_of_adamw_by_hand():
+  first, second = _steps(_adamw(weight_decay=0.5), [2.0], [[4.0], [-1.0]])
+  # m / (1 - b1) = g and v / (1 - b2) = g^2, so the step is the sign, and the
+  # decay is the rate times 0.5 times the weight.
+  w1 = 2.0 - 0.1 * (1.0 + 0.5 * 2.0)
+  np.testing.assert_allclose(first, [w1], rtol=_F32)
+  m = (0.9 * 0.1 * 4.0 + 0.1 * -1.0) / (1 - 0.9 ** 2)
+  v = (0.99 * 0.01 * 16.0 + 0.01 * 1.0) / (1 - 0.99 ** 2)
+  w2 = w1 - 0.1 * (m / (math.sqrt(v) + 1e-8) + 0.5 * w1)
+  # f32, with 1 - b2^2 of 0.02.
+  np.testing.assert_allclose(second, [w2], rtol=1e-5)
+
+
+def test_eps_and_decay_rates_are_used():
+  base = _steps(_adamw(), [2.0], [[4.0], [-1.0]])[1]
+  for change in (dict(b1=0.5), dict(b2=0.5), dict(eps=1.0)):
+    assert abs(_steps(_adamw(**change), [2.0], [[4.0], [-1.0]])[1] - base) > (
+        1e-3), change
+
+
+def test_clipping_is_by_the_global_norm():
+  params = {'a': jnp.zeros(1), 'b': jnp.zeros(1)}
+  gradient = {'a': jnp.asarray([30.0]), 'b': jnp.asarray([40.0])}
+  # Adam does not see a scale, so its first moment is read: 0.1 * gradient.
+  for clip_norm, expected in ((0.0, (3.0, 4.0)), (5.0, (0.3, 0.4)),
+                              (60.0, (3.0, 4.0))):
+    adamw = _adamw(clip_norm=clip_norm)
+    _, state = adamw.update(gradient, adamw.init(params), params)
+    mu = optax.tree_utils.tree_get(state, 'mu')
+    np.testing.assert_allclose(
+        (mu['a'][0], mu['b'][0]), expected, rtol=_F32)

