@@ -116,7 +116,7 @@ def get_config() -> config_dict.ConfigDict:
   # Validation records answered and judged each time; 0 for none, -1 for all.
   evaluation.judged = 0
   # Rows of a generation batch.
-  evaluation.batch_size = 64
+  evaluation.batch_size = 96
   evaluation.max_new_tokens = 256
   # Answered after each evaluation, greedily.
   evaluation.prompts = ()

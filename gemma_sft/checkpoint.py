@@ -272,7 +272,7 @@ def choose_step(checkpoints: Checkpoints, step: int) -> int:
           f'none of the checkpoints {steps} can be read',
           'at least one whole checkpoint', 'train again in a new --workdir')
     latest = max(metas)
-    metric = metas[latest].config.get('eval.metric')
+    metric = metas[latest].config['eval.metric']
     scored = {s: m.metrics[metric] for s, m in metas.items()
               if metric in m.metrics}
     if step == -2 or not scored:

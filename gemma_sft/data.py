@@ -184,6 +184,7 @@ class Batches:
     self._digests = [example_digest(e) for e in self._examples]
     self._host, self._n_hosts = host, n_hosts
     self._plans: dict[int, list] = {}
+    self._bounds: dict[tuple[int, int], int] = {}
     self.batches_per_epoch = len(self._plan(0))
     self._len = (self.batches_per_epoch * epochs if epochs is not None
                  else 2**31 - 1)
@@ -209,17 +210,22 @@ class Batches:
   def _max_trained(self, epoch, T):
     """Bound on the trained tokens of a device's share of a microbatch.
 
-    One for all batches of the epoch with rows of T, rounded up to an eighth of
-    the share, because each bound is a program to compile.
+    One for all batches of the epoch with rows of T, rounded up to a sixteenth
+    of the share, because each bound is a program to compile.
     """
+    known = self._bounds.get((epoch, T))
+    if known is not None:
+      return known
     layout = self._layout
     shares = layout.microbatches * layout.groups
     most = max(
         sum(self._trained[i] for row in part for i in row)
         for length, rows in self._plan(epoch) if length == T
         for part in _split(rows, shares))
-    eighth = max(1, layout.batch_size // shares * T // 8)
-    return max(1, -(-most // eighth)) * eighth
+    step = max(1, layout.batch_size // shares * T // 16)
+    bound = max(1, -(-most // step)) * step
+    self._bounds = {**self._bounds, (epoch, T): bound}
+    return bound
 
   def digest(self, index: int) -> bytes:
     """Returns SHA-256 over the examples of batch `index` and their places."""

@@ -16,6 +16,7 @@ if __name__ == '__main__':
 
 import json
 import os
+import time
 from typing import Any
 
 import jax
@@ -63,20 +64,19 @@ def main(
         f' {split}', flush=True)
   scores = scoring.evaluate_loss(
       served.model, served.params, served.source(examples), served.mesh)
-  judged, answers, seconds = scoring.judge_records(
+  start = time.monotonic()
+  total = len(records) + len(config.eval.prompts)
+  judged, answers, samples = scoring.judge_records(
       served.model, served.params, served.tokenizer, served.task, records,
-      max_new_tokens=config.eval.max_new_tokens,
-      batch_size=config.eval.batch_size, progress=_show_count(len(records)))
-  samples = scoring.answer_prompts(
-      served.model, served.params, served.tokenizer, config.eval.prompts,
-      max_new_tokens=config.eval.max_new_tokens) if config.eval.prompts else []
+      prompts=config.eval.prompts, max_new_tokens=config.eval.max_new_tokens,
+      batch_size=config.eval.batch_size, progress=_show_count(total))
   result = {
       'identity': identity, 'name': name, 'weights': served.description,
       'split': split,
       'records': len(records), 'seed': config.seed,
       'sampling': 'greedy', 'max_new_tokens': config.eval.max_new_tokens,
       'scores': scores | {f'judge/{k}': v for k, v in judged.metrics.items()},
-      'judge_note': judged.note, 'generation_seconds': seconds,
+      'judge_note': judged.note, 'generation_seconds': time.monotonic() - start,
       'samples': [{'prompt': p, 'answer': a}
                   for p, a in zip(config.eval.prompts, samples)],
       'answers': [

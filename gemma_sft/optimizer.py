@@ -19,7 +19,7 @@ def make_schedule(
     learning_rate: The peak.
     schedule: 'constant', 'linear' or 'cosine' after the warm-up.
     warmup_share: Share of the steps that rise linearly from 0 to the peak.
-    final_share: What is left of the peak at the last step.
+    final_share: What is left of the peak after the last step.
     total_steps: Number of updates.
   """
   warmup = round(warmup_share * total_steps)

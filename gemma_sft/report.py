@@ -72,6 +72,8 @@ def _cell(key, scores):
   if not key.startswith('judge/'):
     return f'{value:.4g}'
   n = int(scores.get(_COUNT, 0))
+  if abs(value * n - round(value * n)) > 1e-6:  # A mean, not a rate.
+    return f'{value:.1%}'
   low, high = interval(value, n)
   return (f'{value:.1%} ({round(value * n)} of {n};'
           f' 95 %: {low:.0%} to {high:.0%})')
@@ -124,9 +126,13 @@ def picture(workdir: str, path: str) -> bool:
   left.set(xlabel='updates', ylabel='loss (nats per trained token)',
            title='Loss', ylim=(0, None))
   left.legend(frameon=False)
-  for key, color in zip(judged, ('#c25b1e', '#2f7d4f', '#7a4fa3', '#555555')):
+  # Rates often coincide: lines of different dashes and widths show through.
+  styles = zip(judged, ('#c25b1e', '#2f7d4f', '#7a4fa3', '#555555'),
+               ('-', '-', ':', '--'), (1.5, 4, 1.5, 1.5))
+  for key, color, dashes, width in styles:
     points = [(r['step'], 100 * r[key]) for r in rows if key in r]
-    axes[0][1].plot(*zip(*points), color=color, marker='o', markersize=4,
+    axes[0][1].plot(*zip(*points), color=color, linestyle=dashes,
+                    linewidth=width, marker='o', markersize=4,
                     label=key.removeprefix('eval/judge/'))
   if judged:
     axes[0][1].set(xlabel='updates', ylabel='% of validation answers',

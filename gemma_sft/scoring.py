@@ -1,7 +1,6 @@
 """Scores of a set of weights: loss on a split, and the judge's on answers."""
 
 import functools
-import time
 from typing import Any
 from typing import Callable
 from typing import Sequence
@@ -135,19 +134,9 @@ def answer_records(
   return [tokenizer.decode(a) for a in answers]
 
 
-def answer_prompts(
-    model: model_lib.Model,
-    params: Any,
-    tokenizer: chat.Tokenizer,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int,
-) -> list[str]:
-  """Answers single questions greedily."""
-  return answer_records(
-      model, params, tokenizer,
-      [(chat.Message('user', p), chat.Message('model', '')) for p in prompts],
-      max_new_tokens=max_new_tokens, batch_size=len(prompts))
+def ask(prompt: str) -> list[chat.Message]:
+  """Returns a single question as a conversation for `answer_records`."""
+  return [chat.Message('user', prompt), chat.Message('model', '')]
 
 
 def judge_records(
@@ -157,13 +146,19 @@ def judge_records(
     task: Any,
     records: Sequence[Any],
     *,
+    prompts: Sequence[str] = (),
     max_new_tokens: int,
     batch_size: int,
     progress: Callable[[int], None] | None = None,
-) -> tuple[tasks.Judged, list[str], float]:
-  """Returns the judge's verdict on greedy answers, the answers, the seconds."""
-  start = time.monotonic()
+) -> tuple[tasks.Judged, list[str], list[str]]:
+  """Answers records and free prompts in one go, and judges the former.
+
+  Returns:
+    (verdict on the records' answers, those answers, the prompts' answers).
+  """
+  conversations = [task.to_messages(r) for r in records]
   answers = answer_records(
-      model, params, tokenizer, [task.to_messages(r) for r in records],
+      model, params, tokenizer, [*map(ask, prompts), *conversations],
       max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
-  return task.judge(records, answers), answers, time.monotonic() - start
+  free, judged = answers[:len(prompts)], answers[len(prompts):]
+  return task.judge(records, judged), judged, free

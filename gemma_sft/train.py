@@ -17,6 +17,7 @@ if __name__ == '__main__':
 
 import contextlib
 import functools
+import time
 from typing import Any
 
 import jax
@@ -250,22 +251,21 @@ def evaluate_state(
   records = run.splits['validation'].records if 'validation' in (
       run.splits) else []
   records = records[:config.eval.judged if config.eval.judged >= 0 else None]
+  answers = []
   if records or config.eval.prompts:
-    params = run.merged(state.trainable)
-  if records:
-    judged, _, seconds = scoring.judge_records(
-        run.model, params, run.tokenizer, run.task, records,
+    start = time.monotonic()
+    judged, _, answers = scoring.judge_records(
+        run.model, run.merged(state.trainable), run.tokenizer, run.task,
+        records, prompts=config.eval.prompts,
         max_new_tokens=config.eval.max_new_tokens,
         batch_size=config.eval.batch_size)
-    scores |= {f'judge/{k}': v for k, v in judged.metrics.items()}
-    text += ''.join(f' | {k} {v:.4g}' for k, v in judged.metrics.items())
-    text += f' ({metrics.duration(seconds)})' + (
-        f' | {judged.note}' if judged.note else '')
-  runs.say(f'evaluation after {step} updates{text}')
-  if config.eval.prompts:
-    answers = scoring.answer_prompts(
-        run.model, params, run.tokenizer, config.eval.prompts,
-        max_new_tokens=config.eval.max_new_tokens)
-    for prompt, answer in zip(config.eval.prompts, answers):
-      runs.say(progress.quote(prompt, answer))
+    if records:
+      scores |= {f'judge/{k}': v for k, v in judged.metrics.items()}
+      text += ''.join(f' | {k} {v:.4g}' for k, v in judged.metrics.items())
+      text += f' | {judged.note}' if judged.note else ''
+    text += f' ({metrics.duration(time.monotonic() - start)})'
+  if text:
+    runs.say(f'evaluation after {step} updates{text}')
+  for prompt, answer in zip(config.eval.prompts, answers):
+    runs.say(progress.quote(prompt, answer))
   return scores

@@ -54,7 +54,7 @@ def _last_logits(kind, params, tokens_T, n):
   return model_lib.logits(_model(kind), params, x_BTD[0, n - 1])
 
 
-def _reference(kind, prompt, choose=np.argmax):
+def _reference(kind, prompt, choose=lambda logits_V, _: np.argmax(logits_V)):
   """Greedy tokens, each by a full forward without a cache."""
   tokens = list(prompt)
   for _ in range(_NEW):
@@ -62,18 +62,17 @@ def _reference(kind, prompt, choose=np.argmax):
     padded[:len(tokens)] = tokens
     logits_V = np.asarray(_last_logits(
         kind, _params(kind), jnp.asarray(padded), len(tokens)))
-    tokens.append(int(choose(logits_V, tokens) if choose is not np.argmax
-                      else np.argmax(logits_V)))
+    tokens.append(int(choose(logits_V, tokens)))
   return tokens[len(prompt):]
 
 
 def _generate(kind='3', prompts=None, *, batch_size=3, stop_ids=_NEVER,
-              seed=0, is_done=None, progress=None, **sampling):
+              vocab_size=512, seed=0, is_done=None, progress=None, **sampling):
   return generate.generate(
       _model(kind), _params(kind), _prompts() if prompts is None else prompts,
       generate.Sampling(**dict(max_new_tokens=_NEW) | sampling),
-      stop_ids=stop_ids, batch_size=batch_size, seed=seed, is_done=is_done,
-      progress=progress)
+      stop_ids=stop_ids, vocab_size=vocab_size, batch_size=batch_size,
+      seed=seed, is_done=is_done, progress=progress)
 
 
 @functools.cache
@@ -87,6 +86,15 @@ def test_greedy_tokens_are_those_of_full_forwards(kind):
   for prompt, answer in zip(_prompts(), answers, strict=True):
     assert answer == _reference(kind, prompt)
   assert len({token for answer in answers for token in answer}) > 5
+
+
+def test_rows_of_the_embedding_beyond_the_tokenizer_are_never_said():
+  def choose(logits_V, _):
+    return np.argmax(logits_V[:200])
+
+  answers = _generate(vocab_size=200)
+  assert answers == [_reference('3', p, choose) for p in _prompts()]
+  assert max(max(a) for a in _greedy()) >= 200  # Or nothing was tested.
 
 
 def test_neighbours_and_padding_do_not_matter():

@@ -19,7 +19,7 @@ _PACKAGE = _ROOT / 'gemma_sft'
 _LAYERS = (
     # Leaves: they import errors, shapes and cache alone.
     ('errors', 'shapes', 'cache', 'config', 'optimizer', 'sharding', 'metrics',
-     'readers'),
+     'readers', 'stopping'),
     ('chat', 'records'),
     ('loss', 'data', 'lora', 'cli'),
     ('model', 'weights', 'state', 'tasks', 'audit'),

@@ -309,18 +309,25 @@ def test_packed_and_padded_batches_of_the_same_rows_agree(
 
 
 def test_base_weights_are_untouched_and_not_in_the_checkpoint(
-    run_config, tmp_path):
-  run = runs.prepare(run_config, str(tmp_path))
-  before = jax.tree.map(lambda leaf: np.array(leaf), run.base)
-  initial = jax.tree.map(lambda leaf: np.array(leaf),
-                         run.initial_state.trainable)
-  train.train(run)
+    run_config, tmp_path, monkeypatch):
+  prepared = []
+
+  def prepare(*arguments, **options):
+    run = sound(*arguments, **options)
+    prepared.append((run, jax.tree.map(np.array, run.base)))
+    return run
+
+  sound = runs.prepare
+  monkeypatch.setattr(runs, 'prepare', prepare)
+  _run(run_config, tmp_path)
+  (run, before), = prepared
+  assert len(jax.tree.leaves(before)) > 20
   jax.tree.map(np.testing.assert_array_equal, before, run.base)
   saved = conftest.saved_state(tmp_path, 6)
   kinds = {path.split("'")[1] for path in saved}
   assert kinds == {'step', 'trainable', 'opt_state'}
   # Adapters, their two moments, three counters: nothing of a base's size.
-  n_adapters = len(jax.tree.leaves(initial))
+  n_adapters = 2 * 2 * 7  # A and B, layers, projections.
   trainable = [p for p in saved if p.startswith("['trainable']")]
   assert len(trainable) == n_adapters
   assert all(p.endswith(("['a']", "['b']")) for p in trainable)
@@ -400,7 +407,8 @@ def test_best_checkpoint_outlives_the_rotation(run_config, tmp_path, capsys):
   assert best == 2 and scores[6] > scores[2] + 0.5
   assert _checkpoints(workdir).steps() == [2, 6]
   assert f'after {best} updates' in capsys.readouterr().out
-  assert _meta(workdir, 6).best == {'step': best, 'value': scores[best]}
+  assert _meta(workdir, 6).best == {
+      'step': best, 'value': scores[best], 'metric': 'loss', 'mode': 'min'}
   checkpoints = _checkpoints(workdir)
   assert checkpoint.choose_step(checkpoints, -1) == best
   assert checkpoint.choose_step(checkpoints, -2) == 6

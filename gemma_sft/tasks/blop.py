@@ -103,8 +103,10 @@ def judge(
 
   Metrics, as shares of those prompts: `strict` (accepted as a whole file),
   `wrapped` (as a file or as the body of a function), `parses` (the grammar
-  accepts it; names may be undefined). Questions about the language, whose
-  reference answer is prose, are shown and not counted.
+  accepts it; names may be undefined). `reach` is the mean share of an answer's
+  lines before the compiler's first error: on a few dozen answers it tells two
+  checkpoints apart with less noise than a rate of yes and no. Questions about
+  the language, whose reference answer is prose, are shown and not counted.
   """
   asks_code = [looks_like_code(chat_task.answer(r)) for r in records]
   try:
@@ -113,11 +115,25 @@ def judge(
   except CompilerError as error:
     return tasks.Judged({}, [{} for _ in records], str(error))
   rows = [next(verdicts) if code else {} for code in asks_code]
+  for row, completion in zip(rows, completions):
+    if row:
+      row['reach'] = _reach(row, extract_code(completion))
   counted = [row for row in rows if row]
   n = len(counted)
   metrics = {name: sum(row[name] for row in counted) / max(1, n)
-             for name in ('strict', 'wrapped', 'parses')}
+             for name in ('strict', 'wrapped', 'parses', 'reach')}
   return tasks.Judged(metrics | {'n': n}, rows)
+
+
+def _reach(verdict, code):
+  n_lines = code.count('\n') + 1
+  if verdict['strict']:
+    return 1.0
+  if verdict['line']:
+    return min(1.0, (verdict['line'] - 1) / n_lines)
+  # Without a place: the code ended too early, or there was none.
+  at_end = 'End Of Stream' in verdict['message']
+  return (n_lines - 1) / n_lines if at_end else 0.0
 
 
 def check_answers(records: Sequence[records_lib.Record]) -> list[str]:
