@@ -117,7 +117,7 @@ def _parse(module, flag_names, defaults):
     rest = flags.FLAGS(sys.argv)[1:]
     values = {name: getattr(flags.FLAGS, name) for name in flag_names}
     if values.get('config') is not None:
-      len(values['config'])  # It is read here, not where it is first used.
+      values['config'].keys()  # Read here, not where it is first used.
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError,
           OSError, ImportError) as error:
     raise _explained(error) from None

@@ -145,7 +145,7 @@ def _chat(served, sampling, system) -> int:
       system = line[len('/system'):].strip()
       conversation = _opening(system)
     elif line.startswith('/'):
-      print(f'no command {line.partition(" ")[0]}\n{_HELP}')
+      print(f'no command {line.partition(" ")[0]}; /help lists them')
     elif line:
       turn = [*conversation, chat.Message('user', line)]
       text = answer(served, sampling, turn, sys.stdout.write)

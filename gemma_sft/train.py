@@ -90,7 +90,7 @@ def train_step(
       new_state, sharding.tree_shardings(new_state, settings.mesh))
   return new_state, {
       'loss': nll_sum / divisor,
-      'grad_norm': optax.global_norm(grads),
+      'grad_norm': optax.tree.norm(grads),
       'n_trained': n_trained}
 
 

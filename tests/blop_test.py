@@ -82,7 +82,8 @@ def test_judge_counts_the_prompts_that_ask_for_code_alone():
   judged = blop.judge(reference, answers)
   assert judged.note == ''
   assert judged.metrics == {
-      'strict': 1 / 3, 'wrapped': 2 / 3, 'parses': 2 / 3, 'n': 3}
+      'strict': 1 / 3, 'wrapped': 2 / 3, 'parses': 2 / 3, 'reach': 1 / 3,
+      'n': 3}
   assert [row.get('strict') for row in judged.rows] == [
       True, False, False, None]
 

@@ -33,8 +33,8 @@ def test_a_few_updates_on_the_real_model(tmp_path):
   # The untouched model on data/blop/validation.txt, float32; it moves only if
   # the weights, the template, the mask or the data change.
   assert evaluated[0]['eval/loss'] == pytest.approx(_BASE_LOSS, abs=0.005)
-  # Six updates of about nine examples are worth more than a third of it.
-  assert evaluated[1]['eval/loss'] < 0.65 * evaluated[0]['eval/loss']
+  # Six updates of about nine examples are worth more than a fifth of it.
+  assert evaluated[1]['eval/loss'] < 0.8 * evaluated[0]['eval/loss']
   # The promise of the quickstart: 8 GB.
   peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
   assert peak < 8e9

@@ -211,7 +211,8 @@ def test_the_answer_is_that_of_greedy_generation(trained, capsys):
       [chat.Message('user', 'Blue?')], served.tokenizer)
   tokens = generate.generate(
       served.model, served.params, [prompt],
-      generate.Sampling(max_new_tokens=16), stop_ids=served.tokenizer.stop_ids)
+      generate.Sampling(max_new_tokens=16), stop_ids=served.tokenizer.stop_ids,
+      vocab_size=served.tokenizer.vocab_size)
   _sample(trained, prompt=['Blue?'])
   assert served.tokenizer.decode(tokens[0]) + '\n' == capsys.readouterr().out
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(served.params))
