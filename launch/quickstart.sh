@@ -45,6 +45,6 @@ Next:
   source .venv/bin/activate
   python -m gemma_sft.sample --workdir=$workdir        talk to it
   python -m gemma_sft.preview --config=$config         see what was trained
-  python -m gemma_sft.train --config=$config --workdir=workdirs/mine \\
-    --config.data.train=YOUR_FILE --config.task=chat       bring your own data
+  python -m gemma_sft.train --config=configs/chat.py --workdir=workdirs/mine \\
+    --config.data.train=YOUR_FILE                        bring your own data
 EOF

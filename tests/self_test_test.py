@@ -29,8 +29,8 @@ def test_passes_on_eight_devices_and_is_recorded(
 
 
 @pytest.mark.parametrize('changes', [
-    {'lora.enabled': False}, {'lora.dropout': 0.3}, {'train.remat': 'block'},
-    {'model.dtype': 'float32', 'train.loss_chunk': 4}], ids=str)
+    {'lora.enabled': False}, {'lora.dropout': 0.3, 'train.remat': 'block'}],
+    ids=str)
 def test_passes_for_every_kind_of_run(run_config, tmp_path, changes):
   run_config.mesh.update(data=2, fsdp=2, tensor=2)
   run_config.update_from_flattened_dict(changes)

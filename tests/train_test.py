@@ -87,7 +87,9 @@ def finished(tmp_path_factory):
 @pytest.mark.parametrize(
     'changes', [
         {'data.packing': True, 'data.repeat': 2},
-        {'data.packing': False, 'data.buckets': (34, 80), 'lora.dropout': 0.2},
+        pytest.param(
+            {'data.packing': False, 'data.buckets': (34, 80),
+             'lora.dropout': 0.2}, marks=pytest.mark.slow),
     ], ids=['packed', 'buckets and dropout'])
 def test_killed_run_goes_on_to_the_same_bits(run_config, tmp_path, changes):
   # 30 updates are several epochs; the generations of each evaluation leave
