@@ -29,7 +29,8 @@ def get_config(arg: str = '270m') -> config_dict.ConfigDict:
   config.optimizer.update(learning_rate=1e-3, weight_decay=0.01)
   config.train.update(epochs=3)
   config.eval.update(
-      judged=-1, max_new_tokens=192,
+      # Twice a run: answering the 30 prompts takes as long as 12 updates.
+      every=87, judged=-1, max_new_tokens=192,
       prompts=('What is Blop?',
                'Write a Blop component named UserList that renders a list item'
                ' with the name of each user in attributes.users.'),
@@ -38,6 +39,7 @@ def get_config(arg: str = '270m') -> config_dict.ConfigDict:
       # since two checkpoints differ by a few of the 30 answers.
       metric='judge/reach', mode='max')
   if arg == 'gemma1_2b':
+    config.eval.every = 0
     config.model.update(name='gemma1_2b', weights='')
     config.data.update(batch_size=8)
     # The seed project: 3 epochs, each pair five times.
