@@ -144,7 +144,7 @@ def normalise(text: str) -> str:
 
 def check_leakage(
     prompts: Mapping[str, Sequence[tuple[str, str]]]) -> None:
-  """Raises if a prompt of validation or test is one of training.
+  """Raises if two splits have a prompt in common.
 
   Args:
     prompts: split -> (prompt, where) of each example. Prompts are compared
@@ -153,16 +153,16 @@ def check_leakage(
   Raises:
     UserError: naming both rows of the first pair and the number of pairs.
   """
-  seen = {normalise(p): where for p, where in prompts.get('train', ())}
+  seen: dict[str, tuple[str, str]] = {}
   for split, rows in prompts.items():
-    if split == 'train':
-      continue
-    leaks = [(where, seen[normalise(p)]) for p, where in rows
+    leaks = [(where, *seen[normalise(p)]) for p, where in rows
              if normalise(p) in seen]
     if leaks:
+      where, other_where, other = leaks[0]
       raise errors.UserError(
-          f'{leaks[0][0]} has the prompt of {leaks[0][1]}; {len(leaks)} of'
-          f' {len(rows)} prompts of {split} are in train',
+          f'{where} has the prompt of {other_where}; {len(leaks)} of'
+          f' {len(rows)} prompts of {split} are in {other} already',
           'splits without a common prompt (case, punctuation and spacing'
           ' aside)',
           'keep all rows with a prompt in one split')
+    seen |= {normalise(p): (where, split) for p, where in rows}

