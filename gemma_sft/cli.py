@@ -82,15 +82,14 @@ def run(module: str, *flag_names: str, **defaults: Any) -> None:
     *flag_names: The flags that it takes, keys of `_FLAGS`.
     **defaults: Of flags whose default is another here.
   """
-  # Orbax's warnings about its own options are not for the person.
-  logging.getLogger('absl').addFilter(
-      lambda record: f'{os.sep}orbax{os.sep}' not in record.pathname)
+  _quiet_orbax()
   try:
     values = _parse(module, flag_names, defaults)
     main: Callable[..., Any] = importlib.import_module(module).main
     status = main(**values)
   except errors.UserError as error:
-    print(f'error: {error}', file=sys.stderr)
+    # One write: other threads may be writing too.
+    sys.stderr.write(f'error: {error}\n')
     status = 2
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr)
@@ -100,6 +99,27 @@ def run(module: str, *flag_names: str, **defaults: Any) -> None:
     status = 0
   sys.stdout.flush()
   sys.exit(status or 0)
+
+
+def _quiet_orbax():
+  """Keeps Orbax's own noise from the person, to whom our message speaks.
+
+  These are warnings about its options, and, after a write that failed (a full
+  disk), tracebacks of its background tasks: the failure itself reaches the
+  caller as an exception.
+  """
+  logging.getLogger('absl').addFilter(
+      lambda record: f'{os.sep}orbax{os.sep}' not in record.pathname)
+  logging.getLogger('asyncio').addFilter(
+      lambda record: 'was never retrieved' not in record.getMessage())
+  report = sys.unraisablehook
+
+  def hook(unraisable):
+    # TensorStore's threads call back into the loop that Orbax has closed.
+    if str(unraisable.exc_value) != 'Event loop is closed':
+      report(unraisable)
+
+  sys.unraisablehook = hook
 
 
 def _parse(module, flag_names, defaults):

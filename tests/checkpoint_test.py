@@ -269,8 +269,9 @@ def test_full_disk_while_saving_loses_nothing(whole_run, tmp_path):
       preexec_fn=_limit_files(40_000),
       env={'GEMMA_SFT_CACHE': str(tmp_path / 'cache')})
   assert status == 2, err
-  # Orbax's own event loops complain around it.
-  message = err[err.rindex('\nerror: ') + 1:].splitlines()[:3]
+  assert 'Traceback' not in err, err
+  message = err[err.index('error: '):].splitlines()
+  assert len(message) == 3, err
   assert 'the disk is full' in message[0]
   assert message[1].startswith('  expected: ')
   assert message[2].startswith('  fix: ')
