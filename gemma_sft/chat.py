@@ -43,7 +43,7 @@ class Example:
 
 # generation: (start of turn, end of turn). Ids are looked up in the tokenizer,
 # so a tokenizer of another generation is found out at once.
-_TURN_TAGS = {
+TURN_TAGS = {
     1: ('<start_of_turn>', '<end_of_turn>'),
     2: ('<start_of_turn>', '<end_of_turn>'),
     3: ('<start_of_turn>', '<end_of_turn>'),
@@ -51,7 +51,7 @@ _TURN_TAGS = {
 }
 # Gemma 1 to 3 were trained without a system turn; Google's templates put the
 # system text before the first user turn, a blank line between.
-_HAS_SYSTEM_ROLE = {1: False, 2: False, 3: False, 4: True}
+HAS_SYSTEM_ROLE = {1: False, 2: False, 3: False, 4: True}
 
 # Everything that Gemma's tokenizers may read as a control token. HTML tags are
 # user-defined pieces as well, but those are meant as text.
@@ -85,13 +85,18 @@ class Tokenizer:
     self.eos_id = self._processor.eos_id()
     self.pad_id = self._processor.pad_id()
     self.turn_ids = tuple(
-        self._processor.PieceToId(tag) for tag in _TURN_TAGS[generation])
+        self._processor.PieceToId(tag) for tag in TURN_TAGS[generation])
     if self._processor.unk_id() in self.turn_ids:
       raise errors.UserError(
-          f'the tokenizer has no {" and ".join(_TURN_TAGS[generation])}',
+          f'the tokenizer has no {" and ".join(TURN_TAGS[generation])}',
           f'the tokenizer of a Gemma {generation} model',
           'point --config.model.tokenizer at the tokenizer.model that came'
           ' with the weights')
+
+  @property
+  def proto(self) -> bytes:
+    """The serialised model, as a `tokenizer.model` holds it."""
+    return self._processor.serialized_model_proto()
 
   @property
   def vocab_size(self) -> int:
@@ -205,7 +210,7 @@ def _render(messages, tokenizer, where):
       raise errors.UserError(
           f'{where}: turn {i + 1} ({message.role}) is empty',
           'some text', 'fill it in or remove the row')
-  if len(turns) < len(messages) and not _HAS_SYSTEM_ROLE[
+  if len(turns) < len(messages) and not HAS_SYSTEM_ROLE[
       tokenizer.generation]:
     first = Message('user', f'{messages[0].content}\n\n{turns[0].content}')
     messages = [first, *turns[1:]]

@@ -58,7 +58,8 @@ class Meta:
 def tree_digest(tree: Any) -> str:
   """Returns SHA-256 over a tree's paths and bytes.
 
-  '' if some of it lies on other hosts, since none sees the whole.
+  '' if some of it lies on other hosts, since none sees the whole. A leaf may be
+  a function that reads the array: then only one is held at a time.
   """
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   if any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
@@ -67,7 +68,8 @@ def tree_digest(tree: Any) -> str:
   sha = hashlib.sha256()
   for path, leaf in leaves:
     sha.update(jax.tree_util.keystr(path).encode())
-    sha.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    array = leaf() if callable(leaf) else jax.device_get(leaf)
+    sha.update(np.ascontiguousarray(array).tobytes())
   return sha.hexdigest()
 
 
@@ -196,11 +198,29 @@ class Checkpoints:
       if digest and digest != meta.trainable_digest:
         raise ValueError('its bytes have changed on disk')
     except Exception as error:
-      raise errors.UserError(
-          f'checkpoint {step} in {self._dir} cannot be read: {error}',
-          f'a whole checkpoint, one of {self.steps()}',
-          'choose another with --step') from error
+      raise self._unreadable(step, error) from error
     return trainable, meta
+
+  def state_path(self, step: int) -> str:
+    """Returns the folder of a state, for reading it leaf by leaf."""
+    return os.path.join(self._dir, str(step), 'state')
+
+  def explained_meta(self, step: int) -> Meta:
+    """Returns a checkpoint's `Meta`, which a person has asked for.
+
+    Raises:
+      UserError: if it cannot be read.
+    """
+    try:
+      return self.read_meta(step)
+    except Exception as error:
+      raise self._unreadable(step, error) from error
+
+  def _unreadable(self, step, error):
+    return errors.UserError(
+        f'checkpoint {step} in {self._dir} cannot be read: {error}',
+        f'a whole checkpoint, one of {self.steps()}',
+        'choose another with --step')
 
   def restore_latest(
       self, abstract_state: Any, check: Callable[[Meta], None]

@@ -66,6 +66,38 @@ _FLAGS = {
         'stop', None, 'Text that ends an answer; may be given several times.'),
     'seed': lambda: flags.DEFINE_integer(
         'seed', None, 'Of the sampling.'),
+    'out': lambda: flags.DEFINE_string(
+        'out', None, 'Folder to export to; it must not be there yet.'),
+    'formats': lambda: flags.DEFINE_list(
+        'formats', [], 'What to write, separated by commas: hf, peft, lora,'
+        ' gguf-f32, gguf-f16, gguf-bf16, gguf-q8_0, gguf-q6_k, gguf-q5_k_m,'
+        ' gguf-q4_k_m, gguf-q4_0. Default: hf,peft,gguf-q8_0.'),
+    'hf_dtype': lambda: flags.DEFINE_enum(
+        'hf_dtype', 'bfloat16', ['bfloat16', 'float16', 'float32'],
+        'Of the merged safetensors.'),
+    'shard_size': lambda: flags.DEFINE_float(
+        'shard_size', 2.0, 'Largest safetensors file in GB; as much memory is'
+        ' needed.'),
+    'runtime_python': lambda: flags.DEFINE_string(
+        'runtime_python', None, 'Interpreter with torch, transformers and peft,'
+        ' in which hf and peft are proven. Default: that of .venv-runtimes'
+        ' (launch/runtimes.sh), else this one.'),
+    'llama_server': lambda: flags.DEFINE_string(
+        'llama_server', None, "llama.cpp's llama-server, in which GGUFs are"
+        ' proven. Default: that of the export extra, else the one on PATH.'),
+    'gguf': lambda: flags.DEFINE_string(
+        'gguf', None, "Judge the answers of llama.cpp's server running this"
+        ' exported file instead.'),
+    'allow_unproven': lambda: flags.DEFINE_bool(
+        'allow_unproven', False, 'Export even what cannot be proven because its'
+        ' runtime is missing; the card says so.'),
+    'push': lambda: flags.DEFINE_multi_string(
+        'push', [], 'ORG/NAME on the Hugging Face Hub or kaggle:OWNER/MODEL, to'
+        ' upload to afterwards; logins come from the environment.'),
+    'push_data': lambda: flags.DEFINE_bool(
+        'push_data', False, 'Upload the data files too, as a data set.'),
+    'private': lambda: flags.DEFINE_bool(
+        'private', False, 'Make new repositories private.'),
     'limit': lambda: flags.DEFINE_integer(
         'limit', 0, 'Judge only the first so many records; 0 for all.'),
 }

@@ -118,11 +118,12 @@ def load_base(
     seed: int,
 ) -> model_lib.Params:
   """Returns the base weights, each array straight in its shards."""
-  weights.check_config(resolved, model.config)
+  weights.check_config(resolved, model)
   abstract = model_lib.abstract_params(model)
   return weights.load(
       resolved, abstract, dtype=dtype,
-      shardings=sharding.tree_shardings(abstract, mesh), seed=seed)
+      shardings=sharding.tree_shardings(abstract, mesh), seed=seed,
+      layout=weights.make_layout(model))
 
 
 @dataclasses.dataclass(frozen=True)

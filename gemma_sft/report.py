@@ -1,4 +1,4 @@
-"""The table base against tuned, and the picture of a run."""
+"""The table base against tuned and exported, and the picture of a run."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from typing import Any
 
 from gemma_sft import metrics
 
-_NAMES = ('base', 'tuned')
+_NAMES = ('base', 'tuned', 'llama.cpp')
 # Over their counts, these are shares and get an interval.
 _COUNT = 'judge/n'
 
@@ -24,7 +24,7 @@ def interval(share: float, n: int) -> tuple[float, float]:
 
 
 def read_results(folder: str, split: str) -> dict[str, dict[str, Any]]:
-  """Returns {'base': ..., 'tuned': ...} as `evaluate` has kept them."""
+  """Returns {'base': ..., 'tuned': ..., ...} as `evaluate` has kept them."""
   results = {}
   for name in _NAMES:
     path = os.path.join(folder, f'{split}-{name}.json')

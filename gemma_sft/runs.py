@@ -394,9 +394,36 @@ class Served:
         n_hosts=jax.process_count())
 
 
-def load_weights(
-    config: Any, workdir: str, *, base: bool, step: int) -> Served:
-  """Loads the base and, unless `base`, merges a run's checkpoint into it.
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+  """Which weights are meant, found and checked, none of the base read yet.
+
+  Attributes:
+    config: The whole config.
+    model: The architecture.
+    tokenizer: Its tokenizer.
+    resolved: The base weights.
+    checkpoints: Of the run; None for the untouched base.
+    step: Of the checkpoint; 0 for the untouched base.
+    meta: Of the checkpoint, or None.
+    description: Which weights these are, for people.
+    identity: The same for comparing: base hash and batches consumed.
+  """
+
+  config: Any
+  model: model_lib.Model
+  tokenizer: chat.Tokenizer
+  resolved: weights.Resolved
+  checkpoints: checkpoint_lib.Checkpoints | None
+  step: int
+  meta: checkpoint_lib.Meta | None
+  description: str
+  identity: str
+
+
+def choose_weights(
+    config: Any, workdir: str, *, base: bool, step: int) -> Chosen:
+  """Finds a run's checkpoint and base, before gigabytes are read.
 
   Args:
     config: Of the run.
@@ -407,29 +434,55 @@ def load_weights(
   Raises:
     UserError: if there is no such checkpoint, or it is of another base.
   """
-  loading.enable_compilation_cache()
-  mesh = sharding.make_mesh(
-      data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
   model = loading.load_model(config.model)
-  dtype, _ = loading.choose_dtype(config.model.dtype)
   checkpoints = None
   if not base:
-    # Before gigabytes are read: is there a checkpoint?
     checkpoints = checkpoint_lib.Checkpoints(workdir, read_only=True)
     step = checkpoint_lib.choose_step(checkpoints, step)
   resolved = loading.resolve_weights(config.model)
   tokenizer = loading.load_tokenizer(
       config.model, resolved, model.generation)
   loading.check_vocabulary(tokenizer, model)
-  base_name = base_hash(resolved, config.seed)
-  if checkpoints is not None:
-    trainable, meta = checkpoints.restore_trainable(step)
-    check_weights(config, base_name, meta, f'the checkpoint in {workdir}')
+  identity = base_hash(resolved, config.seed)
+  if checkpoints is None:
+    return Chosen(
+        config, model, tokenizer, resolved, None, 0, None,
+        f'{config.model.name}, untouched', identity)
+  meta = checkpoints.explained_meta(step)
+  check_weights(config, identity, meta, f'the checkpoint in {workdir}')
+  return Chosen(
+      config, model, tokenizer, resolved, checkpoints, step, meta,
+      f'{config.model.name}, tuned {step} updates in {workdir}',
+      f'{identity} {meta.digest or meta.chain}')
+
+
+def load_weights(
+    config: Any, workdir: str, *, base: bool, step: int, dtype: str = ''
+) -> Served:
+  """Loads the base and, unless `base`, merges a run's checkpoint into it.
+
+  Args:
+    config: Of the run.
+    workdir: Of the run.
+    base: The untouched base model.
+    step: See `checkpoint.choose_step`.
+    dtype: As config.model.dtype; '' for that.
+
+  Raises:
+    UserError: see `choose_weights`.
+  """
+  loading.enable_compilation_cache()
+  mesh = sharding.make_mesh(
+      data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+  dtype, _ = loading.choose_dtype(dtype or config.model.dtype)
+  chosen = choose_weights(config, workdir, base=base, step=step)
+  model = chosen.model
+  trainable = None
+  if chosen.checkpoints is not None:
+    trainable, _ = chosen.checkpoints.restore_trainable(chosen.step)
   params = loading.load_base(
-      model, resolved, mesh, dtype=dtype, seed=config.seed)
-  description = f'{config.model.name}, untouched'
-  identity = f'{base_name} {dtype.name}'
-  if checkpoints is not None:
+      model, chosen.resolved, mesh, dtype=dtype, seed=config.seed)
+  if trainable is not None:
     if config.lora.enabled:
       params = lora.merge(
           params, trainable, lora_scale(config),
@@ -438,7 +491,6 @@ def load_weights(
       params = jax.tree.map(
           lambda leaf, like: jax.device_put(
               leaf.astype(dtype), like.sharding), trainable, params)
-    description = f'{config.model.name}, tuned {step} updates in {workdir}'
-    identity += f' {meta.digest or meta.chain}'
-  return Served(config, mesh, model, tokenizer, tasks.load(config.task),
-                params, description, identity)
+  return Served(
+      config, mesh, model, chosen.tokenizer, tasks.load(config.task), params,
+      chosen.description, f'{chosen.identity} {dtype.name}')

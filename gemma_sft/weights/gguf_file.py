@@ -35,6 +35,15 @@ class GgufFile:
   def n_tensors(self) -> int:
     return len(self._tensors)
 
+  @property
+  def shapes(self) -> dict[str, names.Shape]:
+    """Tensor name -> shape, in numpy's axis order."""
+    return {name: _shape(tensor) for name, tensor in self._tensors.items()}
+
+  def type_of(self, name: str) -> Any:
+    """Returns the `gguf.GGMLQuantizationType` of a tensor."""
+    return self._tensors[name].tensor_type
+
   def read(self, name: str) -> np.ndarray:
     """Returns one tensor dequantised to f32, in numpy's axis order."""
     from gguf import quants

@@ -22,6 +22,9 @@ from gemma_sft import errors
 ARCHITECTURES = {'gemma': 1, 'gemma2': 2, 'gemma3': 3}
 FORMS = ('hf', 'gguf')
 EMBEDDING = 'embedder/input_embedding'
+# Embedding rows beyond the tokenizer: the library pads Gemma 1 and 2 to
+# 256128, the multimodal Gemma 3 has 64 rows for images in other formats.
+_PADDINGS = ({256000, 256128}, {262144, 262208})
 
 Shape = tuple[int, ...]
 
@@ -120,7 +123,7 @@ TRANSFORMS = {
     'identity': _IDENTITY,
     # A norm of Gemma 1 to 3: GGUF holds 1 + w (see `_offset`).
     'norm': _IDENTITY,
-    # (V, D), with other rows beyond the tokenizer (see `_resize_rows`).
+    # (V, D), with other rows beyond the tokenizer (see `resize_rows`).
     'vocabulary': _IDENTITY,
     # (N, D, H) <-> (N * H, D).
     'heads': Transform(
@@ -337,6 +340,14 @@ def rows(layout: Layout) -> list[Row]:
   return filled
 
 
+def n_layers(layout: Layout) -> int:
+  """Returns the number of blocks."""
+  return len({
+      path.partition('/')[0] for path in layout.shapes
+      if path.startswith('layer_')
+  })
+
+
 def file_shapes(layout: Layout, form: str) -> dict[str, Shape]:
   """Returns name -> shape of every tensor of the model in 'hf' or 'gguf'.
 
@@ -386,12 +397,33 @@ def to_library(
     read: Returns the tensor of a name; called once for each, when it is due.
   """
   for row in rows(layout):
-    shape = layout.shapes[row.library]
-    parts = [_offset(read(name), row, form, -1) for name in getattr(row, form)]
-    array = TRANSFORMS[row.transform].to_library(parts, shape)
-    if row.transform == 'vocabulary':
-      array = _resize_rows(array, shape[0])
-    yield row.library, np.ascontiguousarray(array)
+    yield row.library, _to_library(layout, row, form, read)
+
+
+def read_library_array(
+    layout: Layout, form: str, read: Callable[[str], np.ndarray], path: str
+) -> np.ndarray:
+  """Returns one array of the library out of the tensors of a file."""
+  return _to_library(layout, _row(layout, path), form, read)
+
+
+def tensor_of(layout: Layout, path: str, form: str) -> str:
+  """Returns the name of the file tensor that begins a library array."""
+  return getattr(_row(layout, path), form)[0]
+
+
+def _row(layout, path):
+  return rows(dataclasses.replace(
+      layout, shapes={path: layout.shapes[path]}))[0]
+
+
+def _to_library(layout, row, form, read):
+  shape = layout.shapes[row.library]
+  parts = [_offset(read(name), row, form, -1) for name in getattr(row, form)]
+  array = TRANSFORMS[row.transform].to_library(parts, shape)
+  if row.transform == 'vocabulary':
+    array = resize_rows(array, shape[0])
+  return np.ascontiguousarray(array)
 
 
 def from_library(
@@ -408,13 +440,18 @@ def from_library(
   for row in rows(layout):
     array = np.asarray(read(row.library))
     if row.transform == 'vocabulary' and layout.file_vocab:
-      array = _resize_rows(array, layout.file_vocab)
+      array = resize_rows(array, layout.file_vocab)
     parts = TRANSFORMS[row.transform].to_file(array)
     for name, part in zip(getattr(row, form), parts, strict=True):
       yield name, np.ascontiguousarray(_offset(part, row, form, 1))
 
 
-def _resize_rows(array_VD: np.ndarray, n_rows: int) -> np.ndarray:
+def is_padding(n_rows: int, other: int) -> bool:
+  """Whether two embeddings differ only by rows that belong to no token."""
+  return {n_rows, other} in _PADDINGS
+
+
+def resize_rows(array_VD: np.ndarray, n_rows: int) -> np.ndarray:
   """Cuts or zero-pads the rows that belong to no token."""
   missing = max(0, n_rows - len(array_VD))
   if missing:

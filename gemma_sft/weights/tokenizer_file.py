@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+import re
 import string
 from typing import Any
 
@@ -10,6 +11,18 @@ from gemma_sft import errors
 _SPACE = '\u2581'
 # Token types of GGUF (llama.cpp, llama_token_type).
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+# User-defined pieces that llama.cpp is to match as tags, never to print. HTML
+# tags and the image tags are user-defined in GGUF too.
+_TAGS = re.compile(
+    r'<unused\d+>|<mask>|<2mass>|\[@BOS@\]|<(start|end)_of_turn>'
+)
+_END_OF_TURN = '<end_of_turn>'
+# llama.cpp's score of a token that no merge makes.
+_NO_SCORE = -1000.0
+# GGUF key -> field of SentencePiece's trainer_spec.
+_SPECIAL_IDS = {
+    'padding': 'pad_id', 'eos': 'eos_id', 'bos': 'bos_id', 'unknown': 'unk_id'
+}
 
 
 def from_gguf(metadata: Mapping[str, Any], where: str) -> bytes:
@@ -62,6 +75,71 @@ def from_gguf(metadata: Mapping[str, Any], where: str) -> bytes:
     pieces.append((text, score, kind))
   ids = {name: index for index, name in special.items()}
   return _model(pieces, ids)
+
+
+def to_gguf(proto: bytes, generation: int) -> dict[str, Any]:
+  """Returns the `tokenizer.ggml.*` metadata of a GGUF.
+
+  The inverse of `from_gguf`, with the types and scores that llama.cpp's
+  converter gives the official vocabularies. The arrays have one element per
+  piece; llama.cpp wants an embedding of as many rows.
+
+  Args:
+    proto: A serialised SentencePiece model (`tokenizer.model`).
+    generation: 1 to 3.
+
+  Raises:
+    UserError: It lacks a special token or the tag that ends a turn.
+  """
+  from sentencepiece import sentencepiece_model_pb2 as pb
+
+  return _TO_GGUF[generation](pb.ModelProto.FromString(proto))
+
+
+def _to_sentencepiece_gguf(model: Any) -> dict[str, Any]:
+  """Returns the metadata of Gemma 1 to 3."""
+  texts = [piece.piece for piece in model.pieces]
+  ids = {
+      f'{name}_token_id': getattr(model.trainer_spec, field)
+      for name, field in _SPECIAL_IDS.items()
+  }
+  missing = [name for name, i in ids.items() if not 0 <= i < len(texts)]
+  if missing or _END_OF_TURN not in texts:
+    raise errors.UserError(
+        f'the tokenizer has no {", ".join(missing) or _END_OF_TURN}',
+        'the special tokens of Gemma 1, 2 or 3',
+        "use the model's own tokenizer.model",
+    )
+  ids['eot_token_id'] = texts.index(_END_OF_TURN)
+  tokens, scores, kinds = zip(*map(_gguf_piece, model.pieces))
+  metadata = {
+      'model': 'llama',
+      'pre': 'default',
+      'tokens': list(tokens),
+      'scores': list(scores),
+      'token_type': list(kinds),
+      **ids,
+      'add_bos_token': True,
+      'add_eos_token': False,
+      'add_space_prefix': False,
+  }
+  return {f'tokenizer.ggml.{key}': value for key, value in metadata.items()}
+
+
+_TO_GGUF = {
+    1: _to_sentencepiece_gguf,
+    2: _to_sentencepiece_gguf,
+    3: _to_sentencepiece_gguf,
+}
+
+
+def _gguf_piece(piece: Any) -> tuple[str, float, int]:
+  """Returns text, score and GGUF type of a SentencePiece piece."""
+  if piece.type in (_NORMAL, _BYTE):
+    return piece.piece, piece.score, piece.type
+  if piece.type == _USER_DEFINED and not _TAGS.fullmatch(piece.piece):
+    return piece.piece.replace(_SPACE, ' '), _NO_SCORE, _USER_DEFINED
+  return piece.piece, _NO_SCORE, _CONTROL
 
 
 def byte_tokenizer(generation: int = 3) -> bytes:

@@ -1,0 +1,232 @@
+"""Whether an exported file still is the model: fixed prompts and limits."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import dataclasses
+
+import numpy as np
+
+from gemma_sft import chat
+
+# Kullback-Leibler divergence from the JAX model in nats, see `compare`. f32 is
+# the same model with other roundings: llama.cpp looks its GELU up in a table of
+# float16 and stays below 1e-6 on Gemma 3 270M. f16 and bf16 round every weight
+# once. q8_0 and q4_k_m are what their users expect of them; between them the
+# limit grows with 2 to the power of the bits a weight that are left out
+# (8.5, 6.6, 5.7, 4.8), rounded. q4_0 has no more bits than q4_k_m and spends
+# them worse, so it gets no more either.
+LIMITS = {
+    'f32': 1e-5,
+    'f16': 1e-3,
+    'bf16': 1e-3,
+    'q8_0': 0.02,
+    'q6_k': 0.025,
+    'q5_k_m': 0.03,
+    'q4_k_m': 0.05,
+    'q4_0': 0.05,
+}
+_UNQUANTIZED = ('f32', 'f16', 'bf16')
+# A server sums probabilities in float32, whose smallest is e^-103. What lies
+# below e^-80 decides nothing and is compared as e^-80.
+_FLOOR = -80.0
+# Tokens by which the longest prompt exceeds the window.
+_BEYOND_WINDOW = 32
+
+_TEXTS = (
+    'The mill stood at the foot of the hill, where the stream was widest, and'
+    ' every morning the miller walked down to see how high the water was.',
+    'def median(values):\n  """Returns the middle one of sorted values."""\n'
+    '  values = sorted(values)\n  middle = len(values) // 2\n  if len(values)',
+    # Hindi: "The capital of India is New Delhi, and its largest city is".
+    '\u092d\u093e\u0930\u0924 \u0915\u0940 \u0930\u093e\u091c\u0927\u093e\u0928'
+    '\u0940 \u0928\u0908 \u0926\u093f\u0932\u094d\u0932\u0940 \u0939\u0948'
+    ' \u0914\u0930 \u0907\u0938\u0915\u093e \u0938\u092c\u0938\u0947'
+    ' \u092c\u0921\u093c\u093e \u0936\u0939\u0930',
+    # Chinese: "In spring the trees by the river turned green, the children".
+    '\u6625\u5929\uff0c\u6cb3\u8fb9\u7684\u6811\u7eff\u4e86\uff0c'
+    '\u5b69\u5b50\u4eec',
+)
+_QUESTION = 'Name three things that float on water, one a line.'
+_LONG = (
+    'The {number}th traveller brought {count} apples, {place} the river, and'
+    ' said that the road had been long.\n')
+_PLACES = ('over', 'along', 'across', 'beside', 'against')
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """How far a runtime is from the JAX model.
+
+  Attributes:
+    kind: A key of `LIMITS`.
+    max_logit_difference: The largest difference of two log-probabilities,
+      which is that of the logits but for a constant a position.
+    kl_mean: Mean divergence of the compared positions, in nats.
+    kl_max: The largest of one position.
+    n_positions: How many were compared.
+    greedy_equal: Prompts whose greedy answers are the same tokens.
+    greedy_near_ties: Prompts whose answers part where the JAX model's two
+      tokens are as close as the rounding.
+    greedy_total: Prompts with a greedy answer.
+    limit: What was allowed.
+    passed: The verdict.
+  """
+
+  kind: str
+  max_logit_difference: float
+  kl_mean: float
+  kl_max: float
+  n_positions: int
+  greedy_equal: int
+  greedy_near_ties: int
+  greedy_total: int
+  limit: float
+  passed: bool
+
+  @property
+  def kl(self) -> float:
+    """The figure that is held against the limit."""
+    return self.kl_max if self.kind in _UNQUANTIZED else self.kl_mean
+
+
+def compare(
+    reference: Sequence[np.ndarray],
+    other: Sequence[np.ndarray],
+    reference_greedy: Sequence[Sequence[int]],
+    other_greedy: Sequence[Sequence[int]],
+    *,
+    kind: str,
+    continue_reference: Callable[[int, int], np.ndarray] | None = None,
+) -> Comparison:
+  """Compares a runtime's distributions and greedy answers with the model's.
+
+  Unquantised files are judged by their worst position: rounding spreads
+  evenly, so one position far off is a wrong mask, rope or norm. Quantised ones
+  are judged by the mean: where the model is undecided, small changes of the
+  weights move single positions far.
+
+  The greedy answers decide for f32 alone, where they have to be equal or part
+  at a near tie: the model's two tokens lie within twice the largest measured
+  difference, as each of the two may be off by it.
+
+  Args:
+    reference: For each prompt, logits or log-probabilities (n, V).
+    other: The runtime's, in the same order; columns beyond V belong to no
+      token and are left out.
+    reference_greedy: For each prompt, the tokens of the greedy answer.
+    other_greedy: The runtime's.
+    kind: A key of `LIMITS`.
+    continue_reference: From (number of the prompt, n) to logits (V,) of the
+      token after the prompt and n tokens of its reference answer; called where
+      answers part. Without it, no tie is looked for.
+  """
+  limit = LIMITS[kind]
+  differences, divergences = [], []
+  for ours_nV, theirs_nV in zip(reference, other, strict=True):
+    n, V = ours_nV.shape
+    if len(theirs_nV) != n or theirs_nV.shape[1] < V:
+      raise ValueError(f'{theirs_nV.shape} is compared with {(n, V)}')
+    ours_nV = _log_softmax(ours_nV)
+    theirs_nV = _log_softmax(theirs_nV[:, :V])
+    differences.append(np.abs(ours_nV - theirs_nV).max())
+    divergences.append(
+        np.sum(np.exp(ours_nV) * (ours_nV - theirs_nV), axis=1))
+  divergences = np.concatenate(divergences)
+  # Numpy's, unlike Python's, keep a NaN.
+  difference = float(np.max(differences))
+  greedy = [
+      _same_answer(i, ours, theirs, difference, continue_reference)
+      for i, (ours, theirs) in enumerate(
+          zip(reference_greedy, other_greedy, strict=True))]
+  comparison = Comparison(
+      kind=kind, max_logit_difference=difference,
+      kl_mean=float(divergences.mean()), kl_max=float(divergences.max()),
+      n_positions=len(divergences), greedy_equal=greedy.count('equal'),
+      greedy_near_ties=greedy.count('tie'), greedy_total=len(greedy),
+      limit=limit, passed=False)
+  # A NaN is not within the limit.
+  passed = comparison.kl <= limit and (
+      kind != 'f32' or 'different' not in greedy)
+  return dataclasses.replace(comparison, passed=bool(passed))
+
+
+def _log_softmax(logits_nV: np.ndarray) -> np.ndarray:
+  logits_nV = np.asarray(logits_nV, np.float64)
+  shifted_nV = logits_nV - logits_nV.max(axis=1, keepdims=True)
+  sums_n1 = np.log(np.exp(shifted_nV).sum(axis=1, keepdims=True))
+  return np.maximum(shifted_nV - sums_n1, _FLOOR)
+
+
+def _same_answer(number, ours, theirs, difference, continue_reference) -> str:
+  """Returns 'equal', 'tie' or 'different'."""
+  ours, theirs = list(ours), list(theirs)
+  if ours == theirs:
+    return 'equal'
+  n = next((i for i, pair in enumerate(zip(ours, theirs))
+            if pair[0] != pair[1]), None)
+  # Where one goes on after the other ends, the ending token is not known.
+  if n is None or continue_reference is None:
+    return 'different'
+  logits_V = np.asarray(continue_reference(number, n), np.float64)
+  gap = logits_V[ours[n]] - logits_V[theirs[n]]
+  return 'tie' if gap <= 2 * difference else 'different'
+
+
+def prompts(
+    tokenizer: chat.Tokenizer,
+    window: int | None,
+    max_length: int | None = None,
+) -> list[list[int]]:
+  """Returns the fixed prompts as token ids, BOS first.
+
+  English, code, Hindi, Chinese, a rendered question, BOS alone, and a text
+  that is longer than the sliding window: a mask that is off by one, or a rope
+  of the other kind of layer, shows there alone.
+
+  Args:
+    tokenizer: Of the model.
+    window: Of the local layers in tokens; None where there are none.
+    max_length: Prompts are cut there, also the one that is to pass the window.
+  """
+  found = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in _TEXTS]
+  found.append(chat.render_prompt(
+      [chat.Message('user', _QUESTION)], tokenizer))
+  found.append([tokenizer.bos_id])
+  if window is not None:
+    found.append(_long_prompt(tokenizer, window + _BEYOND_WINDOW))
+  return [ids[:max_length] for ids in found]
+
+
+def _long_prompt(tokenizer: chat.Tokenizer, length: int) -> list[int]:
+  """Returns `length` tokens of lines that differ, so that places matter."""
+  ids, number = [tokenizer.bos_id], 4
+  while len(ids) < length:
+    ids += tokenizer.encode(_LONG.format(
+        number=number, count=number * number % 97,
+        place=_PLACES[number % len(_PLACES)]))
+    number += 1
+  return ids[:length]
+
+
+def template_conversations() -> list[tuple[str, list[dict[str, str]]]]:
+  """Returns (name, messages) on which templates of all formats have to agree.
+
+  Roles are system, user and assistant, as clients send them.
+  """
+  question = {'role': 'user', 'content': 'What floats?'}
+  answer = {'role': 'assistant', 'content': 'Wood, ice and oil.'}
+  more = {'role': 'user', 'content': 'And what sinks?\nTwo things.'}
+  last = {'role': 'assistant', 'content': 'Stone.\n\nIron.'}
+  system = {'role': 'system', 'content': 'Answer in one line.'}
+  spaced = [{**message, 'content': f' \n\t{message["content"]}\n\n '}
+            for message in (system, question, answer, more)]
+  return [
+      ('question', [question]),
+      ('question and answer', [question, answer]),
+      ('two questions', [question, answer, more]),
+      ('two questions and answers', [question, answer, more, last]),
+      ('system and question', [system, question]),
+      ('system, two questions', [system, question, answer, more]),
+      ('system, answered', [system, question, answer]),
+      ('white space', spaced),
+  ]

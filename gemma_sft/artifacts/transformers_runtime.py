@@ -1,0 +1,165 @@
+"""Runs a Hugging Face folder in transformers and peft, for comparison.
+
+A script of its own, for an interpreter that has PyTorch and not this package:
+
+    python transformers_runtime.py REQUEST.json [REQUEST.json ...]
+
+A request is {"folder": a model, "adapter": a PEFT folder or null, "prompts":
+lists of token ids, "positions": n, "greedy_tokens": n, "conversations": lists
+of {"role", "content"}, "out": an .npz to write}. The answer holds, for number
+i:
+
+    logits_i     f32 (n, V) at the last n positions of prompt i, or at all of
+                 them where it is shorter
+    greedy_i     the likeliest next tokens, without the one that ends the answer
+    template_i   the tokens of conversation i, an answer begun where the last
+                 message is the user's
+    info         JSON: runtime (names and versions in one line), versions,
+                 tied (the output head is the embedding), end_ids
+
+Float32, eager attention, CPU. What did not load is an error with one message.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import sys
+
+import numpy as np
+
+# What is proven is what lies in the folder.
+os.environ['HF_HUB_OFFLINE'] = '1'
+os.environ['TRANSFORMERS_VERBOSITY'] = 'error'
+
+
+def _load_model(folder):
+  """Returns the model; every tensor of it came from the folder."""
+  import torch
+  import transformers
+
+  model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+      folder, output_loading_info=True, attn_implementation='eager',
+      # Of this name in versions 4 and 5.
+      torch_dtype=torch.float32)
+  problems = [f'{kind}: {sorted(map(str, found))[:8]}'
+              for kind, found in loaded.items() if found]
+  if problems:
+    raise SystemExit(f'{folder}: {"; ".join(problems)}')
+  return model.eval()
+
+
+def _add_adapter(model, folder):
+  """Returns the model with an adapter; every tensor of the file is in it."""
+  import peft
+  from safetensors import torch as safetensors_torch
+
+  file = pathlib.Path(folder) / 'adapter_model.safetensors'
+  adapted = peft.PeftModel.from_pretrained(model, folder).eval()
+  # Keys that it does not know leave peft an adapter of zeros and a warning.
+  wanted = safetensors_torch.load_file(file)
+  found = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+  missing = sorted(found.keys() - wanted.keys())
+  unexpected = sorted(wanted.keys() - found.keys())
+  if missing or unexpected:
+    raise SystemExit(
+        f'{file}: {len(missing)} adapter tensors missing: {missing[:4]};'
+        f' {len(unexpected)} unexpected: {unexpected[:4]}')
+  for key, tensor in wanted.items():
+    if not found[key].float().equal(tensor.float()):
+      raise SystemExit(f'{file}: {key} was not loaded')
+  return adapted
+
+
+def _is_tied(model):
+  head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+  return head.weight.data_ptr() == embedding.weight.data_ptr()
+
+
+def _end_ids(model):
+  found = model.generation_config.eos_token_id
+  if found is None:
+    return []
+  return list(found) if isinstance(found, (list, tuple)) else [found]
+
+
+def _last_logits(model, ids, n):
+  import torch
+
+  out = model(
+      torch.tensor([ids]), use_cache=False, logits_to_keep=min(n, len(ids)))
+  return out.logits[0].float().numpy()
+
+
+def _greedy(model, ids, n, end_ids):
+  """Returns at most n tokens; with the cache, as `generate` does."""
+  import torch
+
+  new, cache, tokens = [], None, torch.tensor([ids])
+  while len(new) < n:
+    out = model(
+        tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    token = int(out.logits[0, -1].argmax())
+    if token in end_ids:
+      break
+    new.append(token)
+    cache, tokens = out.past_key_values, torch.tensor([[token]])
+  return new
+
+
+def _template_tokens(tokenizer, messages):
+  found = tokenizer.apply_chat_template(
+      messages, tokenize=True,
+      add_generation_prompt=messages[-1]['role'] == 'user')
+  if hasattr(found, 'keys'):  # From version 5 on, a BatchEncoding.
+    found = found['input_ids']
+  return found
+
+
+def _versions():
+  names = ['transformers', 'torch', 'tokenizers']
+  if importlib.util.find_spec('peft'):  # Only adapters need it.
+    names.append('peft')
+  return {name: importlib.metadata.version(name) for name in names}
+
+
+def _answer(request):
+  """Returns the arrays of one request."""
+  model = _load_model(request['folder'])
+  tied, end_ids = _is_tied(model), _end_ids(model)
+  if request['adapter']:
+    model = _add_adapter(model, request['adapter'])
+  versions = _versions()
+  packages = ('transformers', 'peft') if request['adapter'] else (
+      'transformers',)
+  runtime = ', '.join(f'{name} {versions[name]}' for name in packages)
+  arrays = {'info': np.array(json.dumps({
+      'runtime': runtime, 'versions': versions, 'tied': tied,
+      'end_ids': end_ids}))}
+  for i, ids in enumerate(request['prompts']):
+    arrays[f'logits_{i}'] = _last_logits(model, ids, request['positions'])
+    arrays[f'greedy_{i}'] = np.array(
+        _greedy(model, ids, request['greedy_tokens'], end_ids), np.int64)
+  if request['conversations']:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(request['folder'])
+    for i, messages in enumerate(request['conversations']):
+      arrays[f'template_{i}'] = np.array(
+          _template_tokens(tokenizer, messages), np.int64)
+  return arrays
+
+
+def main(paths):
+  """Answers each request."""
+  import torch
+
+  with torch.inference_mode():
+    for path in paths:
+      request = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
+      np.savez(request['out'], **_answer(request))
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])

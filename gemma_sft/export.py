@@ -1,0 +1,400 @@
+"""Writes a run's model for others to run, and proves each file first.
+
+    python -m gemma_sft.export --workdir=W --out=O
+    python -m gemma_sft.export --workdir=W --out=O \\
+        --formats=hf,peft,lora,gguf-f16,gguf-q4_k_m --push=org/name
+    python -m gemma_sft.export --workdir=W --out=O --dry_run    # sizes only
+
+Formats: hf (merged safetensors), peft (the adapter), lora (the adapter as
+GGUF), gguf-f32, -f16, -bf16, -q8_0, -q6_k, -q5_k_m, -q4_k_m, -q4_0. Each is
+loaded in transformers, peft or llama.cpp and compared with the JAX model; over
+the limit nothing appears under O. A Modelfile for Ollama, a model card and
+export.json with the figures lie beside.
+"""
+
+from gemma_sft import cli
+
+if __name__ == '__main__':
+  cli.run('gemma_sft.export', 'config', 'workdir', 'out', 'formats', 'base',
+          'step', 'hf_dtype', 'shard_size', 'runtime_python', 'llama_server',
+          'allow_unproven', 'push', 'push_data', 'private', 'dry_run')
+
+import dataclasses
+import os
+import pathlib
+import shutil
+import tempfile
+import time
+from typing import Any
+from typing import Sequence
+
+from configs import default
+from gemma_sft import config as config_lib
+from gemma_sft import errors
+from gemma_sft import merging
+from gemma_sft import runs
+from gemma_sft import templates
+from gemma_sft.artifacts import card
+from gemma_sft.artifacts import llama_runtime
+from gemma_sft.artifacts import modelfile
+from gemma_sft.artifacts import parity
+from gemma_sft.artifacts import proof
+from gemma_sft.artifacts import push as push_lib
+from gemma_sft.artifacts import reference as reference_lib
+from gemma_sft.artifacts import summary as summary_lib
+from gemma_sft.artifacts import tensors
+from gemma_sft.artifacts import writer
+
+_SHORT = {'float32': 'f32', 'float16': 'f16', 'bfloat16': 'bf16'}
+# Headers, tokenizer files and the file system's own.
+_SPARE_BYTES = 100_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One artefact of an export.
+
+  Attributes:
+    format: As asked for.
+    path: Below the export's folder.
+    kind: Its precision, a key of `proof.LIMITS`.
+    n_bytes: Of its tensors.
+    base_bytes: Of the base that its proof needs for a while.
+  """
+
+  format: str
+  path: str
+  kind: str
+  n_bytes: int
+  base_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtimes:
+  """Where files are proven; None where that runtime is not needed or lacking.
+
+  Attributes:
+    python: With torch, transformers and peft.
+    server: llama.cpp's.
+    missing: Format -> why it cannot be proven.
+  """
+
+  python: str | None
+  server: str | None
+  missing: dict[str, str]
+
+
+def main(
+    config: Any,
+    workdir: str,
+    out: str,
+    formats: Sequence[str],
+    base: bool,
+    step: int,
+    hf_dtype: str,
+    shard_size: float,
+    runtime_python: str | None,
+    llama_server: str | None,
+    allow_unproven: bool,
+    push: Sequence[str],
+    push_data: bool,
+    private: bool,
+    dry_run: bool,
+) -> int:
+  """Exports; see the module's docstring."""
+  cli.require('workdir', workdir, '--workdir=workdirs/blop')
+  cli.require('out', out, '--out=exports/blop')
+  if config is None:
+    config = cli.load_run_config(workdir)
+  config_lib.validate(config)
+  targets = [push_lib.parse_target(text) for text in push]
+  if not shard_size > 0:
+    raise errors.UserError(
+        f'--shard_size={shard_size}', 'gigabytes, above 0', '--shard_size=2')
+  has_adapters = config.lora.enabled and not base
+  formats = list(dict.fromkeys(formats)) or [
+      'hf', *(['peft'] if has_adapters else []), 'gguf-q8_0']
+  writer.check_formats(formats, has_adapters=has_adapters)
+  final = pathlib.Path(out)
+  _check_free(final)
+  chosen = runs.choose_weights(config, workdir, base=base, step=step)
+  source = writer.Source(
+      chosen.model, chosen.tokenizer, merging.open_arrays(chosen),
+      name=final.name, temperature=config.sampling.temperature,
+      repetition_penalty=config.sampling.repetition_penalty)
+  jobs = plan(source, formats, hf_dtype)
+  print(f'weights: {chosen.description}')
+  _check_disk(jobs, final)
+  if dry_run:
+    return 0
+  runtimes = _find_runtimes(
+      formats, runtime_python, llama_server, allow_unproven)
+
+  partial = final.with_name(final.name + '.partial')
+  if partial.exists():
+    print(f'removing {partial}, which an earlier export left')
+    shutil.rmtree(partial)
+  partial.mkdir(parents=True)
+  for job in jobs:
+    start = time.monotonic()
+    write(job, partial, source, config, hf_dtype, shard_size)
+    print(f'wrote {job.path}: {_megabytes(_size(partial / job.path))}'
+          f' ({time.monotonic() - start:.0f} s)', flush=True)
+  _write_modelfile(partial, jobs, source, config)
+
+  print('running the JAX model in float32 on the fixed prompts', flush=True)
+  reference = _make_reference(config, workdir, base, step)
+  results = {}
+  for job in jobs:
+    if job.format in runtimes.missing:
+      print(f'UNPROVEN {job.path}: {runtimes.missing[job.format]}')
+      continue
+    result = _prove(job, partial, source, config, reference, runtimes)
+    results[job.path] = result
+    print(f'{"proven" if result.passed else "NOT EQUAL"} {job.path}:'
+          f' {result.comparison} ({result.runtime})', flush=True)
+    if not result.passed:
+      raise _not_equal(job, result, partial, source, hf_dtype)
+
+  summary = summary_lib.make_summary(
+      chosen, workdir, final.name, [(j.path, j.kind) for j in jobs], partial,
+      results, {j.path: runtimes.missing[j.format] for j in jobs
+                if j.format in runtimes.missing},
+      _stops(source.tokenizer, config), _changes(config))
+  (partial / 'export.json').write_text(
+      card.to_json(summary), encoding='utf-8')
+  (partial / 'README.md').write_text(card.render(summary), encoding='utf-8')
+  partial.rename(final)
+  print(f'exported to {final}/; README.md is the model card')
+  print(_how_to_run(final, jobs))
+  for target in targets:
+    address = push_lib.push(
+        final, target, private=private,
+        data_files=_data_files(config) if push_data else (),
+        data_card=card.data_card(summary) if push_data else '')
+    print(f'pushed to {address}')
+  return 0
+
+
+def plan(
+    source: writer.Source, formats: Sequence[str], hf_dtype: str
+) -> list[Job]:
+  """Returns what is to be written, with its sizes."""
+  jobs = []
+  for name in formats:
+    if name == 'hf':
+      jobs.append(Job(
+          name, 'hf', _SHORT[hf_dtype], writer.hf_bytes(source, hf_dtype)))
+    elif name == 'peft':
+      jobs.append(Job(
+          name, 'peft', 'f32', writer.adapter_bytes(source),
+          writer.hf_bytes(source, 'float32')))
+    elif name == 'lora':
+      jobs.append(Job(
+          name, 'gguf/adapter.gguf', 'f32', writer.adapter_bytes(source),
+          writer.gguf_bytes(source, 'f32')))
+    else:
+      quantization = name.removeprefix('gguf-')
+      jobs.append(Job(
+          name, f'gguf/model-{quantization}.gguf', quantization,
+          writer.gguf_bytes(source, quantization)))
+  return jobs
+
+
+def write(
+    job: Job,
+    folder: pathlib.Path,
+    source: writer.Source,
+    config: Any,
+    hf_dtype: str,
+    shard_size: float,
+) -> None:
+  """Writes one artefact below a folder; a full disk is told."""
+  path = folder / job.path
+  try:
+    if job.format == 'hf':
+      writer.write_hf(path, source, dtype=hf_dtype,
+                      max_shard_bytes=int(shard_size * 1e9))
+    elif job.format == 'peft':
+      writer.write_peft(path, source, _adapter(config),
+                        summary_lib.hub_name(config.model.name)
+                        or 'PATH_OF_THE_BASE')
+    elif job.format == 'lora':
+      writer.write_lora(path, source, _adapter(config))
+    else:
+      writer.write_gguf(path, source, quantization=job.kind)
+  except OSError as error:
+    raise errors.UserError(
+        f'{path} cannot be written: {error.strerror or error}',
+        f'room for {_megabytes(job.n_bytes)}',
+        'make room and start the same command again; nothing stands under the'
+        ' final name') from error
+
+
+def _adapter(config):
+  return writer.Adapter(
+      config.lora.rank, config.lora.alpha, config.lora.rank_stabilised,
+      config.lora.dropout, runs.lora_scale(config))
+
+
+def _check_free(final: pathlib.Path) -> None:
+  if final.exists():
+    raise errors.UserError(
+        f'--out={final} exists', 'a new folder',
+        'choose another, or remove it first')
+
+
+def _check_disk(jobs: Sequence[Job], final: pathlib.Path) -> None:
+  """Prints the sizes; raises if they, and what the proof needs, do not fit."""
+  for job in jobs:
+    print(f'  {job.path}: {_megabytes(job.n_bytes)}')
+  scratch = max(job.base_bytes for job in jobs)
+  total = sum(job.n_bytes for job in jobs)
+  parent = final.absolute().parent
+  while not parent.exists():
+    parent = parent.parent
+  free = shutil.disk_usage(parent).free
+  print(f'  together {_megabytes(total)}, for the proof {_megabytes(scratch)}'
+        f' more for a while; free: {_megabytes(free)}')
+  if total + scratch + _SPARE_BYTES > free:
+    raise errors.UserError(
+        f'{_megabytes(free)} free in {parent}',
+        f'{_megabytes(total + scratch + _SPARE_BYTES)}',
+        'fewer --formats, another --out, or make room')
+
+
+def _megabytes(n: int) -> str:
+  return f'{n / 1e6:,.1f} MB'
+
+
+def _size(path: pathlib.Path) -> int:
+  if path.is_file():
+    return path.stat().st_size
+  return sum(f.stat().st_size for f in path.rglob('*') if f.is_file())
+
+
+def _find_runtimes(
+    formats: Sequence[str],
+    python: str | None,
+    server: str | None,
+    allow_unproven: bool,
+) -> Runtimes:
+  """Looks for the runtimes before anything is written."""
+  missing = {}
+  found = {'python': None, 'server': None}
+  for name, find, given, users in (
+      ('python', parity.find_python, python, ('hf', 'peft')),
+      ('server', llama_runtime.find_server, server, ('gguf', 'lora'))):
+    needed = [f for f in formats if f.partition('-')[0] in users]
+    if not needed:
+      continue
+    try:
+      found[name] = find(given)
+    except errors.UserError as error:
+      if not allow_unproven:
+        raise
+      missing |= dict.fromkeys(needed, error.got)
+  return Runtimes(**found, missing=missing)
+
+
+def _make_reference(config, workdir, base, step) -> reference_lib.Reference:
+  served = runs.load_weights(
+      config, workdir, base=base, step=step, dtype='float32')
+  return reference_lib.make_reference(
+      served.model, served.params, served.tokenizer)
+
+
+def _prove(job, folder, source, config, reference, runtimes) -> parity.Result:
+  path = folder / job.path
+  if job.format == 'hf':
+    return parity.prove_hf(
+        path, reference, kind=job.kind, python=runtimes.python)
+  if job.format.startswith('gguf-'):
+    return parity.prove_gguf(
+        path, reference, kind=job.kind, server=runtimes.server)
+  # An adapter is proven on the untouched base, written for that alone.
+  with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    base = pathlib.Path(scratch) / 'base'
+    if job.format == 'peft':
+      writer.write_hf(base, source, dtype='float32',
+                      max_shard_bytes=2_000_000_000, base=True)
+      return parity.prove_hf(
+          base, reference, kind=job.kind, python=runtimes.python, adapter=path)
+    writer.write_gguf(
+        base / 'base.gguf', source, quantization='f32', base=True)
+    return parity.prove_gguf(
+        base / 'base.gguf', reference, kind=job.kind, server=runtimes.server,
+        lora=path)
+
+
+def _not_equal(job, result, folder, source, hf_dtype) -> errors.UserError:
+  """Returns the error that names the first tensor that is wrong."""
+  path, read = folder / job.path, source.arrays.read
+  wrong = None
+  try:
+    if job.format == 'hf':
+      wrong = tensors.first_wrong_in_hf(path, source.layout, read, hf_dtype)
+    elif job.format.startswith('gguf-'):
+      wrong = tensors.first_wrong_in_gguf(path, source.layout, read)
+  except errors.UserError as error:
+    wrong = error.got
+  templates = [n for n, equal in result.templates.items() if not equal]
+  got = f'{job.path} is not the model that was trained: {result.comparison}'
+  if templates:
+    got += f'; other tokens for the conversations {", ".join(templates)}'
+  got += f'; first wrong tensor: {wrong}' if wrong else (
+      '; every tensor is its source within the rounding of its type: the'
+      ' metadata, the tokenizer or the runtime differ')
+  return errors.UserError(
+      got,
+      f'KL divergence of at most {proof.LIMITS[job.kind]:g} and the tokens of'
+      ' training',
+      f'nothing was exported; what was written is in {folder}')
+
+
+def _write_modelfile(folder, jobs, source, config) -> None:
+  """Writes an Ollama Modelfile for the smallest merged GGUF."""
+  files = [j for j in jobs if j.format.startswith('gguf-')]
+  if not files:
+    return
+  best = min(files, key=lambda job: job.n_bytes)
+  text = modelfile.render(
+      gguf='./' + os.path.basename(best.path),
+      template=templates.ollama(source.model.generation),
+      temperature=config.sampling.temperature,
+      repetition_penalty=config.sampling.repetition_penalty,
+      top_k=config.sampling.top_k, top_p=config.sampling.top_p,
+      stops=_stops(source.tokenizer, config),
+      context_length=min(source.context_length, 4096),
+      license=f'Gemma terms of use: {card.TERMS}')
+  modelfile.check(text)
+  (folder / 'gguf' / 'Modelfile').write_text(text, encoding='utf-8')
+
+
+def _stops(tokenizer, config) -> list[str]:
+  """Returns the texts that end an answer, of the template and the config."""
+  return [*map(tokenizer.piece, tokenizer.stop_ids), *config.sampling.stop]
+
+
+def _changes(config) -> dict[str, Any]:
+  known = dict(config_lib.leaves(default.get_config()))
+  return {key: value for key, value in config_lib.leaves(config)
+          if known[key] != value}
+
+
+def _data_files(config) -> list[str]:
+  return [config.data[split] for split in ('train', 'validation', 'test')
+          if config.data[split]]
+
+
+def _how_to_run(final, jobs) -> str:
+  lines = []
+  files = [j.path for j in jobs if j.format.startswith('gguf-')]
+  if files:
+    lines += [f'  cd {final}/gguf && ollama create {final.name.lower()}'
+              f' -f Modelfile && ollama run {final.name.lower()}',
+              f'  llama-server -m {final / files[0]} --jinja']
+  if any(j.format == 'lora' for j in jobs):
+    lines.append('  llama-server -m BASE.gguf --lora'
+                 f' {final}/gguf/adapter.gguf')
+  return '\n'.join(lines)

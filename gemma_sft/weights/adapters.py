@@ -1,0 +1,130 @@
+"""Adapters under PEFT's and llama.cpp's names.
+
+Both keep, for a weight (out, in), A as (R, in) and B as (out, R); ours keep
+the axes of the library's einsums. Flattening in order is the same transform
+that takes the weight itself to the files, as `names` has it: heads before
+head width, and no permutation for rope.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from gemma_sft import errors
+from gemma_sft.weights import convert
+from gemma_sft.weights import names
+
+# Library weight -> the adapters of its file tensors, in the order of the row.
+_PARTS = {
+    'q_einsum': ('q',),
+    'k_einsum': ('k',),
+    'kv_einsum': ('k', 'v'),
+    'qkv_einsum': ('q', 'k', 'v'),
+    'attn_vec_einsum': ('o',),
+    'gating_einsum': ('gate', 'up'),
+    'linear': ('down',),
+}
+
+
+def to_file(
+    layout: names.Layout, adapters: Mapping[str, Any], form: str
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+  """Yields (name of the adapted tensor, A (R, in), B (out, R)), all f32.
+
+  Args:
+    layout: The model.
+    adapters: A tree as `lora.init_adapters` makes it.
+    form: 'hf' or 'gguf'.
+
+  Raises:
+    UserError: An adapter belongs to no weight of the model.
+  """
+  flat = {
+      path: np.asarray(leaf, np.float32)
+      for path, leaf in convert.flatten(adapters).items()
+  }
+  for row in names.rows(layout):
+    weight = row.library.removesuffix('/w')
+    parts = _PARTS.get(weight.rpartition('/')[2], ())
+    for part, name in zip(parts, getattr(row, form)):
+      a = flat.pop(f'{weight}/{part}/a', None)
+      if a is None:
+        continue
+      b = flat.pop(f'{weight}/{part}/b')
+      rank = a.shape[-1]
+      yield (name, np.ascontiguousarray(a.reshape(-1, rank).T),
+             np.ascontiguousarray(b.reshape(rank, -1).T))
+  if flat:
+    raise errors.UserError(
+        f'the adapter {next(iter(flat))} belongs to no weight of the model',
+        'the adapters of this model', 'use the config that it was trained with')
+
+
+def peft_tensors(
+    layout: names.Layout, adapters: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+  """Returns the tensors of a PEFT adapter_model.safetensors."""
+  tensors = {}
+  for name, a, b in to_file(layout, adapters, 'hf'):
+    prefix = 'base_model.model.' + name.removesuffix('.weight')
+    tensors[f'{prefix}.lora_A.weight'] = a
+    tensors[f'{prefix}.lora_B.weight'] = b
+  return tensors
+
+
+def peft_config(
+    layout: names.Layout,
+    adapters: Mapping[str, Any],
+    *,
+    base: str,
+    rank: int,
+    alpha: float,
+    rank_stabilised: bool,
+    dropout: float,
+) -> dict[str, Any]:
+  """Returns PEFT's adapter_config.json.
+
+  `target_modules` holds whole module names, so that an expression that took
+  some layers only is kept.
+
+  Args:
+    layout: The model.
+    adapters: The trained tree.
+    base: What to load below the adapter: a hub name or a folder.
+    rank: R.
+    alpha: See `lora.scale`.
+    rank_stabilised: See `lora.scale`.
+    dropout: What it was trained with.
+  """
+  modules = [
+      name.removesuffix('.weight')
+      for name, _, _ in to_file(layout, adapters, 'hf')
+  ]
+  return {
+      'peft_type': 'LORA',
+      'task_type': 'CAUSAL_LM',
+      'base_model_name_or_path': base,
+      'r': rank,
+      'lora_alpha': alpha,
+      'lora_dropout': dropout,
+      'use_rslora': rank_stabilised,
+      'use_dora': False,
+      'bias': 'none',
+      'fan_in_fan_out': False,
+      'inference_mode': True,
+      'modules_to_save': None,
+      'target_modules': _short(modules, names.n_layers(layout)),
+  }
+
+
+def _short(modules: list[str], n_layers: int) -> list[str]:
+  """Returns 'q_proj' for a projection of all layers, else whole names."""
+  by_kind = {}
+  for name in modules:
+    by_kind.setdefault(name.rpartition('.')[2], []).append(name)
+  short = []
+  for kind, full in by_kind.items():
+    short += [kind] if len(full) == n_layers else full
+  return short

@@ -1,0 +1,402 @@
+"""Writes GGUF models, quantised tensor by tensor, and LoRA adapters.
+
+Types and bytes are those of llama.cpp's own quantiser without an importance
+matrix, for a dense model whose output head is its embedding.
+"""
+
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+import contextlib
+import dataclasses
+import os
+import pathlib
+import re
+from typing import Any
+
+import gguf
+from gguf import quants
+import numpy as np
+
+from gemma_sft import errors
+from gemma_sft.weights import names
+
+# Quantised and written at once: 4 MiB as f32; gguf's numpy kernels need about
+# ten times that.
+_CHUNK_ELEMENTS = 1 << 20
+
+_Type = gguf.GGMLQuantizationType
+_K_TYPES = (_Type.Q4_K, _Type.Q5_K, _Type.Q6_K)
+# What llama.cpp takes where a row does not divide into blocks of 256.
+_FALLBACKS = {
+    _Type.Q4_K: _Type.Q5_0, _Type.Q5_K: _Type.Q5_1, _Type.Q6_K: _Type.Q8_0
+}
+_VALUE_TYPES = {
+    str: gguf.GGUFValueType.STRING,
+    bool: gguf.GGUFValueType.BOOL,
+    int: gguf.GGUFValueType.UINT32,
+    float: gguf.GGUFValueType.FLOAT32,
+}
+# Half a unit in the last place for the floating-point types. For the others 1.5
+# times the worst that was measured on normal, uniform, Laplace and Student-t (4
+# degrees) draws and on every matrix of Gemma 3 270M.
+_MAX_RELATIVE_ERROR = {
+    _Type.F32: 0.0,
+    _Type.F16: 2**-11,
+    _Type.BF16: 2**-8,
+    _Type.Q8_0: 0.011,  # Measured: 0.0073.
+    _Type.Q6_K: 0.034,  # 0.0228
+    _Type.Q5_K: 0.066,  # 0.0439
+    _Type.Q5_1: 0.072,  # 0.0477
+    _Type.Q5_0: 0.087,  # 0.0579
+    _Type.Q4_K: 0.137,  # 0.0909
+    _Type.Q4_0: 0.229,  # 0.1522
+}
+_EMBEDDINGS = ('token_embd.weight', 'per_layer_token_embd.weight')
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+  """How one kind of file stores its matrices.
+
+  Attributes:
+    file_type: The number that `general.file_type` announces it by.
+    matrix: Type of a matrix that has no rule of its own.
+    sensitive: Type of attn_v and ffn_down in half of the layers.
+    embedding: Type of the embedding, which is the output head too.
+  """
+
+  file_type: int
+  matrix: _Type
+  sensitive: _Type
+  embedding: _Type
+
+
+def _plain(file_type, matrix):
+  return Quantization(file_type, matrix, matrix, matrix)
+
+
+QUANTIZATIONS: Mapping[str, Quantization] = {
+    'f32': _plain(0, _Type.F32),
+    'f16': _plain(1, _Type.F16),
+    'bf16': _plain(32, _Type.BF16),
+    'q8_0': _plain(7, _Type.Q8_0),
+    'q4_0': Quantization(2, _Type.Q4_0, _Type.Q4_0, _Type.Q6_K),
+    'q4_k_m': Quantization(15, _Type.Q4_K, _Type.Q6_K, _Type.Q6_K),
+    'q5_k_m': Quantization(17, _Type.Q5_K, _Type.Q6_K, _Type.Q6_K),
+    'q6_k': _plain(18, _Type.Q6_K),
+}
+
+
+def tensor_types(
+    shapes: Mapping[str, names.Shape], quantization: str, n_layers: int
+) -> dict[str, _Type]:
+  """Returns name -> GGML type of every tensor, as llama.cpp mixes them.
+
+  Rows that divide into no block fall back: Q4_K to Q5_0, Q5_K to Q5_1, Q6_K
+  to Q8_0, and what is not a multiple of 32 either to F16.
+
+  Args:
+    shapes: GGUF name -> shape in numpy's order (`names.file_shapes`).
+    quantization: A key of `QUANTIZATIONS`.
+    n_layers: Of the model; the mix depends on a layer's place among them.
+
+  Raises:
+    UserError: The quantization is unknown.
+  """
+  mix = _quantization(quantization)
+  # A layer whose values are its keys has no attn_v: llama.cpp counts those
+  # that exist.
+  values = sorted(map(_layer, filter(_is_value, shapes)))
+  types = {}
+  for name, shape in shapes.items():
+    wanted = mix.matrix
+    if not _is_quantized(name, shape):
+      wanted = _Type.F32
+    elif name in _EMBEDDINGS:
+      wanted = mix.embedding
+    elif _is_value(name):
+      if _is_sensitive(values.index(_layer(name)), len(values)):
+        wanted = mix.sensitive
+    elif name.endswith('.ffn_down.weight'):
+      if _is_sensitive(_layer(name), n_layers):
+        wanted = mix.sensitive
+    types[name] = _fitting(wanted, shape[-1])
+  return types
+
+
+def _quantization(name: str) -> Quantization:
+  if name not in QUANTIZATIONS:
+    raise errors.UserError(
+        f'quantization {name!r}',
+        f'one of {", ".join(QUANTIZATIONS)}',
+        f'{errors.nearest(name, tuple(QUANTIZATIONS))}choose one of these',
+    )
+  return QUANTIZATIONS[name]
+
+
+def _is_quantized(name: str, shape: names.Shape) -> bool:
+  return (
+      len(shape) > 1
+      and name.endswith('weight')
+      and '_norm.weight' not in name
+      # Gemma 4: small, and every layer's input goes through it.
+      and 'per_layer_model_proj' not in name
+  )
+
+
+def _is_value(name: str) -> bool:
+  return name.endswith('.attn_v.weight')
+
+
+def _layer(name: str) -> int:
+  return int(re.match(r'blk\.(\d+)\.', name)[1])
+
+
+def _is_sensitive(index: int, count: int) -> bool:
+  """Whether a layer is in the first or last eighth, or every third between."""
+  eighth = count // 8
+  return (
+      index < eighth
+      or index >= 7 * count // 8
+      or (index - eighth) % 3 == 2
+  )
+
+
+def _fitting(wanted: _Type, n_columns: int) -> _Type:
+  if n_columns % gguf.GGML_QUANT_SIZES[wanted][0]:
+    wanted = _FALLBACKS.get(wanted, wanted)
+  if n_columns % gguf.GGML_QUANT_SIZES[wanted][0]:
+    return _Type.F16
+  return wanted
+
+
+def max_relative_error(kind: _Type) -> float:
+  """Returns a bound on ||dequantise(quantise(w)) - w|| / ||w|| (Frobenius).
+
+  It holds for a matrix of bell-shaped weights of standard deviation 0.001 or
+  more (Gemma has 0.01 to 0.04); below, the f16 scales of the blocks lose
+  digits. A tensor of another layer or axis order is off by about 1.4.
+
+  Args:
+    kind: A type that `tensor_types` can return.
+  """
+  return _MAX_RELATIVE_ERROR[kind]
+
+
+def n_bytes(
+    shapes: Mapping[str, names.Shape], quantization: str, n_layers: int
+) -> int:
+  """Returns the bytes of all tensors in the file, with their padding.
+
+  Metadata comes on top: about 7 MB for a vocabulary of 262144.
+
+  Raises:
+    UserError: The quantization is unknown.
+  """
+  types = tensor_types(shapes, quantization, n_layers)
+  return sum(
+      gguf.GGUFWriter.ggml_pad(
+          _tensor_bytes(shape, types[name]), gguf.GGUF_DEFAULT_ALIGNMENT
+      )
+      for name, shape in shapes.items()
+  )
+
+
+def _tensor_bytes(shape: names.Shape, kind: _Type) -> int:
+  return int(np.prod(quants.quant_shape_to_byte_shape(shape, kind), dtype=int))
+
+
+def write_model(
+    path: str | os.PathLike,
+    *,
+    architecture: str,
+    metadata: Mapping[str, Any],
+    shapes: Mapping[str, names.Shape],
+    tensors: Iterator[tuple[str, np.ndarray]],
+    quantization: str,
+    n_layers: int,
+) -> None:
+  """Writes a model, holding one tensor and a few MiB at a time.
+
+  Args:
+    path: The file to make; it is removed again if writing fails.
+    architecture: A key of `names.ARCHITECTURES`.
+    metadata: Key -> str, bool, int (uint32), float (float32) or a list of one
+      of these (int32 for int). `general.file_type` and the like are added.
+    shapes: GGUF name -> shape in numpy's order (`names.file_shapes`).
+    tensors: (name, array of any float type), in the order of `shapes`.
+    quantization: A key of `QUANTIZATIONS`.
+    n_layers: Of the model.
+
+  Raises:
+    UserError: The quantization is unknown or needs a package that is missing,
+      or a weight cannot be stored in it: not finite, or too large for F16.
+    ValueError: The tensors are not those of `shapes`.
+  """
+  types = tensor_types(shapes, quantization, n_layers)
+  if not set(_K_TYPES).isdisjoint(types.values()):
+    _import_libgguf()  # Before the first byte is written.
+  own = {'general.type': 'model'}
+  own['general.file_type'] = QUANTIZATIONS[quantization].file_type
+  _write(path, architecture, metadata, own, shapes, types, tensors)
+
+
+def write_adapter(
+    path: str | os.PathLike,
+    *,
+    architecture: str,
+    alpha: float,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+  """Writes a LoRA adapter for `llama-server --lora`, in f32.
+
+  llama.cpp adds alpha / r * b @ a to a weight; rank-stabilised LoRA needs
+  alpha * sqrt(r) here, because the file cannot say so.
+
+  Args:
+    path: The file to make; it is removed again if writing fails.
+    architecture: Of the base model, a key of `names.ARCHITECTURES`.
+    alpha: The numerator of the scale.
+    tensors: (name, array): `<GGUF weight>.lora_a` of (r, in) and `.lora_b` of
+      (out, r). They are all held at once.
+    metadata: Further keys, as for `write_model`.
+
+  Raises:
+    UserError: A weight is not finite.
+    ValueError: There are no pairs, or a and b of a weight do not fit.
+  """
+  arrays = {}
+  for name, array in tensors:
+    if name in arrays:
+      raise ValueError(f'two tensors {name}')
+    arrays[name] = np.asarray(array)
+  shapes = {name: array.shape for name, array in arrays.items()}
+  _check_pairs(shapes)
+  own = {
+      'general.type': 'adapter',
+      'general.file_type': QUANTIZATIONS['f32'].file_type,
+      'adapter.type': 'lora',
+      'adapter.lora.alpha': float(alpha),
+  }
+  types = dict.fromkeys(shapes, _Type.F32)
+  _write(
+      path, architecture, metadata or {}, own, shapes, types, arrays.items()
+  )
+
+
+def _check_pairs(shapes: Mapping[str, names.Shape]) -> None:
+  weights = {name.rpartition('.')[0] for name in shapes}
+  if not weights:
+    raise ValueError('an adapter without tensors')
+  wanted = {f'{weight}.lora_{x}' for weight in weights for x in 'ab'}
+  if odd := wanted ^ shapes.keys():
+    raise ValueError(f'not pairs of lora_a and lora_b: {sorted(odd)}')
+  for weight in weights:
+    a, b = shapes[f'{weight}.lora_a'], shapes[f'{weight}.lora_b']
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+      raise ValueError(f'{weight}: a is {a}, b is {b}, not (r, in), (out, r)')
+
+
+# The file --------------------------------------------------------------------
+
+
+def _write(path, architecture, metadata, own, shapes, types, tensors) -> None:
+  path = pathlib.Path(path)
+  writer = gguf.GGUFWriter(path, architecture)
+  own = own | {
+      'general.architecture': architecture,
+      'general.quantization_version': gguf.GGML_QUANT_VERSION,
+  }
+  for key, value in (dict(metadata) | own).items():
+    if key in own and metadata.get(key, value) != value:
+      raise ValueError(f'{key} is {metadata[key]!r} and {value!r}')
+    if key != 'general.architecture':  # The writer's constructor adds it.
+      writer.add_key_value(key, value, *_value_type(key, value))
+  for name, shape in shapes.items():
+    writer.add_tensor_info(
+        name, shape, np.dtype(np.float32), _tensor_bytes(shape, types[name]),
+        raw_dtype=types[name],
+    )
+  try:
+    with contextlib.closing(writer):
+      writer.write_header_to_file()
+      writer.write_kv_data_to_file()
+      writer.write_ti_data_to_file()
+      _write_tensors(writer, shapes, types, tensors)
+  except BaseException:
+    path.unlink(missing_ok=True)  # A file that is cut short looks complete.
+    raise
+
+
+def _value_type(key: str, value: Any):
+  """Returns the GGUF type of a value, and of its elements."""
+  kinds = set(map(type, value if isinstance(value, list) else [value]))
+  if len(kinds) != 1 or not kinds <= _VALUE_TYPES.keys():
+    raise ValueError(f'{key}: no GGUF type for {sorted(map(str, kinds))}')
+  kind = _VALUE_TYPES[kinds.pop()]
+  if not isinstance(value, list):
+    return kind, None
+  if kind == gguf.GGUFValueType.UINT32:
+    kind = gguf.GGUFValueType.INT32  # As llama.cpp reads token types.
+  return gguf.GGUFValueType.ARRAY, kind
+
+
+def _write_tensors(writer, shapes, types, tensors) -> None:
+  file = writer.fout[0]
+  # Chunks go straight to the file: `write_tensor_data` wants a whole tensor.
+  writer.write_padding(file, file.tell())
+  expected = iter(shapes.items())
+  for name, array in tensors:
+    wanted, shape = next(expected, ('no further tensor', ()))
+    if name != wanted or array.shape != tuple(shape):
+      raise ValueError(
+          f'got {name} of shape {array.shape}, not {wanted} of {tuple(shape)}'
+      )
+    _write_rows(file, name, array, types[name])
+    writer.write_padding(file, _tensor_bytes(shape, types[name]))
+    # Two tensors would be alive while the next one is made.
+    del array
+  if (missing := next(expected, None)) is not None:
+    raise ValueError(f'got no {missing[0]}')
+
+
+def _write_rows(file, name: str, array: np.ndarray, kind: _Type) -> None:
+  rows = array.reshape(-1, array.shape[-1])
+  n_rows = max(1, _CHUNK_ELEMENTS // rows.shape[-1])
+  for start in range(0, len(rows), n_rows):
+    chunk = np.ascontiguousarray(rows[start : start + n_rows], np.float32)
+    if not np.isfinite(chunk).all():
+      raise errors.UserError(
+          f'tensor {name} has values that are not finite',
+          'weights that are all finite numbers',
+          'export an earlier checkpoint, from before the loss diverged',
+      )
+    largest, limit = np.abs(chunk).max(), np.finfo(np.float16).max
+    if kind == _Type.F16 and largest > limit:
+      raise errors.UserError(
+          f'tensor {name} has a value of size {largest:g}',
+          f'at most {limit:g}, the largest number of f16',
+          'export bf16 or f32',
+      )
+    _quantize(chunk, kind).tofile(file)
+
+
+def _quantize(chunk: np.ndarray, kind: _Type) -> np.ndarray:
+  if kind in _K_TYPES:
+    return _import_libgguf().quantize_rows(chunk, kind)
+  return quants.quantize(chunk, kind)
+
+
+def _import_libgguf() -> Any:
+  """Returns the kernels of the K types, which the gguf package has not."""
+  try:
+    import libgguf  # Optional: only an export needs it.
+  except ImportError as error:
+    raise errors.UserError(
+        f'this quantization needs the package libgguf ({error})',
+        'libgguf, installed',
+        'pip install gemma_sft[export], or choose f32, f16, bf16 or q8_0',
+    ) from error
+  return libgguf

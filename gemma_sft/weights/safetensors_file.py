@@ -1,0 +1,242 @@
+"""Hugging Face safetensors folders: read lazily, written a shard at a time."""
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from gemma_sft import errors
+from gemma_sft.weights import names
+
+INDEX = 'model.safetensors.index.json'
+DTYPES = {
+    'float32': np.dtype(np.float32),
+    'float16': np.dtype(np.float16),
+    'bfloat16': np.dtype(ml_dtypes.bfloat16),
+}
+# Names in the multimodal checkpoints: of transformers 4, then of 5.
+_TEXT_PREFIXES = ('language_model.', 'model.language_model.')
+_NOT_TEXT = (
+    'vision_tower.', 'multi_modal_projector.', 'audio_tower.', 'embed_vision.',
+    'embed_audio.',
+)
+_HEAD = 'lm_head.weight'
+_EMBEDDING = 'model.embed_tokens.weight'
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+  """An opened folder.
+
+  Attributes:
+    path: The folder.
+    config: Its config.json.
+    shapes: Tensor name, as in a text-only model -> shape.
+  """
+
+  path: pathlib.Path
+  config: Mapping[str, Any]
+  shapes: Mapping[str, names.Shape]
+  _places: Mapping[str, tuple[pathlib.Path, str]]
+
+  def read(self, name: str) -> np.ndarray:
+    """Returns one tensor in the dtype of the file."""
+    from safetensors import safe_open
+
+    file, key = self._places[name]
+    with safe_open(file, 'np') as opened:
+      return opened.get_tensor(key)
+
+
+def is_folder(path: str | os.PathLike) -> bool:
+  """Whether a path is a folder of this kind."""
+  path = pathlib.Path(path)
+  return path.is_dir() and (
+      (path / INDEX).exists() or any(path.glob('*.safetensors'))
+  )
+
+
+def open_folder(path: str | os.PathLike) -> Folder:
+  """Opens a folder of one or more .safetensors and reads their headers.
+
+  The text model of a multimodal checkpoint is taken, the rest passed over.
+
+  Raises:
+    UserError: No config.json, a missing or damaged shard, a head that is not
+      tied to the embedding.
+  """
+  path = pathlib.Path(path)
+  config = _read_json(path / 'config.json')
+  if (path / INDEX).exists():
+    index = _read_json(path / INDEX)['weight_map']
+    files = sorted({path / name for name in index.values()})
+  else:
+    index, files = None, sorted(path.glob('*.safetensors'))
+  shapes, places = {}, {}
+  for file in files:
+    for key, shape in _header(file).items():
+      name = _text_name(key)
+      if name is None:
+        continue
+      if name in places:
+        raise errors.UserError(
+            f'{path}: tensor {key} stands in {places[name][0].name} and in'
+            f' {file.name}',
+            'each tensor in one file',
+            'remove what does not belong to this model from the folder',
+        )
+      shapes[name], places[name] = shape, (file, key)
+  for key in index or ():
+    name = _text_name(key)
+    if name is not None and name not in shapes:
+      raise errors.UserError(
+          f'{path}: {INDEX} promises {key}, and {index[key]} lacks it',
+          'every tensor of the index',
+          'download or copy the folder again',
+      )
+  folder = Folder(path, config, shapes, places)
+  _check_tied(folder)
+  shapes.pop(_HEAD, None)
+  return folder
+
+
+def _text_name(key: str) -> str | None:
+  """Returns a tensor's name in a text-only model; None for other towers."""
+  if key.removeprefix('model.').startswith(_NOT_TEXT):
+    return None
+  for prefix in _TEXT_PREFIXES:
+    if key.startswith(prefix):
+      rest = key.removeprefix(prefix)
+      if rest.startswith(('model.', 'lm_head.')):
+        return rest
+      return f'model.{rest}'
+  return key
+
+
+def _check_tied(folder: Folder) -> None:
+  if _HEAD not in folder.shapes:
+    return
+  if _EMBEDDING in folder.shapes and np.array_equal(
+      folder.read(_HEAD), folder.read(_EMBEDDING)
+  ):
+    return
+  raise errors.UserError(
+      f'{folder.path}: {_HEAD} is not the embedding',
+      'the tied head of Gemma: no such tensor, or a copy of the embedding',
+      'use the checkpoint before its head was untied',
+  )
+
+
+def _read_json(file: pathlib.Path) -> Any:
+  try:
+    return json.loads(file.read_text(encoding='utf-8'))
+  except (OSError, ValueError) as error:
+    raise errors.UserError(
+        f'{file}: {error}',
+        'a Hugging Face model folder',
+        'download or copy the folder again',
+    ) from None
+
+
+def _header(file: pathlib.Path) -> dict[str, names.Shape]:
+  from safetensors import safe_open
+  from safetensors import SafetensorError
+
+  try:
+    with safe_open(file, 'np') as opened:
+      return {
+          key: tuple(opened.get_slice(key).get_shape())
+          for key in opened.keys()
+      }
+  except (OSError, SafetensorError) as error:
+    size = file.stat().st_size if file.exists() else 0
+    raise errors.UserError(
+        f'{file}: cannot be read ({error}); it has {size} bytes',
+        'a whole .safetensors file',
+        'download or copy it again',
+    ) from None
+
+
+# Writing ---------------------------------------------------------------------
+
+
+def plan_shards(
+    shapes: Mapping[str, names.Shape], dtype: str, max_bytes: int
+) -> list[list[str]]:
+  """Returns which tensors go into which file, in order.
+
+  A tensor larger than `max_bytes` has a file of its own.
+
+  Args:
+    shapes: Of all tensors, in the order in which they come.
+    dtype: A key of `DTYPES`.
+    max_bytes: Of a file, headers aside.
+  """
+  shards, size = [[]], 0
+  for name, shape in shapes.items():
+    n = n_bytes(shape, dtype)
+    if shards[-1] and size + n > max_bytes:
+      shards.append([])
+      size = 0
+    shards[-1].append(name)
+    size += n
+  return shards
+
+
+def n_bytes(shape: names.Shape, dtype: str) -> int:
+  """Returns the size of a tensor."""
+  return int(np.prod(shape)) * DTYPES[dtype].itemsize
+
+
+def write_model(
+    folder: pathlib.Path,
+    tensors: Iterator[tuple[str, np.ndarray]],
+    shapes: Mapping[str, names.Shape],
+    *,
+    dtype: str,
+    max_bytes: int,
+) -> None:
+  """Writes model.safetensors, or numbered shards and their index.
+
+  Holds one shard in memory.
+
+  Args:
+    folder: Exists.
+    tensors: (name, array), in the order of `shapes`.
+    shapes: Of all tensors.
+    dtype: A key of `DTYPES`; arrays are cast.
+    max_bytes: See `plan_shards`.
+  """
+  shards = plan_shards(shapes, dtype, max_bytes)
+  weight_map = {}
+  for number, shard in enumerate(shards, start=1):
+    file = 'model.safetensors'
+    if len(shards) > 1:
+      file = f'model-{number:05}-of-{len(shards):05}.safetensors'
+    arrays = {}
+    for expected in shard:
+      name, array = next(tensors)
+      if (name, array.shape) != (expected, tuple(shapes[expected])):
+        raise ValueError(
+            f'{name} {array.shape} where {expected} {shapes[expected]} is due')
+      arrays[name] = np.ascontiguousarray(array.astype(DTYPES[dtype]))
+      weight_map[name] = file
+    write_file(folder / file, arrays)
+  if len(shards) > 1:
+    total = sum(n_bytes(shape, dtype) for shape in shapes.values())
+    (folder / INDEX).write_text(json.dumps(
+        {'metadata': {'total_size': total}, 'weight_map': weight_map},
+        indent=2) + '\n')
+
+
+def write_file(file: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+  """Writes one .safetensors, marked as transformers asks for."""
+  from safetensors.numpy import save_file
+
+  save_file(dict(arrays), file, metadata={'format': 'pt'})

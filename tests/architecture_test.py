@@ -1,0 +1,380 @@
+"""config.json and GGUF metadata say what the library computes."""
+
+import copy
+import dataclasses
+
+import conftest
+import pytest
+
+from gemma_sft import errors
+from gemma_sft import model as model_lib
+from gemma_sft.weights import architecture
+from gemma_sft.weights import expressible
+from gemma_sft.weights import gguf_file
+from gemma_sft.weights import hf_rope
+
+_IDS = dict(eos_ids=[1, 106], bos_id=2, pad_id=0)
+# Of Google's own files: width, MLP, layers, heads, key-value heads, head width,
+# query_pre_attn_scalar, window, positions, factor of the global rope.
+_KNOWN = {
+    'gemma1_2b': (2048, 16384, 18, 8, 1, 256, None, None, 8192, 1),
+    'gemma1_7b': (3072, 24576, 28, 16, 16, 256, None, None, 8192, 1),
+    'gemma2_2b': (2304, 9216, 26, 8, 4, 256, 256, 4096, 8192, 1),
+    'gemma2_9b': (3584, 14336, 42, 16, 8, 256, 256, 4096, 8192, 1),
+    'gemma2_27b': (4608, 36864, 46, 32, 16, 128, 144, 4096, 8192, 1),
+    'gemma3_270m': (640, 2048, 18, 4, 1, 256, 256, 512, 32768, 1),
+    'gemma3_1b': (1152, 6912, 26, 4, 1, 256, 256, 512, 32768, 1),
+    'gemma3_4b': (2560, 10240, 34, 8, 4, 256, 256, 1024, 131072, 8),
+    'gemma3_12b': (3840, 15360, 48, 16, 8, 256, 256, 1024, 131072, 8),
+    'gemma3_27b': (5376, 21504, 62, 32, 16, 128, 168, 1024, 131072, 8),
+}
+
+
+def _hf(model, **changes):
+  return architecture.hf_config(
+      model.config, model.generation,
+      **(dict(vocab_size=256000, dtype='bfloat16', **_IDS) | changes))
+
+
+def _gguf(model):
+  return architecture.gguf_metadata(
+      model.config, model.generation, name='a model',
+      context_length=architecture.context_length(
+          model.config, model.generation))
+
+
+def _changed(model, **changes):
+  config = dataclasses.replace(model.config, **changes)
+  return dataclasses.replace(
+      model, transformer=model.transformer.clone(config=config))
+
+
+def _check(model, hf):
+  architecture.check_hf_config(
+      hf, model.config, model.generation, 'x/config.json')
+
+
+def test_all_presets_are_known():
+  assert set(_KNOWN) == {
+      name for name, (g, _) in model_lib.PRESETS.items() if g < 4}
+
+
+@pytest.mark.parametrize('name', _KNOWN)
+def test_config_json_of_the_presets(name):
+  model = model_lib.make_model(name)
+  (width, hidden, layers, heads, kv_heads, head_dim, scalar, window,
+   positions, factor) = _KNOWN[name]
+  generation = model.generation
+  hf = _hf(model)
+  expected = {
+      'architectures': [f'Gemma{generation if generation > 1 else ""}'
+                        'ForCausalLM'],
+      'model_type': {1: 'gemma', 2: 'gemma2', 3: 'gemma3_text'}[generation],
+      'vocab_size': 256000,
+      'hidden_size': width, 'intermediate_size': hidden,
+      'num_hidden_layers': layers, 'num_attention_heads': heads,
+      'num_key_value_heads': kv_heads, 'head_dim': head_dim,
+      'max_position_embeddings': positions, 'rms_norm_eps': 1e-6,
+      'hidden_activation': 'gelu_pytorch_tanh',
+      'attention_bias': False, 'attention_dropout': 0.0,
+      'tie_word_embeddings': True,
+      'bos_token_id': 2, 'eos_token_id': [1, 106], 'pad_token_id': 0,
+      'dtype': 'bfloat16', 'torch_dtype': 'bfloat16',
+      'rope_theta': 1e6 if generation == 3 else 1e4,
+      'rope_scaling': None,
+      'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e4},
+  }
+  if generation == 1:
+    expected['hidden_act'] = 'gelu_pytorch_tanh'
+  else:
+    period = {2: 2, 3: 6}[generation]
+    expected |= {
+        'query_pre_attn_scalar': scalar, 'sliding_window': window,
+        'layer_types': ['full_attention' if i % period == period - 1
+                        else 'sliding_attention' for i in range(layers)],
+        'attn_logit_softcapping': {2: 50.0, 3: None}[generation],
+        'final_logit_softcapping': {2: 30.0, 3: None}[generation]}
+  if generation == 3:
+    scaling = {'rope_type': 'linear', 'factor': 8.0}
+    expected |= {
+        'rope_local_base_freq': 1e4,
+        'rope_scaling': scaling if factor == 8 else None,
+        'rope_parameters': {
+            'full_attention': {
+                **(scaling if factor == 8 else {'rope_type': 'default'}),
+                'rope_theta': 1e6},
+            'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e4}}}
+  assert hf == expected
+  # The strict configs of transformers 5 take no float for an int.
+  for key, value in expected.items():
+    assert type(hf[key]) is type(value), key
+  _check(model, hf)
+
+
+@pytest.mark.parametrize('name', _KNOWN)
+def test_metadata_of_the_presets(name):
+  model = model_lib.make_model(name)
+  (width, hidden, layers, heads, kv_heads, head_dim, _, window,
+   positions, factor) = _KNOWN[name]
+  kind, metadata = _gguf(model)
+  assert kind == {1: 'gemma', 2: 'gemma2', 3: 'gemma3'}[model.generation]
+  expected = {
+      'context_length': positions, 'embedding_length': width,
+      'block_count': layers, 'feed_forward_length': hidden,
+      'attention.head_count': heads, 'attention.head_count_kv': kv_heads,
+      'attention.key_length': head_dim, 'attention.value_length': head_dim,
+      'attention.layer_norm_rms_epsilon': 1e-6,
+      'rope.freq_base': 1e6 if model.generation == 3 else 1e4}
+  if model.generation > 1:
+    expected['attention.sliding_window'] = window
+  if model.generation == 2:
+    expected |= {
+        'attn_logit_softcapping': 50.0, 'final_logit_softcapping': 30.0}
+  if model.generation == 3:
+    expected['rope.freq_base_swa'] = 1e4
+  if factor == 8:
+    expected |= {'rope.scaling.type': 'linear', 'rope.scaling.factor': 8.0}
+  expected = {f'{kind}.{key}': value for key, value in expected.items()} | {
+      'general.type': 'model', 'general.name': 'a model'}
+  assert metadata == expected
+  for key, value in expected.items():
+    assert type(metadata[key]) is type(value), key
+  gguf_file.check_config(
+      {'general.architecture': kind, **metadata}, model.config, 'x.gguf')
+
+
+def test_a_pattern_that_is_not_llama_cpps_own_is_written():
+  model = model_lib.make_model(
+      'custom', generation=3, **conftest.DIMENSIONS)
+  key = 'gemma3.attention.sliding_window_pattern'
+  assert _gguf(model)[1][key] == 2
+  local = _changed(model, attention_types=model.config.attention_types[:1] * 2)
+  # No global layer within llama.cpp's six either.
+  assert key not in _gguf(local)[1]
+
+
+@pytest.mark.parametrize('temperature, expected', [
+    (0.2, {'do_sample': True, 'temperature': 0.2}), (0.0, {'do_sample': False}),
+])
+def test_generation_config(temperature, expected):
+  assert architecture.generation_config(
+      temperature=temperature, repetition_penalty=1.1, **_IDS) == {
+          'bos_token_id': 2, 'eos_token_id': [1, 106], 'pad_token_id': 0,
+          'repetition_penalty': 1.1, **expected}
+
+
+# What a file may leave out ---------------------------------------------------
+
+# google/gemma-3-4b-it and -27b-it, but for the keys of the tower.
+_MULTIMODAL = {
+    'gemma3_4b': {
+        'hidden_size': 2560, 'intermediate_size': 10240,
+        'model_type': 'gemma3_text', 'num_hidden_layers': 34,
+        'rope_scaling': {'factor': 8.0, 'rope_type': 'linear'},
+        'sliding_window': 1024},
+    'gemma3_27b': {
+        'head_dim': 128, 'hidden_size': 5376, 'intermediate_size': 21504,
+        'model_type': 'gemma3_text', 'num_attention_heads': 32,
+        'num_hidden_layers': 62, 'num_key_value_heads': 16,
+        'query_pre_attn_scalar': 168,
+        'rope_scaling': {'factor': 8.0, 'rope_type': 'linear'},
+        'sliding_window': 1024},
+}
+
+
+@pytest.mark.parametrize('name', _MULTIMODAL)
+def test_text_config_of_a_multimodal_file(name):
+  hf = {'model_type': 'gemma3', 'text_config': dict(_MULTIMODAL[name])}
+  model = model_lib.make_model(name)
+  _check(model, hf)
+  del hf['text_config']['rope_scaling']
+  with pytest.raises(errors.UserError) as info:
+    _check(model, hf)
+  assert info.value.got == (
+      'x/config.json: text_config.rope_scaling.factor is 1')
+
+
+@pytest.mark.parametrize('name, keys', [
+    ('gemma1_7b', {}),
+    ('gemma1_7b', {'hidden_act': 'gelu', 'hidden_activation': None}),
+    ('gemma2_2b', {}),
+    ('gemma2_2b', {'rope_scaling': None, 'rope_theta': 10000}),
+    ('gemma3_1b', {
+        'hidden_size': 1152, 'intermediate_size': 6912, 'sliding_window': 512,
+        'num_attention_heads': 4, 'num_key_value_heads': 1,
+        'layer_types': None, 'sliding_window_pattern': 6}),
+])
+def test_defaults_of_transformers(name, keys):
+  model = model_lib.make_model(name)
+  kind = {1: 'gemma', 2: 'gemma2', 3: 'gemma3_text'}[model.generation]
+  _check(model, {'model_type': kind, **keys})
+
+
+@pytest.mark.parametrize('key, default', [
+    ('hidden_size', 2304), ('intermediate_size', 9216),
+    ('num_hidden_layers', 26), ('num_attention_heads', 8),
+    ('num_key_value_heads', 4), ('head_dim', 256),
+    ('query_pre_attn_scalar', 256), ('sliding_window', 4096),
+])
+def test_a_default_that_is_not_the_models_is_a_contradiction(key, default):
+  model = model_lib.make_model('gemma3_27b')
+  hf = _hf(model)
+  del hf[key]
+  with pytest.raises(errors.UserError, match=f'{key} is {default}'):
+    _check(model, hf)
+
+
+_WRONG = [
+    ('gemma1_2b', {'hidden_act': 'silu'}, 'hidden_act'),
+    ('gemma1_2b', {'hidden_activation': 'relu'}, 'hidden_activation'),
+    ('gemma1_2b', {'model_type': 'gemma2'}, 'model_type'),
+    ('gemma1_2b', {'rope_theta': 1e6}, 'rope_theta'),
+    ('gemma2_2b', {'attn_logit_softcapping': None}, 'attn_logit_softcapping'),
+    ('gemma2_2b', {'final_logit_softcapping': 50.0}, 'final_logit_softcapping'),
+    ('gemma2_2b', {'query_pre_attn_scalar': 224}, 'query_pre_attn_scalar'),
+    ('gemma2_2b', {'sliding_window': 4095}, 'sliding_window'),
+    ('gemma2_2b', {'layer_types': 26 * ['full_attention']}, 'layer_types'),
+    ('gemma2_2b', {'layer_types': None, 'sliding_window_pattern': 3},
+     'layer_types'),
+    ('gemma2_2b', {'hidden_activation': 'gelu'}, 'hidden_activation'),
+    ('gemma2_2b', {'rms_norm_eps': 1e-5}, 'rms_norm_eps'),
+    ('gemma2_2b', {'tie_word_embeddings': False}, 'tie_word_embeddings'),
+    ('gemma2_2b', {'attention_bias': True}, 'attention_bias'),
+    ('gemma2_2b', {'quantization_config': {'bits': 4}}, 'quantization_config'),
+    ('gemma2_2b', {'use_bidirectional_attention': True},
+     'use_bidirectional_attention'),
+    ('gemma2_2b', {'hidden_size': 2305}, 'hidden_size'),
+    ('gemma2_2b', {'rope_parameters': {'rope_type': 'yarn'}},
+     'rope_parameters.rope_type'),
+    ('gemma2_2b', {'rope_parameters': {'rope_theta': 5e5}},
+     'rope_parameters.rope_theta'),
+    ('gemma3_4b', {'model_type': 'gemma3_text', 'rope_theta': 1e4},
+     'rope_theta'),
+    ('gemma3_4b', {'rope_local_base_freq': 1e6}, 'rope_local_base_freq'),
+    ('gemma3_4b', {'rope_scaling': None}, 'rope_scaling.factor'),
+    ('gemma3_4b', {'rope_scaling': {'type': 'linear', 'factor': 4}},
+     'rope_scaling.factor'),
+    ('gemma3_4b', {'rope_scaling': {'rope_type': 'dynamic', 'factor': 8}},
+     'rope_scaling.rope_type'),
+    ('gemma3_4b', {'final_logit_softcapping': 30.0},
+     'final_logit_softcapping'),
+    ('gemma3_4b', {'model_type': None}, 'model_type'),
+]
+
+
+@pytest.mark.parametrize('name, change, key', _WRONG)
+def test_the_first_contradiction_is_named(name, change, key):
+  model = model_lib.make_model(name)
+  with pytest.raises(errors.UserError, match=f'x/config.json: {key} is'):
+    _check(model, _hf(model) | change)
+
+
+@pytest.mark.parametrize('path, value, key', [
+    (('full_attention', 'rope_theta'), 1e4, 'full_attention.rope_theta'),
+    (('full_attention', 'factor'), 1.0, 'full_attention.factor'),
+    (('full_attention', 'rope_type'), 'default', 'full_attention.factor'),
+    (('sliding_attention', 'rope_theta'), 1e6, 'sliding_attention.rope_theta'),
+    (('sliding_attention', 'rope_type'), 'llama3',
+     'sliding_attention.rope_type'),
+])
+def test_rope_in_the_spelling_of_transformers_5(path, value, key):
+  model = model_lib.make_model('gemma3_4b')
+  hf = copy.deepcopy(_hf(model))
+  for older in ('rope_theta', 'rope_scaling', 'rope_local_base_freq'):
+    del hf[older]
+  _check(model, hf)  # Without the older keys, which then mean nothing.
+  hf['rope_parameters'][path[0]][path[1]] = value
+  with pytest.raises(errors.UserError, match=f'rope_parameters.{key} is'):
+    _check(model, hf)
+
+
+def test_rope_parameters_fall_back_on_the_older_keys():
+  model = model_lib.make_model('gemma3_4b')
+  hf = _hf(model) | {'rope_parameters': {
+      'full_attention': {'rope_type': 'linear', 'factor': 8.0}}}
+  _check(model, hf)
+  _check(model, hf | {'rope_parameters': {'rope_type': 'linear', 'factor': 8}})
+  del hf['rope_theta']
+  _check(model, hf)
+  small = model_lib.make_model('gemma2_2b')
+  hf = _hf(small) | {'rope_parameters': {'rope_type': 'default'}}
+  _check(small, hf)
+
+
+def test_numbers_that_went_through_f32_are_the_same():
+  assert hf_rope.same(1e-6, 9.99999997475e-07)
+  assert not hf_rope.same(1e-6, 1.00001e-6)
+  assert not hf_rope.same(None, 0)
+
+
+# What the formats cannot say -------------------------------------------------
+
+
+def _norm(name):
+  gm = model_lib.import_gemma()
+  return {'query_pre_attn_norm': gm.nn.config.QueryPreAttentionNormalisation[
+      name]}
+
+
+def _layers(pattern):
+  gm = model_lib.import_gemma()
+  kinds = {'L': gm.nn.AttentionType.LOCAL_SLIDING,
+           'G': gm.nn.AttentionType.GLOBAL}
+  return {'attention_types': tuple(kinds[c] for c in pattern)}
+
+
+_BY_WIDTH = 'BY_ONE_OVER_SQRT_EMBED_DIM_DIV_NUM_HEADS'
+# (generation, change of a tiny model, refused by transformers, by llama.cpp)
+_LIMITS = [
+    (1, lambda: {'final_logit_softcap': 30.0}, True, True),
+    (1, lambda: {'attn_logits_soft_cap': 50.0}, True, True),
+    (1, lambda: _layers('LG') | {'sliding_window_size': 4}, True, True),
+    (1, lambda: _norm(_BY_WIDTH), True, True),
+    (1, lambda: {'use_post_attn_norm': True}, True, True),
+    (1, lambda: {'global_scale_factor': 2.0}, False, False),
+    (2, lambda: {'final_logit_softcap': None}, False, True),
+    (2, lambda: {'attn_logits_soft_cap': None}, False, True),
+    (2, lambda: _layers('GL'), False, True),
+    (2, lambda: _layers('LL'), False, True),
+    (2, lambda: _norm(_BY_WIDTH), False, True),
+    (2, lambda: _norm('BY_EMBED_DIM_DIV_NUM_HEADS'), True, True),
+    (2, lambda: {'global_base_frequency': 20_000}, True, True),
+    (2, lambda: {'global_scale_factor': 2.0}, True, True),
+    (2, lambda: {'sliding_window_size': None}, True, True),
+    (2, lambda: {'embed_dim': 30}, True, False),
+    (2, lambda: {'use_qk_norm': True}, True, True),
+    (3, lambda: {'local_scale_factor': 2.0}, True, True),
+    (3, lambda: {'final_logit_softcap': 30.0}, False, True),
+    (3, lambda: {'attn_logits_soft_cap': 50.0}, False, True),
+    (3, lambda: _layers('GL'), False, True),
+    (3, lambda: _layers('LGGLG'), False, True),
+    (3, lambda: _layers('LGLG'), False, False),
+    (3, lambda: _layers('LLL'), False, False),
+    (3, lambda: _norm(_BY_WIDTH), False, True),
+    (3, lambda: _norm(_BY_WIDTH) | _layers(62 * 'L'), False, False),
+    (3, lambda: _layers(62 * 'L'), False, True),
+    (3, lambda: {'use_post_ffw_norm': False}, True, True),
+]
+
+
+@pytest.mark.parametrize('generation, change, hf, gguf', _LIMITS)
+def test_what_cannot_be_said_is_refused(generation, change, hf, gguf):
+  model = model_lib.make_model(
+      'custom', generation=generation, **conftest.DIMENSIONS)
+  expressible.check_hf(model.config, generation)
+  expressible.check_gguf(model.config, generation)
+  changed = _changed(model, **change())
+  for refused, build in ((hf, _hf), (gguf, _gguf)):
+    if refused:
+      with pytest.raises(errors.UserError, match='the model has'):
+        build(changed)
+    else:
+      build(changed)
+
+
+@pytest.mark.parametrize('build', [_hf, _gguf])
+def test_generation_4_is_refused(build):
+  model = model_lib.make_model(
+      'custom', generation=4, **conftest.DIMENSIONS)
+  with pytest.raises(errors.UserError, match='Gemma 4'):
+    build(model)

