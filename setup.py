@@ -60,6 +60,7 @@ setuptools.setup(
             'hypothesis>=6',
             # Hold our chat template and our tokenizer.json against their own.
             'jinja2>=3.1',
+            'pyyaml>=6',
             'tokenizers>=0.22',
             'pytest>=8',
             'pytest-xdist>=3',

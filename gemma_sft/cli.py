@@ -94,8 +94,9 @@ _FLAGS = {
     'push': lambda: flags.DEFINE_multi_string(
         'push', [], 'ORG/NAME on the Hugging Face Hub or kaggle:OWNER/MODEL, to'
         ' upload to afterwards; logins come from the environment.'),
-    'push_data': lambda: flags.DEFINE_bool(
-        'push_data', False, 'Upload the data files too, as a data set.'),
+    'push_data': lambda: flags.DEFINE_string(
+        'push_data', '', 'Upload the data files too, as a data set under this'
+        ' licence, such as cc-by-4.0 or other.'),
     'private': lambda: flags.DEFINE_bool(
         'private', False, 'Make new repositories private.'),
     'limit': lambda: flags.DEFINE_integer(

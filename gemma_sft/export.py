@@ -38,7 +38,6 @@ from gemma_sft.artifacts import card
 from gemma_sft.artifacts import llama_runtime
 from gemma_sft.artifacts import modelfile
 from gemma_sft.artifacts import parity
-from gemma_sft.artifacts import proof
 from gemma_sft.artifacts import push as push_lib
 from gemma_sft.artifacts import reference as reference_lib
 from gemma_sft.artifacts import summary as summary_lib
@@ -48,6 +47,13 @@ from gemma_sft.artifacts import writer
 _SHORT = {'float32': 'f32', 'float16': 'f16', 'bfloat16': 'bf16'}
 # Headers, tokenizer files and the file system's own.
 _SPARE_BYTES = 100_000_000
+_SCHEMA = {
+    'prompt': 'what is asked; # INPUT in text files',
+    'completion': 'what is to be answered; # OUTPUT in text files',
+    'system': 'the system text, where a record has one',
+    'messages': 'the turns, instead of the three above'}
+# Of the run's own data, among the prompts of the proof.
+_EXAMPLES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +103,7 @@ def main(
     llama_server: str | None,
     allow_unproven: bool,
     push: Sequence[str],
-    push_data: bool,
+    push_data: str,
     private: bool,
     dry_run: bool,
 ) -> int:
@@ -142,7 +148,8 @@ def main(
           f' ({time.monotonic() - start:.0f} s)', flush=True)
   _write_modelfile(partial, jobs, source, config)
 
-  print('running the JAX model in float32 on the fixed prompts', flush=True)
+  print('running the JAX model in float32 on the prompts of the proof',
+        flush=True)
   reference = _make_reference(config, workdir, base, step)
   results = {}
   for job in jobs:
@@ -153,8 +160,11 @@ def main(
     results[job.path] = result
     print(f'{"proven" if result.passed else "NOT EQUAL"} {job.path}:'
           f' {result.comparison} ({result.runtime})', flush=True)
-    if not result.passed:
-      raise _not_equal(job, result, partial, source, hf_dtype)
+
+  failed = [job for job in jobs
+            if job.path in results and not results[job.path].passed]
+  if failed:
+    raise _not_equal(failed, results, partial, source, hf_dtype)
 
   summary = summary_lib.make_summary(
       chosen, workdir, final.name, [(j.path, j.kind) for j in jobs], partial,
@@ -171,7 +181,9 @@ def main(
     address = push_lib.push(
         final, target, private=private,
         data_files=_data_files(config) if push_data else (),
-        data_card=card.data_card(summary) if push_data else '')
+        data_card=card.data_card(
+            summary['data'], name=f'{final.name}-data', task=config.task,
+            schema=_SCHEMA, licence=push_data) if push_data else '')
     print(f'pushed to {address}')
   return 0
 
@@ -300,8 +312,10 @@ def _find_runtimes(
 def _make_reference(config, workdir, base, step) -> reference_lib.Reference:
   served = runs.load_weights(
       config, workdir, base=base, step=step, dtype='float32')
+  split = 'validation' if config.data.validation else 'train'
   return reference_lib.make_reference(
-      served.model, served.params, served.tokenizer)
+      served.model, served.params, served.tokenizer,
+      served.split(split).examples[:_EXAMPLES])
 
 
 def _prove(job, folder, source, config, reference, runtimes) -> parity.Result:
@@ -327,29 +341,37 @@ def _prove(job, folder, source, config, reference, runtimes) -> parity.Result:
         lora=path)
 
 
-def _not_equal(job, result, folder, source, hf_dtype) -> errors.UserError:
-  """Returns the error that names the first tensor that is wrong."""
+def _not_equal(failed, results, folder, source, hf_dtype) -> errors.UserError:
+  """Returns the error that names the first wrong tensor of each file."""
+  got = []
+  for job in failed:
+    result = results[job.path]
+    line = f'{job.path} is not the model that was trained: {result.comparison}'
+    others = [n for n, equal in result.templates.items() if not equal]
+    if others:
+      line += f'; other tokens for the conversations {", ".join(others)}'
+    wrong = _first_wrong(job, folder, source, hf_dtype)
+    got.append(line + (f'; first wrong tensor: {wrong}' if wrong else (
+        '; every tensor is its source within the rounding of its type: the'
+        ' rounding itself, the metadata, the tokenizer or the runtime')))
+  kept = ','.join(f'{job.format}' for job in failed)
+  return errors.UserError(
+      '\n  '.join(got),
+      'KL divergences within the limits and the tokens of training',
+      f'export without {kept}, or in a finer precision; nothing was exported,'
+      f' what was written is in {folder}')
+
+
+def _first_wrong(job, folder, source, hf_dtype) -> str | None:
   path, read = folder / job.path, source.arrays.read
-  wrong = None
   try:
     if job.format == 'hf':
-      wrong = tensors.first_wrong_in_hf(path, source.layout, read, hf_dtype)
-    elif job.format.startswith('gguf-'):
-      wrong = tensors.first_wrong_in_gguf(path, source.layout, read)
+      return tensors.first_wrong_in_hf(path, source.layout, read, hf_dtype)
+    if job.format.startswith('gguf-'):
+      return tensors.first_wrong_in_gguf(path, source.layout, read)
   except errors.UserError as error:
-    wrong = error.got
-  templates = [n for n, equal in result.templates.items() if not equal]
-  got = f'{job.path} is not the model that was trained: {result.comparison}'
-  if templates:
-    got += f'; other tokens for the conversations {", ".join(templates)}'
-  got += f'; first wrong tensor: {wrong}' if wrong else (
-      '; every tensor is its source within the rounding of its type: the'
-      ' metadata, the tokenizer or the runtime differ')
-  return errors.UserError(
-      got,
-      f'KL divergence of at most {proof.LIMITS[job.kind]:g} and the tokens of'
-      ' training',
-      f'nothing was exported; what was written is in {folder}')
+    return error.got
+  return None
 
 
 def _write_modelfile(folder, jobs, source, config) -> None:

@@ -295,10 +295,23 @@ def test_rope_parameters_fall_back_on_the_older_keys():
   _check(model, hf)
   _check(model, hf | {'rope_parameters': {'rope_type': 'linear', 'factor': 8}})
   del hf['rope_theta']
-  _check(model, hf)
+  _check(model, hf | {'rope_scaling': {'type': 'linear', 'factor': 8}})
   small = model_lib.make_model('gemma2_2b')
   hf = _hf(small) | {'rope_parameters': {'rope_type': 'default'}}
   _check(small, hf)
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'global_base_frequency': 500_000}, 'rope_theta is 1000000.0'),
+    ({'local_base_frequency': 20_000}, 'rope_local_base_freq is 10000.0'),
+    ({'global_scale_factor': 8.0}, 'rope_scaling.factor is 1'),
+])
+def test_rope_left_out_is_that_of_transformers(change, message):
+  model = model_lib.make_model('gemma3_1b')
+  hf = {k: v for k, v in _hf(model).items() if not k.startswith('rope')}
+  _check(model, hf)
+  with pytest.raises(errors.UserError, match=message):
+    _check(_changed(model, **change), hf)
 
 
 def test_numbers_that_went_through_f32_are_the_same():

@@ -1,6 +1,7 @@
 """Gemma 4 in config.json and GGUF: held against transformers and llama.cpp."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -11,6 +12,7 @@ import urllib.request
 
 import conftest
 import gguf
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -345,6 +347,7 @@ def test_tokenizer_without_an_end_of_turn_is_refused():
 
 # Logits ----------------------------------------------------------------------
 
+_COMPARED = ('plain', 'e2b', '31b')  # 'e4b' has less than 'e2b'.
 _PROMPT = [2, *np.random.default_rng(1).integers(110, _PIECES, 39).tolist()]
 
 
@@ -366,20 +369,25 @@ def _random_arrays(model):
   return arrays
 
 
+def _forward(model, params):
+  tokens_BT = jnp.asarray(_PROMPT)[None]
+  x_BTD = model_lib.hidden_states(
+      model, params, tokens_BT, jnp.arange(len(_PROMPT))[None],
+      jnp.ones_like(tokens_BT))
+  return model_lib.logits(model, params, x_BTD[0])
+
+
 @pytest.fixture(scope='module')
 def references():
   """form -> (model, arrays, the library's logits_TV of the prompt)."""
   found = {}
-  for form, make in _FORMS.items():
-    model = make()
+  for form in _COMPARED:
+    model = _FORMS[form]()
     arrays = _random_arrays(model)
-    tokens_BT = jnp.asarray(_PROMPT)[None]
-    params = convert.unflatten(arrays)
-    x_BTD = model_lib.hidden_states(
-        model, params, tokens_BT, jnp.arange(len(_PROMPT))[None],
-        jnp.ones_like(tokens_BT))
-    found[form] = model, arrays, np.asarray(
-        model_lib.logits(model, params, x_BTD[0]), np.float64)
+    params = convert.unflatten(jax.tree.map(jnp.asarray, arrays))
+    # One compilation takes a second, operation by operation four.
+    logits_TV = jax.jit(functools.partial(_forward, model))(params)
+    found[form] = model, arrays, np.asarray(logits_TV, np.float64)
   return found
 
 
@@ -507,7 +515,7 @@ class _Server:
     return _log_softmax(found)
 
 
-@pytest.mark.parametrize('form', _FORMS)
+@pytest.mark.parametrize('form', _COMPARED)
 def test_logits_are_llama_cpps(references, tmp_path, form):
   model, arrays, logits = references[form]
   path = tmp_path / 'model.gguf'
@@ -516,10 +524,11 @@ def test_logits_are_llama_cpps(references, tmp_path, form):
     for length in (3, 9, 24, len(_PROMPT)):
       theirs = server.log_probabilities(_PROMPT[:length])
       ours = _log_softmax(logits[length - 1])
-      # llama.cpp takes its GELU from an f16 table: 0.018 and 6e-6 were
-      # measured over these forms; the smallest slip in the metadata is PLACE.
-      assert np.abs(ours - theirs).max() < 0.04
-      assert np.sum(np.exp(ours) * (ours - theirs)) < 3e-5
+      # llama.cpp takes its GELU from an f16 table: 0.003 and 4e-10 were
+      # measured; the smallest slip tried, one pair too many in `rope_freqs`,
+      # is 0.06 off.
+      assert np.abs(ours - theirs).max() < 0.02
+      assert np.sum(np.exp(ours) * (ours - theirs)) < 1e-8
 
 
 def test_llama_cpp_tokenizes_as_sentencepiece(references, tmp_path):

@@ -177,7 +177,7 @@ def test_rows_of_no_block_become_f16_as_in_llama_cpp(
 def test_mix_is_llama_cpps_at_every_depth(
     llama, tmp_path, n_layers, quantization):
   shapes = {'token_embd.weight': (_VOCAB, 256), 'output_norm.weight': (256,)}
-  for layer in range(n_layers):
+  for layer in reversed(range(n_layers)):  # Order does not matter.
     for name in ('attn_v', 'attn_output', 'ffn_down', 'ffn_up', 'inp_gate'):
       shapes[f'blk.{layer}.{name}.weight'] = (2, 256)
     # Layers of Gemma 4 whose values are their keys.
@@ -342,7 +342,8 @@ def test_missing_libgguf_names_the_extra_before_anything_is_written(
 
 
 def _swap(tensors):
-  tensors[1], tensors[2] = tensors[2], tensors[1]
+  i = [name for name, _ in tensors].index('blk.0.ffn_gate.weight')
+  tensors[i], tensors[i + 1] = tensors[i + 1], tensors[i]  # Of one shape.
 
 
 def _transpose(tensors):
@@ -353,7 +354,7 @@ def _transpose(tensors):
 @pytest.mark.parametrize(
     'change, message',
     [
-        (_swap, 'got .* of shape .*, not output_norm.weight of'),
+        (_swap, 'got blk.0.ffn_up.* of shape .*, not blk.0.ffn_gate'),
         (_transpose, r'got token_embd.weight of shape \(32,.*, not token_embd'),
         (lambda tensors: tensors.pop(), 'got no blk.1.'),
         (lambda tensors: tensors.append(('x', np.zeros(3))),

@@ -360,12 +360,12 @@ def test_what_the_hub_refuses(monkeypatch, export, status, where, expected):
 def test_a_login_of_an_unknown_shape_is_scrubbed(monkeypatch, export):
   token = 'of-no-known-shape'
   answer = {'error': f'no {token}'}
-  with _hub_serving(monkeypatch, {'GET .*whoami': (401, answer)}):
+  with _hub_serving(monkeypatch, {'POST .*/commit/': (400, answer)}):
     # From the client's file: no variable holds it.
     monkeypatch.delenv('HF_TOKEN')
     pathlib.Path(constants.HF_TOKEN_PATH).write_text(token)
     text = _failure(export, push.parse_target('org/blop'))
-  assert 'refused' in text and token not in text
+  assert 'no [removed]' in text and token not in text
 
 
 def test_a_token_in_the_files_is_not_published(monkeypatch, export):
@@ -497,6 +497,8 @@ def test_an_export_on_kaggle(monkeypatch, export, capfd):
   with _kaggle_serving(monkeypatch) as service:
     url = push.push(export, push.parse_target('kaggle:owner/blop'))
   assert url == 'https://www.kaggle.com/models/owner/blop'
+  # Asked with a timeout, which the client's own requests do not have.
+  assert service.requests[0][:2] == ('HEAD', '/')
   made = {body['body']['instanceSlug']: (body, files)
           for body, files in _uploaded(service, 'CreateModelInstance$')}
   shared = {'README.md': 'content of README.md',

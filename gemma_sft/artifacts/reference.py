@@ -46,16 +46,20 @@ def make_reference(
     model: model_lib.Model,
     params: Any,
     tokenizer: chat.Tokenizer,
+    examples: Sequence[chat.Example] = (),
 ) -> Reference:
-  """Runs the model on the fixed prompts.
+  """Runs the model on the fixed prompts and on beginnings of its own data.
 
   Args:
     model: From `make_model`.
     params: Weights with the adapters merged in, float32.
     tokenizer: Of the model.
+    examples: Of the domain, where the model is used: each is cut in the middle
+      of what is trained.
   """
   window = model.config.sliding_window_size
-  prompts = proof.prompts(tokenizer, window)
+  prompts = proof.prompts(tokenizer, window) + [
+      _beginning(example) for example in examples]
   with jax.default_matmul_precision('highest'):
     logits = [
         next_logits(model, params, ids, tokenizer.vocab_size)
@@ -74,6 +78,11 @@ def make_reference(
       prompts, logits, greedy, along_greedy,
       [(name, messages, render(messages, tokenizer))
        for name, messages in proof.template_conversations()])
+
+
+def _beginning(example: chat.Example) -> list[int]:
+  trained = np.flatnonzero(example.loss_mask)
+  return example.tokens[:trained[len(trained) // 2]].tolist()
 
 
 def render(

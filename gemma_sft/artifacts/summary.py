@@ -175,7 +175,8 @@ def _row(path, kind, result, note):
       artifact=path, runtime=runtime, version=version, limit=comparison.limit,
       kl_max=comparison.kl_max, kl_mean=comparison.kl_mean,
       max_difference=comparison.max_logit_difference,
-      greedy_equal=comparison.greedy_equal == comparison.greedy_total, proven=result.passed, note=note)
+      greedy_equal=comparison.greedy_equal == comparison.greedy_total,
+      proven=result.passed, note=note)
 
 
 def _one_each(results):
