@@ -91,6 +91,8 @@ _FLAGS = {
     'allow_unproven': lambda: flags.DEFINE_bool(
         'allow_unproven', False, 'Export even what cannot be proven because its'
         ' runtime is missing; the card says so.'),
+    'overwrite': lambda: flags.DEFINE_bool(
+        'overwrite', False, 'Replace an earlier export under --out.'),
     'push': lambda: flags.DEFINE_multi_string(
         'push', [], 'ORG/NAME on the Hugging Face Hub or kaggle:OWNER/MODEL, to'
         ' upload to afterwards; logins come from the environment.'),

@@ -17,9 +17,11 @@ from gemma_sft import cli
 if __name__ == '__main__':
   cli.run('gemma_sft.export', 'config', 'workdir', 'out', 'formats', 'base',
           'step', 'hf_dtype', 'shard_size', 'runtime_python', 'llama_server',
-          'allow_unproven', 'push', 'push_data', 'private', 'dry_run')
+          'allow_unproven', 'overwrite', 'push', 'push_data', 'private',
+          'dry_run')
 
 import dataclasses
+import json
 import os
 import pathlib
 import shutil
@@ -102,6 +104,7 @@ def main(
     runtime_python: str | None,
     llama_server: str | None,
     allow_unproven: bool,
+    overwrite: bool,
     push: Sequence[str],
     push_data: str,
     private: bool,
@@ -122,8 +125,11 @@ def main(
       'hf', *(['peft'] if has_adapters else []), 'gguf-q8_0']
   writer.check_formats(formats, has_adapters=has_adapters)
   final = pathlib.Path(out)
-  _check_free(final)
   chosen = runs.choose_weights(config, workdir, base=base, step=step)
+  identity = ' '.join([chosen.identity, hf_dtype, *formats])
+  if _is_there(final, identity, overwrite):
+    print(f'{final}/ is this export already')
+    return 0
   source = writer.Source(
       chosen.model, chosen.tokenizer, merging.open_arrays(chosen),
       name=final.name, temperature=config.sampling.temperature,
@@ -167,14 +173,15 @@ def main(
     raise _not_equal(failed, results, partial, source, hf_dtype)
 
   summary = summary_lib.make_summary(
-      chosen, workdir, final.name, [(j.path, j.kind) for j in jobs], partial,
-      results, {j.path: runtimes.missing[j.format] for j in jobs
-                if j.format in runtimes.missing},
+      chosen, identity, workdir, final.name,
+      [(job.path, job.kind) for job in jobs], partial, results,
+      {job.path: runtimes.missing[job.format] for job in jobs
+       if job.format in runtimes.missing},
       _stops(source.tokenizer, config), _changes(config))
   (partial / 'export.json').write_text(
       card.to_json(summary), encoding='utf-8')
   (partial / 'README.md').write_text(card.render(summary), encoding='utf-8')
-  partial.rename(final)
+  _publish(partial, final)
   print(f'exported to {final}/; README.md is the model card')
   print(_how_to_run(final, jobs))
   for target in targets:
@@ -249,11 +256,32 @@ def _adapter(config):
       config.lora.dropout, runs.lora_scale(config))
 
 
-def _check_free(final: pathlib.Path) -> None:
+def _is_there(final: pathlib.Path, identity: str, overwrite: bool) -> bool:
+  """Whether the export was made before; raises where it cannot be made."""
+  told = final / 'export.json'
+  if not final.exists():
+    return False
+  if told.exists():
+    with open(told, encoding='utf-8') as file:
+      if json.load(file)['identity'] == identity:
+        return True
+    if overwrite:
+      return False
+  raise errors.UserError(
+      f'--out={final} exists', 'a new folder',
+      'choose another, or replace an earlier export with --overwrite'
+      if told.exists() else 'choose another: that is no export')
+
+
+def _publish(partial: pathlib.Path, final: pathlib.Path) -> None:
+  """Gives the finished folder its name; an earlier export goes."""
   if final.exists():
-    raise errors.UserError(
-        f'--out={final} exists', 'a new folder',
-        'choose another, or remove it first')
+    old = final.with_name(final.name + '.old')
+    final.rename(old)
+    partial.rename(final)
+    shutil.rmtree(old)
+  else:
+    partial.rename(final)
 
 
 def _check_disk(jobs: Sequence[Job], final: pathlib.Path) -> None:

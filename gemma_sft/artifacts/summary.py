@@ -40,6 +40,7 @@ def hub_name(model_name: str) -> str:
 
 def make_summary(
     chosen: runs.Chosen,
+    identity: str,
     workdir: str,
     name: str,
     files: Sequence[tuple[str, str]],
@@ -53,6 +54,7 @@ def make_summary(
 
   Args:
     chosen: The weights.
+    identity: What tells this export from another.
     workdir: Of the run, for its scores.
     name: Of the tuned model.
     files: (path below the folder, precision) of the artefacts.
@@ -70,7 +72,8 @@ def make_summary(
     method = 'lora' if config.lora.enabled else 'full'
   artifacts = [_artifact(folder, path, kind) for path, kind in files]
   return card.Summary(
-      name=name, repository='', task=config.task, method=method, languages=(),
+      name=name, identity=identity, repository='', task=config.task,
+      method=method, languages=(),
       base=_base(chosen), data=_data(chosen, tuned), config=flat,
       config_changes=config_changes, commit=_commit(), packages=_packages(),
       step=chosen.step, metrics=_scores(workdir, tuned), artifacts=artifacts,

@@ -35,7 +35,7 @@ def first_wrong_in_gguf(
     read: Callable[[str], np.ndarray],
 ) -> str | None:
   """The same of a GGUF, each tensor by the bound of its own type."""
-  opened = gguf_file.open_gguf(path)
+  opened = gguf_file.open_gguf(path, layout)
 
   def bound(name):
     kind = opened.type_of(name)

@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 import dataclasses
+import itertools
 import json
 import pathlib
 from typing import Any
+
+import numpy as np
 
 from gemma_sft import chat
 from gemma_sft import errors
@@ -47,6 +50,11 @@ class Source:
   @property
   def n_layers(self) -> int:
     return names.n_layers(self.layout)
+
+  @property
+  def extra_gguf_tensors(self) -> dict[str, np.ndarray]:
+    return architecture.extra_gguf_tensors(
+        self.model.config, self.model.generation)
 
   @property
   def context_length(self) -> int:
@@ -183,10 +191,13 @@ def write_gguf(
       source.tokenizer.proto, source.model.generation)
   metadata['tokenizer.chat_template'] = templates.jinja(
       source.model.generation)
+  extra = source.extra_gguf_tensors
+  shapes = names.file_shapes(source.layout, 'gguf')
   gguf_writer.write_model(
       path, architecture=kind, metadata=metadata,
-      shapes=names.file_shapes(source.layout, 'gguf'),
-      tensors=names.from_library(source.layout, 'gguf', read),
+      shapes=shapes | {name: array.shape for name, array in extra.items()},
+      tensors=itertools.chain(
+          names.from_library(source.layout, 'gguf', read), extra.items()),
       quantization=quantization, n_layers=source.n_layers)
 
 

@@ -9,8 +9,11 @@ from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from gemma_sft import errors
 from gemma_sft.weights import expressible
+from gemma_sft.weights import gemma4_architecture
 from gemma_sft.weights import hf_rope
 from gemma_sft.weights import names
 
@@ -83,6 +86,8 @@ def context_length(config: Any, generation: int) -> int:
   8192 for Gemma 1 and 2, 32768 for Gemma 3 270M and 1B, 131072 for the larger
   ones, which are those with scaled rope.
   """
+  if generation == 4:
+    return gemma4_architecture.context_length(config)
   expressible.check_generation(config, generation)
   if generation < 3:
     return 8192
@@ -108,7 +113,7 @@ def hf_config(
 
   Args:
     config: The `gm.nn.config.TransformerConfig`.
-    generation: 1 to 3.
+    generation: 1 to 4.
     vocab_size: Rows of the embedding in the file.
     dtype: Of the tensors in the file, such as 'bfloat16'.
     eos_ids: Ids that end an answer.
@@ -118,6 +123,10 @@ def hf_config(
   Raises:
     UserError: see `expressible.check_hf`.
   """
+  if generation == 4:
+    return gemma4_architecture.hf_config(
+        config, vocab_size=vocab_size, dtype=dtype, eos_ids=eos_ids,
+        bos_id=bos_id, pad_id=pad_id)
   expressible.check_hf(config, generation)
   kind = _KINDS[generation]
   return {
@@ -178,12 +187,15 @@ def check_hf_config(
   Args:
     hf: The parsed file; of a multimodal Gemma 3 the `text_config` is read.
     config: The model's `gm.nn.config.TransformerConfig`.
-    generation: 1 to 3.
+    generation: 1 to 4.
     where: The file, for the message.
 
   Raises:
     UserError: Names the first key that contradicts the config.
   """
+  if generation == 4:
+    gemma4_architecture.check_hf_config(hf, config, where)
+    return
   expressible.check_hf(config, generation)
   kind, prefix, text = _KINDS[generation], '', hf
 
@@ -266,13 +278,16 @@ def gguf_metadata(
 
   Args:
     config: The `gm.nn.config.TransformerConfig`.
-    generation: 1 to 3.
+    generation: 1 to 4.
     name: For people, `general.name`.
     context_length: Positions that the model is good for.
 
   Raises:
     UserError: see `expressible.check_gguf`.
   """
+  if generation == 4:
+    return gemma4_architecture.gguf_metadata(
+        config, name=name, context_length=context_length)
   expressible.check_gguf(config, generation)
   architecture = {g: a for a, g in names.ARCHITECTURES.items()}[generation]
   values = {
@@ -306,3 +321,10 @@ def gguf_metadata(
       'general.name': name,
       **{f'{architecture}.{key}': value for key, value in values.items()},
   }
+
+
+def extra_gguf_tensors(config: Any, generation: int) -> dict[str, np.ndarray]:
+  """Returns the tensors of a GGUF that are no weights of the model."""
+  if generation == 4:
+    return gemma4_architecture.extra_gguf_tensors(config)
+  return {}

@@ -13,6 +13,8 @@ from gemma_sft.weights import names
 
 # Dequantised at once; bounds the scratch memory of gguf.quants.
 _CHUNK_ELEMENTS = 1 << 22
+# Which pairs Gemma 4 does not rotate.
+_NO_WEIGHTS = ('rope_freqs.weight',)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +71,17 @@ class GgufFile:
     return array.reshape(shape)
 
 
-def open_gguf(path: str | os.PathLike) -> GgufFile:
-  """Opens a Gemma 1-3 GGUF and checks it before any tensor is read.
+def open_gguf(
+    path: str | os.PathLike, layout: names.Layout | None = None
+) -> GgufFile:
+  """Opens a Gemma GGUF and checks it before any tensor is read.
 
   Reading the header of a 262144-token vocabulary takes about 15 seconds.
+
+  Args:
+    path: The file.
+    layout: What it has to hold, tensors that are no weights aside. Without it
+      the metadata tell, which they do for Gemma 1 to 3.
 
   Raises:
     UserError: Not a GGUF, cut short, another architecture, or its tensors are
@@ -109,6 +118,10 @@ def open_gguf(path: str | os.PathLike) -> GgufFile:
           'download or copy it again',
       )
   architecture = metadata.get('general.architecture')
+  if layout is not None:
+    return _checked(GgufFile(path, architecture, metadata, layout, {
+        name: tensor for name, tensor in tensors.items()
+        if name not in _NO_WEIGHTS}))
   if architecture not in names.ARCHITECTURES:
     raise errors.UserError(
         f'{path}: general.architecture is {architecture!r}',
@@ -116,12 +129,14 @@ def open_gguf(path: str | os.PathLike) -> GgufFile:
         'use a GGUF of Gemma 1, 2 or 3 (text)',
     )
   layout = _layout(path, architecture, metadata)
+  return _checked(GgufFile(path, architecture, metadata, layout, tensors))
+
+
+def _checked(file: GgufFile) -> GgufFile:
   names.check_shapes(
-      {name: _shape(tensor) for name, tensor in tensors.items()},
-      names.file_shapes(layout, 'gguf'),
-      str(path),
+      file.shapes, names.file_shapes(file.layout, 'gguf'), str(file.path)
   )
-  return GgufFile(path, architecture, metadata, layout, tensors)
+  return file
 
 
 def _shape(tensor) -> tuple[int, ...]:

@@ -4,8 +4,8 @@ A row names one array of the official library's parameter tree, the tensors
 that hold it in the two file formats, and the transform between them. The
 functions below read the tables in either direction, one array at a time.
 
-Gemma 1 to 3 are checked by logits against transformers and llama.cpp; the rows
-of Gemma 4 (dense) are read from their sources only.
+All are checked by logits against transformers and llama.cpp, Gemma 4 as its
+dense text models.
 """
 
 from collections.abc import Callable
@@ -176,6 +176,9 @@ TRANSFORMS = {
         lambda shape: [(shape[1] * shape[2], shape[0])],
     ),
 }
+
+# A row for each token: the embedding, and Gemma 4's per-layer embeddings.
+_BY_TOKEN = ('vocabulary', 'merge_columns')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,7 +359,7 @@ def file_shapes(layout: Layout, form: str) -> dict[str, Shape]:
   shapes = {}
   for row in rows(layout):
     parts = TRANSFORMS[row.transform].shapes(layout.shapes[row.library])
-    if row.transform == 'vocabulary' and layout.file_vocab:
+    if row.transform in _BY_TOKEN and layout.file_vocab:
       parts = [(layout.file_vocab, *parts[0][1:])]
     shapes.update(zip(getattr(row, form), parts, strict=True))
   return shapes
@@ -421,7 +424,7 @@ def _to_library(layout, row, form, read):
   shape = layout.shapes[row.library]
   parts = [_offset(read(name), row, form, -1) for name in getattr(row, form)]
   array = TRANSFORMS[row.transform].to_library(parts, shape)
-  if row.transform == 'vocabulary':
+  if row.transform in _BY_TOKEN:
     array = resize_rows(array, shape[0])
   return np.ascontiguousarray(array)
 
@@ -439,7 +442,7 @@ def from_library(
   """
   for row in rows(layout):
     array = np.asarray(read(row.library))
-    if row.transform == 'vocabulary' and layout.file_vocab:
+    if row.transform in _BY_TOKEN and layout.file_vocab:
       array = resize_rows(array, layout.file_vocab)
     parts = TRANSFORMS[row.transform].to_file(array)
     for name, part in zip(getattr(row, form), parts, strict=True):

@@ -7,6 +7,7 @@ import string
 from typing import Any
 
 from gemma_sft import errors
+from gemma_sft.weights import gemma4_tokenizer
 
 _SPACE = '\u2581'
 # Token types of GGUF (llama.cpp, llama_token_type).
@@ -93,7 +94,9 @@ def to_gguf(proto: bytes, generation: int) -> dict[str, Any]:
   """
   from sentencepiece import sentencepiece_model_pb2 as pb
 
-  return _TO_GGUF[generation](pb.ModelProto.FromString(proto))
+  if generation == 4:  # Another model of tokenizer, with merges.
+    return gemma4_tokenizer.to_gguf(proto)
+  return _to_sentencepiece_gguf(pb.ModelProto.FromString(proto))
 
 
 def _to_sentencepiece_gguf(model: Any) -> dict[str, Any]:
@@ -124,13 +127,6 @@ def _to_sentencepiece_gguf(model: Any) -> dict[str, Any]:
       'add_space_prefix': False,
   }
   return {f'tokenizer.ggml.{key}': value for key, value in metadata.items()}
-
-
-_TO_GGUF = {
-    1: _to_sentencepiece_gguf,
-    2: _to_sentencepiece_gguf,
-    3: _to_sentencepiece_gguf,
-}
 
 
 def _gguf_piece(piece: Any) -> tuple[str, float, int]:
