@@ -93,7 +93,8 @@ class Comparison:
             f' most {self.limit:g}), worst {self.kl_max:.1e}, log-probabilities'
             f' within {self.max_logit_difference:.2g}, greedy text equal for'
             f' {self.greedy_equal} of {self.greedy_total}'
-            f' ({self.greedy_near_ties} near ties)')
+            + (f' ({self.greedy_near_ties} near ties)'
+               if self.greedy_near_ties and self.kind == 'f32' else ''))
 
 
 def compare(

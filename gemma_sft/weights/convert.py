@@ -22,7 +22,10 @@ from gemma_sft.weights import names
 from gemma_sft.weights import tokenizer_file
 
 # Part of the cache's folder name: a change of the conversion converts again.
-_VERSION = 1
+_VERSION = 2
+# A chunk is decoded beside the array that it becomes part of: in one chunk,
+# the embedding would be held twice whenever it is read.
+_CHUNK_BYTES = 1 << 26
 _CHILD = (
     'import sys; from gemma_sft.weights import convert;'
     ' convert.save_arrays(*sys.argv[1:])'
@@ -173,7 +176,9 @@ def _save(params: Mapping[str, Any], path: pathlib.Path) -> None:
     arrays.unlink()
     return
   with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(path.absolute(), params)
+    checkpointer.save(
+        path.absolute(), params, save_args=jax.tree.map(
+            lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params))
     checkpointer.wait_until_finished()
 
 
