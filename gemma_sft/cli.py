@@ -15,6 +15,7 @@ before JAX is loaded; `run` then imports the module by its name and calls its
 import importlib
 import logging
 import os
+import signal
 import sys
 from typing import Any
 from typing import Callable
@@ -118,6 +119,9 @@ def run(module: str, *flag_names: str, **defaults: Any) -> None:
     **defaults: Of flags whose default is another here.
   """
   _quiet_orbax()
+  # So that what was started (llama-server, a half-written export) is ended
+  # and cleaned up; training puts its own handler in the place of this one.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   try:
     values = _parse(module, flag_names, defaults)
     main: Callable[..., Any] = importlib.import_module(module).main

@@ -63,7 +63,6 @@ def main(
     raise errors.UserError(
         f'--limit={limit}', '0 for all records, or a number', 'leave it out')
   folder = os.path.join(workdir, 'evaluation')
-  os.makedirs(folder, exist_ok=True)
   if gguf:
     result = _score_gguf(config, gguf, llama_server, folder, split, limit)
   else:
@@ -72,6 +71,7 @@ def main(
     print(report.table(folder, split))
     return 0
   name = result['name']
+  os.makedirs(folder, exist_ok=True)
   path = os.path.join(folder, f'{split}-{name}.json')
   with open(path, 'w', encoding='utf-8') as file:
     json.dump(result, file, indent=1, ensure_ascii=False)

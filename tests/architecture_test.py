@@ -383,11 +383,3 @@ def test_what_cannot_be_said_is_refused(generation, change, hf, gguf):
         build(changed)
     else:
       build(changed)
-
-
-@pytest.mark.parametrize('build', [_hf, _gguf])
-def test_generation_4_is_refused(build):
-  model = model_lib.make_model(
-      'custom', generation=4, **conftest.DIMENSIONS)
-  with pytest.raises(errors.UserError, match='Gemma 4'):
-    build(model)

@@ -25,6 +25,7 @@ from gemma_sft import model as model_lib
 from gemma_sft import weights
 from gemma_sft.weights import convert
 from gemma_sft.weights import gemma4_architecture as architecture
+from gemma_sft.weights import gemma4_tokenizer
 from gemma_sft.weights import names
 from gemma_sft.weights import tokenizer_file
 
@@ -319,7 +320,7 @@ def _tokenizer():
 def test_tokenizer_types_and_merges():
   proto = _tokenizer()
   proto.pieces.add(piece='the\u2581', score=-0.5, type=1)
-  values = architecture.tokenizer_to_gguf(proto.SerializeToString())
+  values = gemma4_tokenizer.to_gguf(proto.SerializeToString())
   values = {key.removeprefix('tokenizer.ggml.'): v for key, v in values.items()}
   assert {key: values[key] for key in values if not isinstance(
       values[key], list)} == {
@@ -342,7 +343,7 @@ def test_tokenizer_types_and_merges():
 
 def test_tokenizer_without_an_end_of_turn_is_refused():
   with pytest.raises(errors.UserError, match=r'<turn\|>'):
-    architecture.tokenizer_to_gguf(tokenizer_file.byte_tokenizer(3))
+    gemma4_tokenizer.to_gguf(tokenizer_file.byte_tokenizer(3))
 
 
 # Logits ----------------------------------------------------------------------
@@ -438,7 +439,7 @@ def _write_gguf(path, model, arrays, proto):
   writer = gguf.GGUFWriter(path, name)
   add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string,
          float: writer.add_float32, list: writer.add_array}
-  for key, value in (metadata | architecture.tokenizer_to_gguf(proto)).items():
+  for key, value in (metadata | gemma4_tokenizer.to_gguf(proto)).items():
     add[type(value)](key, value)
   tensors = dict(names.from_library(
       weights.make_layout(model), 'gguf', arrays.__getitem__))

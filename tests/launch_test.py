@@ -56,7 +56,7 @@ def test_dry_run_prints_the_steps_and_changes_nothing(tmp_path):
   assert done.returncode == 0, done.stderr
   lines = done.stdout.splitlines()
   assert [line[:3] for line in lines[::2]] == ['== '] * (len(lines) // 2)
-  assert len(lines) == 10
+  assert len(lines) == 14
   commands = '\n'.join(lines[1::2])
   assert 'gemma_sft.train --config=configs/blop.py' in commands
   assert '--config.lora.rank=8' in commands
