@@ -81,9 +81,7 @@ def check_split(
         f'--config.data.max_length={len(worst.tokens) - 1}, or shorten or split'
         ' the row, or allow cutting with --config.data.max_cut_share='
         f'{len(too_long) / len(examples) + 0.005:.2f}')
-  cut = [dataclasses.replace(
-      e, tokens=e.tokens[:max_length + 1],
-      loss_mask=e.loss_mask[:max_length + 1]) for e in examples]
+  cut = [_cut(e, max_length + 1, tokenizer) for e in examples]
   ends = set(tokenizer.stop_ids)
   for example, whole in zip(cut, examples):
     _check_example(example, whole, tokenizer, ends)
@@ -98,6 +96,16 @@ def check_split(
       n_duplicates=len(cut) - len(keys),
       n_control_text=n_control_text,
       longest=max(len(e.tokens) for e in examples))
+
+
+def _cut(example, n, tokenizer):
+  """Returns the first n tokens; bits per byte then count what is left."""
+  if len(example.tokens) <= n:
+    return example
+  tokens, mask = example.tokens[:n], example.loss_mask[:n]
+  return dataclasses.replace(
+      example, tokens=tokens, loss_mask=mask,
+      target_bytes=len(tokenizer.decode(tokens[mask]).encode()))
 
 
 def _check_example(example, whole, tokenizer, ends):

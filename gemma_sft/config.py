@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from typing import Any
 from typing import Iterator
 from typing import Mapping
@@ -100,6 +101,15 @@ def validate(config: Any) -> None:
   def share(value):
     return 0 <= value <= 1
 
+  def pattern(value):
+    try:
+      re.compile(value)
+    except re.error:
+      return False
+    return True
+
+  check('lora.targets', pattern, 'a regular expression',
+        "for example --config.lora.targets='attn/' or 'attn/|mlp/'")
   check('seed', lambda v: 0 <= v < 2**31, 'from 0 to 2147483647')
   check('data.train', bool, 'the file or pattern of the training examples')
   check('data.max_length', lambda v: v >= 8, 'at least 8 tokens')

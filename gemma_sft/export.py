@@ -129,6 +129,7 @@ def main(
   identity = ' '.join([chosen.identity, hf_dtype, *formats])
   if _is_there(final, identity, overwrite):
     print(f'{final}/ is this export already')
+    _push(targets, final, config, push_data, private)
     return 0
   source = writer.Source(
       chosen.model, chosen.tokenizer, merging.open_arrays(chosen),
@@ -184,14 +185,7 @@ def main(
   _publish(partial, final)
   print(f'exported to {final}/; README.md is the model card')
   print(_how_to_run(final, jobs))
-  for target in targets:
-    address = push_lib.push(
-        final, target, private=private,
-        data_files=_data_files(config) if push_data else (),
-        data_card=card.data_card(
-            summary['data'], name=f'{final.name}-data', task=config.task,
-            schema=_SCHEMA, licence=push_data) if push_data else '')
-    print(f'pushed to {address}')
+  _push(targets, final, config, push_data, private)
   return 0
 
 
@@ -419,6 +413,22 @@ def _write_modelfile(folder, jobs, source, config) -> None:
       license=f'Gemma terms of use: {card.TERMS}')
   modelfile.check(text)
   (folder / 'gguf' / 'Modelfile').write_text(text, encoding='utf-8')
+
+
+def _push(targets, final, config, push_data, private) -> None:
+  """Uploads a finished export; its own export.json says what it is."""
+  if not targets:
+    return
+  with open(final / 'export.json', encoding='utf-8') as file:
+    summary = json.load(file)
+  for target in targets:
+    address = push_lib.push(
+        final, target, private=private,
+        data_files=_data_files(config) if push_data else (),
+        data_card=card.data_card(
+            summary['data'], name=f'{final.name}-data', task=config.task,
+            schema=_SCHEMA, licence=push_data) if push_data else '')
+    print(f'pushed to {address}')
 
 
 def _stops(tokenizer, config) -> list[str]:

@@ -105,6 +105,7 @@ def init_adapters(
     targets: str,
     transposed_gating: bool,
     seed: int,
+    unused: frozenset[str] = frozenset(),
 ) -> Params:
   """Returns fresh f32 adapters for the projections that `targets` matches.
 
@@ -118,6 +119,7 @@ def init_adapters(
       'layer_3/attn/kv_einsum/v'.
     transposed_gating: `Model.transposed_gating`.
     seed: Of the run.
+    unused: `Model.unused_weights`, which get none.
 
   Raises:
     UserError: if the rank is below 1 or no projection matches.
@@ -127,14 +129,11 @@ def init_adapters(
         f'config.lora.rank is {rank}', 'a rank of at least 1',
         'set --config.lora.rank=16, or --config.lora.enabled=false to train'
         ' all weights')
-  try:
-    pattern = re.compile(targets)
-  except re.error as error:
-    raise errors.UserError(
-        f'config.lora.targets is {targets!r}: {error}', 'a regular expression',
-        "for example --config.lora.targets='attn/' or 'attn/|mlp/'") from None
+  pattern = re.compile(targets)
   adapters, paths = {}, []
   for path, weight in _weights(params).items():
+    if '/'.join(path) in unused:
+      continue
     for projection in _PROJECTIONS[path[-1]]:
       full = (*path, projection.name)
       paths.append('/'.join(full))

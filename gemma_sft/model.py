@@ -87,6 +87,33 @@ class Model:
     """Whether `gating_einsum` is (2, F, D) rather than (2, D, F)."""
     return self.generation == 4 or self.config.transpose_gating_einsum
 
+  @property
+  def unused_weights(self) -> frozenset[str]:
+    """Paths of weights that no forward reads: adapters there would do nothing.
+
+    The last layers of some Gemma 4 take keys and values from earlier ones; the
+    library keeps weights for them all the same.
+    """
+    if self.generation != 4:
+      return frozenset()
+    n_layers = self.config.num_layers
+    return frozenset(
+        f'layer_{layer}/attn/{name}'
+        for layer in range(n_layers - n_shared_layers(self.config), n_layers)
+        for name in ('k_einsum', 'kv_einsum', 'qkv_einsum'))
+
+
+def n_shared_layers(config: Any) -> int:
+  """Returns how many layers of a Gemma 4 use keys and values of earlier ones.
+
+  Rounded as in `gemma4._config.create_kv_cache_sharing_patterns`.
+  """
+  if config.kv_cache_sharing_config is None:
+    return 0
+  n_layers = config.num_layers
+  shared = config.kv_cache_sharing_config.frac_shared_layers * n_layers
+  return n_layers - int(n_layers - shared)
+
 
 # name: (generation, class in gm.nn). Gemma 1 is not in the library any more;
 # it is a configuration of its Transformer.

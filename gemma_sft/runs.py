@@ -229,7 +229,8 @@ def initial_state(
     return state_lib.make_state(
         lora.init_adapters(
             params, rank=config.lora.rank, targets=config.lora.targets,
-            transposed_gating=model.transposed_gating, seed=config.seed),
+            transposed_gating=model.transposed_gating, seed=config.seed,
+            unused=model.unused_weights),
         optimizer)
 
   shardings = sharding.tree_shardings(jax.eval_shape(make, base), mesh)

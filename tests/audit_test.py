@@ -117,6 +117,12 @@ def test_a_cut_through_the_answer_needs_no_terminator(tokenizer, examples):
   assert int(last) not in tokenizer.stop_ids
 
 
+def test_bits_per_byte_count_what_a_cut_leaves(tokenizer, examples):
+  checked, _ = _check(examples, tokenizer, max_length=20, max_cut_share=1.0)
+  kept = tokenizer.decode(checked[0].tokens[checked[0].loss_mask])
+  assert checked[0].target_bytes == len(kept) < len('Hello')
+
+
 def test_a_cut_that_leaves_no_answer_is_found(tokenizer, examples):
   _refused(examples, tokenizer, r'train\.txt:1: no token is trained',
            max_length=12, max_cut_share=1.0)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from gemma_sft.artifacts import card
+from gemma_sft.artifacts import scrubbing
 
 _TOKEN = 'hf_' + 'aB3' * 12
 _KAGGLE = '0123456789abcdef' * 2
@@ -284,7 +285,7 @@ def test_nothing_private_in_card_or_json(private):
                    'another-secret', str(private)):
       assert secret not in text
     for kept in ('data/train.txt', '~/corpus/test.txt', '.../base.gguf',
-                 '~/venv/bin/python: no torch', card.REMOVED, 'blop'):
+                 '~/venv/bin/python: no torch', scrubbing.REMOVED, 'blop'):
       assert kept in text
 
 
@@ -299,7 +300,7 @@ def test_nothing_private_in_card_or_json(private):
     ('/data/corpora/a.txt', '.../a.txt'),
     ('file:///data/corpora/a.txt', 'file://.../a.txt'),
     ('tfds:/data/corpora', 'tfds:.../corpora'),
-    ('/scratch/alice', f'.../{card.REMOVED}'),
+    ('/scratch/alice', f'.../{scrubbing.REMOVED}'),
     ('at /a/b, and /c/d.', 'at .../b, and .../d.'),
     # No paths of this machine.
     ('https://ai.google.dev/gemma/terms', 'https://ai.google.dev/gemma/terms'),
@@ -309,7 +310,7 @@ def test_nothing_private_in_card_or_json(private):
     ('1 / 2 / 3', '1 / 2 / 3'), ('~/runs/a/b', '~/runs/a/b'),
 ])
 def test_paths(private, text, expected):
-  assert card.scrub(text.replace('HOME', str(private))) == expected
+  assert scrubbing.scrub(text.replace('HOME', str(private))) == expected
 
 
 @pytest.mark.parametrize('text, expected', [
@@ -322,19 +323,19 @@ def test_paths(private, text, expected):
     ('hf_xet 1.8', 'hf_xet 1.8'), ('hf_config', 'hf_config'),
 ])
 def test_tokens(text, expected):
-  assert card.scrub(text) == expected
+  assert scrubbing.scrub(text) == expected
 
 
 def test_keys_named_like_secrets():
   value = {'token': 'a', 'push.hf_token': 'b', 'password': 'c', 'api_key': '',
            'eos_token': '<eos>', 'tokenizer': 'auto', 'max_new_tokens': 5}
-  assert card.scrub(value) == value | {
+  assert scrubbing.scrub(value) == value | {
       'token': '[removed]', 'push.hf_token': '[removed]',
       'password': '[removed]'}
 
 
 def test_secrets_that_only_the_caller_knows():
-  assert card.scrub({'a': ['of alice', 3]}, ['alice']) == {
+  assert scrubbing.scrub({'a': ['of alice', 3]}, ['alice']) == {
       'a': ['of [removed]', 3]}
 
 

@@ -108,7 +108,8 @@ _WRONG = (
     ('data.max_cut_share', 1.1), ('data.max_cut_share', -0.1),
     ('data.buckets', (128, 512)),  # With packing.
     ('lora.rank', 0), ('lora.alpha', 0.0), ('lora.dropout', 1.0),
-    ('lora.dropout', -0.1), ('train.epochs', 0), ('train.steps', -1),
+    ('lora.targets', '('), ('lora.dropout', -0.1),
+    ('train.epochs', 0), ('train.steps', -1),
     ('train.microbatches', 0), ('train.loss_chunk', 0), ('train.log_every', 0),
     ('train.remat', 'blocks'), ('model.dtype', 'float16'),
     ('optimizer.learning_rate', 0.0), ('optimizer.schedule', 'cos'),

@@ -118,6 +118,9 @@ def config(tmp_path):
 # Whole runs -------------------------------------------------------------------
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+# With torch, transformers and peft: made by launch/runtimes.sh.
+RUNTIME_PYTHON = os.environ.get('GEMMA_SFT_RUNTIME_PYTHON') or str(
+    ROOT / '.venv-runtimes' / 'bin' / 'python')
 
 
 def write_pairs(path: pathlib.Path, pairs) -> str:

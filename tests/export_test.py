@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 
+import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,10 +24,8 @@ from gemma_sft.artifacts import writer
 from gemma_sft.weights import convert
 from gemma_sft.weights import gguf_writer
 from gemma_sft.weights import safetensors_file
-from tests import conftest
 
-_PYTHON = os.environ.get('GEMMA_SFT_RUNTIME_PYTHON') or str(
-    conftest.ROOT / '.venv-runtimes' / 'bin' / 'python')
+_PYTHON = conftest.RUNTIME_PYTHON
 needs_transformers = pytest.mark.skipif(
     not os.path.exists(_PYTHON),
     reason='no .venv-runtimes: bash launch/runtimes.sh makes it')
@@ -454,3 +453,18 @@ def test_help_names_every_format():
   assert status == 0
   for name in gguf_writer.QUANTIZATIONS:
     assert f'gguf-{name}' in out
+
+
+def test_a_push_without_a_network_leaves_the_files(run, tmp_path, monkeypatch):
+  huggingface_hub = pytest.importorskip('huggingface_hub')
+  monkeypatch.setenv('HF_TOKEN', 'hf_' + 20 * 'x')
+  # Port 1: nobody listens there.
+  monkeypatch.setattr(
+      huggingface_hub.constants, 'ENDPOINT', 'http://127.0.0.1:1')
+  out, lax = tmp_path / 'out', dict(
+      llama_server='/nowhere', allow_unproven=True)
+  for _ in range(2):  # Also of an export that is there already.
+    with pytest.raises(errors.UserError, match='the files stay in') as error:
+      _export(run[1], out, 'gguf-f32', push=['me/model'], **lax)
+    assert 'hf_x' not in str(error.value)
+    assert (out / 'gguf' / 'model-f32.gguf').exists()

@@ -39,8 +39,8 @@ def _files() -> set[tuple[str, int]]:
   found = set()
   for folder, folders, names in os.walk(conftest.ROOT):
     folders[:] = [f for f in folders if f not in (
-        '.git', '.venv', '__pycache__', '.pytest_cache', '.hypothesis',
-        '.ruff_cache')]
+        '.git', '.venv', '.venv-runtimes', '__pycache__', '.pytest_cache',
+        '.hypothesis', '.ruff_cache')]
     found |= {(os.path.join(folder, name),
                os.stat(os.path.join(folder, name)).st_mtime_ns)
               for name in names}
@@ -65,6 +65,22 @@ def test_dry_run_prints_the_steps_and_changes_nothing(tmp_path):
   assert _files() == before
   if stamp is not None:
     assert environment.stat().st_mtime_ns == stamp
+
+
+def test_serve_wants_a_file():
+  done = _bash('launch/serve.sh')
+  assert done.returncode == 2
+  assert 'FILE.gguf' in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_serve_tells_why_the_server_ended(tmp_path):
+  server = tmp_path / 'llama-server'
+  server.write_text(f'#!{_BASH}\necho no such model; exit 1\n')
+  server.chmod(0o755)
+  done = _bash('launch/serve.sh', 'x.gguf', 'Hi', LLAMA_SERVER=str(server),
+               PORT='1')
+  assert done.returncode == 2
+  assert 'no such model' in done.stderr and 'set PORT' in done.stderr
 
 
 def _python(folder: pathlib.Path, name: str, status: int) -> str:

@@ -24,15 +24,15 @@ def _values(text, name):
 
 def test_pinned_text():
   assert _render(license='Gemma\nterms', system=' Be brief. \n') == (
-      'FROM """./gguf/model-q8_0.gguf"""\n'
+      'FROM ./gguf/model-q8_0.gguf\n'
       'TEMPLATE """{{ .Prompt }}"""\n'
       'PARAMETER temperature 0.2\n'
       'PARAMETER repeat_penalty 1.1\n'
       'PARAMETER top_k 64\n'
       'PARAMETER top_p 0.95\n'
       'PARAMETER num_ctx 2048\n'
-      'PARAMETER stop """<end_of_turn>"""\n'
-      'PARAMETER stop """<eos>"""\n'
+      'PARAMETER stop <end_of_turn>\n'
+      'PARAMETER stop <eos>\n'
       'SYSTEM """Be brief."""\n'
       'LICENSE """Gemma\nterms"""\n')
 

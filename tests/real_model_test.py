@@ -1,11 +1,13 @@
 """The quickstart's path on the real Gemma 3 270M, cut short."""
 
+import json
 import os
 import pathlib
 import resource
 import subprocess
 import sys
 
+import conftest
 import pytest
 
 from gemma_sft import metrics
@@ -38,3 +40,23 @@ def test_a_few_updates_on_the_real_model(tmp_path):
   # The promise of the quickstart: 8 GB.
   peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
   assert peak < 8e9
+  _check_export(tmp_path, environment)
+
+
+def _check_export(workdir, environment):
+  """Exports those updates; every file is held against the JAX model."""
+  formats = ['gguf-f32', 'gguf-q8_0', 'lora']
+  if os.path.exists(conftest.RUNTIME_PYTHON):
+    formats += ['hf', 'peft']
+  subprocess.run(
+      [sys.executable, '-m', 'gemma_sft.export', f'--workdir={workdir}',
+       f'--out={workdir}/export', f'--formats={",".join(formats)}',
+       f'--runtime_python={conftest.RUNTIME_PYTHON}'],
+      cwd=_ROOT, env=environment, check=True, timeout=1200)
+  told = json.loads((workdir / 'export' / 'export.json').read_text())
+  assert len(told['parity']) == len(formats)
+  assert all(row['proven'] for row in told['parity'])
+  # Turn tags, system text, several turns: 8 conversations in each runtime.
+  assert all(row['equal'] and row['conversations'] == 8
+             for row in told['templates'])
+  assert len(told['templates']) == (2 if 'hf' in formats else 1)

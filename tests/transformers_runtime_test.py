@@ -72,7 +72,14 @@ def _make_model(generation):
   return model, params
 
 
-def _write_folder(folder, model, params, dtype=np.float32):
+def _make_rounded_model():
+  model, params = _make_model(3)
+  return model, convert.unflatten({
+      path: jnp.asarray(array, jnp.bfloat16).astype(jnp.float32)
+      for path, array in convert.flatten(params).items()})
+
+
+def _write_folder(folder, model, params, dtype=np.float32, end=_END):
   folder.mkdir()
   flat = convert.flatten(params)
   layout = names.Layout(
@@ -85,8 +92,7 @@ def _write_folder(folder, model, params, dtype=np.float32):
       tensors, folder / 'model.safetensors', {'format': 'pt'})
   (folder / 'config.json').write_text(json.dumps(_config(model.generation)))
   (folder / 'generation_config.json').write_text(json.dumps(
-      {'bos_token_id': 2, 'pad_token_id': 0, 'eos_token_id': [1, _END]}))
-  return folder
+      {'bos_token_id': 2, 'pad_token_id': 0, 'eos_token_id': [1, end]}))
 
 
 def _write_tokenizer(folder):
@@ -146,7 +152,9 @@ def answers(tmp_path_factory):
   for generation in (1, 2, 3):
     _write_folder(root / f'gemma{generation}', *_make_model(generation))
     requests.append(_request(root, f'gemma{generation}'))
-  _write_folder(root / 'bf16', *_make_model(3), dtype=ml_dtypes.bfloat16)
+  _write_folder(
+      root / 'bf16', *_make_model(3), dtype=ml_dtypes.bfloat16,
+      end=_greedy(*_make_rounded_model(), _PROMPTS[1])[1])
   _write_tokenizer(root / 'bf16')
   requests.append(_request(
       root, 'bf16', positions=2,
@@ -169,6 +177,13 @@ def _logits(model, params, ids):
   tokens_BT = np.zeros((1, 64), np.int32)
   tokens_BT[0, :len(ids)] = ids
   return np.asarray(_forward(model, params, tokens_BT))[:len(ids)]
+
+
+def _greedy(model, params, ids):
+  new = []
+  for _ in range(6):
+    new.append(int(_logits(model, params, [*ids, *new])[-1].argmax()))
+  return new
 
 
 @functools.partial(jax.jit, static_argnames='model')
@@ -196,21 +211,20 @@ def test_every_position_is_that_of_jax(answers, generation):
 def test_greedy_answers_are_those_of_jax(answers, generation):
   model, params = _make_model(generation)
   for i, ids in enumerate(_PROMPTS):
-    ours = list(ids)
-    for _ in range(6):
-      token = int(_logits(model, params, ours)[-1].argmax())
-      if token in (1, _END):
-        break
-      ours.append(token)
-    assert answers[f'gemma{generation}'][f'greedy_{i}'].tolist() == (
-        ours[len(ids):])
+    ours = _greedy(model, params, ids)
+    assert not {1, _END} & set(ours)
+    assert answers[f'gemma{generation}'][f'greedy_{i}'].tolist() == ours
+
+
+def test_an_answer_ends_before_the_token_that_ends_it(answers):
+  ours = _greedy(*_make_rounded_model(), _PROMPTS[1])
+  assert ours[0] != ours[1]
+  assert answers['bf16']['greedy_1'].tolist() == ours[:1]
+  assert json.loads(str(answers['bf16']['info']))['end_ids'] == [1, ours[1]]
 
 
 def test_bfloat16_is_computed_in_float32(answers):
-  model, params = _make_model(3)
-  rounded = convert.unflatten({
-      path: jnp.asarray(array, jnp.bfloat16).astype(jnp.float32)
-      for path, array in convert.flatten(params).items()})
+  model, rounded = _make_rounded_model()
   for i, ids in enumerate(_PROMPTS):
     found = answers['bf16'][f'logits_{i}']
     assert found.shape == (min(2, len(ids)), _SIZES['vocab_size'])

@@ -1,42 +1,21 @@
 """The model card and the card of a data set, from one plain dictionary.
 
 The same dictionary, scrubbed, is export.json (`to_json`). Both are read by
-strangers: no login and no path of a private machine passes `scrub`.
+strangers: no login and no path of a private machine passes `scrubbing`.
 """
 
-import functools
 import json
 import math
-import os
-import re
 from typing import Any
 from typing import Mapping
 from typing import Sequence
 from typing import TypedDict
 
 from gemma_sft import report
+from gemma_sft.artifacts import scrubbing
 
 TERMS = 'https://ai.google.dev/gemma/terms'
 PROHIBITED_USE = 'https://ai.google.dev/gemma/prohibited_use_policy'
-REMOVED = '[removed]'
-
-# Hugging Face's tokens (and those of organisations), Kaggle's new ones, and its
-# old keys: 32 hexadecimal digits. Content hashes here have 64, commits 40.
-_TOKEN = re.compile(
-    r'\bhf_[A-Za-z0-9]{16,}|\bapi_org_[A-Za-z0-9]{16,}|\bKGAT_\w{8,}'
-    r'|(?<![0-9A-Fa-f])[0-9a-f]{32}(?![0-9A-Fa-f])'
-    r'|(?<=Bearer )\S+|(?<=Basic )[\w+/=]{8,}')
-_SECRET_KEY = re.compile(
-    r'(^|[._-])((hf|hub|api|access|auth|kaggle|wandb|bearer)[._-]?(token|key)'
-    r'|password|secret|authorization)$|(^|\.)token$', re.IGNORECASE)
-_SECRET_VARIABLE = re.compile(r'(TOKEN|KEY|SECRET|PASSWORD)$')
-_LOGINS = ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'KAGGLE_KEY',
-           'KAGGLE_API_TOKEN')
-# An absolute path: two names at least, and not the middle of a URL, of a
-# relative path or of a config's regular expression.
-_ABSOLUTE = re.compile(
-    r'''(?:(?<![\w/.~)\]*+?|-])|(?<=file://))/(?:[^\s/:"'`<>|,;()\\]+/)+'''
-    r'''([^\s/:"'`<>|,;()\\]*)''')
 # From what runs best on a laptop to what runs at all.
 _PREFERRED = ('q4_k_m', 'q5_k_m', 'q6_k', 'q8_0', 'q4_0', 'bf16', 'f16', 'f32')
 
@@ -157,64 +136,10 @@ class Summary(TypedDict):
   sampling: Sampling
 
 
-def scrub(value: Any, secrets: Sequence[str] = ()) -> Any:
-  """Returns a copy without logins and private paths, in whatever it contains.
-
-  Removed: values that look like a token, values of keys named like one, and
-  the values of `secrets` and of this process's variables such as HF_TOKEN.
-  Paths below the working directory become relative, those below home begin
-  with ~, of other absolute ones the last name stays.
-  """
-  if isinstance(value, Mapping):
-    return {
-        _scrub_text(str(key), secrets): REMOVED
-        if _SECRET_KEY.search(str(key)) and isinstance(item, str) and item
-        else scrub(item, secrets) for key, item in value.items()}
-  if isinstance(value, (list, tuple)):
-    return [scrub(item, secrets) for item in value]
-  return _scrub_text(value, secrets) if isinstance(value, str) else value
-
-
-def _scrub_text(text, secrets):
-  # The longest first: one secret may contain another.
-  for secret in sorted({*secrets, *_own_secrets()}, key=len, reverse=True):
-    text = text.replace(secret, REMOVED)
-  text = _TOKEN.sub(REMOVED, text)
-  # One may lie in the other.
-  for folder in sorted((os.getcwd(), _home()), key=len, reverse=True):
-    if folder in ('', '/', '~'):
-      continue
-    text = re.sub(
-        rf'(?<![\w.~]){re.escape(folder)}(/|(?![\w.-]))',
-        functools.partial(_short, home=folder == _home()), text)
-  return _ABSOLUTE.sub(_last_name, text)
-
-
-def _home():
-  return os.path.expanduser('~').rstrip('/')
-
-
-def _short(match, home):
-  return '~' + match[1] if home else '' if match[1] else '.'
-
-
-def _last_name(match):
-  last = match[1] or match[0].rstrip('/').rpartition('/')[2]
-  # A folder such as /scratch/NAME is called as its owner is.
-  return '.../' + (REMOVED if last == os.path.basename(_home()) else last)
-
-
-def _own_secrets():
-  # Shorter values of any such variable are words like `true`.
-  return {value for name, value in os.environ.items()
-          if name in _LOGINS and len(value) >= 6
-          or _SECRET_VARIABLE.search(name) and len(value) >= 16}
-
-
 def to_json(summary: Summary) -> str:
   """Returns the text of export.json: the summary, scrubbed."""
   return json.dumps(
-      scrub(_finite(summary)), indent=2, ensure_ascii=False,
+      scrubbing.scrub(_finite(summary)), indent=2, ensure_ascii=False,
       allow_nan=False) + '\n'
 
 
@@ -265,7 +190,7 @@ def unproven(summary: Summary) -> list[str]:
 
 def render(summary: Summary) -> str:
   """Returns the model card: Markdown with the Hub's YAML on top."""
-  summary = scrub(summary)
+  summary = scrubbing.scrub(summary)
   parts = [
       _front_matter(summary), f'# {summary["name"]}', _warning(summary),
       _introduction(summary), '## Scores', _scores(summary['metrics']),
@@ -487,7 +412,7 @@ def data_card(
     licence: An identifier that the Hub knows, such as cc-by-4.0, or other.
     languages: ISO 639-1 codes; () if unknown.
   """
-  data, schema = scrub(list(data)), scrub(schema)
+  data, schema = scrubbing.scrub(list(data)), scrubbing.scrub(schema)
   front = ['---', f'license: {_quoted(licence)}']
   if languages:
     front += ['language:', *(f'- {_quoted(x)}' for x in languages)]
@@ -496,11 +421,11 @@ def data_card(
   fields = [[f'`{field}`', meaning] for field, meaning in schema.items()]
   origins = [f'- {s["split"]}: {s["origin"] or "not stated"}' for s in data]
   return '\n\n'.join([
-      '\n'.join(front), f'# {scrub(name)}',
+      '\n'.join(front), f'# {scrubbing.scrub(name)}',
       f'Examples for the task `{task}` of `gemma_sft`.',
       '## Fields', _table(['field', 'meaning'], fields),
       '## Splits', _data(data), '## Origin', '\n'.join(origins),
-      '## Licence', scrub(licence)]) + '\n'
+      '## Licence', scrubbing.scrub(licence)]) + '\n'
 
 
 def _codes(texts):

@@ -98,6 +98,8 @@ def _quote(command: str, value: str) -> str:
   if not value:
     raise errors.UserError(
         f'{command}: an empty value', 'some text', 'leave the command out')
+  if re.fullmatch(r'[\w./<>|:@-]+', value, re.ASCII):
+    return value  # Nothing in it that quotes would keep.
   for character in value:
     if character not in '\n\t' and not _is_printable(character):
       raise errors.UserError(

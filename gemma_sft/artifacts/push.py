@@ -16,7 +16,7 @@ from typing import Mapping
 from typing import Sequence
 
 from gemma_sft import errors
-from gemma_sft.artifacts import card
+from gemma_sft.artifacts import scrubbing
 
 # Seconds for connecting, reading, writing and a place in the pool. The clients'
 # own default is to wait for ever. A commit may well be silent for minutes.
@@ -63,7 +63,7 @@ def parse_target(text: str) -> Target:
   fine = all(re.fullmatch(word, part, re.ASCII) for part in parts)
   if not fine or len(parts) not in ((2, 4) if kaggle else (2,)):
     raise errors.UserError(
-        f'--push={card.scrub(text)}',
+        f'--push={scrubbing.scrub(text)}',
         'ORGANISATION/NAME for the Hugging Face Hub, kaggle:OWNER/MODEL or'
         ' kaggle:OWNER/MODEL/FRAMEWORK/VARIATION for Kaggle Models',
         'name one of these; logins come from the environment, never from here')
@@ -328,8 +328,9 @@ def _explained(folder, service) -> Iterator[list[str]]:
 
 def _reason(chain, service, secrets):
   first, last = (
-      ' '.join(card.scrub(str(error) or type(error).__name__, secrets).split())
-      for error in (chain[0], chain[-1]))
+      ' '.join(text.split()) for text in scrubbing.scrub(
+          [str(error) or type(error).__name__
+           for error in (chain[0], chain[-1])], secrets))
   status = next((s for s in map(_status, chain) if s), None)
   if status is None and any(map(_is_network, chain)):
     return (f'{service} cannot be reached ({last})',

@@ -87,8 +87,7 @@ def _end_ids(model):
 def _last_logits(model, ids, n):
   import torch
 
-  out = model(
-      torch.tensor([ids]), use_cache=False, logits_to_keep=min(n, len(ids)))
+  out = model(torch.tensor([ids]), use_cache=False, logits_to_keep=n)
   return out.logits[0].float().numpy()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gemma_sft import errors
+from gemma_sft import model
 from gemma_sft.weights import expressible
 from gemma_sft.weights import hf_rope
 
@@ -176,13 +177,13 @@ def check_hf_exportable(config: Any) -> None:
         f'{config.num_global_kv_heads} key-value heads in global layers with'
         ' values of their own',
         f'{config.num_kv_heads}, or values that are the keys')
-  if _n_shared(config) and not config.per_layer_input_dim:
+  if model.n_shared_layers(config) and not config.per_layer_input_dim:
     raise _inexpressible(
         'layers that share keys and values, and no per-layer inputs',
         'both or neither: transformers 5.23 ends in a TypeError on the one'
         ' without the other')
   override = config.override_kv_shared_ffw_hidden
-  if _n_shared(config) and override not in (
+  if model.n_shared_layers(config) and override not in (
       None, config.hidden_dim, 2 * config.hidden_dim):
     raise _inexpressible(
         f'an MLP width of {override} in layers that share keys and values',
@@ -207,7 +208,7 @@ def _hf_fields(config: Any) -> dict[str, Any]:
       'final_logit_softcapping': config.final_logit_softcap,
       'hidden_size_per_layer_input': config.per_layer_input_dim,
       'attention_k_eq_v': config.k_eq_v_global,
-      'num_kv_shared_layers': _n_shared(config),
+      'num_kv_shared_layers': model.n_shared_layers(config),
       'use_double_wide_mlp': _hidden_dims(config)[-1] != config.hidden_dim,
       'enable_moe_block': False,
   }
@@ -289,7 +290,7 @@ def gguf_metadata(
       'attention.sliding_window_pattern': [
           kind == _LOCAL for kind in expressible.layer_types(config)
       ],
-      'attention.shared_kv_layers': _n_shared(config),
+      'attention.shared_kv_layers': model.n_shared_layers(config),
       'embedding_length_per_layer_input': config.per_layer_input_dim,
       # The whole head in both: `rope_freqs` stops the rest of the global ones.
       'rope.dimension_count': global_dim,
@@ -350,7 +351,8 @@ def _check(config: Any) -> None:
   ):
     if condition:
       raise _inexpressible(got, want)
-  n_shared, sharing = _n_shared(config), config.kv_cache_sharing_config
+  n_shared = model.n_shared_layers(config)
+  sharing = config.kv_cache_sharing_config
   types = expressible.layer_types(config)
   # The library takes the last but one and the last of the others whatever
   # their kind, transformers the last of each kind.
@@ -363,21 +365,9 @@ def _check(config: Any) -> None:
         'a local and a global layer before those, shared with all of them')
 
 
-def _n_shared(config: Any) -> int:
-  """Returns how many layers use keys and values of earlier ones.
-
-  Rounded as in `gemma4._config.create_kv_cache_sharing_patterns`.
-  """
-  if config.kv_cache_sharing_config is None:
-    return 0
-  n_layers = config.num_layers
-  shared = config.kv_cache_sharing_config.frac_shared_layers * n_layers
-  return n_layers - int(n_layers - shared)
-
-
 def _hidden_dims(config: Any) -> list[int]:
   """Returns the MLP's width in each layer."""
-  n_shared = _n_shared(config)
+  n_shared = model.n_shared_layers(config)
   shared = config.override_kv_shared_ffw_hidden or config.hidden_dim
   return (config.num_layers - n_shared) * [config.hidden_dim] + (
       n_shared * [shared])
