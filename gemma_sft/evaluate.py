@@ -129,9 +129,13 @@ def _score_gguf(config, gguf, llama_server, folder, split, limit):
     return None
   print(f'scoring llama.cpp ({gguf}) on {len(records)} records of {split}',
         flush=True)
+  # What is judged is greedy, as in JAX; what is shown is as it is served.
+  greedy = {'temperature': 0.0, 'repeat_penalty': 1.0}
+  served = {'temperature': config.sampling.temperature, 'seed': config.seed,
+            'repeat_penalty': config.sampling.repetition_penalty}
   conversations = [
-      *map(scoring.ask, config.eval.prompts),
-      *(task.to_messages(record) for record in records)]
+      *((scoring.ask(prompt), served) for prompt in config.eval.prompts),
+      *((task.to_messages(record), greedy) for record in records)]
   start = time.monotonic()
   show = _show_count(len(conversations))
   answers = []
@@ -142,7 +146,7 @@ def _score_gguf(config, gguf, llama_server, folder, split, limit):
       f32_cache=False) as running, futures.ThreadPoolExecutor(
           _PARALLEL) as pool:
     for answer in pool.map(
-        lambda c: _ask_server(running, c, config.eval.max_new_tokens),
+        lambda c: _ask_server(running, *c, config.eval.max_new_tokens),
         conversations):
       answers.append(answer)
       if len(answers) % 16 == 0:
@@ -154,7 +158,7 @@ def _score_gguf(config, gguf, llama_server, folder, split, limit):
       answers[n:], answers[:n], time.monotonic() - start)
 
 
-def _ask_server(running, conversation, max_new_tokens) -> str:
+def _ask_server(running, conversation, sampling, max_new_tokens) -> str:
   """Asks as a user's program does, through the template inside the file."""
   if isinstance(conversation, str):  # Plain text is continued.
     return running.complete(
@@ -162,7 +166,7 @@ def _ask_server(running, conversation, max_new_tokens) -> str:
   return running.chat(
       [{'role': 'assistant' if m.role == 'model' else m.role,
         'content': m.content} for m in conversation[:-1]],
-      max_tokens=max_new_tokens, temperature=0.0, repeat_penalty=1.0)
+      max_tokens=max_new_tokens, **sampling)
 
 
 def _is_known(folder, split, name, identity, records) -> bool:

@@ -35,9 +35,9 @@ step "Audit, then LoRA" .venv/bin/python -m gemma_sft.train \
 step "The tuned model's score beside it" .venv/bin/python -m \
   gemma_sft.evaluate --workdir="$workdir"
 export="$workdir/export"
-gguf="$export/gguf/model-q8_0.gguf"
+gguf="$export/gguf/model-f16.gguf"
 step "The model as a GGUF, proven in llama.cpp" .venv/bin/python -m \
-  gemma_sft.export --workdir="$workdir" --out="$export" --formats=gguf-q8_0 \
+  gemma_sft.export --workdir="$workdir" --out="$export" --formats=gguf-f16 \
   --overwrite
 step "llama.cpp's score with that file" .venv/bin/python -m \
   gemma_sft.evaluate --workdir="$workdir" --gguf="$gguf"
