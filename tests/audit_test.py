@@ -117,10 +117,16 @@ def test_a_cut_through_the_answer_needs_no_terminator(tokenizer, examples):
   assert int(last) not in tokenizer.stop_ids
 
 
-def test_bits_per_byte_count_what_a_cut_leaves(tokenizer, examples):
-  checked, _ = _check(examples, tokenizer, max_length=20, max_cut_share=1.0)
-  kept = tokenizer.decode(checked[0].tokens[checked[0].loss_mask])
-  assert checked[0].target_bytes == len(kept) < len('Hello')
+def test_bits_per_byte_count_what_a_cut_leaves(tokenizer):
+  answer = 'Hello you and you and you'
+  whole = chat.render([chat.Message('user', 'Hi'),
+                       chat.Message('model', answer)], tokenizer)
+  [cut], _ = _check([whole], tokenizer, max_length=len(whole.tokens) - 6,
+                    max_cut_share=1.0)
+  kept = tokenizer.decode(cut.tokens[cut.loss_mask])
+  assert answer.startswith(kept) and 0 < len(kept) < len(answer)
+  assert cut.target_bytes == len(kept)
+  assert whole.target_bytes == len(answer)
 
 
 def test_a_cut_that_leaves_no_answer_is_found(tokenizer, examples):
