@@ -127,7 +127,7 @@ def main(
   final = pathlib.Path(out)
   chosen = runs.choose_weights(config, workdir, base=base, step=step)
   identity = ' '.join([chosen.identity, hf_dtype, *formats])
-  if _is_there(final, identity, overwrite):
+  if _is_there(final, identity, overwrite, allow_unproven):
     print(f'{final}/ is this export already')
     _push(targets, final, config, push_data, private)
     return 0
@@ -155,10 +155,11 @@ def main(
           f' ({time.monotonic() - start:.0f} s)', flush=True)
   _write_modelfile(partial, jobs, source, config)
 
-  print('running the JAX model in float32 on the prompts of the proof',
-        flush=True)
-  reference = _make_reference(config, workdir, base, step)
-  results = {}
+  reference, results = None, {}
+  if any(job.format not in runtimes.missing for job in jobs):
+    print('running the JAX model in float32 on the prompts of the proof',
+          flush=True)
+    reference = _make_reference(config, workdir, base, step)
   for job in jobs:
     if job.format in runtimes.missing:
       print(f'UNPROVEN {job.path}: {runtimes.missing[job.format]}')
@@ -250,15 +251,20 @@ def _adapter(config):
       config.lora.dropout, runs.lora_scale(config))
 
 
-def _is_there(final: pathlib.Path, identity: str, overwrite: bool) -> bool:
+def _is_there(
+    final: pathlib.Path, identity: str, overwrite: bool, allow_unproven: bool
+) -> bool:
   """Whether the export was made before; raises where it cannot be made."""
   told = final / 'export.json'
   if not final.exists():
     return False
   if told.exists():
     with open(told, encoding='utf-8') as file:
-      if json.load(file)['identity'] == identity:
-        return True
+      earlier = json.load(file)
+    # What was let through unproven is not the proven export asked for now.
+    proven = all(row['proven'] for row in earlier['parity'])
+    if earlier['identity'] == identity and (proven or allow_unproven):
+      return True
     if overwrite:
       return False
   raise errors.UserError(

@@ -34,7 +34,7 @@ step "Audit, then LoRA" .venv/bin/python -m gemma_sft.train \
   --config=$config --workdir="$workdir" "$@"
 step "The tuned model's score beside it" .venv/bin/python -m \
   gemma_sft.evaluate --workdir="$workdir"
-export="$workdir/export"
+export="$workdir/export/blop"
 gguf="$export/gguf/model-f16.gguf"
 step "The model as a GGUF, proven in llama.cpp" .venv/bin/python -m \
   gemma_sft.export --workdir="$workdir" --out="$export" --formats=gguf-f16 \
@@ -48,7 +48,7 @@ Installation took $((installed - start)) s, the rest $((SECONDS - installed)) s.
   $workdir/report/report.md    the table, the picture, the samples
   $workdir/evaluation/         every answer with the compiler's verdict
   $workdir/checkpoints/        adapters
-  $export/gguf/          the GGUF and its Modelfile; README.md beside it is the card
+  $export/     the model card, and gguf/ with the GGUF and its Modelfile
 Next:
   source .venv/bin/activate
   python -m gemma_sft.sample --workdir=$workdir        talk to it

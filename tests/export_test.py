@@ -391,6 +391,19 @@ def test_unproven_is_written_on_the_card(run, tmp_path, capsys):
   assert not told['parity'][0]['proven']
 
 
+def test_an_unproven_export_does_not_stand_for_a_proven_one(
+    run, tmp_path, capsys):
+  out = tmp_path / 'out'
+  _export(run[1], out, 'gguf-f32', llama_server='/nowhere',
+          allow_unproven=True)
+  with pytest.raises(errors.UserError, match='--overwrite'):
+    _export(run[1], out, 'gguf-f32')
+  _export(run[1], out, 'gguf-f32', overwrite=True)
+  assert 'proven gguf/model-f32.gguf' in capsys.readouterr().out
+  told = json.loads((out / 'export.json').read_text())
+  assert told['parity'][0]['proven']
+
+
 def test_dry_run_writes_nothing(run, tmp_path, capsys):
   _export(run[1], tmp_path / 'out', 'hf', 'gguf-q8_0', dry_run=True)
   assert 'gguf/model-q8_0.gguf: ' in capsys.readouterr().out
@@ -456,11 +469,10 @@ def test_help_names_every_format():
 
 
 def test_a_push_without_a_network_leaves_the_files(run, tmp_path, monkeypatch):
-  huggingface_hub = pytest.importorskip('huggingface_hub')
+  constants = pytest.importorskip('huggingface_hub.constants')
   monkeypatch.setenv('HF_TOKEN', 'hf_' + 20 * 'x')
   # Port 1: nobody listens there.
-  monkeypatch.setattr(
-      huggingface_hub.constants, 'ENDPOINT', 'http://127.0.0.1:1')
+  monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:1')
   out, lax = tmp_path / 'out', dict(
       llama_server='/nowhere', allow_unproven=True)
   for _ in range(2):  # Also of an export that is there already.
