@@ -3,24 +3,30 @@
 Gemma's vocabulary has 262,144 rows: the logits of one row of 2,048 tokens are
 2 GB in f32. In fine-tuning many positions are prompt or padding, so the hidden
 states of the trained positions are gathered first, and the head runs over those
-alone.
+alone, a chunk of them at a time.
 
-With a frozen head even their logits are never all there: one pass over blocks
-of the vocabulary keeps a running log-sum-exp (Milakov and Gimelshein 2018,
-arXiv 1805.02867) and, beside it, the gradient of the hidden states, which needs
-nothing but the softmax:
+With a frozen head even a chunk's logits are never all there: one pass over
+blocks of the vocabulary keeps a running log-sum-exp (Milakov and Gimelshein
+2018, arXiv 1805.02867) and, beside it, the gradient of the hidden states, which
+needs nothing but the softmax:
 
     d nll / d x = sum_v p_v E_v - E_target
 
 so that the backward pass has only to scale it (as Liger's fused loss does,
 arXiv 2410.10989). That is 4 D V FLOPs a token, where making the logits a second
-time takes 6.
+time takes 6. A trained head's own gradient is made in the same pass, from the
+logits of one chunk, and summed in f32 over the chunks.
+
+Both are split over the vocabulary where the mesh splits the embedding: each
+shard has its own maximum, sum and gradient, which meet once, at the end.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gemma_sft import shapes
 
@@ -36,6 +42,7 @@ def masked_nll(
     chunk_size: int = 1024,
     softcap: float | None = None,
     frozen_head: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[shapes.Scalar, shapes.Scalar]:
   """Returns (sum of -log p(target), number of trained tokens), both f32.
 
@@ -51,11 +58,12 @@ def masked_nll(
       than that the sum is NaN, so that none is ever left out unseen.
     groups: Number of device shards of B. Positions are gathered within a
       group, so that nothing crosses devices.
-    chunk_size: Trained positions whose logits exist at a time; with several
-      chunks the backward pass makes each chunk's logits again. Not with a
-      frozen head.
+    chunk_size: Trained positions of a group at a time, at most: with a trained
+      head their logits are (chunk_size, V) in f32, with a frozen one
+      (chunk_size, 8192).
     softcap: Gemma 2 and 4 bound logits as cap * tanh(logits / cap).
     frozen_head: The embedding gets no gradient (LoRA, evaluation).
+    mesh: The mesh of the arrays, where its axis 'tensor' splits the embedding.
   """
   D = x_BTD.shape[-1]
   x_GND = x_BTD.reshape(groups, -1, D)
@@ -63,115 +71,140 @@ def masked_nll(
   mask_GN = loss_mask_BT.reshape(groups, -1)
   n_G = mask_GN.sum(axis=1)
 
-  chunk_size = max_trained if frozen_head else min(chunk_size, max_trained)
+  # Chunks of one size: less padding than full ones and a rest.
   n_chunks = -(-max_trained // chunk_size)
-  P = n_chunks * chunk_size
-  index_GP = jax.vmap(
-      lambda mask: jnp.nonzero(mask, size=P, fill_value=0)[0])(mask_GN)
-  weights_GP = (jnp.arange(P)[None] < n_G[:, None]).astype(jnp.float32)
+  C = -(-max_trained // n_chunks)
+  index_GP = jax.vmap(lambda mask: jnp.nonzero(
+      mask, size=n_chunks * C, fill_value=0)[0])(mask_GN)
+  weights_GP = (jnp.arange(n_chunks * C)[None] < n_G[:, None]).astype(
+      jnp.float32)
   # Unused slots take position 0, whose value must not matter even if it is NaN.
   x_GPD = jnp.where(
       weights_GP[:, :, None] > 0,
       jnp.take_along_axis(x_GND, index_GP[:, :, None], axis=1), 0)
   targets_GP = jnp.take_along_axis(targets_GN, index_GP, axis=1)
 
-  chunk_nll = functools.partial(_chunk_nll, softcap=softcap)
-  if frozen_head:
-    nll = _frozen_head_nll(
-        x_GPD, embedding_VD, targets_GP, weights_GP, softcap)
-  elif n_chunks == 1:
-    nll = chunk_nll(embedding_VD, x_GPD, targets_GP, weights_GP)
-  else:
-    # A static loop of slices would keep every chunk's logits for the backward
-    # pass; a scan of a rematerialised body keeps one.
-    def split(array):
-      chunked = array.reshape(groups, n_chunks, chunk_size, *array.shape[2:])
-      return jnp.moveaxis(chunked, 1, 0)
-
-    def body(total, chunk):
-      return total + jax.checkpoint(chunk_nll)(embedding_VD, *chunk), None
-
-    nll, _ = jax.lax.scan(
-        body, jnp.float32(0),
-        (split(x_GPD), split(targets_GP), split(weights_GP)))
+  head_nll = _frozen_head_nll if frozen_head else _trained_head_nll
+  nll = head_nll(
+      x_GPD, embedding_VD, targets_GP, weights_GP, softcap, n_chunks, mesh)
   nll = jnp.where((n_G <= max_trained).all(), nll, jnp.nan)
   return nll, n_G.sum().astype(jnp.float32)
 
 
-def _chunk_nll(embedding_VD, x_GPD, targets_GP, weights_GP, *, softcap):
-  logits_GPV = jnp.einsum(
-      'GPD,VD->GPV', x_GPD, embedding_VD, preferred_element_type=jnp.float32)
-  if softcap is not None:
-    logits_GPV = softcap * jnp.tanh(logits_GPV / softcap)
-  target_GP = jnp.take_along_axis(
-      logits_GPV, targets_GP[:, :, None], axis=2)[:, :, 0]
-  nll_GP = jax.nn.logsumexp(logits_GPV, axis=2) - target_GP
-  return jnp.sum(nll_GP * weights_GP)
+def _split(array_GP, n_chunks):
+  """Returns (n_chunks, G, C, ...) of (G, P, ...)."""
+  G, P = array_GP.shape[:2]
+  return jnp.moveaxis(array_GP.reshape(
+      G, n_chunks, P // n_chunks, *array_GP.shape[2:]), 1, 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _frozen_head_nll(x_GPD, embedding_VD, targets_GP, weights_GP, softcap):
-  nll, _ = _stream_vocabulary(
-      x_GPD, embedding_VD, targets_GP, weights_GP, softcap, with_grad=False)
+def _join(array_nGC):
+  """Undoes `_split`."""
+  n, G, C = array_nGC.shape[:3]
+  return jnp.moveaxis(array_nGC, 0, 1).reshape(G, n * C, *array_nGC.shape[3:])
+
+
+def _capped(logits, softcap):
+  """Returns the logits and the derivative of the cap."""
+  if softcap is None:
+    return logits, jnp.ones_like(logits)
+  logits = softcap * jnp.tanh(logits / softcap)
+  return logits, 1 - jnp.square(logits / softcap)
+
+
+def _scaled(cotangent, gradient):
+  return (cotangent * gradient.astype(jnp.float32)).astype(gradient.dtype)
+
+
+# A frozen head ---------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _frozen_head_nll(
+    x_GPD, embedding_VD, targets_GP, weights_GP, softcap, n_chunks, mesh):
+  nll, _ = _frozen_head(
+      x_GPD, embedding_VD, targets_GP, weights_GP, softcap, n_chunks, mesh,
+      with_grad=False)
   return nll
 
 
-def _frozen_head_fwd(x_GPD, embedding_VD, targets_GP, weights_GP, softcap):
-  return _stream_vocabulary(
-      x_GPD, embedding_VD, targets_GP, weights_GP, softcap, with_grad=True)
+def _frozen_head_bwd(softcap, n_chunks, mesh, dx_GPD, cotangent):
+  del softcap, n_chunks, mesh
+  return _scaled(cotangent, dx_GPD), None, None, None
 
 
-def _frozen_head_bwd(softcap, dx_GPD, cotangent):
-  del softcap
-  dx_GPD = (cotangent * dx_GPD.astype(jnp.float32)).astype(dx_GPD.dtype)
-  return dx_GPD, None, None, None
+def _frozen_head(
+    x_GPD, embedding_VD, targets_GP, weights_GP, softcap, n_chunks, mesh,
+    with_grad=True):
+  """Returns (nll sum, d nll / d x or None), chunk after chunk."""
+  stream = functools.partial(
+      _stream_vocabulary, embedding_VD=embedding_VD, softcap=softcap,
+      mesh=mesh, with_grad=with_grad)
+  if n_chunks == 1:
+    return stream(x_GPD, targets_GP, weights_GP)
+  nll_n, dx_nGCD = jax.lax.map(lambda chunk: stream(*chunk), (
+      _split(x_GPD, n_chunks), _split(targets_GP, n_chunks),
+      _split(weights_GP, n_chunks)))
+  return nll_n.sum(), _join(dx_nGCD) if with_grad else None
 
 
-_frozen_head_nll.defvjp(_frozen_head_fwd, _frozen_head_bwd)
+_frozen_head_nll.defvjp(_frozen_head, _frozen_head_bwd)
 
 _BLOCK = 8192  # Rows of the vocabulary at a time; 1,024 tokens' logits: 32 MB.
 
 
 def _stream_vocabulary(
-    x_GPD, embedding_VD, targets_GP, weights_GP, softcap, *, with_grad):
+    x_GCD, targets_GC, weights_GC, *, embedding_VD, softcap, mesh, with_grad):
   """Returns (nll sum, d nll / d x or None) in one pass over the vocabulary."""
   V, D = embedding_VD.shape
-  blocks_bVD = embedding_VD.reshape(_n_blocks(V), -1, D)
+  # Z shards of the vocabulary, side by side in every block.
+  Z = 1 if mesh is None else mesh.shape['tensor']
+  Z = Z if V % Z == 0 else 1
+  n_blocks = _n_blocks(V // Z)
+  blocks_nZVD = jnp.swapaxes(
+      embedding_VD.reshape(Z, n_blocks, -1, D), 0, 1)
 
-  def capped(logits):
-    """Returns the logits and the derivative of the cap."""
-    if softcap is None:
-      return logits, jnp.ones_like(logits)
-    logits = softcap * jnp.tanh(logits / softcap)
-    return logits, 1 - jnp.square(logits / softcap)
+  def sharded(array_ZG):
+    if mesh is None or mesh.size == 1:
+      return array_ZG
+    return jax.lax.with_sharding_constraint(array_ZG, NamedSharding(
+        mesh, P('tensor' if Z > 1 else None, ('data', 'fsdp'))))
 
-  def add_block(carry, block_VD):
-    max_GP, sum_GP, dx_GPD = carry
-    logits_GPV, slope_GPV = capped(jnp.einsum(
-        'GPD,VD->GPV', x_GPD, block_VD, preferred_element_type=jnp.float32))
-    new_max_GP = jnp.maximum(max_GP, logits_GPV.max(axis=2))
-    rescale_GP = jnp.exp(max_GP - new_max_GP)
-    exp_GPV = jnp.exp(logits_GPV - new_max_GP[:, :, None])
+  def add_block(carry, block_ZVD):
+    max_ZGC, sum_ZGC, dx_ZGCD = carry
+    logits_ZGCV, slope_ZGCV = _capped(jnp.einsum(
+        'GCD,ZVD->ZGCV', x_GCD, block_ZVD, preferred_element_type=jnp.float32),
+        softcap)
+    new_max_ZGC = jnp.maximum(max_ZGC, logits_ZGCV.max(axis=3))
+    rescale_ZGC = jnp.exp(max_ZGC - new_max_ZGC)
+    exp_ZGCV = jnp.exp(logits_ZGCV - new_max_ZGC[..., None])
     if with_grad:
-      dx_GPD = dx_GPD * rescale_GP[:, :, None] + jnp.einsum(
-          'GPV,VD->GPD', (exp_GPV * slope_GPV).astype(block_VD.dtype),
-          block_VD, preferred_element_type=jnp.float32)
-    return (new_max_GP, sum_GP * rescale_GP + exp_GPV.sum(axis=2),
-            dx_GPD), None
+      dx_ZGCD = dx_ZGCD * rescale_ZGC[..., None] + jnp.einsum(
+          'ZGCV,ZVD->ZGCD', (exp_ZGCV * slope_ZGCV).astype(block_ZVD.dtype),
+          block_ZVD, preferred_element_type=jnp.float32)
+    return (new_max_ZGC, sum_ZGC * rescale_ZGC + exp_ZGCV.sum(axis=3),
+            dx_ZGCD), None
 
-  G, P, _ = x_GPD.shape
-  start = (jnp.full((G, P), jnp.finfo(jnp.float32).min), jnp.zeros((G, P)),
-           jnp.zeros((G, P, D)) if with_grad else None)
-  (max_GP, sum_GP, dx_GPD), _ = jax.lax.scan(add_block, start, blocks_bVD)
-  target_GPD = embedding_VD[targets_GP]
-  target_GP, slope_GP = capped(jnp.einsum(
-      'GPD,GPD->GP', x_GPD, target_GPD, preferred_element_type=jnp.float32))
-  nll_GP = max_GP + jnp.log(sum_GP) - target_GP
+  G, C, _ = x_GCD.shape
+  start = jax.tree.map(sharded, (
+      jnp.full((Z, G, C), jnp.finfo(jnp.float32).min), jnp.zeros((Z, G, C)),
+      jnp.zeros((Z, G, C, D)) if with_grad else None))
+  (max_ZGC, sum_ZGC, dx_ZGCD), _ = jax.lax.scan(add_block, start, blocks_nZVD)
+  max_GC = max_ZGC.max(axis=0)
+  share_ZGC = jnp.exp(max_ZGC - max_GC[None])
+  sum_GC = (sum_ZGC * share_ZGC).sum(axis=0)
+  target_GCD = embedding_VD[targets_GC]
+  target_GC, slope_GC = _capped(jnp.einsum(
+      'GCD,GCD->GC', x_GCD, target_GCD, preferred_element_type=jnp.float32),
+      softcap)
+  nll_GC = max_GC + jnp.log(sum_GC) - target_GC
+  dx_GCD = None
   if with_grad:
-    dx_GPD = dx_GPD / sum_GP[:, :, None] - (
-        slope_GP[:, :, None] * target_GPD.astype(jnp.float32))
-    dx_GPD = (dx_GPD * weights_GP[:, :, None]).astype(x_GPD.dtype)
-  return jnp.sum(nll_GP * weights_GP), dx_GPD
+    dx_GCD = (dx_ZGCD * share_ZGC[..., None]).sum(axis=0)
+    dx_GCD = dx_GCD / sum_GC[:, :, None] - (
+        slope_GC[:, :, None] * target_GCD.astype(jnp.float32))
+    dx_GCD = (dx_GCD * weights_GC[:, :, None]).astype(x_GCD.dtype)
+  return jnp.sum(nll_GC * weights_GC), dx_GCD
 
 
 def _n_blocks(V: int) -> int:
@@ -181,3 +214,62 @@ def _n_blocks(V: int) -> int:
   """
   least = -(-V // _BLOCK)
   return next((n for n in range(least, 4 * least + 1) if V % n == 0), 1)
+
+
+# A trained head --------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _trained_head_nll(
+    x_GPD, embedding_VD, targets_GP, weights_GP, softcap, n_chunks, mesh):
+  nll, _ = _trained_head(
+      x_GPD, embedding_VD, targets_GP, weights_GP, softcap, n_chunks, mesh,
+      with_grad=False)
+  return nll
+
+
+def _trained_head_bwd(softcap, n_chunks, mesh, gradients, cotangent):
+  del softcap, n_chunks, mesh
+  dx_GPD, dembedding_VD = gradients
+  return _scaled(cotangent, dx_GPD), _scaled(cotangent, dembedding_VD), None, (
+      None)
+
+
+def _trained_head(
+    x_GPD, embedding_VD, targets_GP, weights_GP, softcap, n_chunks, mesh,
+    with_grad=True):
+  """Returns (nll sum, (d nll / d x, d nll / d embedding) or None)."""
+  V = embedding_VD.shape[0]
+
+  def add_chunk(carry, chunk):
+    nll, dembedding_VD = carry
+    x_GCD, targets_GC, weights_GC = chunk
+    logits_GCV, slope_GCV = _capped(jnp.einsum(
+        'GCD,VD->GCV', x_GCD, embedding_VD, preferred_element_type=jnp.float32),
+        softcap)
+    lse_GC = jax.nn.logsumexp(logits_GCV, axis=2)
+    target_GC = jnp.take_along_axis(
+        logits_GCV, targets_GC[:, :, None], axis=2)[:, :, 0]
+    nll = nll + jnp.sum((lse_GC - target_GC) * weights_GC)
+    if not with_grad:
+      return (nll, None), None
+    is_target_GCV = jnp.arange(V)[None, None] == targets_GC[:, :, None]
+    dlogits_GCV = (jnp.exp(logits_GCV - lse_GC[:, :, None]) - is_target_GCV) * (
+        slope_GCV * weights_GC[:, :, None])
+    dlogits_GCV = dlogits_GCV.astype(embedding_VD.dtype)
+    dx_GCD = jnp.einsum('GCV,VD->GCD', dlogits_GCV, embedding_VD)
+    dembedding_VD = dembedding_VD + jnp.einsum(
+        'GCV,GCD->VD', dlogits_GCV, x_GCD, preferred_element_type=jnp.float32)
+    return (nll, dembedding_VD), dx_GCD
+
+  start = (jnp.float32(0),
+           jnp.zeros(embedding_VD.shape) if with_grad else None)
+  (nll, dembedding_VD), dx_nGCD = jax.lax.scan(add_chunk, start, (
+      _split(x_GPD, n_chunks), _split(targets_GP, n_chunks),
+      _split(weights_GP, n_chunks)))
+  if not with_grad:
+    return nll, None
+  return nll, (_join(dx_nGCD), dembedding_VD.astype(embedding_VD.dtype))
+
+
+_trained_head_nll.defvjp(_trained_head, _trained_head_bwd)

@@ -4,10 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
 from gemma_sft import loss
+from gemma_sft import sharding
 
 _B, _T, _D, _V = 8, 6, 16, 40
 # Compiled whole: faster than operation by operation.
@@ -202,28 +205,29 @@ def _small_blocks(monkeypatch):
   monkeypatch.setattr(loss, '_BLOCK', 8)
 
 
-def _frozen(groups=1, softcap=None, max_trained=48):
+def _frozen(groups=1, softcap=None, max_trained=48, chunk_size=1024):
   # Not `_masked_nll`, whose programs do not know the size of blocks.
   return jax.jit(functools.partial(
       loss.masked_nll, max_trained=max_trained, groups=groups,
-      softcap=softcap, frozen_head=True))
+      softcap=softcap, frozen_head=True, chunk_size=chunk_size))
 
 
 @pytest.mark.usefixtures('_small_blocks')
-@pytest.mark.parametrize('softcap, groups, scale, tolerance', (
+@pytest.mark.parametrize('softcap, groups, chunk_size, scale, tolerance', (
     # f32 sums in another order.
-    (None, 1, 1.0, 1e-5), (5.0, 8, 1.0, 1e-5),
+    (None, 1, 64, 1.0, 1e-5), (5.0, 8, 64, 1.0, 1e-5), (5.0, 2, 5, 1.0, 1e-5),
     # The running maximum has to rescale what came before. Logits of 1,500 are
     # rounded by 1e-4, and so are the logarithms of the softmax.
-    (None, 8, 100.0, 1e-4), (5.0, 1, 100.0, 1e-4)))
+    (None, 8, 64, 100.0, 1e-4), (5.0, 1, 7, 100.0, 1e-4)))
 def test_a_frozen_head_gives_the_same_value_and_gradient(
-    softcap, groups, scale, tolerance):
+    softcap, groups, chunk_size, scale, tolerance):
   x_BTD, *rest = _inputs()
   inputs = (scale * x_BTD, *rest[:2], rest[2].at[:1].set(False))
-  nll, n = _frozen(groups, softcap)(*inputs)
+  fn = _frozen(groups, softcap, chunk_size=chunk_size)
+  nll, n = fn(*inputs)
   assert n == inputs[3].sum()
   value, (dx_BTD, dembedding_VD) = _value_and_grads(
-      lambda *a: 3 * _frozen(groups, softcap)(*a)[0], *inputs)
+      lambda *a: 3 * fn(*a)[0], *inputs)
   wanted, (wanted_dx_BTD, _) = _plain_value_and_grads(*inputs, softcap=softcap)
   _assert_close(nll, wanted, tolerance)
   _assert_close((value, dx_BTD), (3 * wanted, 3 * wanted_dx_BTD), tolerance)
@@ -231,11 +235,37 @@ def test_a_frozen_head_gives_the_same_value_and_gradient(
 
 
 @pytest.mark.usefixtures('_small_blocks')
-def test_a_frozen_head_holds_one_block_of_logits():
+def test_a_frozen_head_holds_one_block_of_logits_of_one_chunk():
   inputs = _inputs()
   program = str(jax.make_jaxpr(jax.grad(
-      lambda *a: _frozen()(*a)[0]))(*inputs))
-  assert 'f32[1,48,8]' in program and f'48,{_V}]' not in program
+      lambda *a: _frozen(chunk_size=12)(*a)[0]))(*inputs))
+  assert 'f32[1,1,12,8]' in program
+  assert f'12,{_V}]' not in program and '48,8]' not in program
+
+
+@pytest.mark.parametrize('frozen_head', (True, False))
+@pytest.mark.parametrize('softcap', (None, 5.0))
+def test_a_vocabulary_in_shards_gives_the_same(frozen_head, softcap):
+  mesh = sharding.make_mesh(data=2, fsdp=1, tensor=4)
+  inputs = _inputs()
+  x_BTD, embedding_VD, targets_BT, mask_BT = inputs
+  wanted, (wanted_dx_BTD, wanted_de_VD) = _plain_value_and_grads(
+      *inputs, softcap=softcap)
+  rows = NamedSharding(mesh, P('data'))
+  fn = jax.jit(jax.value_and_grad(
+      lambda x, e, t, m: loss.masked_nll(
+          x, e, t, m, max_trained=24, groups=2, chunk_size=5, softcap=softcap,
+          frozen_head=frozen_head, mesh=mesh)[0], argnums=(0, 1)),
+      in_shardings=(rows, NamedSharding(mesh, P('tensor')), rows, rows))
+  value, (dx_BTD, de_VD) = fn(*inputs)
+  _assert_close((value, dx_BTD), (wanted, wanted_dx_BTD), 1e-5)  # f32 sums.
+  if not frozen_head:
+    _assert_close(de_VD, wanted_de_VD, 1e-5)
+    return
+  # No device sees another's part of the embedding but the targets' rows.
+  program = fn.lower(*inputs).compile().as_text()
+  gathered = [line for line in program.splitlines() if 'all-gather' in line]
+  assert not [line for line in gathered if f'[{_V},{_D}]' in line]
 
 
 @pytest.mark.usefixtures('_small_blocks')
