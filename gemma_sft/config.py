@@ -14,7 +14,7 @@ from gemma_sft import errors
 _FREE_ON_RESUME = (
     'deadline_minutes', 'eval.', 'checkpoint.', 'mesh.',
     'sampling.', 'train.log_every', 'train.remat', 'data.test',
-    'model.weights', 'model.tokenizer')
+    'model.weights', 'model.tokenizer', 'model.layers', 'model.attention')
 
 
 def leaves(config: Mapping[str, Any], prefix: str = ''
@@ -101,6 +101,12 @@ def validate(config: Any) -> None:
   def share(value):
     return 0 <= value <= 1
 
+  def one_of(key, values):
+    section, name = key.split('.')
+    check(key, lambda v: v in values,
+          ' or '.join(v or "''" for v in values),
+          f'{errors.nearest(config[section][name], values)}Set --config.{key}.')
+
   def pattern(value):
     try:
       re.compile(value)
@@ -108,6 +114,10 @@ def validate(config: Any) -> None:
       return False
     return True
 
+  if config.model.quantization and not config.lora.enabled:
+    check('model.quantization', lambda v: not v,
+          "'' where all weights are trained: integers have no gradient",
+          'set --config.lora.enabled=true, or --config.model.quantization=')
   check('lora.targets', pattern, 'a regular expression',
         "for example --config.lora.targets='attn/' or 'attn/|mlp/'")
   check('seed', lambda v: 0 <= v < 2**31, 'from 0 to 2147483647')
@@ -124,13 +134,18 @@ def validate(config: Any) -> None:
           'set --config.lora.rank=16, or --config.lora.enabled=false to train'
           ' all weights')
     check('lora.alpha', positive, 'a number above 0')
+    check('lora.plus_ratio', lambda v: 0 < v < math.inf, 'a number above 0')
     check('lora.dropout', lambda v: 0 <= v < 1, 'a rate from 0 to below 1')
   check('train.epochs', positive, 'at least 1')
   check('train.steps', not_negative, '0 for epochs, or a number of updates')
   check('train.microbatches', positive, 'at least 1')
   check('train.loss_chunk', positive, 'at least 1')
   check('train.log_every', positive, 'at least 1')
-  check('train.remat', lambda v: v in ('none', 'block'), 'none or block')
+  one_of('train.remat', ('none', 'elementwise', 'block'))
+  one_of('model.layers', ('auto', 'scan', 'loop'))
+  one_of('model.attention', (
+      'auto', 'einsum', 'chunked', 'splash', 'cudnn', 'tokamax'))
+  one_of('model.quantization', ('', 'int8', 'int4', 'nf4'))
   check('model.dtype', lambda v: v in ('auto', 'bfloat16', 'float32'),
         'auto, bfloat16 or float32')
   check('model.weights', bool, 'where the base weights come from: '

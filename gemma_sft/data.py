@@ -17,6 +17,7 @@ import numpy as np
 
 from gemma_sft import chat
 from gemma_sft import errors
+from gemma_sft import token_cache
 
 Batch = dict[str, np.ndarray]
 
@@ -61,12 +62,6 @@ class Layout:
           f' {self.max_length})"')
 
 
-def example_digest(example: chat.Example) -> bytes:
-  """Returns SHA-256 over what of an example reaches the model."""
-  return hashlib.sha256(
-      example.tokens.tobytes() + example.loss_mask.tobytes()).digest()
-
-
 def plan_epoch(
     lengths: Sequence[int], layout: Layout, *, seed: int | None, epoch: int
 ) -> list[tuple[int, list[list[int]]]]:
@@ -81,11 +76,12 @@ def plan_epoch(
     seed: Of the run; None keeps the order (evaluation).
     epoch: 0, 1, ...
   """
+  lengths = np.asarray(lengths).tolist()  # Python's numbers: faster one by one.
   n = len(lengths) * layout.repeat
   order = [i % len(lengths) for i in _permutation(n, seed, epoch, 'examples')]
   batches = []
   if layout.packing:
-    rows = _pack(order, lengths, layout.max_length)
+    rows = _fewest_batches(order, lengths, layout)
     rows = [rows[i] for i in _permutation(len(rows), seed, epoch, 'rows')]
     batches = [(layout.max_length, rows[i:i + layout.batch_size])
                for i in range(0, len(rows), layout.batch_size)]
@@ -118,29 +114,85 @@ def _permutation(n, seed, epoch, purpose):
   return [int(shuffled[i]) for i in range(n)]
 
 
-_FILLERS = 0.2
+def _fewest_batches(order, lengths, layout):
+  """Returns the rows of `_pack` in the mixed order, or if that saves batches
+  in the order of lengths."""
+  def n_batches(n_rows):
+    return -(-n_rows // layout.batch_size)
 
-
-def _pack(order, lengths, capacity):
-  """Best fit in shuffled order, the shortest fifth last to fill the gaps.
-
-  Best-fit decreasing fills 1 % better, but puts like lengths, and so like
-  examples, into one row: batches of few rows then differ in kind.
-  """
-  n_long = len(order) - int(_FILLERS * len(order))
-  by_length = sorted(range(len(order)), key=lambda at: -lengths[order[at]])
-  long, fillers = sorted(by_length[:n_long]), by_length[n_long:]
-  rows, room = [], []  # `room` is sorted: (space left, row number).
-  for i in (order[at] for at in (*long, *fillers)):
-    at = bisect.bisect_left(room, (lengths[i], -1))
-    if at == len(room):
-      rows.append([i])
-      bisect.insort(room, (capacity - lengths[i], len(rows) - 1))
-    else:
-      left, row = room.pop(at)
-      rows[row].append(i)
-      bisect.insort(room, (left - lengths[i], row))
+  rows = _pack(order, lengths, layout.max_length, mixed=True)
+  n_tokens = sum(lengths[i] for i in order)
+  if n_batches(len(rows)) > n_batches(-(-n_tokens // layout.max_length)):
+    denser = _pack(order, lengths, layout.max_length, mixed=False)
+    if n_batches(len(denser)) < n_batches(len(rows)):
+      return denser
   return rows
+
+
+def _pack(order, lengths, capacity, *, mixed):
+  """Returns rows that are full to the last place where they can be.
+
+  A row begins with the longest example left, because its kind is the hardest
+  to place. Those that follow leave a rest that the lengths left add up to: the
+  next of them in shuffled order (mixed), or the longest. Best-fit decreasing
+  leaves more empty (poems of four lengths: 1.9 % against 0.2 %), and puts like
+  lengths, and so like examples, into one row: batches of few rows then differ
+  in kind.
+  """
+  n = len(order)
+  waiting = {}  # Length -> places in `order`, the next one last.
+  for at in reversed(range(n)):
+    waiting.setdefault(lengths[order[at]], []).append(at)
+  next_at = np.full(capacity + 1, n)
+  for length, places in waiting.items():
+    next_at[length] = places[-1]
+  is_sum, generators = _sums(waiting, capacity)
+  rows = []
+  longest = max(waiting)
+  while waiting:
+    while longest not in waiting:
+      longest -= 1
+    row, room, length = [], capacity, longest
+    while length:
+      places = waiting[length]
+      row.append(order[places.pop()])
+      next_at[length] = places[-1] if places else n
+      if not places:
+        del waiting[length]
+        if length in generators:
+          is_sum, generators = _sums(waiting, capacity)
+      room -= length
+      while not is_sum[room]:  # What cannot be filled stays empty.
+        room -= 1
+      # Of each length up to `room`: its next example, if the rest is a sum.
+      places = np.where(is_sum[room::-1], next_at[:room + 1], n)
+      if mixed:
+        length = int(places.argmin())
+      else:
+        length = int(np.flatnonzero(places < n).max(initial=0))
+      if places[length] == n:
+        length = 0
+    rows.append(row)
+  return rows
+
+
+def _sums(lengths, capacity):
+  """Returns which of 0, ..., capacity are sums of lengths, each any number of
+  times, and the lengths that are no sums of shorter ones: they alone decide."""
+  bits, generators = 1, set()
+  for length in sorted(lengths):
+    if bits >> length & 1:
+      continue
+    generators.add(length)
+    step = length
+    while step <= capacity:
+      bits |= bits << step
+      step *= 2
+    bits &= (1 << capacity + 1) - 1
+  octets = np.frombuffer(
+      bits.to_bytes(capacity // 8 + 1, 'little'), np.uint8)
+  is_sum = np.unpackbits(octets, bitorder='little')[:capacity + 1]
+  return is_sum.astype(bool), generators
 
 
 class Batches:
@@ -176,16 +228,15 @@ class Batches:
       host: This process's number.
       n_hosts: Number of processes; divides B / A.
     """
-    self._examples = list(examples)
+    self._examples = token_cache.make(examples)
     self._layout = layout
     self._seed = seed
-    self._lengths = [len(e.tokens) - 1 for e in self._examples]
-    self._trained = [int(e.loss_mask[1:].sum()) for e in self._examples]
-    self._digests = [example_digest(e) for e in self._examples]
+    self._lengths = self._examples.lengths()
+    self._trained = self._examples.trained()
     self._host, self._n_hosts = host, n_hosts
-    self._plans: dict[int, list] = {}
+    self._plans: dict[int, _Plan] = {}
     self._bounds: dict[tuple[int, int], int] = {}
-    self.batches_per_epoch = len(self._plan(0))
+    self.batches_per_epoch = len(self._plan(0).row_lengths)
     self._len = (self.batches_per_epoch * epochs if epochs is not None
                  else 2**31 - 1)
 
@@ -196,8 +247,8 @@ class Batches:
     # Prefetching threads may be an epoch ahead: two plans are kept.
     plan = self._plans.get(epoch)
     if plan is None:
-      plan = plan_epoch(
-          self._lengths, self._layout, seed=self._seed, epoch=epoch)
+      plan = _Plan.of(plan_epoch(
+          self._lengths, self._layout, seed=self._seed, epoch=epoch))
       self._plans = {
           e: p for e, p in self._plans.items() if abs(e - epoch) < 2
       } | {epoch: plan}
@@ -205,7 +256,7 @@ class Batches:
 
   def _rows_of(self, index):
     epoch, within = divmod(index, self.batches_per_epoch)
-    return self._plan(epoch)[within]
+    return self._plan(epoch).batch(within, self._layout.batch_size)
 
   def _max_trained(self, epoch, T):
     """Bound on the trained tokens of a device's share of a microbatch.
@@ -218,10 +269,10 @@ class Batches:
       return known
     layout = self._layout
     shares = layout.microbatches * layout.groups
-    most = max(
-        sum(self._trained[i] for row in part for i in row)
-        for length, rows in self._plan(epoch) if length == T
-        for part in _split(rows, shares))
+    plan = self._plan(epoch)
+    by_row = _sums_of_runs(self._trained[plan.numbers], plan.starts)
+    by_share = by_row.reshape(len(plan.row_lengths), shares, -1).sum(axis=2)
+    most = int(by_share[plan.row_lengths == T].max())
     step = max(1, layout.batch_size // shares * T // 16)
     bound = max(1, -(-most // step)) * step
     self._bounds = {**self._bounds, (epoch, T): bound}
@@ -234,7 +285,7 @@ class Batches:
     for row in rows:
       sha.update(b'row')
       for i in row:
-        sha.update(self._digests[i])
+        sha.update(self._examples.digest(i))
     return sha.digest()
 
   def __getitem__(self, index: int) -> Batch:
@@ -253,19 +304,53 @@ class Batches:
                  ).astype(np.int32),
         'max_trained': np.int32(
             self._max_trained(index // self.batches_per_epoch, T)),
-        'n_tokens': np.int32(sum(self._lengths[i] for r in rows for i in r)),
+        'n_tokens': np.int32(sum(self._lengths[r].sum() for r in rows)),
         'digest': np.frombuffer(self.digest(index), np.uint8),
     }
 
+  def most_trained(self) -> int:
+    """Returns the largest bound on trained tokens of the first epoch."""
+    return max(self._max_trained(0, int(T))
+               for T in np.unique(self._plan(0).row_lengths))
+
   def target_bytes(self) -> int:
     """Returns the UTF-8 bytes of the trained text of one epoch."""
-    return sum(e.target_bytes for e in self._examples) * self._layout.repeat
+    return self._examples.target_bytes() * self._layout.repeat
 
 
-def _split(rows, n):
-  """Returns rows in n equal runs."""
-  size = len(rows) // n
-  return [rows[i * size:(i + 1) * size] for i in range(n)]
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  """`plan_epoch` as arrays: of a million examples megabytes, not hundreds.
+
+  Attributes:
+    row_lengths: (batches,) T of each.
+    numbers: Example numbers of all rows, one row after the other.
+    starts: (batches * batch size + 1,) where each row begins in `numbers`.
+  """
+
+  row_lengths: np.ndarray
+  numbers: np.ndarray
+  starts: np.ndarray
+
+  @classmethod
+  def of(cls, batches):
+    rows = [row for _, batch in batches for row in batch]
+    return cls(
+        np.asarray([T for T, _ in batches]),
+        np.asarray([i for row in rows for i in row], np.int32),
+        np.cumsum([0, *map(len, rows)]))
+
+  def batch(self, i, batch_size):
+    """Returns (T, the example numbers of each row) of a batch."""
+    edges = self.starts[i * batch_size:(i + 1) * batch_size + 1]
+    rows = [self.numbers[a:b] for a, b in zip(edges, edges[1:])]
+    return int(self.row_lengths[i]), rows
+
+
+def _sums_of_runs(values, starts):
+  """Returns the sum of each values[starts[i]:starts[i + 1]]."""
+  total = np.concatenate([np.zeros(1, np.int64), np.cumsum(values)])
+  return np.diff(total[starts])
 
 
 def _assemble(rows: list[list[chat.Example]], T: int) -> Batch:

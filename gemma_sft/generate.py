@@ -20,6 +20,12 @@ from gemma_sft import model as model_lib
 # Tokens between two looks at what came out: for stop texts and streaming.
 _CHUNK = 16
 _PROMPT_BUCKET = 64
+# Room in the cache for new tokens comes in steps, because each length is a
+# program to compile.
+_NEW_BUCKET = 128
+# Open rows go on alone once they are few: a batch of this part of the rows.
+# Each size is a program to compile, so a half would not pay for it.
+_SHRINK = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +104,9 @@ def _generate_batch(
   longest = max(len(p) for p in prompts)
   T = -(-longest // _PROMPT_BUCKET) * _PROMPT_BUCKET
   n_chunks = -(-sampling.max_new_tokens // _CHUNK)
+  n_new = -(-sampling.max_new_tokens // _NEW_BUCKET) * _NEW_BUCKET
+  # How many tokens are made is decided here, so it is in no program's key.
+  choice = dataclasses.replace(sampling, max_new_tokens=0)
   tokens_BT = np.zeros((batch_size, T), np.int32)
   mask_BT = np.zeros((batch_size, T), bool)
   for r, prompt in enumerate(prompts):
@@ -109,12 +118,20 @@ def _generate_batch(
       jax.random.key(seed),
       jnp.asarray([*numbers, *([0] * (batch_size - len(numbers)))], jnp.uint32))
   carry = _prefill(
-      model, params, tokens_BT, mask_BT, n_chunks * _CHUNK, keys_B, sampling,
-      vocab_size)
+      model, params, tokens_BT, mask_BT, n_new, keys_B, choice, vocab_size)
   open_rows = set(range(len(prompts)))
   for _ in range(n_chunks):
+    if not open_rows:
+      break
+    size = 1 << (len(open_rows) - 1).bit_length()  # Few sizes: powers of two.
+    if size * _SHRINK <= len(keys_B):
+      rows = sorted(open_rows)
+      carry, keys_B = _take_rows(
+          (carry, keys_B), np.resize(np.asarray(rows, np.int32), size))
+      numbers = [numbers[r] for r in rows]
+      open_rows = set(range(len(rows)))
     carry, new_BC = _decode_chunk(
-        model, params, carry, keys_B, sampling, vocab_size)
+        model, params, carry, keys_B, choice, vocab_size)
     new_BC = np.asarray(new_BC)
     for r in sorted(open_rows):
       answer = answers[numbers[r]]
@@ -129,8 +146,12 @@ def _generate_batch(
         continue
       if is_done is not None:
         is_done(numbers[r], answer)
-    if not open_rows:
-      break
+
+
+@jax.jit
+def _take_rows(tree, rows_B):
+  """Returns these rows of all arrays (B, ...); scalars as they are."""
+  return jax.tree.map(lambda x: x[rows_B] if x.ndim else x, tree)
 
 
 @functools.partial(

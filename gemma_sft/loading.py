@@ -1,13 +1,18 @@
 """From a config's sections to the things that every entry point needs."""
 
 import dataclasses
+import functools
 import os
+import pathlib
+import time
 from typing import Any
 from typing import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from gemma_sft import attention
 from gemma_sft import audit
 from gemma_sft import cache
 from gemma_sft import chat
@@ -16,7 +21,9 @@ from gemma_sft import errors
 from gemma_sft import model as model_lib
 from gemma_sft import records as records_lib
 from gemma_sft import sharding
+from gemma_sft import token_cache
 from gemma_sft import weights
+from gemma_sft.weights import architecture
 from gemma_sft.weights import tokenizer_file
 
 
@@ -33,14 +40,18 @@ def choose_dtype(name: str) -> tuple[Any, str]:
   Args:
     name: 'auto', 'bfloat16' or 'float32'.
   """
+  device = jax.local_devices()[0]
+  if name == 'bfloat16' and device.platform == 'cpu':
+    return jnp.dtype(name), (
+        'config.model.dtype says so; float32 is faster on a CPU, where XLA has'
+        ' no bfloat16 products')
   if name != 'auto':
     return jnp.dtype(name), 'config.model.dtype says so'
-  device = jax.local_devices()[0]
   if device.platform == 'cpu':
     return jnp.dtype('float32'), 'a CPU: XLA has no fast bfloat16 there'
   if device.platform == 'gpu':
     # By the card: libraries may call bfloat16 supported where it is emulated.
-    capability = float(getattr(device, 'compute_capability', 0) or 0)
+    capability = compute_capability(device)
     if capability < 8.0:
       return jnp.dtype('float32'), (
           f'compute capability {capability} has no bfloat16')
@@ -56,6 +67,85 @@ def load_model(section: Any) -> model_lib.Model:
       **{name: section[name] for name in (
           'generation', 'vocab_size', 'num_layers', 'embed_dim', 'hidden_dim',
           'num_heads', 'num_kv_heads', 'head_dim', 'sliding_window')})
+
+
+def check_length(max_length: int, model: model_lib.Model) -> None:
+  """Raises where rows have more tokens than the model has positions."""
+  limit = architecture.context_length(model.config, model.generation)
+  if max_length > limit:
+    raise errors.UserError(
+        f'config.data.max_length is {max_length}',
+        f'at most {limit}, the positions that {model.name} was trained for',
+        f'set --config.data.max_length={limit}')
+
+
+def choose_layers(name: str, model: model_lib.Model) -> tuple[str, str]:
+  """Returns 'scan' or 'loop' for `blocks.Execution`, and why.
+
+  Args:
+    name: 'auto', 'scan' or 'loop'.
+    model: From `make_model`.
+
+  Raises:
+    UserError: if a Gemma 4 is to be scanned.
+  """
+  if model.generation == 4:
+    if name == 'scan':
+      raise errors.UserError(
+          'config.model.layers is scan for a Gemma 4',
+          'loop: its layers differ in the width of their heads and share keys,'
+          ' so they cannot be stacked', 'set --config.model.layers=auto')
+    return 'loop', "Gemma 4's layers differ in shape"
+  if name != 'auto':
+    return name, 'config.model.layers says so'
+  return 'scan', 'one block is compiled for all layers'
+
+
+def choose_attention(
+    name: str,
+    model: model_lib.Model,
+    mesh: jax.sharding.Mesh,
+    *,
+    dtype: Any,
+    length: int,
+    packed: bool,
+) -> tuple[str, str]:
+  """Returns a kernel of `attention.KERNELS` for the mesh's devices, and why.
+
+  Args:
+    name: 'auto' or a kernel.
+    model: From `make_model`.
+    mesh: Of the run.
+    dtype: Of compute.
+    length: Tokens of the longest row.
+    packed: Whether rows hold several examples.
+
+  Raises:
+    UserError: if the device lacks the kernel, or it computes something else.
+  """
+  if model.generation == 4:
+    if name not in ('auto', 'einsum'):
+      raise errors.UserError(
+          f'config.model.attention is {name} for a Gemma 4',
+          "einsum: Gemma 4 runs the library's own attention",
+          'set --config.model.attention=auto')
+    return 'einsum', "the library's own"
+  config, device = model.config, mesh.devices.flat[0]
+  softcap = config.attn_logits_soft_cap
+  check = functools.partial(
+      attention.check, N=config.num_heads, K=config.num_kv_heads,
+      H=config.head_dim, window=config.sliding_window_size, softcap=softcap,
+      dtype=dtype, T=length, mesh=mesh)
+  return attention.choose(
+      name, check=check, platform=device.platform,
+      device_kind=device.device_kind,
+      compute_capability=compute_capability(device),
+      head_dim=config.head_dim, softcap=softcap, packed=packed, dtype=dtype)
+
+
+def compute_capability(device: jax.Device) -> float:
+  """Returns that of an NVIDIA GPU, such as 9.0, and 0 for other devices."""
+  return float(getattr(device, 'compute_capability', 0) or 0)
 
 
 def resolve_weights(section: Any) -> weights.Resolved:
@@ -116,14 +206,33 @@ def load_base(
     *,
     dtype: Any,
     seed: int,
+    stacked: bool = False,
+    quantization: str = '',
 ) -> model_lib.Params:
-  """Returns the base weights, each array straight in its shards."""
+  """Returns the base weights, each array straight in its shards.
+
+  Args:
+    model: From `make_model`.
+    resolved: From `resolve_weights`.
+    mesh: Over all devices.
+    dtype: Of what is not quantised.
+    seed: Of random weights.
+    stacked: With the layers stacked, see `blocks.stack`.
+    quantization: A kind of `quantize.KINDS`, or ''.
+  """
   weights.check_config(resolved, model)
   abstract = model_lib.abstract_params(model)
   return weights.load(
       resolved, abstract, dtype=dtype,
       shardings=sharding.tree_shardings(abstract, mesh), seed=seed,
-      layout=weights.make_layout(model))
+      layout=weights.make_layout(model), stacked=stacked,
+      quantization=quantization)
+
+
+# Seconds. Gemma's tokenizer does about 7,000 short examples a second; finding
+# the file and checking its hash takes a sixth of that, and one more file of a
+# small data set is worth nothing.
+_PAYS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +240,7 @@ class Split:
   """One split: what was read, what is trained, what the audit counted."""
 
   records: list[records_lib.Record]
-  examples: list[chat.Example]
+  examples: Sequence[chat.Example]
   report: audit.Report
 
 
@@ -143,30 +252,72 @@ def load_splits(
 ) -> dict[str, Split]:
   """Reads, renders and audits splits of `config.data`; unset ones are left out.
 
+  What took longer than `_PAYS` to render is kept for the next run.
+
   Raises:
     UserError: for the first thing wrong with a file, a row or a split.
   """
-  splits, prompts = {}, {}
+  splits = {}
   for name in names:
     if not section[name]:
       continue
     records = records_lib.read(
         section[name], format=section.format, split=name,
         columns=config_lib.parse_columns(section.columns))
-    conversations = [task.to_messages(r) for r in records]
-    examples = [
-        render(c, tokenizer, r.where) for c, r in zip(conversations, records)]
-    examples, report = audit.check_split(
-        name, examples, tokenizer, max_length=section.max_length,
-        max_cut_share=section.max_cut_share,
-        n_control_text=sum(
-            chat.has_control_text(text) for c in conversations
-            for text in [_whole_text(c)]))
-    splits[name] = Split(records, examples, report)
-    prompts[name] = [
-        (_prompt_text(c), r.where) for c, r in zip(conversations, records)]
-  audit.check_leakage(prompts)
+    folder = cache.folder('tokens')
+    key = _tokens_key(name, section, records, task, tokenizer)
+    kept = token_cache.load(folder, key)
+    if kept is None:
+      start = time.monotonic()
+      kept = _render_split(name, section, records, task, tokenizer)
+      if time.monotonic() - start > _PAYS:
+        token_cache.save(folder, key, kept)
+    splits[name] = Split(
+        records, kept.examples, audit.Report(**kept.facts))
+  _check_leakage(splits, task)
   return splits
+
+
+def _tokens_key(split, section, records, task, tokenizer):
+  """Returns a hash over all that decides what `_render_split` returns."""
+  folder = pathlib.Path(__file__).parent
+  return token_cache.make_key(
+      split, records_lib.content_hash(records),
+      '\n'.join(r.where for r in records), tokenizer.proto,
+      tokenizer.generation, task.__name__, section.max_length,
+      section.max_cut_share,
+      sources=[*(folder / f'{module}.py' for module in (
+          'audit', 'chat', 'loading', 'token_cache')),
+               *sorted((folder / 'tasks').glob('*.py'))])
+
+
+def _render_split(name, section, records, task, tokenizer):
+  conversations = [task.to_messages(r) for r in records]
+  examples = [
+      render(c, tokenizer, r.where) for c, r in zip(conversations, records)]
+  examples, report = audit.check_split(
+      name, examples, tokenizer, max_length=section.max_length,
+      max_cut_share=section.max_cut_share,
+      n_control_text=sum(
+          chat.has_control_text(_whole_text(c)) for c in conversations))
+  prompts = (audit.normalise(_prompt_text(c)) for c in conversations)
+  return token_cache.Kept(
+      token_cache.make(
+          examples, [token_cache.prompt_key(p) for p in prompts]),
+      dataclasses.asdict(report))
+
+
+def _check_leakage(splits, task):
+  """Looks at the prompts themselves only where their hashes meet."""
+  seen = np.zeros(0, 'V16')
+  for split in splits.values():
+    keys = np.unique(split.examples.prompt_keys)
+    seen = np.concatenate([seen, keys])
+  if len(np.unique(seen)) < len(seen):
+    audit.check_leakage({
+        name: [(_prompt_text(task.to_messages(r)), r.where)
+               for r in split.records]
+        for name, split in splits.items()})
 
 
 def render(

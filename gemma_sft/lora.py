@@ -19,6 +19,7 @@ PEFT has them, so that they can be exported as PEFT adapters:
     layer_0/mlp/linear              layer_0/mlp/linear/down/{a_FR, b_RD}
 """
 
+from collections.abc import Callable
 import dataclasses
 import math
 import re
@@ -29,47 +30,11 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
+from gemma_sft import dora
 from gemma_sft import errors
+from gemma_sft import projections
 
 Params = Any
-
-
-@dataclasses.dataclass(frozen=True)
-class _Projection:
-  """How one adapter meets its share of a library weight.
-
-  Attributes:
-    name: What the adapter is called.
-    index: Its slot where the library fuses several, else None.
-    down: Einsum of the layer's input with A.
-    up: Einsum of that with B.
-    update: Einsum of A with B into the layout of the weight (of the slot).
-  """
-
-  name: str
-  index: int | None
-  down: str
-  up: str
-  update: str
-
-
-_Q = dict(down='BTD,DR->BTR', up='BTR,RNH->BTNH', update='DR,RNH->NDH')
-_GATE = dict(down='BTD,DR->BTR', up='BTR,RF->BTF', update='DR,RF->FD')
-
-# By the tail of the weight's path. Keys and values have K heads where N stands.
-_PROJECTIONS = {
-    'q_einsum': (_Projection('q', None, **_Q),),
-    'k_einsum': (_Projection('k', None, **_Q),),  # Gemma 4 31B: v is k.
-    'kv_einsum': (_Projection('k', 0, **_Q), _Projection('v', 1, **_Q)),
-    'qkv_einsum': (_Projection('q', 0, **_Q), _Projection('k', 1, **_Q),
-                   _Projection('v', 2, **_Q)),
-    'attn_vec_einsum': (_Projection(
-        'o', None, 'BTNH,NHR->BTR', 'BTR,RD->BTD', 'NHR,RD->NHD'),),
-    'gating_einsum': (_Projection('gate', 0, **_GATE),
-                      _Projection('up', 1, **_GATE)),
-    'linear': (_Projection(
-        'down', None, 'BTF,FR->BTR', 'BTR,RD->BTD', 'FR,RD->FD'),),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +45,12 @@ class Dropout:
     rate: Share of inputs set to zero.
     keys_B: One PRNG key a row, a function of (seed, step, global row), so that
       the drawn mask depends neither on the mesh nor on the microbatches.
+    layer: Number of the layer at hand.
   """
 
   rate: float
   keys_B: jax.Array
+  layer: int | jax.Array = 0
 
 
 def scale(rank: int, alpha: float, rank_stabilised: bool) -> float:
@@ -95,7 +62,7 @@ def _weights(params: Params) -> dict[tuple[str, ...], Any]:
   """Returns {path without a trailing 'w': leaf} of the adaptable weights."""
   flat = flax.traverse_util.flatten_dict(params)
   named = {p[:-1] if p[-1] == 'w' else p: leaf for p, leaf in flat.items()}
-  return {p: leaf for p, leaf in named.items() if p[-1] in _PROJECTIONS}
+  return {p: leaf for p, leaf in named.items() if p[-1] in projections.BY_LAYER}
 
 
 def init_adapters(
@@ -134,7 +101,7 @@ def init_adapters(
   for path, weight in _weights(params).items():
     if '/'.join(path) in unused:
       continue
-    for projection in _PROJECTIONS[path[-1]]:
+    for projection in projections.BY_LAYER[path[-1]]:
       full = (*path, projection.name)
       paths.append('/'.join(full))
       if not pattern.search(paths[-1]):
@@ -168,6 +135,27 @@ def _factor_shapes(layer, shape, rank, transposed_gating):
   return (D, rank), (rank, N, H)
 
 
+def stack(adapters: Params, num_layers: int) -> Params:
+  """Returns the adapters of all layers stacked along a leading axis L.
+
+  Layers without one that another layer has get zeros, which add nothing, and
+  NaN for DoRA's magnitude, which `dora.factor` knows.
+
+  Args:
+    adapters: From `init_adapters`: {'layer_0': {'attn': ...}, ...}.
+    num_layers: L.
+  """
+  layers = [
+      flax.traverse_util.flatten_dict(adapters.get(f'layer_{i}', {}))
+      for i in range(num_layers)]
+  like = {path: leaf for layer in layers for path, leaf in layer.items()}
+  return flax.traverse_util.unflatten_dict({
+      path: jnp.stack([
+          layer.get(path, jnp.full_like(
+              leaf, jnp.nan if path[-1] == 'm' else 0)) for layer in layers])
+      for path, leaf in like.items()})
+
+
 def _lookup(adapters: Params, path: tuple[str, ...]) -> Params:
   for name in path:
     adapters = adapters.get(name, {})
@@ -181,6 +169,9 @@ def add_update(
     y: jax.Array,
     scaling: float,
     dropout: Dropout | None,
+    *,
+    weight: Callable[[], jax.Array] | None = None,
+    transposed_gating: bool = True,
 ) -> jax.Array:
   """Returns a projection's output `y` of input `x` with its updates added.
 
@@ -188,21 +179,29 @@ def add_update(
   stream keeps the base's dtype.
 
   Args:
-    adapters: From `init_adapters`.
-    path: The library weight, as ('layer_0', 'attn', 'q_einsum', 'w').
+    adapters: Of one layer: {'attn': {'q_einsum': {'q': {'a', 'b'}}}}.
+    path: The library weight in the layer, as ('attn', 'q_einsum', 'w').
     x: The projection's input (B, T, ...).
     y: Its output; fused slots lie on axis 0 (k, v) or -2 (gate, up).
     scaling: From `scale`.
     dropout: Or None.
+    weight: Returns the frozen weight; for DoRA only.
+    transposed_gating: `Model.transposed_gating`; for DoRA only.
   """
   path = path[:-1] if path[-1] == 'w' else path
   here = _lookup(adapters, path)
   if not here:
     return y
-  for projection in _PROJECTIONS[path[-1]]:
+  for projection in projections.BY_LAYER[path[-1]]:
     factors = here.get(projection.name)
     if factors is None:
       continue
+    if projection.index is None:
+      slot = ...
+    elif path[-1] == 'gating_einsum':
+      slot = (..., projection.index, slice(None))
+    else:
+      slot = projection.index
     inputs = x
     if dropout is not None:
       name = '/'.join((*path, projection.name))
@@ -212,12 +211,15 @@ def add_update(
         jnp.einsum(projection.down, inputs, factors['a'].astype(x.dtype)),
         factors['b'].astype(x.dtype))
     update = (scaling * update).astype(y.dtype)
-    if projection.index is None:
-      y = y + update
-    elif path[-1] == 'gating_einsum':
-      y = y.at[..., projection.index, :].add(update)
+    if 'm' in factors:
+      share = weight() if projection.index is None else (
+          weight()[projection.index])
+      factor = dora.factor(
+          projections.oriented(path[-1], projection, transposed_gating), share,
+          **factors, scaling=scaling).astype(y.dtype)
+      y = y.at[slot].set((y[slot] + update) * factor[None, None])
     else:
-      y = y.at[projection.index].add(update)
+      y = y.at[slot].add(update)
   return y
 
 
@@ -225,8 +227,8 @@ def _drop(x: jax.Array, dropout: Dropout, salt: int) -> jax.Array:
   keep = 1 - dropout.rate
 
   def draw(key):
-    return jax.random.bernoulli(
-        jax.random.fold_in(key, salt), keep, x.shape[1:])
+    key = jax.random.fold_in(jax.random.fold_in(key, salt), dropout.layer)
+    return jax.random.bernoulli(key, keep, x.shape[1:])
 
   return jnp.where(jax.vmap(draw)(dropout.keys_B), x / keep, 0).astype(x.dtype)
 
@@ -241,26 +243,70 @@ def merge(
   """Returns base weights with the updates added, in f32, then cast back.
 
   Leaves without an adapter are the same arrays, not copies.
+
+  Args:
+    params: Per layer, or stacked (`blocks.stack`).
+    adapters: From `init_adapters`.
+    scaling: From `scale`.
+    transposed_gating: `Model.transposed_gating`.
   """
   flat = flax.traverse_util.flatten_dict(params)
   merged = dict(flat)
-  for path in flat:
+  stacked = {}
+  if 'layers' in params:
+    n_layers = jax.tree.leaves(params['layers'])[0].shape[0]
+    stacked = {'layers': stack(adapters, n_layers)}
+  for path, weight in flat.items():
     short = path[:-1] if path[-1] == 'w' else path
-    here = _lookup(adapters, short)
-    if short[-1] not in _PROJECTIONS or not here:
+    here = _lookup(stacked or adapters, short)
+    if short[-1] not in projections.BY_LAYER or not here:
       continue
-    weight = flat[path].astype(jnp.float32)
-    for projection in _PROJECTIONS[short[-1]]:
-      if projection.name not in here:
-        continue
-      factors = here[projection.name]
-      einsum = projection.update
-      if short[-1] == 'gating_einsum' and not transposed_gating:
-        einsum = 'DR,RF->DF'
-      update = scaling * jnp.einsum(einsum, factors['a'], factors['b'])
-      if projection.index is None:
-        weight = weight + update
-      else:
-        weight = weight.at[projection.index].add(update)
-    merged[path] = weight.astype(flat[path].dtype)
+
+    def add(weight_and_factors, name=short[-1]):
+      return _add_to_weight(
+          *weight_and_factors, name, scaling, transposed_gating)
+
+    # One layer after the other: the f32 copy is of one.
+    merged[path] = (jax.lax.map(add, (weight, here)) if stacked
+                    else add((weight, here)))
   return flax.traverse_util.unflatten_dict(merged)
+
+
+def _add_to_weight(weight, factors, name, scaling, transposed_gating):
+  """Returns one layer's library weight with its updates added."""
+  total = weight.astype(jnp.float32)
+  for projection in projections.BY_LAYER[name]:
+    if projection.name not in factors:
+      continue
+    here = factors[projection.name]
+    projection = projections.oriented(name, projection, transposed_gating)
+    slot = ... if projection.index is None else projection.index
+    share = total[slot] + projections.update(
+        projection, here['a'], here['b'], scaling)
+    if 'm' in here:
+      share = dora.rescale_weight(projection, share, here['m'])
+    total = total.at[slot].set(share)
+  return total.astype(weight.dtype)
+
+
+def add_magnitudes(
+    adapters: Params, params: Params, *, transposed_gating: bool) -> Params:
+  """Returns fresh adapters made DoRA's: with magnitudes 'm' of the base.
+
+  Args:
+    adapters: From `init_adapters`.
+    params: The base weights per layer; quantised ones dequantised.
+    transposed_gating: `Model.transposed_gating`.
+  """
+  flat = flax.traverse_util.flatten_dict(adapters)
+  weights_by_path = _weights(params)
+  for path in {p[:-1] for p in flat}:
+    *weight_path, name = path
+    weight = weights_by_path[tuple(weight_path)]
+    for projection in projections.BY_LAYER[weight_path[-1]]:
+      if projection.name == name:
+        share = weight if projection.index is None else (
+            weight[projection.index])
+        flat[(*path, 'm')] = dora.norm(projections.oriented(
+            weight_path[-1], projection, transposed_gating), share)
+  return flax.traverse_util.unflatten_dict(flat)

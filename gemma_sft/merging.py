@@ -15,6 +15,7 @@ import numpy as np
 from gemma_sft import checkpoint as checkpoint_lib
 from gemma_sft import errors
 from gemma_sft import lora
+from gemma_sft import quantize
 from gemma_sft import runs
 from gemma_sft import weights
 from gemma_sft.weights import arrays as arrays_lib
@@ -29,8 +30,9 @@ class Arrays:
   Attributes:
     layout: Its names and shapes; `file_vocab` is that of the tokenizer.
     read: Library path -> the array as trained, float32 where adapters were
-      merged in, else in the dtype of its source.
-    read_base: The same of the untouched base.
+      merged in or the base was quantised, else in the dtype of its source.
+    read_base: The same of the untouched base, of a quantised one the weights
+      that it stands for.
     adapters: The trained tree, or None.
   """
 
@@ -51,18 +53,18 @@ def open_arrays(chosen: runs.Chosen) -> Arrays:
       model, file_vocab=chosen.tokenizer.vocab_size)
   weights.check_config(chosen.resolved, model)
   read_base = arrays_lib.open_arrays(
-      chosen.resolved, layout, seed=config.seed)
+      chosen.resolved, layout.shapes, layout=layout, seed=config.seed)
+  if config.model.quantization:
+    read_base = _as_quantized(read_base, config.model.quantization)
   if chosen.checkpoints is None:
     return Arrays(layout, read_base, read_base, None)
   if not config.lora.enabled:
     return Arrays(layout, _open_trained(chosen, layout), read_base, None)
   adapters, _ = chosen.checkpoints.restore_trainable(chosen.step)
   scale = runs.lora_scale(config)
-  cpu = jax.local_devices(backend='cpu')[0]
 
   def read(path):
-    # Here, not on an accelerator, whose memory may not hold the embedding.
-    with jax.default_device(cpu):
+    with _on_host():
       merged = lora.merge(
           convert.unflatten(
               {path: jnp.asarray(read_base(path), jnp.float32)}),
@@ -73,6 +75,26 @@ def open_arrays(chosen: runs.Chosen) -> Arrays:
   return Arrays(
       layout, lambda path: read(path) if path in adapted else read_base(path),
       read_base, adapters)
+
+
+def _on_host():
+  # Not on an accelerator, whose memory may not hold the embedding.
+  return jax.default_device(jax.local_devices(backend='cpu')[0])
+
+
+def _as_quantized(read, kind):
+  """Returns what reads the base that was trained on: rounded, in float32."""
+  dequantize = jax.jit(quantize.dequantize, static_argnums=1)
+
+  def read_rounded(path):
+    array = read(path)
+    if not quantize.is_quantized(path):
+      return array
+    with _on_host():
+      return np.asarray(
+          dequantize(quantize.quantize(array, kind), jnp.float32))
+
+  return read_rounded
 
 
 def _adapted(layout, adapters):

@@ -1,14 +1,11 @@
 """The official Gemma models, and the one way this project runs them.
 
-The library's public classes carry the model. Four of its internals are
-reached, all of them here and nowhere else:
+The library's public classes carry the model. Some of its internals are
+reached, here and in `blocks` and nowhere else:
 
 * its import, which would pull in TensorFlow for two type annotations;
-* `_encode_and_get_inputs` and `_apply_attention`, because `__call__` is
-  wrapped in `nn.jit`, whose cached traces ignore interceptors, and because it
-  ends in vocabulary-sized logits that training never wants;
-* the `Einsum` layers, where the adapters are added;
-* Gemma 4's private config classes, for small models.
+* Gemma 4's private config classes, for small models;
+* what stands between the embedding and the logits, see `blocks`.
 
 `tests/model_test.py` compares every generation with the library's own
 `__call__`, so a change of the library is seen there first.
@@ -23,11 +20,14 @@ import types
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
+from gemma_sft import blocks
 from gemma_sft import errors
 from gemma_sft import lora
+from gemma_sft import quantize
 from gemma_sft import shapes
 
 Params = Any  # Nested dicts of arrays, named as the official library does.
@@ -283,7 +283,8 @@ def abstract_params(model: Model) -> Params:
   """Returns the parameter tree as `jax.ShapeDtypeStruct`s in f32."""
   tokens = jnp.zeros((1, 8), jnp.int32)
   variables = jax.eval_shape(
-      functools.partial(model.transformer.init, method=_run),
+      functools.partial(
+          model.transformer.init, method=blocks.run_library),
       jax.random.key(0), tokens, jnp.zeros_like(tokens),
       jnp.ones((1, 8, 8), bool), None)
   return jax.tree.map(
@@ -293,7 +294,13 @@ def abstract_params(model: Model) -> Params:
 
 def count_params(params: Params) -> int:
   """Returns the number of parameters in a tree."""
-  return sum(leaf.size for leaf in jax.tree.leaves(params))
+  return sum(leaf.size for leaf in _leaves(params))
+
+
+def _leaves(params):
+  """Returns the leaves; a quantised weight is one."""
+  return jax.tree.leaves(
+      params, is_leaf=lambda leaf: isinstance(leaf, quantize.Quantized))
 
 
 # The training forward --------------------------------------------------------
@@ -324,7 +331,7 @@ def hidden_states(
     adapters: Params | None = None,
     lora_scale: float = 1.0,
     dropout: lora.Dropout | None = None,
-    remat: str = 'none',
+    execution: blocks.Execution = blocks.PLAIN,
 ) -> shapes.HiddenBTD:
   """Runs the model up to its final norm.
 
@@ -333,60 +340,72 @@ def hidden_states(
 
   Args:
     model: From `make_model`.
-    params: The base weights.
+    params: The base weights, per layer or stacked, or an `Adapted`.
     tokens_BT: Token ids; 0 pads.
     positions_BT: Position in its segment of each token.
     segment_ids_BT: 1, 2, ... for the examples of a row, 0 for padding.
     adapters: A tree from `lora.init_adapters`, or None for the base alone.
     lora_scale: From `lora.scale`.
     dropout: Rate and keys of the adapters' dropout, or None.
-    remat: 'none' keeps every activation, 'block' only the blocks' inputs.
+    execution: How to run it; not what.
   """
-  with nn.intercept_methods(_adapt(adapters, lora_scale, dropout)):
-    with nn.intercept_methods(_rematerialise(remat)):
-      x_BTD, _ = model.transformer.apply(
-          {'params': params}, tokens_BT, positions_BT,
-          segment_mask(segment_ids_BT), None, method=_run)
-  return x_BTD
+  if isinstance(params, Adapted):
+    params, adapters, lora_scale = params.base, params.adapters, params.scale
+  settings = dict(adapters=adapters, lora_scale=lora_scale, dropout=dropout,
+                  execution=execution)
+  if model.generation == 4:
+    return blocks.run_loop(
+        model.transformer, params, tokens_BT, positions_BT,
+        segment_mask(segment_ids_BT), None, **settings)[0]
+  if execution.layers == 'scan':
+    return blocks.run_scan(
+        model.transformer, params, tokens_BT, positions_BT, segment_ids_BT,
+        **settings)
+  return blocks.run_loop(
+      model.transformer, params, tokens_BT, positions_BT,
+      segment_mask(segment_ids_BT), None, segment_ids_BT=segment_ids_BT,
+      **settings)[0]
+
+
+@flax.struct.dataclass
+class Adapted:
+  """Weights to generate with where the adapters cannot be merged.
+
+  Those of a quantised base: merged, they would take the memory that was saved.
+
+  Attributes:
+    base: The quantised base.
+    adapters: From `lora.init_adapters`.
+    scale: From `lora.scale`.
+  """
+
+  base: Params
+  adapters: Params
+  scale: float = flax.struct.field(pytree_node=False)
+
+
+def merge(
+    model: Model, params: Params, adapters: Params, lora_scale: float
+) -> Params:
+  """Returns weights to generate with: merged, or an `Adapted` if quantised."""
+  if any(isinstance(leaf, quantize.Quantized) for leaf in _leaves(params)):
+    return Adapted(params, adapters, lora_scale)
+  return lora.merge(
+      params, adapters, lora_scale, transposed_gating=model.transposed_gating)
+
+
+def dense(params: Params) -> Params:
+  """Returns a tree with its quantised weights as f32 arrays."""
+  return jax.tree.map(
+      lambda leaf: quantize.dense(leaf, jnp.float32)
+      if isinstance(leaf, quantize.Quantized) else leaf, params,
+      is_leaf=lambda leaf: isinstance(leaf, quantize.Quantized))
 
 
 def embedding(params: Params) -> shapes.EmbeddingVD:
   """Returns the tied embedding, which is also the output head."""
+  params = params.base if isinstance(params, Adapted) else params
   return params['embedder']['input_embedding']
-
-
-def _run(transformer, tokens_BT, positions_BT, mask_BTS, cache):
-  inputs = transformer._encode_and_get_inputs(
-      tokens=tokens_BT, positions=positions_BT, attention_mask=mask_BTS)
-  return transformer._apply_attention(inputs, cache)
-
-
-def _adapt(adapters, scale, dropout):
-  """An interceptor that adds each projection's low-rank update."""
-
-  def intercept(next_fun, args, kwargs, context):
-    module = context.module
-    # By name: Gemma 4 has an Einsum class of its own.
-    if (not adapters or type(module).__name__ != 'Einsum'
-        or context.method_name != '__call__'):
-      return next_fun(*args, **kwargs)
-    path = (*module.path, module.weight_name)
-    x, y = args[1], next_fun(*args, **kwargs)
-    return lora.add_update(adapters, path, x, y, scale, dropout)
-
-  return intercept
-
-
-def _rematerialise(policy: str):
-  """An interceptor that recomputes blocks in the backward pass."""
-
-  def intercept(next_fun, args, kwargs, context):
-    if (policy == 'none' or type(context.module).__name__ != 'Block'
-        or context.method_name != '__call__'):
-      return next_fun(*args, **kwargs)
-    return jax.checkpoint(lambda a, k: next_fun(*a, **k))(args, kwargs)
-
-  return intercept
 
 
 # Decoding with a cache -------------------------------------------------------
@@ -411,7 +430,7 @@ def decode(
 
   Args:
     model: From `make_model`.
-    params: Weights with the adapters merged in.
+    params: Weights with the adapters merged in, or an `Adapted`.
     tokens_BT: The new tokens; every row's go to the same cache slots.
     positions_BT: Their positions (which need not be the slots: rows may be
       padded on the left).
@@ -421,9 +440,12 @@ def decode(
   Returns:
     (logits_BV of the last new token in f32, the new cache).
   """
-  x_BTD, cache = model.transformer.apply(
-      {'params': params}, tokens_BT, positions_BT, mask_BTS, cache,
-      method=_run)
+  adapted = {}
+  if isinstance(params, Adapted):
+    adapted = dict(adapters=params.adapters, lora_scale=params.scale)
+  x_BTD, cache = blocks.run_loop(
+      model.transformer, params.base if adapted else params, tokens_BT,
+      positions_BT, mask_BTS, cache, **adapted)
   return logits(model, params, x_BTD[:, -1]), cache
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import optax
 
 
@@ -47,6 +48,7 @@ def make_optimizer(
     eps: float,
     weight_decay: float,
     clip_norm: float,
+    b_ratio: float = 1.0,
 ) -> optax.GradientTransformation:
   """Returns AdamW (arXiv 1711.05101) after clipping by the global norm.
 
@@ -57,7 +59,25 @@ def make_optimizer(
     eps: Added to the root of the second moment.
     weight_decay: Decoupled; on every trained leaf.
     clip_norm: Largest global norm of a gradient; 0 leaves it alone.
+    b_ratio: LoRA+ (arXiv 2402.12354): the learning rate of adapters' B over
+      that of the rest.
   """
   steps: list[Any] = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-  return optax.chain(*steps, optax.adamw(
+  steps.append(optax.adamw(
       schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay))
+  if b_ratio != 1:
+    steps.append(_scale_b(b_ratio))
+  return optax.chain(*steps)
+
+
+def _scale_b(ratio: float) -> optax.GradientTransformation:
+  """Multiplies the updates of leaves named 'b', which is a rate of their own.
+
+  Adam's update does not depend on the gradient's scale, and the decoupled
+  weight decay is proportional to the rate, so both come out right.
+  """
+  def scale(path, update):
+    return update * ratio if getattr(path[-1], 'key', None) == 'b' else update
+
+  return optax.stateless(
+      lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))

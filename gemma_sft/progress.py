@@ -29,7 +29,7 @@ class Meter:
     params = run.base if run.base is not None else run.initial_state.trainable
     self._embedding = model_lib.embedding(params).size
     self._body = model_lib.count_params(params) - self._embedding
-    self._clock = time.monotonic()
+    self._clock = self._done = time.monotonic()
     self._tokens = self._trained = self._steps = 0
     self._first = True
 
@@ -40,24 +40,39 @@ class Meter:
     yield
     self._clock += time.monotonic() - start
 
-  def read(self, pending: tuple[Any, ...] | None) -> None:
+  def pending(self, step: int, on_device: Any, batch: Any, chain: str) -> Any:
+    """Returns what `read` takes, of a step that was just dispatched.
+
+    Args:
+      step: Updates applied after it.
+      on_device: Its metrics.
+      batch: Of `data.Batches`.
+      chain: Hash chain of the batches.
+    """
+    # A CPU may run a step before the dispatch returns; what is timed is when a
+    # step was done, not when it was asked for.
+    done = time.monotonic() if on_device['loss'].is_ready() else None
+    return step, on_device, batch, chain, done
+
+  def read(self, pending: Any) -> None:
     """Waits for a step and takes its numbers in.
 
     Args:
-      pending: (step, metrics on the device, batch, hash chain), or None.
+      pending: From `pending`, or None.
 
     Raises:
       UserError: if the loss or the gradient is not finite.
     """
     if pending is None:
       return
-    step, on_device, batch, chain = pending
+    step, on_device, batch, chain, done = pending
     values = {k: float(v) for k, v in jax.device_get(on_device).items()}
     self._check_finite(step, values)
     self._steps += 1
     self._tokens += int(batch['n_tokens'])
     self._trained += values['n_trained']
-    elapsed = time.monotonic() - self._clock
+    self._done = done or time.monotonic()
+    elapsed = self._done - self._clock
     values['learning_rate'] = float(self._run.schedule(step - 1))
     if self._first:
       # Mostly compilation: told, and left out of the speed.
@@ -82,7 +97,7 @@ class Meter:
     self._writer.write(step, {**values, 'chain': chain})
 
   def _restart(self):
-    self._clock = time.monotonic()
+    self._clock = self._done
     self._tokens = self._trained = self._steps = 0
 
   def _check_finite(self, step, values):
@@ -99,6 +114,36 @@ class Meter:
   def _say(self, text):
     if jax.process_index() == 0:
       print(text, flush=True)
+
+
+class Programs:
+  """Watches that a step neither compiles again nor waits for the host.
+
+  Every shape of a batch is a program. Once it is compiled, a second
+  compilation for it means that something else changes from step to step (a
+  sharding, a Python number), which would cost minutes each time; and an array
+  that crosses from the host within a step stalls the device each time.
+  """
+
+  def __init__(self, step_fn: Any):
+    """Takes the jitted function of a step."""
+    self._step_fn = step_fn
+    self._seen: set[Any] = set()
+
+  @contextlib.contextmanager
+  def watch(self, *shape: Any):
+    """Runs a step on batches of a shape.
+
+    Raises:
+      RuntimeError: if it was compiled again: a fault of this project.
+    """
+    before = self._step_fn._cache_size()
+    with jax.transfer_guard('disallow'):
+      yield
+    if self._step_fn._cache_size() > before and shape in self._seen:
+      raise RuntimeError(
+          f'the step for batches of {shape} was compiled a second time')
+    self._seen.add(shape)
 
 
 class Tracker:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gemma_sft import blocks
 from gemma_sft import chat
 from gemma_sft import checkpoint as checkpoint_lib
 from gemma_sft import config as config_lib
@@ -33,7 +34,7 @@ class StepSettings:
   dropout: float
   seed: int
   compute_dtype: Any
-  remat: str
+  execution: blocks.Execution
   loss_chunk: int
   groups: int
   mesh: jax.sharding.Mesh
@@ -82,13 +83,12 @@ class Run:
   initial_state: state_lib.TrainState
 
   def merged(self, trainable: Any) -> Any:
-    """Returns plain weights for generation."""
+    """Returns weights for generation, adapters merged in if they can be."""
     if not self.settings.lora_enabled:
       return jax.tree.map(
           lambda leaf: leaf.astype(self.settings.compute_dtype), trainable)
-    return lora.merge(
-        self.base, trainable, self.settings.lora_scale,
-        transposed_gating=self.model.transposed_gating)
+    return model_lib.merge(
+        self.model, self.base, trainable, self.settings.lora_scale)
 
   def meta(self, step: int, data_state: Any, chain: str, **more: Any
            ) -> checkpoint_lib.Meta:
@@ -120,11 +120,13 @@ def prepare(config: Any, workdir: str, *, data_only: bool = False
       data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
   layout = make_layout(config, mesh)
   model = loading.load_model(config.model)
+  loading.check_length(config.data.max_length, model)
   dtype, reason = loading.choose_dtype(config.model.dtype)
   say(f'devices: {jax.device_count()} x {jax.devices()[0].device_kind}, mesh '
       + ' x '.join(f'{a} {n}' for a, n in mesh.shape.items()))
   say(f'dtype: {dtype.name} for the base and compute ({reason}); adapters, '
       'optimizer and loss float32')
+  execution = make_execution(config, model, mesh, dtype)
 
   resolved = loading.resolve_weights(config.model)
   say(f'base: {config.model.name}, {resolved.description}')
@@ -140,12 +142,18 @@ def prepare(config: Any, workdir: str, *, data_only: bool = False
   say(f'plan: {total_steps} updates, {source.batches_per_epoch} an epoch of'
       f' {splits["train"].report.n_examples} examples x {config.data.repeat}'
       f' in rows of {config.data.max_length} tokens')
+  most, chunk = source.most_trained(), config.train.loss_chunk
+  say(f'loss: at most {most} trained tokens on a device, '
+      + (f'in {-(-most // chunk)} chunks' if most > chunk else 'in one chunk: '
+         f'config.train.loss_chunk is {chunk}'))
   if data_only:
     return None
 
   base = loading.load_base(
       model, resolved, mesh, seed=config.seed,
-      dtype=dtype if config.lora.enabled else jnp.dtype('float32'))
+      dtype=dtype if config.lora.enabled else jnp.dtype('float32'),
+      stacked=execution.layers == 'scan' and config.lora.enabled,
+      quantization=config.model.quantization)
   schedule = optimizer_lib.make_schedule(
       learning_rate=config.optimizer.learning_rate,
       schedule=config.optimizer.schedule,
@@ -154,7 +162,8 @@ def prepare(config: Any, workdir: str, *, data_only: bool = False
   optimizer = optimizer_lib.make_optimizer(
       schedule, b1=config.optimizer.b1, b2=config.optimizer.b2,
       eps=config.optimizer.eps, weight_decay=config.optimizer.weight_decay,
-      clip_norm=config.optimizer.clip_norm)
+      clip_norm=config.optimizer.clip_norm,
+      b_ratio=config.lora.plus_ratio if config.lora.enabled else 1.0)
   state = initial_state(config, model, base, optimizer, mesh)
   say(f'trained: {model_lib.count_params(state.trainable):,} of '
       f'{model_lib.count_params(base):,} weights')
@@ -173,9 +182,23 @@ def prepare(config: Any, workdir: str, *, data_only: bool = False
           lora_enabled=config.lora.enabled,
           lora_scale=lora_scale(config),
           dropout=config.lora.dropout if config.lora.enabled else 0.0,
-          seed=config.seed, compute_dtype=dtype, remat=config.train.remat,
+          seed=config.seed, compute_dtype=dtype, execution=execution,
           loss_chunk=config.train.loss_chunk, groups=layout.groups, mesh=mesh),
       schedule=schedule, optimizer=optimizer, initial_state=state)
+
+
+def make_execution(
+    config: Any, model: model_lib.Model, mesh: jax.sharding.Mesh, dtype: Any
+) -> blocks.Execution:
+  """Returns how the forward runs on these devices, and tells why."""
+  layers, why_layers = loading.choose_layers(config.model.layers, model)
+  kernel, why_kernel = loading.choose_attention(
+      config.model.attention, model, mesh, dtype=dtype,
+      length=config.data.max_length, packed=config.data.packing)
+  say(f'forward: layers by {layers} ({why_layers}); attention {kernel}'
+      f' ({why_kernel}); rematerialised: {config.train.remat}')
+  return blocks.Execution(
+      layers=layers, attention=kernel, remat=config.train.remat, mesh=mesh)
 
 
 def say(text: str) -> None:
@@ -226,12 +249,16 @@ def initial_state(
   def make(params):
     if not config.lora.enabled:
       return state_lib.make_state(params, optimizer)
-    return state_lib.make_state(
-        lora.init_adapters(
-            params, rank=config.lora.rank, targets=config.lora.targets,
-            transposed_gating=model.transposed_gating, seed=config.seed,
-            unused=model.unused_weights),
-        optimizer)
+    adapters = lora.init_adapters(
+        model_lib.abstract_params(model), rank=config.lora.rank,
+        targets=config.lora.targets, seed=config.seed,
+        transposed_gating=model.transposed_gating,
+        unused=model.unused_weights)
+    if config.lora.dora:
+      adapters = lora.add_magnitudes(
+          adapters, blocks.unstack(model_lib.dense(params)),
+          transposed_gating=model.transposed_gating)
+    return state_lib.make_state(adapters, optimizer)
 
   shardings = sharding.tree_shardings(jax.eval_shape(make, base), mesh)
   return jax.jit(make, out_shardings=shardings)(base)
@@ -482,12 +509,11 @@ def load_weights(
   if chosen.checkpoints is not None:
     trainable, _ = chosen.checkpoints.restore_trainable(chosen.step)
   params = loading.load_base(
-      model, chosen.resolved, mesh, dtype=dtype, seed=config.seed)
+      model, chosen.resolved, mesh, dtype=dtype, seed=config.seed,
+      quantization=config.model.quantization)
   if trainable is not None:
     if config.lora.enabled:
-      params = lora.merge(
-          params, trainable, lora_scale(config),
-          transposed_gating=model.transposed_gating)
+      params = model_lib.merge(model, params, trainable, lora_scale(config))
     else:
       params = jax.tree.map(
           lambda leaf, like: jax.device_put(

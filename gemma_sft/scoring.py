@@ -8,6 +8,7 @@ from typing import Sequence
 import jax
 import jax.numpy as jnp
 
+from gemma_sft import blocks
 from gemma_sft import chat
 from gemma_sft import data
 from gemma_sft import generate
@@ -37,6 +38,7 @@ def batch_nll(
     groups: int,
     frozen_head: bool,
     chunk_size: int = 1024,
+    execution: blocks.Execution = blocks.PLAIN,
     **hidden: Any,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns (nll_sum, n_tokens) of one microbatch: what training minimises.
@@ -49,17 +51,17 @@ def batch_nll(
     groups: See `loss.masked_nll`.
     chunk_size: See `loss.masked_nll`.
     frozen_head: See `loss.masked_nll`.
-    **hidden: Adapters, dropout and rematerialisation of
-      `model.hidden_states`.
+    execution: See `model.hidden_states`.
+    **hidden: Adapters and dropout of `model.hidden_states`.
   """
   x_BTD = model_lib.hidden_states(
       model, params, microbatch['tokens'], microbatch['positions'],
-      microbatch['segment_ids'], **hidden)
+      microbatch['segment_ids'], execution=execution, **hidden)
   return loss_lib.masked_nll(
       x_BTD, model_lib.embedding(params), microbatch['targets'],
       microbatch['loss_mask'], max_trained=max_trained, groups=groups,
       chunk_size=chunk_size, frozen_head=frozen_head,
-      softcap=model.config.final_logit_softcap)
+      softcap=model.config.final_logit_softcap, mesh=execution.mesh)
 
 
 def evaluate_loss(
@@ -70,6 +72,7 @@ def evaluate_loss(
     *,
     adapters: Any = None,
     lora_scale: float = 1.0,
+    execution: blocks.Execution = blocks.PLAIN,
 ) -> dict[str, float]:
   """Returns loss, perplexity and bits per byte over one pass of a source."""
   nll_sum = n_tokens = 0.0
@@ -77,22 +80,23 @@ def evaluate_loss(
     batch = source[i]
     nll, n = _nll_of_batch(
         model, params, adapters, put_batch(batch, mesh), lora_scale,
-        int(batch['max_trained']), sharding.batch_groups(mesh))
+        int(batch['max_trained']), sharding.batch_groups(mesh), execution)
     nll_sum += float(nll)
     n_tokens += float(n)
   return metrics.summarise(nll_sum, n_tokens, source.target_bytes())
 
 
 @functools.partial(jax.jit, static_argnames=(
-    'model', 'lora_scale', 'max_trained', 'groups'))
+    'model', 'lora_scale', 'max_trained', 'groups', 'execution'))
 def _nll_of_batch(
-    model, params, adapters, batch, lora_scale, max_trained, groups):
+    model, params, adapters, batch, lora_scale, max_trained, groups,
+    execution):
 
   def add(total, microbatch):
     nll, n = batch_nll(
         model, params, microbatch, max_trained=max_trained, groups=groups,
-        frozen_head=True, adapters=adapters,
-        lora_scale=lora_scale)
+        frozen_head=True, adapters=adapters, lora_scale=lora_scale,
+        execution=execution)
     return (total[0] + nll, total[1] + n), None
 
   zero = (jnp.float32(0), jnp.float32(0))

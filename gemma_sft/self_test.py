@@ -109,7 +109,8 @@ def _gradient(
   assert source.batches_per_epoch == 1  # As many rows as examples, or more.
   batch = source[0]
   settings = dataclasses.replace(
-      run.settings, dropout=0.0, groups=layout.groups, mesh=mesh)
+      run.settings, dropout=0.0, groups=layout.groups, mesh=mesh,
+      execution=dataclasses.replace(run.settings.execution, mesh=mesh))
   base = run.base
   if mesh is not run.mesh:
     one = sharding.replicated(mesh)

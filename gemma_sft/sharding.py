@@ -27,7 +27,7 @@ RULES = (
     (r'mlp/linear$', P('tensor', 'fsdp')),                         # F D
     (r'per_layer_(input_gate|projection)/w$', P('fsdp', None)),
     # Adapters, norms and scalars are small: everywhere.
-    (r'/(a|b)$', P()),
+    (r'/(a|b|m)$', P()),
     (r'(scale|skip_scale|count|step)$', P()),
 )
 
@@ -86,12 +86,16 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 def tree_shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
   """Returns a tree of shardings by `RULES`, for arrays or their shapes.
 
+  Stacked layers ('layers/attn/q_einsum/w') keep their leading axis whole; the
+  two arrays of a quantised weight ('w/values', 'w/scales') lie as it would.
+
   Raises:
     ValueError: if no rule covers a leaf, or a rule is hidden by earlier ones.
   """
   def of(path, leaf):
     name = '/'.join(str(getattr(p, 'key', getattr(p, 'name', p)))
                     for p in path)
+    name = re.sub('/(values|scales)$', '', name)
     matches = [i for i, (rule, _) in enumerate(RULES) if re.search(rule, name)]
     if not matches:
       raise ValueError(f'no sharding rule covers {name} {leaf.shape}')
@@ -99,13 +103,25 @@ def tree_shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
       raise ValueError(
           f'{name} is covered by {[RULES[i][0] for i in matches]}: each'
           ' parameter takes one rule')
-    return NamedSharding(mesh, _fitting(RULES[matches[0]][1], leaf.shape, mesh))
+    spec = RULES[matches[0]][1]
+    if name.startswith('layers/') and spec:
+      spec = P(None, *spec)
+    return NamedSharding(mesh, _fitting(spec, leaf.shape, mesh))
 
   return jax.tree_util.tree_map_with_path(of, tree)
 
 
 def _fitting(spec, shape, mesh):
-  """Leaves out axes that do not divide; a head count of 1 stays whole."""
-  return P(*(
-      axis if axis is not None and size % mesh.shape[axis] == 0 else None
-      for axis, size in zip(spec, shape)))
+  """Leaves out axes that do not divide; a head count of 1 stays whole.
+
+  And axes of one device, and None at the end, as XLA does in what it returns:
+  a spec that is written in another way counts as another sharding, for which
+  the next call would be compiled again.
+  """
+  axes = [
+      axis if axis is not None and mesh.shape[axis] > 1
+      and size % mesh.shape[axis] == 0 else None
+      for axis, size in zip(spec, shape)]
+  while axes and axes[-1] is None:
+    axes.pop()
+  return P(*axes)

@@ -29,6 +29,7 @@ from gemma_sft import config as config_lib
 from gemma_sft import data
 from gemma_sft import loading
 from gemma_sft import lora
+from gemma_sft import memory
 from gemma_sft import metrics
 from gemma_sft import model as model_lib
 from gemma_sft import progress
@@ -121,8 +122,9 @@ def gradient_sums(
     return scoring.batch_nll(
         model, params, microbatch, adapters=adapters,
         lora_scale=settings.lora_scale, dropout=dropout,
-        remat=settings.remat, max_trained=max_trained, groups=settings.groups,
-        chunk_size=settings.loss_chunk, frozen_head=settings.lora_enabled)
+        execution=settings.execution, max_trained=max_trained,
+        groups=settings.groups, chunk_size=settings.loss_chunk,
+        frozen_head=settings.lora_enabled)
 
   def add_microbatch(sums, microbatch):
     (nll, n), grads = jax.value_and_grad(nll_sum, has_aux=True)(
@@ -155,8 +157,8 @@ def main(
         workdir, keep=config.checkpoint.keep, metric=config.eval.metric,
         mode=config.eval.mode)
     # However it ends, a save under way is finished and the handlers go.
-    with contextlib.closing(checkpoints), stopping.StopRequest(
-        config.deadline_minutes) as stop:
+    with contextlib.closing(checkpoints), memory.explained(config), (
+        stopping.StopRequest(config.deadline_minutes)) as stop:
       train(run, checkpoints, stop)
   return 0
 
@@ -191,10 +193,11 @@ def train(
       run.workdir, resume_step=step if meta else -1,
       active=jax.process_index() == 0)
   meter = progress.Meter(run, writer)
+  programs = progress.Programs(train_step)
 
   eval_every = config.eval.every or run.source.batches_per_epoch
   save_every = config.checkpoint.every or eval_every
-  pending = None  # (step, metrics) of the step still running on the device.
+  pending = None  # The step that may still be running on the device.
   # Evaluation, checkpoint and log line N describe the weights after N updates.
   while True:
     last, stopping = step == total, stop.requested()
@@ -219,15 +222,16 @@ def train(
     if finished:
       break
     batch = next(iterator)
-    state, step_metrics = train_step(
-        state, run.base, scoring.put_batch(batch, run.mesh), model=run.model,
-        optimizer=run.optimizer, settings=run.settings,
-        max_trained=int(batch['max_trained']))
+    arrays = scoring.put_batch(batch, run.mesh)
+    with programs.watch(arrays['tokens'].shape, int(batch['max_trained'])):
+      state, step_metrics = train_step(
+          state, run.base, arrays, model=run.model, optimizer=run.optimizer,
+          settings=run.settings, max_trained=int(batch['max_trained']))
     # Read one step late, so that the device never waits for the host.
     meter.read(pending)
     step += 1
     chain = data.extend_chain(chain, batch['digest'].tobytes())
-    pending = (step, step_metrics, batch, chain)
+    pending = meter.pending(step, step_metrics, batch, chain)
   checkpoints.wait()
   writer.close()
   runs.say((stop.reason(step, total) if stopping and not last else '')
@@ -246,7 +250,7 @@ def evaluate_state(
         run.settings.lora_enabled) else (run.merged(state.trainable), None)
     scores = scoring.evaluate_loss(
         run.model, params, run.validation, run.mesh, adapters=adapters,
-        lora_scale=run.settings.lora_scale)
+        lora_scale=run.settings.lora_scale, execution=run.settings.execution)
   text = ''.join(f' | {k} {v:.4g}' for k, v in scores.items())
   records = run.splits['validation'].records if 'validation' in (
       run.splits) else []

@@ -124,6 +124,19 @@ def test_no_more_tokens_than_asked_for(n):
   assert _generate(max_new_tokens=n) == [a[:n] for a in _greedy()]
 
 
+def test_limits_of_new_tokens_share_programs():
+  programs = (generate._prefill, generate._decode_chunk)
+  _generate(max_new_tokens=5)
+  before = [p._cache_size() for p in programs]
+  for limit in (1, 16, 33, 128):
+    answers = _generate(max_new_tokens=limit)
+    assert [len(a) for a in answers] == [limit] * 3
+  assert [p._cache_size() for p in programs] == before
+  # A longer cache is another one.
+  _generate(max_new_tokens=129)
+  assert [p._cache_size() for p in programs] == [n + 1 for n in before]
+
+
 def test_no_prompts_have_no_answers():
   assert _generate(prompts=[]) == []
 
@@ -153,6 +166,39 @@ def test_progress_counts_the_prompts_answered():
   counts = []
   _generate(batch_size=2, progress=counts.append)
   assert counts == [2, 3]
+
+
+@pytest.mark.parametrize('kind', _KINDS)
+@pytest.mark.parametrize('sampling', (
+    dict(), dict(temperature=2.0, repetition_penalty=1.5)), ids=str)
+def test_rows_that_go_on_alone_say_the_same(kind, sampling, monkeypatch):
+  rng = np.random.default_rng(1)
+  prompts = [[2, *rng.integers(3, 512, 4 + i).tolist()] for i in range(9)]
+  sizes = []
+  decode_chunk = generate._decode_chunk
+
+  def counted(model, params, carry, keys_B, *rest):
+    sizes.append(len(keys_B))
+    return decode_chunk(model, params, carry, keys_B, *rest)
+
+  def generate_all(last):
+    """Rows end after a chunk but for two, then but for the one."""
+    del sizes[:]
+    return _generate(
+        kind, prompts, batch_size=9, max_new_tokens=64, **sampling,
+        is_done=lambda i, tokens: i not in (3, 7) or (
+            i != last and len(tokens) >= 32))
+
+  monkeypatch.setattr(generate, '_decode_chunk', counted)
+  answers = generate_all(last=7)
+  assert sizes == [9, 2, 2, 2]
+  assert [len(a) for a in answers] == [16, 16, 16, 32, 16, 16, 16, 64, 16]
+  monkeypatch.setattr(generate, '_SHRINK', 2)
+  assert generate_all(last=7) == answers
+  assert sizes == [9, 2, 1, 1]
+  monkeypatch.setattr(generate, '_SHRINK', 100)
+  assert generate_all(last=7) == answers
+  assert sizes == [9, 9, 9, 9]
 
 
 # Sampling ---------------------------------------------------------------------

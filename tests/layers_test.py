@@ -19,9 +19,11 @@ _PACKAGE = _ROOT / 'gemma_sft'
 _LAYERS = (
     # Leaves: they import errors, shapes and cache alone.
     ('errors', 'shapes', 'cache', 'config', 'optimizer', 'sharding', 'metrics',
-     'readers', 'stopping'),
-    ('chat', 'records'),
-    ('loss', 'data', 'lora', 'cli', 'templates'),
+     'readers', 'stopping', 'projections', 'memory'),
+    ('chat', 'records', 'dora'),
+    ('token_cache',),
+    ('loss', 'data', 'lora', 'attention', 'quantize', 'cli', 'templates'),
+    ('blocks',),
     ('model', 'weights', 'state', 'tasks', 'audit'),
     ('checkpoint', 'generate', 'loading', 'progress'),
     ('scoring', 'report', 'runs', 'self_test'),

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_sft import blocks
 from gemma_sft import errors
 from gemma_sft import lora
 from gemma_sft import model as model_lib
@@ -65,11 +66,11 @@ def _arranged(tokens_BT):
   return tokens_BT, positions_BT, jnp.ones_like(tokens_BT)
 
 
-@functools.partial(jax.jit, static_argnames=('kind', 'remat'))
-def _hidden(kind, params, arranged, adapters=None, remat='none'):
+@functools.partial(jax.jit, static_argnames=('kind', 'layers'))
+def _hidden(kind, params, arranged, adapters=None, layers='scan'):
   return model_lib.hidden_states(
       _model(kind), params, *arranged, adapters=adapters, lora_scale=2.0,
-      remat=remat)
+      execution=blocks.Execution(layers=layers))
 
 
 def _assert_close(got, wanted, tolerance=_CLOSE):
@@ -85,10 +86,11 @@ def _official_logits(kind, tokens_BT):
         {'params': _params(kind)}, tokens_BT).logits
 
 
+@pytest.mark.parametrize('layers', ('scan', 'loop'))
 @pytest.mark.parametrize('kind', _KINDS)
-def test_logits_are_the_librarys_own(kind):
+def test_logits_are_the_librarys_own(kind, layers):
   model, params, tokens_BT = _model(kind), _params(kind), _tokens()
-  x_BTD = _hidden(kind, params, _arranged(tokens_BT))
+  x_BTD = _hidden(kind, params, _arranged(tokens_BT), layers=layers)
   assert x_BTD.shape == (_B, _T, 32) and x_BTD.dtype == jnp.float32
   logits_BTV = model_lib.logits(model, params, x_BTD)
   wanted_BTV = _official_logits(kind, tokens_BT)
@@ -185,26 +187,6 @@ def test_no_gradient_flows_to_a_later_token(kind):
   assert not size_V[3 + at + 1:].any()
 
 
-@pytest.mark.parametrize('kind', ('2', '4_shared'))
-def test_recomputed_blocks_give_the_same_value_and_gradient(kind):
-  arranged = _arranged(_tokens())
-
-  def run(remat):
-    def fn(adapters):
-      x_BTD = model_lib.hidden_states(
-          _model(kind), _params(kind), *arranged, adapters=adapters,
-          lora_scale=2.0, remat=remat)
-      return jnp.sum(jnp.sin(x_BTD))
-    fn = jax.value_and_grad(fn)
-    n_checkpoints = str(jax.make_jaxpr(fn)(_adapters(kind))).count(' remat2')
-    return jax.jit(fn)(_adapters(kind)), n_checkpoints
-
-  (kept, n_kept), (again, n_again) = run('none'), run('block')
-  # One for each block forward, or nothing was tested.
-  assert n_kept == 0 and n_again >= _model(kind).config.num_layers
-  _assert_close(again, kept)  # XLA may fuse the two programs differently.
-
-
 @pytest.mark.parametrize('kind', ('3', '4'))
 def test_compute_follows_the_weights_dtype(kind):
   params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), _params(kind))
@@ -297,7 +279,8 @@ def test_the_internals_that_are_reached_are_as_they_were(kind):
   assert {'tokens', 'positions', 'attention_mask'} <= set(inputs)
   required = {name for name, p in inputs.items()
               if p.default is p.empty and name != 'self'}
-  assert required <= {'tokens'}, 'a new argument that _run does not give'
+  assert required <= {'tokens'}, (
+      'a new argument that run_library does not give')
   assert list(inspect.signature(
       transformer._apply_attention).parameters)[:3] == [
           'self', 'inputs', 'cache']

@@ -114,3 +114,26 @@ def test_clipping_is_by_the_global_norm():
     mu = optax.tree_utils.tree_get(state, 'mu')
     np.testing.assert_allclose(
         (mu['a'][0], mu['b'][0]), expected, rtol=_F32)
+
+
+def test_lora_plus_gives_b_a_rate_of_its_own():
+  params = {'q': {'a': jnp.asarray([2.0]), 'b': jnp.asarray([2.0])}}
+  grads = {'q': {'a': jnp.asarray([0.5]), 'b': jnp.asarray([0.5])}}
+
+  def updates(**changes):
+    adamw = _adamw(weight_decay=0.1, **changes)
+    return adamw.update(grads, adamw.init(params), params)[0]['q']
+
+  def both(rate):
+    adamw = optimizer.make_optimizer(
+        optax.constant_schedule(rate), b1=0.9, b2=0.99, eps=1e-8,
+        weight_decay=0.1, clip_norm=0.0)
+    return adamw.update(grads, adamw.init(params), params)[0]['q']
+
+  # As if A and B had optimizers of their own at 0.1 and 1.6 (arXiv 2402.12354),
+  # decay included.
+  got = updates(b_ratio=16.0)
+  np.testing.assert_allclose(got['a'], both(0.1)['a'], rtol=_F32)
+  np.testing.assert_allclose(got['b'], both(1.6)['b'], rtol=_F32)
+  plain = updates()
+  np.testing.assert_allclose(plain['a'], plain['b'], rtol=_F32)

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from gemma_sft import blocks
 from gemma_sft import errors
 from gemma_sft import lora
 from gemma_sft import model as model_lib
@@ -73,8 +74,8 @@ def _specs(name, mesh):
 def test_where_the_weights_lie(mesh):
   specs = _specs('gemma2_9b', mesh)
   assert specs['embedder/input_embedding'] == P('tensor', 'fsdp')
-  assert specs['layer_0/attn/q_einsum/w'] == P('tensor', 'fsdp', None)
-  assert specs['layer_0/attn/kv_einsum/w'] == P(None, 'tensor', 'fsdp', None)
+  assert specs['layer_0/attn/q_einsum/w'] == P('tensor', 'fsdp')
+  assert specs['layer_0/attn/kv_einsum/w'] == P(None, 'tensor', 'fsdp')
   assert specs['layer_0/attn/attn_vec_einsum/w'] == P('tensor', None, 'fsdp')
   assert specs['layer_0/mlp/gating_einsum'] == P(None, 'tensor', 'fsdp')
   assert specs['layer_0/mlp/linear'] == P('tensor', 'fsdp')
@@ -84,7 +85,19 @@ def test_where_the_weights_lie(mesh):
 def test_what_does_not_divide_stays_whole(mesh):
   # One key-value head, over a tensor axis of 2.
   assert _specs('gemma3_1b', mesh)['layer_0/attn/kv_einsum/w'] == P(
-      None, None, 'fsdp', None)
+      None, None, 'fsdp')
+
+
+def test_a_sharding_is_written_as_xla_writes_it(mesh):
+  # Or the step would be compiled a second time for what it returned itself.
+  one = sharding.make_mesh(data=8, fsdp=1, tensor=1)
+  assert set(_specs('gemma2_9b', one).values()) == {P()}
+  stacked = jax.eval_shape(blocks.stack, _abstract_state('gemma3_1b', False)[0])
+  placed = sharding.tree_shardings(stacked, mesh)
+  layers = placed['layers']
+  assert layers['attn']['kv_einsum']['w'].spec == P(None, None, None, 'fsdp')
+  assert layers['mlp']['linear'].spec == P(None, 'tensor', 'fsdp')
+  assert layers['pre_ffw_norm']['scale'].spec == P()
 
 
 def test_a_name_without_a_rule_is_an_error(mesh):

@@ -12,13 +12,12 @@ import os
 import pathlib
 from typing import Any
 
-from absl import logging
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gemma_sft import errors
 from gemma_sft import model as model_lib
+from gemma_sft import quantize
 from gemma_sft.weights import architecture
 from gemma_sft.weights import arrays as arrays_lib
 from gemma_sft.weights import convert
@@ -305,23 +304,33 @@ def load(
     shardings: Any = None,
     seed: int = 0,
     layout: names.Layout | None = None,
+    stacked: bool = False,
+    quantization: str = '',
 ) -> dict[str, Any]:
   """Returns the parameters, each array straight in its shards and its dtype.
+
+  Of what is quantised the devices never hold the full precision, and the host
+  one array of it at a time.
 
   Args:
     resolved: From `resolve`.
     abstract_params: The model's tree of `jax.ShapeDtypeStruct`; only shapes
       are used.
-    dtype: Of every array.
+    dtype: Of every array that is not quantised.
     shardings: One `jax.sharding.Sharding`, or a tree of them like
       `abstract_params`. None: everything on the first local device.
     seed: For 'random' only.
     layout: For 'hf' only, see `make_layout`.
+    stacked: Joins the arrays of all layers along a leading axis, see
+      `blocks.stack`.
+    quantization: One of `quantize.KINDS` for the projections, which are then
+      `quantize.Quantized`; '' for none. The sharding of a weight is that of
+      its values and scales, but for axes that do not divide them.
 
   Raises:
     UserError: Names all missing, surplus and misshapen arrays, before any is
-      read. Embeddings that differ only by padding rows are cut or zero-padded,
-      with a line in the log.
+      read; or the unknown kind of quantisation. Embeddings that differ only by
+      padding rows are cut or zero-padded, with a line in the log.
   """
   if shardings is None:
     shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -335,21 +344,19 @@ def load(
       abstract_params,
       shardings,
   )
-  if resolved.kind == 'random':
-    return _random(wanted, seed)
-  if resolved.kind == 'hf':
-    return _load_hf(resolved, wanted, layout)
-  return _restore(resolved, wanted)
-
-
-def _load_hf(resolved, wanted, layout) -> dict[str, Any]:
+  if resolved.kind in ('gguf', 'orbax') and not stacked and not quantization:
+    return _restore(resolved, wanted)
+  if quantization:
+    quantize.check_kind(quantization)
   flat = convert.flatten(wanted)
-  read = arrays_lib.open_arrays(resolved, layout)
-  # One array at a time: beside the shards there is never a second model.
-  return convert.unflatten({
-      path: _place(read(path).astype(leaf.dtype), leaf)
-      for path, leaf in flat.items()
-  })
+  read = arrays_lib.open_arrays(
+      resolved,
+      {path: leaf.shape for path, leaf in flat.items()},
+      layout=layout,
+      seed=seed,
+  )
+  return convert.unflatten(arrays_lib.load(
+      read, flat, stacked=stacked, quantization=quantization))
 
 
 def _restore(resolved: Resolved, wanted) -> dict[str, Any]:
@@ -372,14 +379,7 @@ def _restore(resolved: Resolved, wanted) -> dict[str, Any]:
       resolved.path, params=convert.unflatten(target), donate=False
   )
   if want_rows != found_rows:
-    logging.warning(
-        'The checkpoint has %d embedding rows, the model %d: %s.',
-        found_rows,
-        want_rows,
-        'the rows beyond the vocabulary are cut'
-        if want_rows < found_rows
-        else 'the missing rows are zero, so their logits are 0, not -inf',
-    )
+    arrays_lib.log_padding(found_rows, want_rows)
     rows = min(want_rows, found_rows)
     padding = ((0, want_rows - rows), (0, 0))
     params['embedder']['input_embedding'] = jax.jit(
@@ -387,23 +387,3 @@ def _restore(resolved: Resolved, wanted) -> dict[str, Any]:
         out_shardings=wanted[embedding].sharding,
     )(params['embedder']['input_embedding'])
   return params
-
-
-def _random(wanted, seed: int) -> dict[str, Any]:
-  """Draws each array from a generator of its own, keyed by seed and path."""
-  flat = convert.flatten(wanted)
-  plain_norms = arrays_lib.has_plain_norms(flat)
-  return convert.unflatten({
-      path: _place(
-          arrays_lib.draw(path, leaf.shape, leaf.dtype, seed, plain_norms),
-          leaf,
-      )
-      for path, leaf in flat.items()
-  })
-
-
-def _place(array: np.ndarray, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-  """Puts an array into its shards."""
-  return jax.make_array_from_callback(
-      leaf.shape, leaf.sharding, lambda index: array[index]
-  )

@@ -4,11 +4,16 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 import hashlib
+import math
+import re
 from typing import Any
 
+from absl import logging
+import jax
 import numpy as np
 
 from gemma_sft import errors
+from gemma_sft import quantize
 from gemma_sft.weights import names
 from gemma_sft.weights import safetensors_file
 
@@ -20,27 +25,35 @@ _MULTIMODAL = (
 )
 
 
+Read = Callable[[str], np.ndarray]
+
+
 def open_arrays(
-    resolved: Any, layout: names.Layout, *, seed: int = 0
-) -> Callable[[str], np.ndarray]:
+    resolved: Any,
+    shapes: Mapping[str, names.Shape],
+    *,
+    layout: names.Layout | None = None,
+    seed: int = 0,
+) -> Read:
   """Returns a function from a library path to the array, in its own dtype.
 
   Args:
     resolved: From `weights.resolve`.
-    layout: The model, from `weights.make_layout`.
+    shapes: Library path -> shape that is wanted.
+    layout: For a Hugging Face folder only, from `weights.make_layout`.
     seed: For random weights only.
 
   Raises:
     UserError: Names all missing, surplus and misshapen arrays.
   """
   if resolved.kind == 'random':
-    plain_norms = has_plain_norms(layout.shapes)
+    plain_norms = has_plain_norms(shapes)
     return lambda path: draw(
-        path, layout.shapes[path], np.dtype(np.float32), seed, plain_norms
+        path, shapes[path], np.dtype(np.float32), seed, plain_norms
     )
   if resolved.kind == 'hf':
     return _open_hf(resolved.path, layout)
-  return open_checkpoint(resolved.path, layout.shapes)
+  return open_checkpoint(resolved.path, shapes)
 
 
 def _open_hf(path, layout):
@@ -59,7 +72,7 @@ def _open_hf(path, layout):
 
 def open_checkpoint(
     path: str, shapes: Mapping[str, names.Shape], prefix: tuple[str, ...] = ()
-) -> Callable[[str], np.ndarray]:
+) -> Read:
   """Returns the same of an Orbax checkpoint (NESTED or FLAT).
 
   Args:
@@ -82,6 +95,8 @@ def open_checkpoint(
       target,
       f'checkpoint {path}',
   )
+  if names.EMBEDDING in found:
+    log_padding(target[names.EMBEDDING][0], shapes[names.EMBEDDING][0])
 
   def read(name):
     keys, leaf = found[name]
@@ -102,6 +117,19 @@ def open_checkpoint(
     return array
 
   return read
+
+
+def log_padding(found: int, wanted: int) -> None:
+  """Logs how the embedding's rows of a checkpoint are made those wanted."""
+  if found != wanted:
+    logging.warning(
+        'The checkpoint has %d embedding rows, the model %d: %s.',
+        found,
+        wanted,
+        'the rows beyond the vocabulary are cut'
+        if wanted < found
+        else 'the missing rows are zero, so their logits are 0, not -inf',
+    )
 
 
 def checkpoint_shapes(path: str) -> dict[str, names.Shape]:
@@ -147,6 +175,109 @@ def _leaves(tree, keys=()):
       yield from _leaves(value, (*keys, key))
     else:
       yield (*keys, key), value
+
+
+# Onto devices ----------------------------------------------------------------
+
+
+def load(
+    read: Read,
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    stacked: bool,
+    quantization: str,
+) -> dict[str, Any]:
+  """Returns library path -> array or `quantize.Quantized` in its shards.
+
+  Arrays are read, quantised and placed one at a time: the host holds one, with
+  `stacked` all layers of one, and the devices never one in full precision that
+  is to be quantised.
+
+  Args:
+    read: From `open_arrays`.
+    wanted: Library path -> shape, dtype and sharding; the dtype is not for
+      what is quantised.
+    stacked: Joins 'layer_<i>/x' of all layers i as 'layers/x', along a leading
+      axis that is not sharded.
+    quantization: One of `quantize.KINDS`, or '' for none.
+  """
+
+  def read_placeable(path):
+    array = read(path)
+    if quantization and quantize.is_quantized(path):
+      return quantize.quantize(array, quantization)
+    return array.astype(wanted[path].dtype)
+
+  groups = _layers_by_name(wanted) if stacked else {}
+  grouped = {path for paths in groups.values() for path in paths}
+  loaded = {}
+  # In the order of `wanted`: all hosts read together.
+  for path, leaf in wanted.items():
+    if path not in grouped:
+      loaded[path] = _place(read_placeable(path), leaf.sharding)
+  for name, paths in groups.items():
+    loaded[name] = _place(
+        _read_stack(read_placeable, paths),
+        _with_layers(wanted[paths[0]].sharding),
+    )
+  return loaded
+
+
+def _layers_by_name(paths: Iterable[str]) -> dict[str, list[str]]:
+  """Returns 'layers/x' -> 'layer_0/x', 'layer_1/x', ..."""
+  groups = {}
+  for path in paths:
+    match = re.fullmatch(r'layer_(\d+)/(.*)', path)
+    if match:
+      layers = groups.setdefault(f'layers/{match[2]}', {})
+      layers[int(match[1])] = path
+  return {
+      name: [layers[i] for i in range(len(layers))]
+      for name, layers in groups.items()
+  }
+
+
+def _read_stack(read, paths):
+  """Reads layers into one array, or one pair of quantised arrays."""
+  stack = None
+  for i, path in enumerate(paths):
+    leaves, treedef = jax.tree.flatten(read(path))
+    if stack is None:
+      stack = [np.empty((len(paths), *x.shape), x.dtype) for x in leaves]
+    for into, leaf in zip(stack, leaves):
+      into[i] = leaf
+  return jax.tree.unflatten(treedef, stack)
+
+
+def _with_layers(sharding):
+  """Returns the sharding of a stack of what has this one."""
+  if isinstance(sharding, jax.sharding.NamedSharding):
+    spec = jax.sharding.PartitionSpec(None, *sharding.spec)
+    return jax.sharding.NamedSharding(sharding.mesh, spec)
+  return sharding
+
+
+def _place(array, sharding):
+  """Puts an array, or the two of a quantised weight, into shards."""
+  if isinstance(array, quantize.Quantized):
+    return jax.tree.map(
+        lambda leaf: _place(leaf, _fitting(sharding, leaf.shape)), array
+    )
+  return jax.make_array_from_callback(
+      array.shape, sharding, lambda index: array[index]
+  )
+
+
+def _fitting(sharding, shape):
+  """Leaves out mesh axes that do not divide; the weight is wider than these."""
+  if not isinstance(sharding, jax.sharding.NamedSharding):
+    return sharding
+  mesh, fitting = sharding.mesh, []
+  for axes, size in zip(sharding.spec, shape):
+    named = (axes,) if isinstance(axes, str) else axes or ()
+    parts = math.prod(mesh.shape[axis] for axis in named)
+    fitting.append(axes if size % parts == 0 else None)
+  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*fitting))
 
 
 # Random weights --------------------------------------------------------------
