@@ -1,0 +1,68 @@
+"""Memory of the head and the loss, beside that of all logits at once.
+
+    python tests/benchmarks/head_memory.py --model=gemma2_2b --rows=8
+
+Compiles value and gradient of `loss.masked_nll` with every position trained, in
+bfloat16, for the device at hand, and prints the temporaries and outputs that
+the compiler asks for: what stands above the model. Nothing is run. Beside it
+the same for all logits at once, the plain way.
+"""
+
+from absl import app
+from absl import flags
+import jax
+import jax.numpy as jnp
+
+from gemma_sft import loss
+from gemma_sft import model as model_lib
+
+_MODEL = flags.DEFINE_string('model', 'gemma2_2b', 'A preset.')
+_ROWS = flags.DEFINE_integer('rows', 8, 'Rows.')
+_LENGTH = flags.DEFINE_integer('length', 2048, 'Tokens of a row.')
+_CHUNK = flags.DEFINE_integer('chunk', 1024, 'config.train.loss_chunk.')
+
+
+def _plain(x_BTD, embedding_VD, targets_BT, softcap):
+  logits_BTV = jnp.einsum(
+      'BTD,VD->BTV', x_BTD, embedding_VD, preferred_element_type=jnp.float32)
+  if softcap is not None:
+    logits_BTV = softcap * jnp.tanh(logits_BTV / softcap)
+  picked_BT = jnp.take_along_axis(
+      logits_BTV, targets_BT[..., None], axis=2)[..., 0]
+  return jnp.sum(jax.nn.logsumexp(logits_BTV, axis=2) - picked_BT)
+
+
+def main(argv):
+  del argv
+  config = model_lib.make_model(_MODEL.value).config
+  B, T, D, V = _ROWS.value, _LENGTH.value, config.embed_dim, config.num_embed
+  softcap = config.final_logit_softcap
+  x_BTD = jax.ShapeDtypeStruct((B, T, D), jnp.bfloat16)
+  embedding_VD = jax.ShapeDtypeStruct((V, D), jnp.bfloat16)
+  targets_BT = jax.ShapeDtypeStruct((B, T), jnp.int32)
+  mask_BT = jax.ShapeDtypeStruct((B, T), jnp.bool)
+
+  def ours(x, e, t, m, frozen_head):
+    return loss.masked_nll(
+        x, e, t, m, max_trained=B * T, chunk_size=_CHUNK.value,
+        softcap=softcap, frozen_head=frozen_head)[0]
+
+  cases = {
+      'frozen head': (lambda *a: ours(*a, True), (0,)),
+      'trained head': (lambda *a: ours(*a, False), (0, 1)),
+      'all logits at once, frozen':
+          (lambda x, e, t, m: _plain(x, e, t, softcap), (0,)),
+  }
+  print(f'{_MODEL.value}, {B} x {T}, every position, bfloat16, for'
+        f' {jax.devices()[0].device_kind}, jax {jax.__version__}')
+  print('| | temporaries GB | gradients GB |')
+  print('|---|---|---|')
+  for name, (fn, argnums) in cases.items():
+    memory = jax.jit(jax.value_and_grad(fn, argnums)).lower(
+        x_BTD, embedding_VD, targets_BT, mask_BT).compile().memory_analysis()
+    print(f'| {name} | {memory.temp_size_in_bytes / 1e9:.2f} |'
+          f' {memory.output_size_in_bytes / 1e9:.2f} |', flush=True)
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,250 @@
+"""Training speed of `train_step` beside that of peers, on the same work.
+
+    python tests/benchmarks/peers.py --shape=270m --rows=2 --length=256 \
+        --share=0.25 --dtype=float32 --rounds=3 --out=FOLDER
+
+Prints one table; see README.md in this folder for its rows and rules.
+"""
+
+import dataclasses
+import datetime
+import glob
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+
+from absl import app
+from absl import flags
+from peers import common
+from peers import table
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+_SHAPE = flags.DEFINE_enum(
+    'shape', '270m', sorted(common.SHAPES), 'Of the model.')
+_ROWS = flags.DEFINE_integer('rows', 2, 'Rows of a batch.', lower_bound=1)
+_LENGTH = flags.DEFINE_integer('length', 256, 'Tokens of a row.', lower_bound=8)
+_SHARE = flags.DEFINE_float(
+    'share', 0.25, 'Share of the tokens that are trained.', 0.01, 0.99)
+_DTYPE = flags.DEFINE_enum(
+    'dtype', 'float32', sorted(table.TOLERANCES), 'Of base and compute.')
+_STEPS = flags.DEFINE_integer(
+    'steps', 6, 'Optimizer steps of a process, the first not timed.',
+    lower_bound=6)
+_ROUNDS = flags.DEFINE_integer(
+    'rounds', 3, 'Processes of each peer, taken in turn.', lower_bound=1)
+_PEERS = flags.DEFINE_list(
+    'peers', [p for p in table.PEERS if p != 'ours'], 'Rows besides ours.')
+_OUT = flags.DEFINE_string('out', None, 'Folder for results.', required=True)
+_CORE = flags.DEFINE_integer(
+    'core', -1, 'The core that every process is pinned to; -1: the last one.')
+_DEVICE = flags.DEFINE_enum(
+    'device', 'auto', ['auto', 'cpu', 'gpu'], 'auto: a GPU where there is one.')
+_TORCH_PYTHON = flags.DEFINE_string(
+    'torch_python', '', 'Interpreter that has torch, transformers, peft and'
+    ' trl; default: .venv-runtimes beside the package, or else this one.')
+_LAYERS = flags.DEFINE_string('layers', 'auto', 'Ours: config.model.layers.')
+_KERNEL = flags.DEFINE_string(
+    'kernel', 'auto', 'Ours: config.model.attention.')
+_TRIALS = flags.DEFINE_bool(
+    'trials', True, "Try the PyTorch peers' settings first, take the fastest.")
+
+
+def start(spec: common.Spec, module: str, torch: bool) -> dict:
+  """Runs one peer in a process of its own and returns what it printed."""
+  spec = dataclasses.replace(spec, started=time.time())
+  path = pathlib.Path(spec.work, 'spec.json')
+  path.write_text(json.dumps(dataclasses.asdict(spec)))
+  environment = dict(
+      os.environ, PYTHONPATH=f'{_ROOT / "tests/benchmarks"}:{_ROOT}',
+      GEMMA_SFT_CACHE=str(pathlib.Path(spec.work, 'cache')),
+      # The package sets a folder of its own; the other JAX peers take this.
+      JAX_COMPILATION_CACHE_DIR=str(pathlib.Path(spec.work, 'cache-peers')),
+      HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false')
+  if not spec.gpu:
+    environment |= dict(
+        JAX_PLATFORMS='cpu', CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1',
+        MKL_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1',
+        XLA_FLAGS='--xla_cpu_multi_thread_eigen=false'
+        ' intra_op_parallelism_threads=1')
+  load = os.getloadavg()[0]
+  done = subprocess.run(
+      [_torch_python() if torch else sys.executable, '-W', 'ignore', '-m',
+       f'peers.{module}', str(path)],
+      env=environment, capture_output=True, text=True,
+      preexec_fn=None if spec.gpu else (
+          lambda: os.sched_setaffinity(0, {_core()})))
+  if done.returncode:
+    lines = done.stderr.strip().splitlines() or [f'exit {done.returncode}']
+    log = pathlib.Path(_OUT.value, f'{spec.peer}.log')
+    log.write_text(done.stderr)
+    raise RuntimeError(f'not run: {lines[-1][:120]}')
+  result = json.loads(done.stdout.strip().splitlines()[-1])
+  return result | {'load': load}
+
+
+def _core() -> int:
+  return _CORE.value if _CORE.value >= 0 else max(os.sched_getaffinity(0))
+
+
+def _torch_python() -> str:
+  beside = _ROOT / '.venv-runtimes/bin/python'
+  return _TORCH_PYTHON.value or (
+      str(beside) if beside.exists() else sys.executable)
+
+
+def choose_torch_settings(spec: common.Spec) -> tuple[common.Spec, list[dict]]:
+  """Returns the spec with the fastest settings of the completion loop.
+
+  Tried: both attention implementations, `torch.compile` with the faster one
+  and, in bfloat16, autocast.
+  """
+  trials = []
+
+  def seconds(candidate):
+    try:
+      result = start(
+          dataclasses.replace(candidate, peer='peft_completion', steps=4),
+          'peft_loop', True)
+    except RuntimeError as error:
+      trials.append({'settings': describe(candidate), 'problem': str(error)})
+      return float('inf')
+    trials.append({'settings': describe(candidate),
+                   'best_s': min(result['step_s'])})
+    return trials[-1]['best_s']
+
+  def faster(spec, **change):
+    candidate = dataclasses.replace(spec, **change)
+    taken = seconds(candidate)
+    say(f'  trial {describe(candidate)}: {taken:.3g} s')
+    # Within 3 % the plainer one stays.
+    return (candidate, taken) if taken < 0.97 * best else (spec, best)
+
+  best = seconds(spec)
+  say(f'  trial {describe(spec)}: {best:.3g} s')
+  spec, best = faster(spec, attention='eager')
+  if spec.dtype == 'bfloat16':
+    spec, best = faster(spec, autocast=True)
+  spec, best = faster(spec, compiled=True)
+  return spec, trials
+
+
+def describe(spec: common.Spec) -> str:
+  """Returns the PyTorch settings in words."""
+  return ' '.join([spec.attention] + ['autocast'] * spec.autocast
+                  + ['torch.compile'] * spec.compiled)
+
+
+def describe_machine(spec: common.Spec) -> dict:
+  """Returns what the figures depend on besides the code."""
+  def output(*command):
+    try:
+      return subprocess.run(
+          command, capture_output=True, text=True, cwd=_ROOT,
+          env=dict(os.environ, GIT_OPTIONAL_LOCKS='0')).stdout.strip()
+    except OSError:
+      return ''
+
+  cpu = next((line.partition(':')[2].strip() for line in
+              pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+              if line.startswith('model name')), platform.machine())
+  device = f'one core of {os.cpu_count()} of {cpu}'
+  if spec.gpu:
+    device = output('nvidia-smi', '--query-gpu=name', '--format=csv,noheader')
+  changed = output('git', 'status', '--porcelain', 'gemma_sft')
+  return {
+      'device': device, 'cpu': cpu, 'cores': os.cpu_count(),
+      'core': None if spec.gpu else _core(), 'load': os.getloadavg(),
+      'commit': (output('git', 'rev-parse', '--short', 'HEAD') or 'unknown')
+                + (' with changes' if changed else ''),
+      'time': datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds')}
+
+
+def say(text: str) -> None:
+  """Prints a line of progress."""
+  print(text, file=sys.stderr, flush=True)
+
+
+def main(argv):
+  if unknown := set(_PEERS.value) - set(table.PEERS):
+    raise app.UsageError(
+        f'--peers: {", ".join(sorted(unknown))}; there are'
+        f' {", ".join(table.PEERS)}')
+  out = pathlib.Path(_OUT.value)
+  out.mkdir(parents=True, exist_ok=True)
+  gpu = _DEVICE.value == 'gpu' or (
+      _DEVICE.value == 'auto' and bool(glob.glob('/dev/nvidia[0-9]*')))
+  with tempfile.TemporaryDirectory(dir=out, prefix='work-') as work:
+    spec = common.Spec(
+        peer='', shape=_SHAPE.value, rows=_ROWS.value, length=_LENGTH.value,
+        share=_SHARE.value, dtype=_DTYPE.value, steps=_STEPS.value, gpu=gpu,
+        work=work, layers=_LAYERS.value, kernel=_KERNEL.value)
+    for outcomes, machine, trials in measure(spec):
+      # After every round, so that a command that is stopped leaves a table.
+      text, agreed = write_report(out, spec, outcomes, machine, trials)
+  print(text)
+  return 0 if agreed else 1
+
+
+def write_report(out, spec, outcomes, machine, trials) -> tuple[str, bool]:
+  """Writes the three files; returns the table, and whether losses agree."""
+  machine['load_after'] = os.getloadavg()
+  outcomes = table.check_losses(outcomes, spec.dtype)
+  text = table.markdown(outcomes, spec, machine)
+  (out / 'table.md').write_text(text)
+  (out / 'results.json').write_text(json.dumps({
+      'machine': machine, 'trials': trials,
+      'gflop_of_a_step': common.flops(spec) / 1e9,
+      'peers': [dataclasses.asdict(o) for o in outcomes]}, indent=1))
+  table.draw(outcomes, out / 'loss_curves.png')
+  return text, not any(o.problem.startswith('no speed') for o in outcomes)
+
+
+def measure(spec: common.Spec):
+  """Yields (outcomes, ours first; machine; trials) after every round."""
+  machine = describe_machine(spec)
+  say('random weights')
+  common.write_weights(spec)
+  peers = ['ours', *(p for p in _PEERS.value if p != 'ours')]
+  problems = {}
+  if 'unsloth' in peers:
+    problems['unsloth'] = 'not run: ' + (
+        'there is no script for it yet' if spec.gpu else 'no GPU')
+  trials = []
+  torch_spec = spec
+  if _TRIALS.value and any(
+      table.PEERS[p][2] and p not in problems for p in peers):
+    torch_spec, trials = choose_torch_settings(spec)
+  results = {peer: [] for peer in peers}
+  for i in range(_ROUNDS.value):
+    for peer in peers:
+      if peer in problems:
+        continue
+      _, module, torch, _ = table.PEERS[peer]
+      chosen = torch_spec if torch else spec
+      if peer == 'trl':
+        # It chooses autocast itself, and its fused head wants a plain model.
+        chosen = dataclasses.replace(chosen, compiled=False, autocast=False)
+      try:
+        result = start(
+            dataclasses.replace(chosen, peer=peer), module, torch)
+      except RuntimeError as error:
+        problems[peer] = str(error)
+        say(f'round {i + 1}, {peer}: {error}')
+        continue
+      results[peer].append(result)
+      say(f'round {i + 1}, {peer}: best {min(result["step_s"]):.3g} s,'
+          f' load {result["load"]:.1f}')
+    if 'ours' in problems:
+      raise SystemExit(f'ours {problems["ours"]}; see ours.log')
+    yield [table.Outcome(p, results[p], problems.get(p, ''))
+           for p in peers], machine, trials
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,1 @@
+"""The peers that `tests/benchmarks/peers.py` compares, one process each."""

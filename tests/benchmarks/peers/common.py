@@ -1,0 +1,225 @@
+"""The work that every peer is given: shape, weights, adapters, batches.
+
+Only numpy and safetensors, so that it loads in every peer's environment.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from typing import Any
+from typing import Iterator
+
+import numpy as np
+from safetensors import numpy as safetensors_numpy
+
+RANK = 16
+ALPHA = 16.0  # Factor 1: the official library's adapters have none.
+OPTIMIZER = dict(
+    learning_rate=1e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
+N_BATCHES = 2  # Taken in turn, so that the loss falls within few steps.
+WARM_UP = 1  # The first step compiles or fills allocators; it is told apart.
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """A text-only Gemma 3; five local layers to a global one."""
+
+  vocab: int
+  layers: int
+  width: int
+  hidden: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  window: int = 512
+
+  def layer_types(self) -> list[str]:
+    """Returns transformers' names of the layers' attention."""
+    return ['full_attention' if i % 6 == 5 else 'sliding_attention'
+            for i in range(self.layers)]
+
+  def projections(self) -> dict[str, tuple[int, int]]:
+    """Returns {name: (out, in)} of a layer's attention."""
+    q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+    return {'q': (q, self.width), 'k': (kv, self.width),
+            'v': (kv, self.width), 'o': (self.width, q)}
+
+  def body(self) -> int:
+    """Returns the weights of all projections and MLPs."""
+    attention = sum(n * m for n, m in self.projections().values())
+    return self.layers * (attention + 3 * self.width * self.hidden)
+
+
+SHAPES = {
+    'small': Shape(32768, 4, 256, 1024, 4, 1, 64),
+    '270m': Shape(262144, 18, 640, 2048, 4, 1, 256),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """One run of one peer, as `peers.py` writes it to a file.
+
+  Attributes:
+    peer: Its name in the table.
+    shape: A key of `SHAPES`.
+    rows: Rows of a batch.
+    length: Tokens of a row; there is no padding.
+    share: Share of the positions whose next token is trained: the row's last.
+    dtype: Of the frozen base and of compute.
+    steps: Optimizer steps, `WARM_UP` among them.
+    gpu: Whether to use one, and then the wall clock.
+    work: Folder with the weights.
+    attention: Of the PyTorch peers: 'sdpa' or 'eager'.
+    autocast: Of the PyTorch peers in bfloat16: products of the adapters too.
+    compiled: Of the PyTorch peers: through `torch.compile`.
+    layers: Of ours, as `config.model.layers`.
+    kernel: Of ours, as `config.model.attention`.
+    started: Unix time at which the process was asked for.
+  """
+
+  peer: str
+  shape: str
+  rows: int
+  length: int
+  share: float
+  dtype: str
+  steps: int
+  gpu: bool
+  work: str
+  attention: str = 'sdpa'
+  autocast: bool = False
+  compiled: bool = False
+  layers: str = 'auto'
+  kernel: str = 'auto'
+  started: float = 0.0
+
+  @property
+  def n_trained(self) -> int:
+    """Trained positions of a row."""
+    return round(self.share * self.length)
+
+  @property
+  def dimensions(self) -> Shape:
+    """The model's."""
+    return SHAPES[self.shape]
+
+
+def read_spec() -> Spec:
+  """Reads the file named on the command line."""
+  return Spec(**json.loads(pathlib.Path(sys.argv[1]).read_text()))
+
+
+def write_weights(spec: Spec) -> None:
+  """Writes random weights, adapters and batches for all peers, once."""
+  folder = pathlib.Path(spec.work)
+  random = np.random.default_rng(0)
+  shape = spec.dimensions
+  weights = {}
+
+  def draw(name, *dimensions):
+    # Norms too: Gemma multiplies by 1 + w.
+    weights[name] = random.standard_normal(
+        dimensions, dtype=np.float32) * np.float32(0.02)
+
+  draw('model.embed_tokens.weight', shape.vocab, shape.width)
+  draw('model.norm.weight', shape.width)
+  for i in range(shape.layers):
+    layer = f'model.layers.{i}'
+    for name, dimensions in shape.projections().items():
+      draw(f'{layer}.self_attn.{name}_proj.weight', *dimensions)
+    for name in ('q_norm', 'k_norm'):
+      draw(f'{layer}.self_attn.{name}.weight', shape.head_dim)
+    for name in ('gate', 'up'):
+      draw(f'{layer}.mlp.{name}_proj.weight', shape.hidden, shape.width)
+    draw(f'{layer}.mlp.down_proj.weight', shape.width, shape.hidden)
+    for name in ('input', 'post_attention', 'pre_feedforward',
+                 'post_feedforward'):
+      draw(f'{layer}.{name}_layernorm.weight', shape.width)
+  safetensors_numpy.save_file(
+      weights, folder / 'model.safetensors', metadata={'format': 'pt'})
+  (folder / 'config.json').write_text(json.dumps(transformers_config(shape)))
+
+  # PEFT's kaiming_uniform(a=sqrt(5)); the B are zeros.
+  adapters = {}
+  for i in range(shape.layers):
+    for name, (_, n_in) in shape.projections().items():
+      bound = 1 / np.sqrt(n_in)
+      adapters[f'{i}.{name}'] = random.uniform(
+          -bound, bound, (RANK, n_in)).astype(np.float32)
+  safetensors_numpy.save_file(adapters, folder / 'adapters.safetensors')
+
+  # Id 0 is padding for the official library.
+  ids = random.integers(
+      1, shape.vocab, (N_BATCHES, spec.rows, spec.length), np.int32)
+  safetensors_numpy.save_file({'ids': ids}, folder / 'ids.safetensors')
+
+
+def transformers_config(shape: Shape) -> dict[str, Any]:
+  """Returns what transformers reads as config.json."""
+  def rope(theta):
+    return {'rope_type': 'default', 'rope_theta': theta}
+
+  return dict(
+      model_type='gemma3_text', architectures=['Gemma3ForCausalLM'],
+      vocab_size=shape.vocab, hidden_size=shape.width,
+      intermediate_size=shape.hidden, num_hidden_layers=shape.layers,
+      num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+      head_dim=shape.head_dim, query_pre_attn_scalar=shape.head_dim,
+      sliding_window=shape.window, layer_types=shape.layer_types(),
+      rope_parameters={'full_attention': rope(1e6),
+                       'sliding_attention': rope(1e4)},
+      hidden_activation='gelu_pytorch_tanh', rms_norm_eps=1e-6,
+      attention_dropout=0.0, use_cache=False, tie_word_embeddings=True,
+      pad_token_id=0, eos_token_id=1, bos_token_id=2)
+
+
+def load_weights(spec: Spec) -> dict[str, np.ndarray]:
+  """Returns {transformers' name: f32 array}."""
+  return safetensors_numpy.load_file(
+      pathlib.Path(spec.work, 'model.safetensors'))
+
+
+def load_adapters(spec: Spec) -> Iterator[tuple[int, str, np.ndarray]]:
+  """Yields (layer, one of q k v o, A of shape (R, in))."""
+  adapters = safetensors_numpy.load_file(
+      pathlib.Path(spec.work, 'adapters.safetensors'))
+  for key, a_RI in adapters.items():
+    layer, name = key.split('.')
+    yield int(layer), name, a_RI
+
+
+def load_ids(spec: Spec) -> np.ndarray:
+  """Returns the token ids (N_BATCHES, B, T)."""
+  return safetensors_numpy.load_file(
+      pathlib.Path(spec.work, 'ids.safetensors'))['ids']
+
+
+def labels(spec: Spec, ids_BT: np.ndarray) -> np.ndarray:
+  """Returns the ids with -100 where they are not trained, not shifted."""
+  out_BT = np.full_like(ids_BT, -100)
+  out_BT[:, -spec.n_trained:] = ids_BT[:, -spec.n_trained:]
+  return out_BT
+
+
+def flops(spec: Spec) -> float:
+  """Returns the products that a step cannot do without.
+
+  Body forward 2 N and activation gradient 2 N a token, less that of the first
+  layer's q, k and v, whose input needs none; no gradient of frozen weights, no
+  recomputation; attention over the keys that are seen, its backward 2.5 times
+  its forward; the head 4 D V for trained positions only. Adapters (below 1 %)
+  are left out.
+  """
+  shape = spec.dimensions
+  first = sum(n * m for name, (n, m) in shape.projections().items()
+              if name != 'o')
+  body = 4 * shape.body() - 2 * first
+  seen = np.minimum(np.arange(spec.length) + 1, [
+      [shape.window if kind == 'sliding_attention' else spec.length]
+      for kind in shape.layer_types()]).mean(axis=1).sum()
+  attention = 3.5 * 4 * shape.heads * shape.head_dim * seen
+  head = 4 * shape.width * shape.vocab
+  return spec.rows * (
+      spec.length * (body + attention) + spec.n_trained * head)

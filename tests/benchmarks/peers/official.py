@@ -1,0 +1,119 @@
+"""The official library's own LoRA loop, with all logits.
+
+The library's transformer with its own adapters on the attention's projections:
+what `gm.nn.LoRA` does, which takes the MLP's projections besides, untrained
+elsewhere here. Keys and values share one A, so that there are fewer adapter
+weights and the loss is the others' only before the first update.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# Keeps TensorFlow out of the process; there is no other contact.
+from gemma_sft.model import import_gemma
+from peers import common
+from peers import library_tree
+from peers import meter as meter_lib
+
+gm = import_gemma()
+
+from gemma import peft
+from gemma.gm.nn import _lora
+
+
+def make_model(spec: common.Spec):
+  """Returns the library's transformer."""
+  if spec.shape == '270m':
+    return gm.nn.Gemma3_270M()
+  shape, kind = spec.dimensions, gm.nn.AttentionType
+  return gm.nn.Transformer(config=gm.nn.config.TransformerConfig(
+      num_embed=shape.vocab, embed_dim=shape.width, hidden_dim=shape.hidden,
+      num_heads=shape.heads, num_kv_heads=shape.kv_heads,
+      head_dim=shape.head_dim, final_logit_softcap=None,
+      use_post_attn_norm=True, use_post_ffw_norm=True, use_qk_norm=True,
+      attention_types=tuple(
+          kind.GLOBAL if name == 'full_attention' else kind.LOCAL_SLIDING
+          for name in shape.layer_types()),
+      sliding_window_size=shape.window, transpose_gating_einsum=True,
+      global_base_frequency=1_000_000))
+
+
+def adapted(module):
+  """Returns what `gm.nn.LoRA` puts in a module's place: attention only."""
+  if not isinstance(module, gm.nn.Einsum) or module.weight_name != 'w':
+    return module
+  return _lora._LoRAEinsum(
+      name=None, rank=common.RANK, dtype=jnp.float32, wrapped=module)
+
+
+def make_adapters(spec: common.Spec) -> dict:
+  """Returns the tree of a and b; A of the keys serves the values too."""
+  shape = spec.dimensions
+  tree = {f'layer_{i}': {'attn': {}} for i in range(shape.layers)}
+  outputs = {
+      'q': ('q_einsum', (shape.heads, shape.head_dim)),
+      'k': ('kv_einsum', (2, shape.kv_heads, shape.head_dim)),
+      'o': ('attn_vec_einsum', (shape.width,))}
+  for layer, name, a_RI in common.load_adapters(spec):
+    if name not in outputs:
+      continue
+    module, out = outputs[name]
+    a = a_RI.T
+    if name == 'o':
+      a = a.reshape(shape.heads, shape.head_dim, common.RANK)
+    tree[f'layer_{layer}']['attn'][module] = {'_LoRAEinsum_0': {'lora': {
+        'a': jnp.array(a, copy=True),
+        'b': jnp.zeros((common.RANK, *out), jnp.float32)}}}
+  return tree
+
+
+def main() -> None:
+  """Trains and prints what was measured."""
+  spec = common.read_spec()
+  model = make_model(spec)
+  base = library_tree.load(spec)
+  adapters = make_adapters(spec)
+  settings = dict(common.OPTIMIZER)
+  optimizer = optax.adamw(settings.pop('learning_rate'), **settings)
+  opt_state = optimizer.init(adapters)
+  batches = [
+      (jnp.array(ids_BT), jnp.array(common.labels(spec, ids_BT)))
+      for ids_BT in common.load_ids(spec)]
+
+  def loss(adapters, base, ids_BT, labels_BT):
+    adapters = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.dtype(spec.dtype)), adapters)
+    with peft.ModuleInterceptor(adapted):
+      logits_BTV = model.apply(
+          {'params': peft.merge_params(base, adapters)}, ids_BT).logits
+    mask_BT = labels_BT[:, 1:] >= 0
+    nll_BT = optax.softmax_cross_entropy_with_integer_labels(
+        logits_BTV[:, :-1].astype(jnp.float32),
+        jnp.where(mask_BT, labels_BT[:, 1:], 0))
+    return jnp.sum(nll_BT * mask_BT) / jnp.sum(mask_BT)
+
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  def step(adapters, opt_state, base, ids_BT, labels_BT):
+    value, grads = jax.value_and_grad(loss)(adapters, base, ids_BT, labels_BT)
+    updates, opt_state = optimizer.update(grads, opt_state, adapters)
+    return optax.apply_updates(adapters, updates), opt_state, value
+
+  held = library_tree.device_bytes('bytes_in_use')
+  meter = meter_lib.Meter(spec)
+  meter.begin()
+  for i in range(spec.steps):
+    adapters, opt_state, value = step(
+        adapters, opt_state, base, *batches[i % len(batches)])
+    meter.tick(float(value))
+  peak = library_tree.device_bytes('peak_bytes_in_use')
+  meter.finish(
+      library_tree.product(spec), library_tree.versions(),
+      peak - held if spec.gpu else None,
+      trainable=sum(x.size for x in jax.tree.leaves(adapters)))
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,177 @@
+"""This project's `train_step`, and Tunix's default loss over its model.
+
+All contact with the package is here.
+"""
+
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_sft import blocks
+from gemma_sft import loading
+from gemma_sft import lora
+from gemma_sft import model as model_lib
+from gemma_sft import optimizer as optimizer_lib
+from gemma_sft import runs
+from gemma_sft import sharding
+from gemma_sft import state as state_lib
+from gemma_sft import train
+from peers import common
+from peers import library_tree
+from peers import meter as meter_lib
+
+
+def make_model(spec: common.Spec) -> model_lib.Model:
+  """Returns the architecture."""
+  if spec.shape == '270m':
+    return model_lib.make_model('gemma3_270m')
+  shape = spec.dimensions
+  return model_lib.make_model(
+      'custom', generation=3, vocab_size=shape.vocab, num_layers=shape.layers,
+      embed_dim=shape.width, hidden_dim=shape.hidden, num_heads=shape.heads,
+      num_kv_heads=shape.kv_heads, head_dim=shape.head_dim,
+      sliding_window=shape.window)
+
+
+def make_execution(
+    spec: common.Spec, model: model_lib.Model, mesh: jax.sharding.Mesh
+) -> blocks.Execution:
+  """Returns what a run without further settings would choose here."""
+  layers, _ = loading.choose_layers(spec.layers, model)
+  kernel, _ = loading.choose_attention(
+      spec.kernel, model, mesh, dtype=jnp.dtype(spec.dtype),
+      length=spec.length, packed=False)
+  return blocks.Execution(layers=layers, attention=kernel, mesh=mesh)
+
+
+def make_adapters(spec: common.Spec, model: model_lib.Model):
+  """Returns the package's adapters with the common A put in."""
+  adapters = lora.init_adapters(
+      model_lib.abstract_params(model), rank=common.RANK, targets='attn/',
+      transposed_gating=model.transposed_gating, seed=0)
+  layers = {'q': 'q_einsum', 'k': 'kv_einsum', 'v': 'kv_einsum',
+            'o': 'attn_vec_einsum'}
+  n = 0
+  for layer, name, a_RI in common.load_adapters(spec):
+    factors = adapters[f'layer_{layer}']['attn'][layers[name]][name]
+    factors['a'] = jnp.array(a_RI.T.reshape(factors['a'].shape), copy=True)
+    n += 1
+  assert 2 * n == len(jax.tree.leaves(adapters))
+  return adapters
+
+
+def make_batch(spec: common.Spec, ids_BT: np.ndarray) -> dict[str, np.ndarray]:
+  """Returns a batch as `data.Batches` gives it, of one microbatch."""
+  rows, length = ids_BT.shape
+  targets = np.zeros_like(ids_BT)
+  targets[:, :-1] = ids_BT[:, 1:]
+  mask = np.zeros((rows, length), bool)
+  mask[:, :-1] = common.labels(spec, ids_BT)[:, 1:] >= 0
+  batch = {
+      'tokens': ids_BT, 'targets': targets, 'loss_mask': mask,
+      'positions': np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+      'segment_ids': np.ones_like(ids_BT),
+      'rows': np.arange(rows, dtype=np.int32)}
+  return {name: array[None] for name, array in batch.items()}
+
+
+def own_step(spec, model, mesh, optimizer, execution):
+  """Returns (state, base, batch) -> (state, loss)."""
+  settings = runs.StepSettings(
+      lora_enabled=True,
+      lora_scale=lora.scale(common.RANK, common.ALPHA, False),
+      dropout=0.0, seed=0, compute_dtype=jnp.dtype(spec.dtype),
+      execution=execution, loss_chunk=1024,
+      groups=sharding.batch_groups(mesh), mesh=mesh)
+
+  def step(state, base, batch):
+    state, metrics = train.train_step(
+        state, base, batch, model=model, optimizer=optimizer,
+        settings=settings, max_trained=spec.rows * spec.n_trained)
+    return state, metrics['loss']
+
+  return step
+
+
+def tunix_step(spec, model, optimizer, execution):
+  """The same with the default loss of Tunix 0.1.7's PeftTrainer.
+
+  All logits, and their log-softmax times f32 one-hot targets, written from its
+  description; model, adapters and optimizer are ours.
+  """
+
+  def loss(adapters, base, batch):
+    x_BTD = model_lib.hidden_states(
+        model, base, batch['tokens'], batch['positions'],
+        batch['segment_ids'], adapters=adapters,
+        lora_scale=lora.scale(common.RANK, common.ALPHA, False),
+        execution=execution)
+    logits_BTV = jnp.einsum(
+        'BTD,VD->BTV', x_BTD, model_lib.embedding(base))[:, :-1]
+    one_hot_BTV = jax.nn.one_hot(
+        batch['targets'][:, :-1], logits_BTV.shape[-1])
+    mask_BT = batch['loss_mask'][:, :-1].astype(one_hot_BTV.dtype)
+    one_hot_BTV = one_hot_BTV * mask_BT[..., None]
+    return -jnp.sum(
+        jax.nn.log_softmax(logits_BTV) * one_hot_BTV) / jnp.sum(mask_BT)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(state, base, batch):
+    batch = {name: array[0] for name, array in batch.items()}
+    value, grads = jax.value_and_grad(loss)(state.trainable, base, batch)
+    updates, opt_state = optimizer.update(
+        grads, state.opt_state, state.trainable)
+    trainable = jax.tree.map(jnp.add, state.trainable, updates)
+    return state_lib.TrainState(
+        step=state.step + 1, trainable=trainable, opt_state=opt_state), value
+
+  return step
+
+
+def main() -> None:
+  """Trains and prints what was measured."""
+  spec = common.read_spec()
+  if spec.peer == 'ours':
+    loading.enable_compilation_cache()
+  mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
+  model = make_model(spec)
+  execution = make_execution(spec, model, mesh)
+  base = library_tree.load(spec)
+  if execution.layers == 'scan':
+    base = blocks.stack(base)
+  base = jax.tree.map(
+      jax.device_put, base, sharding.tree_shardings(base, mesh))
+  optimizer = optimizer_lib.make_optimizer(
+      lambda step: common.OPTIMIZER['learning_rate'], clip_norm=0.0,
+      **{k: v for k, v in common.OPTIMIZER.items() if k != 'learning_rate'})
+  state = state_lib.make_state(make_adapters(spec, model), optimizer)
+  state = jax.device_put(state, sharding.tree_shardings(state, mesh))
+  place = sharding.batch_sharding(mesh)
+  batches = [
+      {name: jax.device_put(array, place)
+       for name, array in make_batch(spec, ids_BT).items()}
+      for ids_BT in common.load_ids(spec)]
+  step = (own_step(spec, model, mesh, optimizer, execution)
+          if spec.peer == 'ours'
+          else tunix_step(spec, model, optimizer, execution))
+  jax.block_until_ready((base, state, batches))
+
+  held = library_tree.device_bytes('bytes_in_use')
+  meter = meter_lib.Meter(spec)
+  meter.begin()
+  for i in range(spec.steps):
+    state, loss = step(state, base, batches[i % len(batches)])
+    meter.tick(float(loss))
+  peak = library_tree.device_bytes('peak_bytes_in_use')
+  meter.finish(
+      library_tree.product(spec), library_tree.versions(),
+      peak - held if spec.gpu else None,
+      execution=f'layers {execution.layers}, attention {execution.attention}',
+      trainable=sum(x.size for x in jax.tree.leaves(state.trainable)))
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,75 @@
+"""A training loop by hand over transformers and PEFT.
+
+`peft_completion` runs the head over the trained positions alone: the most that
+a person gets out of these libraries without writing a kernel. `peft_full` asks
+for all logits, as most examples do.
+"""
+
+import contextlib
+
+import peft
+import torch
+from torch.nn import functional as F
+
+from peers import common
+from peers import meter as meter_lib
+from peers import torch_model
+
+
+def main() -> None:
+  """Trains and prints what was measured."""
+  spec = common.read_spec()
+  model = peft.get_peft_model(
+      torch_model.load_base(spec), torch_model.lora_config())
+  torch_model.fill_adapters(spec, model)
+  model.train()
+  settings = dict(common.OPTIMIZER)
+  optimizer = torch.optim.AdamW(
+      [p for p in model.parameters() if p.requires_grad],
+      lr=settings['learning_rate'], betas=(settings['b1'], settings['b2']),
+      eps=settings['eps'], weight_decay=settings['weight_decay'])
+  place = torch_model.device(spec)
+  batches = [
+      (torch.from_numpy(ids_BT).long().to(place),
+       torch.from_numpy(common.labels(spec, ids_BT)).long().to(place))
+      for ids_BT in common.load_ids(spec)]
+  causal = model.get_base_model()
+  decoder = causal.model
+  if spec.compiled:
+    decoder = torch.compile(decoder)
+
+  def loss(ids_BT, labels_BT):
+    x_BTD = decoder(input_ids=ids_BT, use_cache=False).last_hidden_state[:, :-1]
+    targets_BT = labels_BT[:, 1:]
+    if spec.peer == 'peft_completion':
+      mask_BT = targets_BT >= 0
+      x_BTD, targets_BT = x_BTD[mask_BT], targets_BT[mask_BT]
+    logits_BTV = causal.lm_head(x_BTD)
+    return F.cross_entropy(
+        logits_BTV.float().flatten(0, -2), targets_BT.flatten(),
+        ignore_index=-100)
+
+  def compute():
+    if spec.autocast:
+      return torch.autocast(place, torch.bfloat16)
+    return contextlib.nullcontext()
+
+  held = torch_model.device_bytes(spec, peak=False)
+  meter = meter_lib.Meter(spec)
+  meter.begin()
+  for i in range(spec.steps):
+    optimizer.zero_grad(set_to_none=True)
+    with compute():
+      value = loss(*batches[i % len(batches)])
+    value.backward()
+    optimizer.step()
+    meter.tick(value.item())
+  peak = torch_model.device_bytes(spec, peak=True)
+  meter.finish(
+      torch_model.product(spec), torch_model.versions(),
+      peak - held if spec.gpu else None,
+      trainable=torch_model.trainable(model))
+
+
+if __name__ == '__main__':
+  main()

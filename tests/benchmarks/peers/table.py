@@ -1,0 +1,177 @@
+"""What comes of the runs: agreement of the losses, the table, the picture."""
+
+import dataclasses
+import pathlib
+import statistics
+from typing import Any
+
+import numpy as np
+
+from peers import common
+
+TOLERANCES = {'float32': 1e-3, 'bfloat16': 2e-2}  # Relative, of every loss.
+
+# name: (row's title, module, whether PyTorch's environment, its remark).
+PEERS = {
+    'ours': ('**gemma_sft** `train_step`', 'ours', False, ''),
+    'peft_completion': (
+        'PEFT loop by hand, completion logits', 'peft_loop', True,
+        'the strongest peer: head over trained positions only'),
+    'peft_full': (
+        'PEFT loop by hand, all logits', 'peft_loop', True, ''),
+    'trl': (
+        'TRL SFTTrainer + PEFT', 'trl_trainer', True,
+        'without Triton it scores every position, and folds entropy and top-1'
+        ' accuracy: not its GPU path'),
+    'official': (
+        'gemma library, its LoRA, all logits', 'official', False,
+        'k and v share one A: losses are compared at the first step only'),
+    'tunix_loss': (
+        "Tunix's default loss, our model", 'ours', False,
+        'their loss in our harness: not their model or trainer'),
+    'unsloth': ('Unsloth', '', True, ''),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """The runs of one peer.
+
+  Attributes:
+    peer: A key of `PEERS`.
+    results: What its processes printed, one a round.
+    problem: Why it was not run or is not shown, else ''.
+  """
+
+  peer: str
+  results: list[dict[str, Any]]
+  problem: str = ''
+
+  @property
+  def steps(self) -> list[float]:
+    """Seconds of all measured steps."""
+    return [s for result in self.results for s in result['step_s']]
+
+  @property
+  def best(self) -> float:
+    """Seconds of the best step."""
+    return min(self.steps)
+
+  def lowest(self, field: str) -> float:
+    """The least of a figure over the rounds."""
+    return min(result[field] for result in self.results)
+
+
+def deviation(outcome: Outcome, ours: Outcome) -> float:
+  """Returns the largest relative difference of a loss from ours."""
+  expected = np.array(ours.results[0]['losses'])
+  n = 1 if outcome.peer == 'official' else len(expected)
+  return max(
+      float(np.max(np.abs(np.array(r['losses'][:n]) / expected[:n] - 1)))
+      for r in outcome.results)
+
+
+def check_losses(
+    outcomes: list[Outcome], dtype: str) -> list[Outcome]:
+  """Takes the speed from every peer whose losses are not ours."""
+  ours = outcomes[0]
+  checked = []
+  for outcome in outcomes:
+    if outcome.results and not (
+        deviation(outcome, ours) <= TOLERANCES[dtype]):
+      outcome = dataclasses.replace(
+          outcome, problem='no speed: its losses differ from ours by'
+          f' {deviation(outcome, ours):.1e}')
+    checked.append(outcome)
+  return checked
+
+
+def ratio(outcome: Outcome, ours: Outcome) -> str:
+  """Returns how many times our time it takes, by best and by round."""
+  rounds = [min(theirs['step_s']) / min(own['step_s'])
+            for theirs, own in zip(outcome.results, ours.results)]
+  return (f'{outcome.best / ours.best:.2f}x'
+          f' ({min(rounds):.2f} to {max(rounds):.2f})')
+
+
+def markdown(
+    outcomes: list[Outcome], spec: common.Spec, machine: dict[str, Any]
+) -> str:
+  """Returns the table with its title, and the remarks."""
+  ours = outcomes[0]
+  peak = max(r['product_gflops'] for o in outcomes for r in o.results)
+  unit = 's' if spec.gpu else 'CPU-s'
+  work = common.flops(spec) / 1e9
+  lines = [
+      f'Gemma 3 {spec.shape}, {spec.rows} x {spec.length} tokens, no padding,'
+      f' {spec.share:.0%} trained, {spec.dtype}, LoRA rank {common.RANK} on q,'
+      f' k, v, o; {machine["device"]}; {len(ours.results)} rounds.',
+      f'A step needs {work:.0f} GFLOP; the best product of the same run made'
+      f' {peak:.0f} GFLOP/{unit}. Commit {machine["commit"]}.',
+      '',
+      f'| | {unit} a step: best / median / worst | tokens/{unit} | time over'
+      f' ours (by round) | useful GFLOP/{unit}, share of the best product; own'
+      ' product | memory above the weights,'
+      ' MB: steps / with the first | start to first step done, '
+      f'{unit} | losses differ by |',
+      '|---|---|---|---|---|---|---|---|']
+  remarks = []
+  for outcome in outcomes:
+    title, _, _, remark = PEERS[outcome.peer]
+    if remark:
+      remarks.append(f'- {title}: {remark}.')
+    if outcome.problem:
+      lines.append(f'| {title} | {outcome.problem} | | | | | | |')
+      continue
+    lines.append('| ' + ' | '.join([
+        title,
+        f'{outcome.best:.3g} / {statistics.median(outcome.steps):.3g}'
+        f' / {max(outcome.steps):.3g}',
+        f'{spec.rows * spec.length / outcome.best:,.0f}',
+        '1' if outcome is ours else ratio(outcome, ours),
+        f'{work / outcome.best:.0f}, {work / outcome.best / peak:.0%};'
+        f' {max(r["product_gflops"] for r in outcome.results):.0f}',
+        _memory(outcome, spec),
+        _start(outcome, spec),
+        '-' if outcome is ours else f'{deviation(outcome, ours):.0e}']) + ' |')
+  return '\n'.join([*lines, '', *remarks, ''])
+
+
+def _memory(outcome, spec):
+  if spec.gpu:
+    return f'{outcome.lowest("device_bytes") / 1e6:,.0f}'
+  steps, first = (outcome.lowest(f'peak_{name}_bytes') / 1e6
+                  for name in ('steps', 'first'))
+  return f'{steps:,.0f} / {max(steps, first):,.0f}'
+
+
+def _start(outcome, spec):
+  field = 'cold_wall_s' if spec.gpu else 'cold_cpu_s'
+  if PEERS[outcome.peer][2]:
+    return f'{outcome.lowest(field):.1f}'
+  # JAX: the first process filled the cache of compiled programs.
+  cold, *warm = (result[field] for result in outcome.results)
+  return f'{cold:.1f}; compiled before: {min(warm):.1f}' if warm else (
+      f'{cold:.1f}')
+
+
+def draw(outcomes: list[Outcome], path: pathlib.Path) -> None:
+  """Draws the loss curves over each other."""
+  import matplotlib
+
+  matplotlib.use('Agg')
+  from matplotlib import pyplot as plt
+
+  figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')
+  shown = [outcome for outcome in outcomes if outcome.results]
+  for i, outcome in enumerate(shown):
+    losses = outcome.results[0]['losses']
+    # Wide to narrow, so that curves that agree stay visible.
+    axes.plot(
+        range(1, len(losses) + 1), losses, label=outcome.peer,
+        linewidth=2 * (len(shown) - i), alpha=0.7)
+  axes.set_xlabel('step')
+  axes.set_ylabel('loss (nats a trained token)')
+  axes.legend()
+  figure.savefig(path, dpi=120)
+  plt.close(figure)

@@ -1,0 +1,79 @@
+"""The model of the PyTorch peers: transformers with PEFT's adapters."""
+
+import importlib.metadata
+
+import peft
+import torch
+import transformers
+
+from peers import common
+
+
+def device(spec: common.Spec) -> str:
+  """Returns PyTorch's name of the device."""
+  return 'cuda' if spec.gpu else 'cpu'
+
+
+def load_base(spec: common.Spec) -> transformers.PreTrainedModel:
+  """Returns the base in the dtype, on the device."""
+  if not spec.gpu:
+    torch.set_num_threads(1)
+  model = transformers.Gemma3ForCausalLM.from_pretrained(
+      spec.work, dtype=getattr(torch, spec.dtype),
+      attn_implementation=spec.attention)
+  for parameter in model.parameters():
+    # Not views of a mapped file, whose pages would count as the steps' memory.
+    parameter.data = parameter.data.clone()
+  return model.to(device(spec))
+
+
+def lora_config() -> peft.LoraConfig:
+  """Returns PEFT's settings of the common adapters."""
+  return peft.LoraConfig(
+      r=common.RANK, lora_alpha=common.ALPHA, lora_dropout=0.0, bias='none',
+      task_type='CAUSAL_LM',
+      target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'])
+
+
+def fill_adapters(spec: common.Spec, model: torch.nn.Module) -> None:
+  """Puts the common A in PEFT's place; B is zero there already."""
+  layers = model.get_base_model().model.layers
+  for layer, name, a_RI in common.load_adapters(spec):
+    module = getattr(layers[layer].self_attn, f'{name}_proj')
+    with torch.no_grad():
+      module.lora_A['default'].weight.copy_(torch.from_numpy(a_RI))
+    assert not module.lora_B['default'].weight.any()
+
+
+def trainable(model: torch.nn.Module) -> int:
+  """Returns the number of trained weights."""
+  return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def product(spec: common.Spec):
+  """Returns the product that `Meter.finish` times."""
+  inputs: dict[int, torch.Tensor] = {}
+
+  def run(n):
+    if n not in inputs:
+      inputs[n] = torch.randn(n, n, device=device(spec)).to(
+          getattr(torch, spec.dtype))
+    torch.matmul(inputs[n], inputs[n])
+    if spec.gpu:
+      torch.cuda.synchronize()
+
+  return run
+
+
+def device_bytes(spec: common.Spec, *, peak: bool) -> int:
+  """Returns what the allocator holds now or, with `peak`, held at most."""
+  if not spec.gpu:
+    return 0
+  return (torch.cuda.max_memory_allocated() if peak
+          else torch.cuda.memory_allocated())
+
+
+def versions() -> dict[str, str]:
+  """Returns those of the PyTorch peers' libraries."""
+  return {name: importlib.metadata.version(name)
+          for name in ('torch', 'transformers', 'peft')}
