@@ -100,7 +100,8 @@ def _score(config, workdir, base, step, folder, split, limit):
   print(f'scoring {name} ({served.description}) on {len(records)} records of'
         f' {split}', flush=True)
   scores = scoring.evaluate_loss(
-      served.model, served.params, served.source(examples), served.mesh)
+      served.model, served.params, served.source(examples), served.mesh,
+      execution=served.execution)
   start = time.monotonic()
   total = len(records) + len(config.eval.prompts)
   judged, answers, samples = scoring.judge_records(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_sft import attention
+from gemma_sft import attention_choice
 from gemma_sft import audit
 from gemma_sft import cache
 from gemma_sft import chat
@@ -133,10 +133,10 @@ def choose_attention(
   config, device = model.config, mesh.devices.flat[0]
   softcap = config.attn_logits_soft_cap
   check = functools.partial(
-      attention.check, N=config.num_heads, K=config.num_kv_heads,
+      attention_choice.check, N=config.num_heads, K=config.num_kv_heads,
       H=config.head_dim, window=config.sliding_window_size, softcap=softcap,
       dtype=dtype, T=length, mesh=mesh)
-  return attention.choose(
+  return attention_choice.choose(
       name, check=check, platform=device.platform,
       device_kind=device.device_kind,
       compute_capability=compute_capability(device),

@@ -394,7 +394,8 @@ class Served:
     model: The architecture.
     tokenizer: Its tokenizer.
     task: A module of `gemma_sft.tasks`.
-    params: Plain weights, adapters merged in.
+    params: Weights with the adapters merged in, see `model.merge`.
+    execution: How their forward runs here.
     description: Which weights these are, for people.
     identity: The same for comparing: base hash, step and batches consumed.
   """
@@ -405,6 +406,7 @@ class Served:
   tokenizer: chat.Tokenizer
   task: Any
   params: Any
+  execution: blocks.Execution
   description: str
   identity: str
 
@@ -505,6 +507,9 @@ def load_weights(
   dtype, _ = loading.choose_dtype(dtype or config.model.dtype)
   chosen = choose_weights(config, workdir, base=base, step=step)
   model = chosen.model
+  kernel, _ = loading.choose_attention(
+      config.model.attention, model, mesh, dtype=dtype,
+      length=config.data.max_length, packed=config.data.packing)
   trainable = None
   if chosen.checkpoints is not None:
     trainable, _ = chosen.checkpoints.restore_trainable(chosen.step)
@@ -520,4 +525,5 @@ def load_weights(
               leaf.astype(dtype), like.sharding), trainable, params)
   return Served(
       config, mesh, model, chosen.tokenizer, tasks.load(config.task), params,
-      chosen.description, f'{chosen.identity} {dtype.name}')
+      blocks.Execution(attention=kernel, mesh=mesh), chosen.description,
+      f'{chosen.identity} {dtype.name}')

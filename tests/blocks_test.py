@@ -25,11 +25,13 @@ _KINDS = {
     '2': dict(generation=2),
     '3': dict(generation=3),
 }
+_GEMMA_4 = {'4': dict(generation=4)}  # Is never scanned.
 
 
 @functools.cache
 def _model(kind):
-  return model_lib.make_model('custom', **_DIMENSIONS | _KINDS[kind])
+  return model_lib.make_model(
+      'custom', **_DIMENSIONS | (_KINDS | _GEMMA_4)[kind])
 
 
 @functools.cache
@@ -181,25 +183,26 @@ def test_dropout_draws_another_mask_in_each_layer():
   assert np.abs(first - second).max() > 0.1
 
 
-@pytest.mark.parametrize('layers', ('loop', 'scan'))
-@pytest.mark.parametrize('quantization', quantize.KINDS)
+@pytest.mark.parametrize('kind, layers, quantization', (
+    *(('3', 'scan', kind) for kind in quantize.KINDS), ('3', 'loop', 'int8'),
+    ('2', 'scan', 'nf4'), ('1_fused', 'scan', 'nf4'), ('4', 'loop', 'int4')))
 def test_a_quantised_base_computes_with_what_it_dequantises_to(
-    quantization, layers):
+    kind, layers, quantization):
   def each(path, leaf):
     name = '/'.join(k.key for k in path)
     if not quantize.is_quantized(name):
       return leaf
     return quantize.quantize(np.asarray(leaf), quantization)
 
-  quantised = jax.tree_util.tree_map_with_path(each, _params('3'))
+  quantised = jax.tree_util.tree_map_with_path(each, _params(kind))
   plain = jax.tree.map(
       lambda leaf: quantize.dequantize(leaf, jnp.float32)
       if isinstance(leaf, quantize.Quantized) else leaf, quantised,
       is_leaf=lambda leaf: isinstance(leaf, quantize.Quantized))
-  execution, adapters = blocks.Execution(layers=layers), _adapters('3')
+  execution, adapters = blocks.Execution(layers=layers), _adapters(kind)
   _assert_close(
-      _value_and_grad('3', adapters, execution, quantised),
-      _value_and_grad('3', adapters, execution, plain))
+      _value_and_grad(kind, adapters, execution, quantised),
+      _value_and_grad(kind, adapters, execution, plain))
 
 
 @pytest.mark.parametrize('shape', ((8, 1, 1), (2, 4, 1), (2, 2, 2)))

@@ -155,6 +155,17 @@ def _signal_handlers():
     signal.signal(number, handler)
 
 
+@pytest.fixture(autouse=True, scope='module')
+def _forget_programs():
+  """Drops a module's compiled programs.
+
+  Each holds memory maps, of which Linux grants a process 65,530: without this a
+  worker has been seen to die of the last one, far from what used them up.
+  """
+  yield
+  jax.clear_caches()
+
+
 def flags(config) -> list[str]:
   """Returns the command line that makes `configs/tiny.py` this config."""
   tiny = dict(config_lib.leaves(tiny_config.get_config()))

@@ -23,7 +23,7 @@ _LAYERS = (
     ('chat', 'records', 'dora'),
     ('token_cache',),
     ('loss', 'data', 'lora', 'attention', 'quantize', 'cli', 'templates'),
-    ('blocks',),
+    ('blocks', 'attention_choice'),
     ('model', 'weights', 'state', 'tasks', 'audit'),
     ('checkpoint', 'generate', 'loading', 'progress'),
     ('scoring', 'report', 'runs', 'self_test'),

@@ -323,7 +323,7 @@ def test_base_weights_are_untouched_and_not_in_the_checkpoint(
   monkeypatch.setattr(runs, 'prepare', prepare)
   _run(run_config, tmp_path)
   (run, before), = prepared
-  assert len(jax.tree.leaves(before)) > 20
+  assert len(jax.tree.leaves(before)) > 10
   jax.tree.map(np.testing.assert_array_equal, before, run.base)
   saved = conftest.saved_state(tmp_path, 6)
   kinds = {path.split("'")[1] for path in saved}
