@@ -123,10 +123,12 @@ def main(
   has_adapters = config.lora.enabled and not base
   formats = list(dict.fromkeys(formats)) or [
       'hf', *(['peft'] if has_adapters else []), 'gguf-q8_0']
-  writer.check_formats(formats, has_adapters=has_adapters)
+  writer.check_formats(formats, has_adapters=has_adapters,
+                       has_magnitudes=has_adapters and config.lora.dora)
   final = pathlib.Path(out)
   chosen = runs.choose_weights(config, workdir, base=base, step=step)
-  identity = ' '.join([chosen.identity, hf_dtype, *formats])
+  identity = ' '.join(filter(None, [
+      chosen.identity, config.model.quantization, hf_dtype, *formats]))
   if _is_there(final, identity, overwrite, allow_unproven):
     print(f'{final}/ is this export already')
     _push(targets, final, config, push_data, private)
@@ -137,6 +139,10 @@ def main(
       repetition_penalty=config.sampling.repetition_penalty)
   jobs = plan(source, formats, hf_dtype)
   print(f'weights: {chosen.description}')
+  if config.model.quantization:
+    print(f'the base is that of training, rounded to'
+          f' {config.model.quantization}; on the base as it was an adapter'
+          ' alone is another model')
   _check_disk(jobs, final)
   if dry_run:
     return 0
@@ -354,7 +360,8 @@ def _prove(job, folder, source, config, reference, runtimes) -> parity.Result:
   if job.format.startswith('gguf-'):
     return parity.prove_gguf(
         path, reference, kind=job.kind, server=runtimes.server)
-  # An adapter is proven on the untouched base, written for that alone.
+  # An adapter is proven on the base as it was in training, rounded if that
+  # was, written for that alone.
   with tempfile.TemporaryDirectory(dir=folder) as scratch:
     base = pathlib.Path(scratch) / 'base'
     if job.format == 'peft':

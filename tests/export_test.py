@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import numpy as safetensors_numpy
 
 from configs import tiny as tiny_config
 from gemma_sft import errors
@@ -21,6 +22,7 @@ from gemma_sft import train
 from gemma_sft import weights
 from gemma_sft.artifacts import parity
 from gemma_sft.artifacts import writer
+from gemma_sft.weights import adapters as adapters_lib
 from gemma_sft.weights import convert
 from gemma_sft.weights import gguf_writer
 from gemma_sft.weights import safetensors_file
@@ -86,6 +88,29 @@ def other_run(request, tmp_path_factory):
   config = _make_config(folder, request.param)
   train.main(config, str(folder / 'w'), False)
   return config, str(folder / 'w')
+
+
+@pytest.fixture(scope='module', params=[(2, ''), (3, ''), (4, 'nf4')],
+                ids=['gemma2', 'gemma3', 'gemma4_nf4'])
+def dora_run(request, tmp_path_factory):
+  """The workdir of the same with DoRA."""
+  folder = tmp_path_factory.mktemp('run')
+  generation, quantization = request.param
+  config = _make_config(folder, generation)
+  config.lora.dora = True
+  config.model.quantization = quantization
+  train.main(config, str(folder / 'w'), False)
+  return str(folder / 'w')
+
+
+@pytest.fixture(scope='module')
+def rounded_run(tmp_path_factory):
+  """The workdir of the same on a base in nf4."""
+  folder = tmp_path_factory.mktemp('run')
+  config = _make_config(folder)
+  config.model.quantization = 'nf4'
+  train.main(config, str(folder / 'w'), False)
+  return str(folder / 'w')
 
 
 def _export(workdir, out, *formats, **changes):
@@ -177,6 +202,54 @@ def test_other_generations_in_transformers(other_run, tmp_path, capsys):
   assert capsys.readouterr().out.count('proven ') == 2
 
 
+@needs_transformers
+def test_dora_is_proven(dora_run, tmp_path, capsys):
+  out = tmp_path / 'out'
+  _export(dora_run, out, 'hf', 'peft')
+  printed = capsys.readouterr().out
+  assert printed.count('proven ') == 2 and 'NOT' not in printed
+  told = json.loads((out / 'export.json').read_text())
+  # Another order of the same f32 sums.
+  assert all(row['kl_max'] < 1e-9 for row in told['parity'])
+  adapter = json.loads((out / 'peft' / 'adapter_config.json').read_text())
+  assert adapter['use_dora'] is True
+  found = safetensors_numpy.load_file(
+      out / 'peft' / 'adapter_model.safetensors')
+  factors = [name for name in found if name.endswith('.lora_B.weight')]
+  assert len(factors) == len(found) / 3
+  for name in factors:
+    magnitude = found[name.replace('B.weight', 'magnitude_vector')]
+    assert magnitude.shape == found[name].shape[:1]
+
+
+def test_dora_is_merged_into_a_gguf(dora_run, tmp_path, capsys):
+  with pytest.raises(errors.UserError, match='magnitudes') as error:
+    _export(dora_run, tmp_path / 'out', 'gguf-f32', 'lora')
+  assert '--formats=peft,gguf-q8_0' in str(error.value)
+  assert list(tmp_path.iterdir()) == []
+  _export(dora_run, tmp_path / 'out', 'gguf-f32')
+  assert 'proven gguf/model-f32.gguf' in capsys.readouterr().out
+
+
+def test_a_rounded_base_is_exported_as_it_was_trained_on(
+    rounded_run, tmp_path, capsys):
+  out = tmp_path / 'out'
+  _export(rounded_run, out, 'gguf-f32', 'lora')
+  assert 'rounded to nf4' in capsys.readouterr().out
+  told = json.loads((out / 'export.json').read_text())
+  assert told['base']['rounded_to'] == 'nf4'
+  assert [row['proven'] for row in told['parity']] == [True, True]
+  assert 'rounded to nf4 for training' in (out / 'README.md').read_text()
+
+
+@pytest.mark.parametrize('form', ['gguf-f32', 'lora'])
+def test_a_base_that_is_not_rounded_does_not_leave_the_house(
+    rounded_run, tmp_path, monkeypatch, form):
+  monkeypatch.setattr(merging, '_as_quantized', lambda read, kind: read)
+  with pytest.raises(errors.UserError, match='is not the model that was'):
+    _export(rounded_run, tmp_path / 'out', form)
+
+
 def test_full_fine_tuning_is_exported(tmp_path, capsys):
   config = _make_config(tmp_path)
   config.lora.enabled = False
@@ -261,6 +334,24 @@ def test_a_wrong_hf_folder_does_not_leave_the_house(
   _plant(monkeypatch, safetensors_file, fault)
   with pytest.raises(errors.UserError, match=f'first wrong tensor: {named}'):
     _export(run[1], tmp_path / 'out', 'hf')
+  assert not (tmp_path / 'out').exists()
+
+
+@needs_transformers
+@pytest.mark.parametrize('dora_run', [(3, '')], indirect=True)
+def test_wrong_magnitudes_do_not_leave_the_house(
+    dora_run, tmp_path, monkeypatch):
+  make = adapters_lib.peft_tensors
+
+  def swapped(*args):
+    tensors = make(*args)
+    return tensors | {
+        name: tensors[name.replace('v_proj', 'k_proj')]
+        for name in tensors if name.endswith('v_proj.lora_magnitude_vector')}
+
+  monkeypatch.setattr(adapters_lib, 'peft_tensors', swapped)
+  with pytest.raises(errors.UserError, match='peft is not the model'):
+    _export(dora_run, tmp_path / 'out', 'peft')
   assert not (tmp_path / 'out').exists()
 
 

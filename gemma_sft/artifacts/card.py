@@ -30,6 +30,8 @@ class Base(TypedDict):
     hugging_face: Name of the original on the Hub; '' if there is none.
     dequantised_from: Quantisation of the GGUF that they were read from, such
       as Q4_K_M; '' if they are the original ones.
+    rounded_to: What they were rounded to for training, such as nf4; '' if they
+      were not.
   """
 
   name: str
@@ -37,6 +39,7 @@ class Base(TypedDict):
   sha256: str
   hugging_face: str
   dequantised_from: str
+  rounded_to: str
 
 
 class Split(TypedDict):
@@ -107,7 +110,7 @@ class Summary(TypedDict):
     identity: Which weights in which formats, to tell exports apart.
     repository: org/name on the Hub if it is pushed there, else ''.
     task: A module of gemma_sft/tasks.
-    method: 'lora' or 'full'.
+    method: 'lora', 'full', or 'base' of what was not tuned.
     languages: ISO 639-1 codes; () if unknown.
     step: Updates applied.
     metrics: From `metrics_of`, or None: nothing has been evaluated.
@@ -233,7 +236,14 @@ def _warning(summary):
 
 def _introduction(summary):
   base = summary['base']
-  how = ('LoRA adapters, merged into the weights'
+  if summary['method'] == 'base':
+    text = f'{_named(base)}, converted with `gemma_sft`, not tuned.'
+    if base['rounded_to']:
+      text += (f' The weights that adapters are for are rounded to'
+               f' {base["rounded_to"]}, as training sees them.')
+    return text
+  kind = 'DoRA' if summary['config'].get('lora.dora') else 'LoRA'
+  how = (f'{kind} adapters, merged into the weights'
          if summary['method'] == 'lora' else 'all weights trained')
   text = (f'{_named(base)}, fine-tuned for the task `{summary["task"]}`'
           f' ({how}) with `gemma_sft`. The weights differ from those that'
@@ -244,6 +254,14 @@ def _introduction(summary):
         ' dequantised.** Its weights are not the original ones, so the PEFT'
         f' adapter on {_named(base)} itself is not the model measured here:'
         ' put it on the same dequantised weights, or use the merged files.')
+  if kind := base['rounded_to']:
+    text += (
+        f'\n\n**The base was rounded to {kind} for training.** The merged files'
+        ' hold what was trained: the rounded weights with the adapters. An'
+        ' adapter alone was trained and proven on the rounded base; on the base'
+        ' as it was, or rounded by another program, it is another model than'
+        ' the one measured here. `gemma_sft.export` with `--base` writes the'
+        ' rounded base.')
   return text
 
 
@@ -331,8 +349,10 @@ def _usage(summary):
         _code('llama.cpp:', 'bash', f'llama-server -m {best} {options}')]
   if kinds['gguf-lora']:
     path = kinds['gguf-lora'][0]['path']
+    rounded = 'rounded ' if summary['base']['rounded_to'] else ''
     parts.append(_code(
-        'llama.cpp, adapters on a GGUF of the base in f16 or f32:', 'bash',
+        f'llama.cpp, adapters on a GGUF of the {rounded}base in f16 or f32:',
+        'bash',
         f'llama-server -m BASE.gguf --lora {path} {options}'))
   if kinds['hf']:
     # On the Hub this folder's files lie at the root.
@@ -351,9 +371,12 @@ def _usage(summary):
   if kinds['peft']:
     path = kinds['peft'][0]['path']
     adapter = f'{where!r}, subfolder={path!r}' if where else repr(path)
-    base = ('FOLDER_OF_THE_DEQUANTISED_BASE'
-            if summary['base']['dequantised_from']
-            else summary['base']['hugging_face'] or 'FOLDER_OF_THE_BASE')
+    if summary['base']['rounded_to']:
+      base = 'FOLDER_OF_THE_ROUNDED_BASE'
+    elif summary['base']['dequantised_from']:
+      base = 'FOLDER_OF_THE_DEQUANTISED_BASE'
+    else:
+      base = summary['base']['hugging_face'] or 'FOLDER_OF_THE_BASE'
     parts.append(_code(
         'PEFT:', 'python', 'from peft import PeftModel',
         'from transformers import AutoModelForCausalLM', '',
@@ -383,6 +406,7 @@ def _making(summary):
   packages = [f'{k} {v}' for k, v in sorted(summary['packages'].items())]
   facts = [['base', f'`{base["name"]}` from `{base["source"]}`'],
            ['hash of the base', f'`{base["sha256"]}`'],
+           ['base rounded to', base['rounded_to'] or '-'],
            ['updates', summary['step']], ['code', f'`{summary["commit"]}`'],
            ['packages', ', '.join(packages)]]
   changes = [[f'`{key}`', f'`{json.dumps(value, ensure_ascii=False)}`']

@@ -96,7 +96,8 @@ def _base(chosen):
       name=chosen.config.model.name, source=chosen.config.model.weights,
       sha256=runs.base_hash(resolved, chosen.config.seed),
       hugging_face=hub_name(chosen.config.model.name),
-      dequantised_from=weights.quantization(resolved))
+      dequantised_from=weights.quantization(resolved),
+      rounded_to=chosen.config.model.quantization)
 
 
 def _data(chosen, tuned):

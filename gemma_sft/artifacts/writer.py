@@ -87,9 +87,8 @@ def gguf_bytes(source: Source, quantization: str) -> int:
 
 def adapter_bytes(source: Source) -> int:
   """Returns the size of the tensors of `write_peft` or `write_lora`."""
-  return sum(
-      a.nbytes + b.nbytes for _, a, b in adapters_lib.to_file(
-          source.layout, source.arrays.adapters, 'hf'))
+  tensors = adapters_lib.peft_tensors(source.layout, source.arrays.adapters)
+  return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def write_hf(
@@ -217,10 +216,10 @@ def write_lora(path: pathlib.Path, source: Source, adapter: Adapter) -> None:
 
 
 def _lora_tensors(source):
-  for name, a, b in adapters_lib.to_file(
+  for adapter in adapters_lib.to_file(
       source.layout, source.arrays.adapters, 'gguf'):
-    yield f'{name}.lora_a', a
-    yield f'{name}.lora_b', b
+    yield f'{adapter.name}.lora_a', adapter.a
+    yield f'{adapter.name}.lora_b', adapter.b
 
 
 def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
@@ -228,8 +227,15 @@ def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
       json.dumps(value, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
 
 
-def check_formats(formats: list[str], *, has_adapters: bool) -> None:
-  """Raises a `UserError` for a format that is unknown or cannot be made."""
+def check_formats(
+    formats: list[str], *, has_adapters: bool, has_magnitudes: bool) -> None:
+  """Raises a `UserError` for a format that is unknown or cannot be made.
+
+  Args:
+    formats: As asked for.
+    has_adapters: Whether adapters are exported.
+    has_magnitudes: Whether they are DoRA's.
+  """
   known = ['hf', 'peft', 'lora',
            *(f'gguf-{q}' for q in gguf_writer.QUANTIZATIONS)]
   if not formats:
@@ -246,3 +252,9 @@ def check_formats(formats: list[str], *, has_adapters: bool) -> None:
           f'--formats: {name}, and there is no adapter: all weights were'
           ' trained, or --base was given', 'formats of a whole model',
           '--formats=hf,gguf-q8_0')
+    if name == 'lora' and has_magnitudes:
+      raise errors.UserError(
+          f'--formats: {name}, and config.lora.dora is true: an adapter of'
+          ' llama.cpp has no place for the magnitudes of DoRA',
+          'peft for the adapter alone, or a merged GGUF',
+          '--formats=peft,gguf-q8_0')

@@ -3,11 +3,13 @@
 Both keep, for a weight (out, in), A as (R, in) and B as (out, R); ours keep
 the axes of the library's einsums. Flattening in order is the same transform
 that takes the weight itself to the files, as `names` has it: heads before
-head width, and no permutation for rope.
+head width, and no permutation for rope. So it is for DoRA's magnitudes, (out,)
+in PEFT's files; llama.cpp has no place for them.
 """
 
 from collections.abc import Iterator
 from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -28,10 +30,27 @@ _PARTS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+  """The adapter of one tensor of a file, f32.
+
+  Attributes:
+    name: Of the adapted tensor.
+    a: A (R, in).
+    b: B (out, R).
+    magnitude: DoRA's (out,), or None.
+  """
+
+  name: str
+  a: np.ndarray
+  b: np.ndarray
+  magnitude: np.ndarray | None
+
+
 def to_file(
     layout: names.Layout, adapters: Mapping[str, Any], form: str
-) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-  """Yields (name of the adapted tensor, A (R, in), B (out, R)), all f32.
+) -> Iterator[Adapter]:
+  """Yields the adapters in the order of the file's tensors.
 
   Args:
     layout: The model.
@@ -53,9 +72,12 @@ def to_file(
       if a is None:
         continue
       b = flat.pop(f'{weight}/{part}/b')
+      m = flat.pop(f'{weight}/{part}/m', None)
       rank = a.shape[-1]
-      yield (name, np.ascontiguousarray(a.reshape(-1, rank).T),
-             np.ascontiguousarray(b.reshape(rank, -1).T))
+      yield Adapter(
+          name, np.ascontiguousarray(a.reshape(-1, rank).T),
+          np.ascontiguousarray(b.reshape(rank, -1).T),
+          None if m is None else m.reshape(-1))
   if flat:
     raise errors.UserError(
         f'the adapter {next(iter(flat))} belongs to no weight of the model',
@@ -67,10 +89,12 @@ def peft_tensors(
 ) -> dict[str, np.ndarray]:
   """Returns the tensors of a PEFT adapter_model.safetensors."""
   tensors = {}
-  for name, a, b in to_file(layout, adapters, 'hf'):
-    prefix = 'base_model.model.' + name.removesuffix('.weight')
-    tensors[f'{prefix}.lora_A.weight'] = a
-    tensors[f'{prefix}.lora_B.weight'] = b
+  for adapter in to_file(layout, adapters, 'hf'):
+    prefix = 'base_model.model.' + adapter.name.removesuffix('.weight')
+    tensors[f'{prefix}.lora_A.weight'] = adapter.a
+    tensors[f'{prefix}.lora_B.weight'] = adapter.b
+    if adapter.magnitude is not None:
+      tensors[f'{prefix}.lora_magnitude_vector'] = adapter.magnitude
   return tensors
 
 
@@ -98,10 +122,8 @@ def peft_config(
     rank_stabilised: See `lora.scale`.
     dropout: What it was trained with.
   """
-  modules = [
-      name.removesuffix('.weight')
-      for name, _, _ in to_file(layout, adapters, 'hf')
-  ]
+  found = list(to_file(layout, adapters, 'hf'))
+  modules = [adapter.name.removesuffix('.weight') for adapter in found]
   return {
       'peft_type': 'LORA',
       'task_type': 'CAUSAL_LM',
@@ -110,7 +132,7 @@ def peft_config(
       'lora_alpha': alpha,
       'lora_dropout': dropout,
       'use_rslora': rank_stabilised,
-      'use_dora': False,
+      'use_dora': any(adapter.magnitude is not None for adapter in found),
       'bias': 'none',
       'fan_in_fan_out': False,
       'inference_mode': True,
