@@ -199,6 +199,8 @@ def run_loop(
     (hidden states, the new cache).
   """
   rope = None
+  if adapters and is_stacked(adapters):
+    adapters = unstack(adapters)
   if segment_ids_BT is not None:
     rope = _rope_tables(transformer.config, positions_BT)
 

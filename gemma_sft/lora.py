@@ -142,9 +142,12 @@ def stack(adapters: Params, num_layers: int) -> Params:
   NaN for DoRA's magnitude, which `dora.factor` knows.
 
   Args:
-    adapters: From `init_adapters`: {'layer_0': {'attn': ...}, ...}.
+    adapters: From `init_adapters`: {'layer_0': {'attn': ...}, ...}. Of those
+      that are stacked already ({'layers': ...}) the stack is returned.
     num_layers: L.
   """
+  if 'layers' in adapters:
+    return adapters['layers']
   layers = [
       flax.traverse_util.flatten_dict(adapters.get(f'layer_{i}', {}))
       for i in range(num_layers)]
@@ -154,6 +157,14 @@ def stack(adapters: Params, num_layers: int) -> Params:
           layer.get(path, jnp.full_like(
               leaf, jnp.nan if path[-1] == 'm' else 0)) for layer in layers])
       for path, leaf in like.items()})
+
+
+def unstack(stacked: Params, like: Params) -> Params:
+  """Returns the adapters per layer again, those that `like` has."""
+  flat = flax.traverse_util.flatten_dict(stacked)
+  return flax.traverse_util.unflatten_dict({
+      path: flat[path[1:]][int(path[0].removeprefix('layer_'))]
+      for path in flax.traverse_util.flatten_dict(like)})
 
 
 def _lookup(adapters: Params, path: tuple[str, ...]) -> Params:

@@ -61,7 +61,7 @@ class Run:
     settings: For `train.train_step`.
     schedule: step -> learning rate.
     optimizer: Optax's.
-    initial_state: The state before the first update.
+    initial_state: The state before the first update, per layer.
   """
 
   config: Any
@@ -89,6 +89,18 @@ class Run:
           lambda leaf: leaf.astype(self.settings.compute_dtype), trainable)
     return model_lib.merge(
         self.model, self.base, trainable, self.settings.lora_scale)
+
+  def enter(self, state: state_lib.TrainState) -> state_lib.TrainState:
+    """Returns a state in the form that steps run on."""
+    if self.settings.lora_enabled and self.settings.execution.layers == 'scan':
+      state = state_lib.stack_layers(state, self.model.config.num_layers)
+    return jax.device_put(state, sharding.tree_shardings(state, self.mesh))
+
+  def leave(self, state: state_lib.TrainState) -> state_lib.TrainState:
+    """Returns a state of steps in the form of checkpoints, per layer."""
+    if self.settings.lora_enabled and self.settings.execution.layers == 'scan':
+      state = state_lib.unstack_layers(state, self.initial_state)
+    return state
 
   def meta(self, step: int, data_state: Any, chain: str, **more: Any
            ) -> checkpoint_lib.Meta:

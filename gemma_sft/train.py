@@ -181,6 +181,7 @@ def train(
     state, meta = restored
   elif config.init_from:
     state = runs.init_from(run, config.init_from)
+  state = run.enter(state)
   runs.save_config(run)
   step = meta.step if meta else 0
   chain = meta.chain if meta else data.EMPTY_CHAIN
@@ -216,7 +217,7 @@ def train(
     finished = last or stopping or tracker.exhausted
     due = finished or (step and step % save_every == 0)
     if due and (meta is None or step > meta.step):
-      checkpoints.save(state, run.meta(
+      checkpoints.save(run.leave(state), run.meta(
           step, iterator.get_state(), chain, metrics=scores,
           best=tracker.best, stale=tracker.stale))
     if finished:

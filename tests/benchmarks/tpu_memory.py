@@ -80,10 +80,11 @@ def compile_step(
   optimizer = optimizer_lib.make_optimizer(
       lambda step: 2e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0,
       clip_norm=1.0)
-  state = jax.eval_shape(lambda: state_lib.make_state(
+  state = jax.eval_shape(lambda: state_lib.stack_layers(state_lib.make_state(
       lora.init_adapters(
           abstract, rank=16, targets='attn/', seed=0,
-          transposed_gating=model.transposed_gating), optimizer))
+          transposed_gating=model.transposed_gating), optimizer),
+      model.config.num_layers))
   state = _shapes(state, sharding.tree_shardings(state, mesh))
   groups = sharding.batch_groups(mesh)
   B = rows * groups

