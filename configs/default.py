@@ -44,7 +44,7 @@ def get_config() -> config_dict.ConfigDict:
   model.head_dim = 64
   model.sliding_window = 512
   # Dtype of the frozen base and of all compute: auto is bfloat16 where the
-  # device has it, float32 on a CPU (XLA emulates bfloat16 there, slower).
+  # device has it, float32 on a CPU (a step in bfloat16 is no faster there).
   model.dtype = 'auto'
   # The projections of the frozen base in int8, int4 or nf4, a scale for each
   # block of 128 or 64 weights (QLoRA); '' keeps them in the dtype.

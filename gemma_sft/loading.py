@@ -43,12 +43,11 @@ def choose_dtype(name: str) -> tuple[Any, str]:
   device = jax.local_devices()[0]
   if name == 'bfloat16' and device.platform == 'cpu':
     return jnp.dtype(name), (
-        'config.model.dtype says so; float32 is faster on a CPU, where XLA has'
-        ' no bfloat16 products')
+        'config.model.dtype says so; float32 is no slower on a CPU, and exact')
   if name != 'auto':
     return jnp.dtype(name), 'config.model.dtype says so'
   if device.platform == 'cpu':
-    return jnp.dtype('float32'), 'a CPU: XLA has no fast bfloat16 there'
+    return jnp.dtype('float32'), 'a CPU: bfloat16 is no faster there'
   if device.platform == 'gpu':
     # By the card: libraries may call bfloat16 supported where it is emulated.
     capability = compute_capability(device)

@@ -403,7 +403,7 @@ def test_stacked_is_each_layer_on_the_mesh(source, kind):
   down = stacked['layers/mlp/linear']
   if kind:
     assert down.values.sharding.spec == P(None, 'tensor', 'fsdp')
-    # XLA has no say in these:  as it was asked for.
+    # Written as it was asked for: XLA never returns these.
     assert tuple(down.scales.sharding.spec)[:2] == (None, 'tensor')
     assert not any(tuple(down.scales.sharding.spec)[2:])
 
