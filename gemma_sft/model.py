@@ -394,6 +394,14 @@ def merge(
       params, adapters, lora_scale, transposed_gating=model.transposed_gating)
 
 
+def per_layer(params: Params) -> Params:
+  """Returns weights to generate with, their layers no longer stacked."""
+  if isinstance(params, Adapted):
+    return params.replace(base=blocks.unstack(params.base),
+                          adapters=blocks.unstack(params.adapters))
+  return blocks.unstack(params)
+
+
 def dense(params: Params) -> Params:
   """Returns a tree with its quantised weights as f32 arrays."""
   return jax.tree.map(
