@@ -106,9 +106,10 @@ def get_config() -> config_dict.ConfigDict:
   # Microbatches of a step; exact in tokens whatever their number.
   train.microbatches = 1
   # What the backward pass makes again instead of keeping: none; elementwise,
-  # all but the results of matrix products and of attention; block, each whole
-  # block from its input. Gemma 3 270M, 2 rows of 256 tokens, f32 on a CPU:
-  # temporaries of 924, 383 and 113 MB, steps of 2.7, 2.8 and 3.2 CPU-seconds.
+  # all but the results of the base's matrix products and of attention; block,
+  # each whole block from its input. Gemma 3 270M, 2 rows of 256 tokens, f32 on
+  # a CPU: temporaries of 924, 383 and 113 MB, steps of 2.7, 2.8 and 3.2
+  # CPU-seconds.
   train.remat = 'elementwise'
   # Trained positions whose loss is computed at a time. With all weights trained
   # their logits exist (1024 of 262,144 floats are 1 GB), with LoRA a block of
