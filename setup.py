@@ -5,27 +5,49 @@ import setuptools
 # Ranges are "known to work" to "the next release that may break it".
 REQUIREMENTS = [
     'absl-py>=2.3',
+    # Retrieval of examples by BM25, the strongest cheap prompting.
+    'bm25s>=0.3',
+    # The web page of `serve`.
+    'fastapi>=0.120',
+    # Unicode repair of scraped text.
+    'ftfy>=6.3',
     'flax>=0.12.9,<0.13',
     # gm.nn's layout of parameters and the two internals that model.py reaches
     # are those of 4.0; 4.0.0 and later need Python 3.12.
     'gemma>=4.0.1,<4.1',
     'gguf>=0.17,<1',
     'grain>=0.2.18,<0.3',
+    # Romanisation of Indic scripts.
+    'indic-transliteration>=2.3.80',
     'jax>=0.11.1,<0.13',
+    'jinja2>=3.1',
     'matplotlib>=3.9',
     'ml-collections>=1.1,<2',
     'optax>=0.2.6,<0.3',
+    # Simplified to traditional characters, which rhyme books are in.
+    'opencc>=1.1.9',
     'orbax-checkpoint>=0.11.33,<0.13',
+    # The standard library's drops the vowel signs of Indic scripts from words.
+    'regex>=2024.11',
+    # Near-duplicates by MinHash.
+    'rensa>=0.4',
+    # BLEU and chrF.
+    'sacrebleu>=2.5',
     'safetensors>=0.8,<1',
+    # HTML to text.
+    'selectolax>=0.4',
     # 0.2.2 and later carry protobuf code made by a newer generator than the
     # protobuf runtime that TensorFlow (through kauldron) allows: importing
     # gemma's tokenizers then ends in a VersionError.
     'sentencepiece==0.2.1',
+    # Queries as trees, compared and graded by hardness.
+    'sqlglot>=28',
     'tensorboardX>=2.6',
     'tensorflow-datasets>=4.9.9',
     # tensorflow-datasets imports it without declaring it.
     'importlib_resources',
     'tqdm',
+    'uvicorn>=0.35',
 ]
 
 # Gemma 3 270M, pretrained, as a GGUF of 253 MB. Subject to Gemma's terms of
@@ -46,7 +68,10 @@ setuptools.setup(
     python_requires='>=3.12',
     packages=setuptools.find_packages(
         include=['gemma_sft', 'gemma_sft.*', 'configs']),
-    package_data={'gemma_sft.tasks': ['*.js', '*.json']},
+    package_data={
+        'gemma_sft': ['*.html'],
+        'gemma_sft.tasks': ['*.js', '*.json'],
+    },
     install_requires=REQUIREMENTS,
     extras_require={
         'base': BASE,
@@ -59,7 +84,6 @@ setuptools.setup(
             'beartype>=0.21',
             'hypothesis>=6',
             # Hold our chat template and our tokenizer.json against their own.
-            'jinja2>=3.1',
             'pyyaml>=6',
             'tokenizers>=0.22',
             'pytest>=8',

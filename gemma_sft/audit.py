@@ -103,9 +103,10 @@ def _cut(example, n, tokenizer):
   if len(example.tokens) <= n:
     return example
   tokens, mask = example.tokens[:n], example.loss_mask[:n]
+  text = tokenizer.decode(tokens[mask])
   return dataclasses.replace(
       example, tokens=tokens, loss_mask=mask,
-      target_bytes=len(tokenizer.decode(tokens[mask]).encode()))
+      target_bytes=len(text.encode()), target_characters=len(text))
 
 
 def _check_example(example, whole, tokenizer, ends):

@@ -32,12 +32,15 @@ class Example:
     loss_mask: bool (T,); True where the token is one that the model must learn
       to produce. The shift by one, from tokens to targets, happens in `data`.
     target_bytes: UTF-8 length of the trained text, for bits per byte.
+    target_characters: Its length in Unicode's code points, for bits per
+      character.
     where: The record that it came from, for messages.
   """
 
   tokens: np.ndarray
   loss_mask: np.ndarray
   target_bytes: int
+  target_characters: int
   where: str = ''
 
 
@@ -159,10 +162,10 @@ def render(
         'a last message of role model, which is what is trained',
         'drop the open question at the end or add its answer')
   ids, mask = _render(messages, tokenizer, where)
-  target_bytes = sum(
-      len(m.content.strip().encode()) for m in messages if m.role == 'model')
+  trained = ''.join(m.content.strip() for m in messages if m.role == 'model')
   return Example(
-      np.asarray(ids, np.int32), np.asarray(mask, bool), target_bytes, where)
+      np.asarray(ids, np.int32), np.asarray(mask, bool),
+      len(trained.encode()), len(trained), where)
 
 
 def render_prompt(
@@ -184,7 +187,7 @@ def render_text(text: str, tokenizer: Tokenizer, where: str = '') -> Example:
   mask = np.ones(len(ids), bool)
   mask[0] = False
   return Example(
-      np.asarray(ids, np.int32), mask, len(text.encode()), where)
+      np.asarray(ids, np.int32), mask, len(text.encode()), len(text), where)
 
 
 def _render(messages, tokenizer, where):

@@ -37,6 +37,10 @@ _FLAGS = {
         'dry_run', False, 'Audit the data, print the plan and stop.'),
     'base': lambda: flags.DEFINE_bool(
         'base', False, 'The untouched base model instead of the tuned one.'),
+    'baseline': lambda: flags.DEFINE_list(
+        'baseline', [], 'Ways of prompting, by commas: zero, few:4 (examples of'
+        ' the training split, drawn by the seed), rag:4 (the nearest by BM25).'
+        ' evaluate: of the base; sample: one of them.'),
     'self_test': lambda: flags.DEFINE_bool(
         'self_test', False, 'Before training, compare the gradient of one batch'
         ' as 1xB, Bx1, packed, padded and on one device; stop if they differ.'),
@@ -49,7 +53,7 @@ _FLAGS = {
         ' one an interactive chat begins.'),
     'system': lambda: flags.DEFINE_string('system', '', 'System text.'),
     'examples': lambda: flags.DEFINE_integer(
-        'examples', 3, 'Number of examples to show.'),
+        'examples', 3, 'Number of examples to show; curate: of each step.'),
     'color': lambda: flags.DEFINE_bool(
         'color', None, 'Colours; the default is whether this is a terminal.'),
     'temperature': lambda: flags.DEFINE_float(
@@ -68,7 +72,8 @@ _FLAGS = {
     'seed': lambda: flags.DEFINE_integer(
         'seed', None, 'Of the sampling.'),
     'out': lambda: flags.DEFINE_string(
-        'out', None, 'Folder to export to; it must not be there yet.'),
+        'out', None, 'export: folder to export to; it must not be there yet.'
+        ' curate: folder to write to. serve: file of the ratings.'),
     'formats': lambda: flags.DEFINE_list(
         'formats', [], 'What to write, separated by commas: hf, peft, lora,'
         ' gguf-f32, gguf-f16, gguf-bf16, gguf-q8_0, gguf-q6_k, gguf-q5_k_m,'
@@ -93,7 +98,7 @@ _FLAGS = {
         'allow_unproven', False, 'Export even what cannot be proven because its'
         ' runtime is missing; the card says so.'),
     'overwrite': lambda: flags.DEFINE_bool(
-        'overwrite', False, 'Replace an earlier export under --out.'),
+        'overwrite', False, 'Replace what an earlier run wrote under --out.'),
     'push': lambda: flags.DEFINE_multi_string(
         'push', [], 'ORG/NAME on the Hugging Face Hub or kaggle:OWNER/MODEL, to'
         ' upload to afterwards; logins come from the environment.'),
@@ -104,6 +109,19 @@ _FLAGS = {
         'private', False, 'Make new repositories private.'),
     'limit': lambda: flags.DEFINE_integer(
         'limit', 0, 'Judge only the first so many records; 0 for all.'),
+    'mode': lambda: flags.DEFINE_enum(
+        'mode', None, ['rate', 'play'], 'rate: people compare the answers of'
+        ' --runs; play: a playground for the run of --workdir.'),
+    'runs': lambda: flags.DEFINE_list(
+        'runs', [], 'Two results to compare, by a comma: workdirs, W:base for'
+        ' the untouched model of W.'),
+    'report': lambda: flags.DEFINE_bool(
+        'report', False, 'Print what people said of --runs, and stop.'),
+    'host': lambda: flags.DEFINE_string(
+        'host', '127.0.0.1', 'Address to serve on. Any other than this'
+        " machine's own needs the token in the address that is printed."),
+    'port': lambda: flags.DEFINE_integer(
+        'port', 8000, 'Port to serve on; 0 takes any that is free.'),
 }
 
 

@@ -13,7 +13,7 @@ from gemma_sft import errors
 # changes a number that training computes.
 _FREE_ON_RESUME = (
     'deadline_minutes', 'eval.', 'checkpoint.', 'mesh.',
-    'sampling.', 'train.log_every', 'train.remat', 'data.test',
+    'sampling.', 'curate.', 'train.log_every', 'train.remat', 'data.test',
     'model.weights', 'model.tokenizer', 'model.layers', 'model.attention')
 
 
@@ -64,16 +64,16 @@ def differences(
   ]
 
 
-def parse_columns(text: str) -> dict[str, str]:
+def parse_columns(
+    text: str, key: str = 'data.columns') -> dict[str, str]:
   """Returns {'prompt': 'question'} of 'prompt=question'."""
   columns = {}
   for part in filter(None, (p.strip() for p in text.split(','))):
     name, equals, column = part.partition('=')
     if not equals or not name.strip() or not column.strip():
       raise errors.UserError(
-          f'config.data.columns has {part!r}', 'name=column, by commas',
-          "for example --config.data.columns='prompt=question,"
-          "completion=answer'")
+          f'config.{key} has {part!r}', 'name=column, by commas',
+          f"for example --config.{key}='prompt=question,completion=answer'")
     columns[name.strip()] = column.strip()
   return columns
 
@@ -125,6 +125,7 @@ def validate(config: Any) -> None:
   check('data.max_length', lambda v: v >= 8, 'at least 8 tokens')
   check('data.batch_size', positive, 'at least 1 row')
   check('data.repeat', positive, 'at least 1')
+  check('data.limit', not_negative, '0 for all, or a number of records')
   check('data.max_cut_share', share, 'a share from 0 to 1')
   if config.data.packing:
     check('data.buckets', lambda v: not v, '() with packing: packed rows have'
@@ -191,3 +192,51 @@ def validate(config: Any) -> None:
     check(f'mesh.{axis}', lambda v: v >= 1 or v == -1,
           'a number of devices, or -1 for what the other axes leave')
   parse_columns(config.data.columns)
+
+
+def validate_curation(config: Any) -> None:
+  """Checks config.curate, as far as can be known without the data.
+
+  Raises:
+    UserError: for the first value out of its range.
+  """
+  section = config.curate
+
+  def check(key, good, expected, fix=''):
+    if not good(section[key]):
+      raise errors.UserError(
+          f'config.curate.{key} is {section[key]!r}', expected,
+          fix or f'set --config.curate.{key}')
+
+  def share(value):
+    return 0 <= value <= 1
+
+  check('source', bool, 'the file or pattern of the raw collection')
+  for key in ('text', 'punctuation', 'required', 'lists', 'groups', 'augment',
+              'augment_templates', 'augment_keep', 'romanise'):
+    check(key, lambda v: all(isinstance(item, str) and item for item in v),
+          'texts', f"set --config.curate.{key}=\"('one','two')\"")
+  check('fractions', lambda v: len(v) == 3, 'three shares: of train,'
+        ' validation and test')
+  check('fractions', lambda v: all(
+      isinstance(item, (int, float)) and share(item) for item in v)
+        and math.isclose(sum(v), 1, abs_tol=1e-6),
+        'three shares from 0 to 1 that add to 1',
+        "for example --config.curate.fractions='(0.8, 0.1, 0.1)'")
+  for key in ('punctuation_share', 'max_missing', 'duplicates',
+              'augment_share'):
+    check(key, share, 'a share from 0 to 1')
+  check('ngram', lambda v: v >= 1, 'at least 1 character')
+  check('min_lines', lambda v: v >= 0, '0 or more lines')
+  check('opening', lambda v: v >= 0, '0 for none, or a number of lines')
+  check('tokens', lambda v: v in ('', 'words', 'aksharas'),
+        "words, aksharas or ''")
+  methods = ('line_order', 'span_dropout', 'paraphrase')
+  check('augment', lambda v: set(v) <= set(methods),
+        f'of {", ".join(methods)}')
+  if 'paraphrase' in section.augment:
+    check('augment_templates', bool, 'at least one for paraphrase',
+          "for example --config.curate.augment_templates="
+          "\"('description=You say it when {description}',)\"")
+  for key in ('rename', 'fill'):
+    parse_columns(section[key], f'curate.{key}')

@@ -317,6 +317,10 @@ class Batches:
     """Returns the UTF-8 bytes of the trained text of one epoch."""
     return self._examples.target_bytes() * self._layout.repeat
 
+  def target_characters(self) -> int:
+    """Returns the code points of the trained text of one epoch."""
+    return self._examples.target_characters() * self._layout.repeat
+
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:

@@ -63,6 +63,7 @@ def generate(
     seed: int = 0,
     is_done: Callable[[int, list[int]], bool] | None = None,
     progress: Callable[[int], None] | None = None,
+    on_answer: Callable[[int, list[int]], None] | None = None,
 ) -> list[list[int]]:
   """Returns the new tokens of each prompt, stop tokens left out.
 
@@ -81,6 +82,7 @@ def generate(
     is_done: Called every few tokens with (prompt number, its tokens so far);
       True ends the row. For stop texts and for streaming.
     progress: Called with the number of prompts answered so far.
+    on_answer: Called with (prompt number, its tokens) after its batch.
   """
   answers: list[list[int]] = [[] for _ in prompts]
   # Like lengths together: less padding. Results do not depend on it.
@@ -93,6 +95,8 @@ def generate(
         model, params, [prompts[i] for i in numbers], numbers, answers,
         sampling, tuple(stop_ids), vocab_size, batch_size, seed, is_done)
     finished += len(numbers)
+    for i in numbers if on_answer is not None else ():
+      on_answer(i, answers[i])
     if progress is not None:
       progress(finished)
   return answers

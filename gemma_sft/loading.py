@@ -243,6 +243,22 @@ class Split:
   report: audit.Report
 
 
+def read_split(section: Any, name: str) -> list[records_lib.Record]:
+  """Returns the records of a split of `config.data`, none of them rendered.
+
+  Raises:
+    UserError: for the first thing wrong with a file or a row.
+  """
+  records = records_lib.read(
+      section[name], format=section.format, split=name,
+      columns=config_lib.parse_columns(section.columns))
+  if section.limit and name == 'train':
+    records = records[:section.limit]
+  if section.fields:
+    records = [records_lib.keep_fields(r, section.fields) for r in records]
+  return records
+
+
 def load_splits(
     section: Any,
     names: Sequence[str],
@@ -260,9 +276,7 @@ def load_splits(
   for name in names:
     if not section[name]:
       continue
-    records = records_lib.read(
-        section[name], format=section.format, split=name,
-        columns=config_lib.parse_columns(section.columns))
+    records = read_split(section, name)
     folder = cache.folder('tokens')
     key = _tokens_key(name, section, records, task, tokenizer)
     kept = token_cache.load(folder, key)

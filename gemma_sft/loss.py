@@ -65,6 +65,60 @@ def masked_nll(
     frozen_head: The embedding gets no gradient (LoRA, evaluation).
     mesh: The mesh of the arrays, where its axis 'tensor' splits the embedding.
   """
+  x_GPD, targets_GP, weights_GP, n_G, n_chunks = _gather(
+      x_BTD, targets_BT, loss_mask_BT, max_trained, groups, chunk_size)
+  head_nll = _frozen_head_nll if frozen_head else _trained_head_nll
+  nll = head_nll(
+      x_GPD, embedding_VD, targets_GP, weights_GP, softcap, n_chunks, mesh)
+  nll = jnp.where((n_G <= max_trained).all(), nll, jnp.nan)
+  return nll, n_G.sum().astype(jnp.float32)
+
+
+def masked_hits(
+    x_BTD: shapes.HiddenBTD,
+    embedding_VD: shapes.EmbeddingVD,
+    targets_BT: shapes.TokensBT,
+    loss_mask_BT: shapes.MaskBT,
+    *,
+    max_trained: int,
+    groups: int = 1,
+    chunk_size: int = 128,
+) -> shapes.Scalar:
+  """Returns the number of trained targets that are the likeliest token, f32.
+
+  Over `masked_nll`'s count it is the next-token accuracy. A cap on the logits
+  changes no order, so there is none here. For evaluation: no gradient.
+
+  Args:
+    x_BTD: See `masked_nll`, as all others.
+    embedding_VD: The tied head.
+    targets_BT: The next token at each position.
+    loss_mask_BT: True where the target is trained.
+    max_trained: Static bound on the trained positions of a group.
+    groups: Number of device shards of B.
+    chunk_size: Positions whose logits, (chunk_size, V) in f32, are there at a
+      time.
+  """
+  x_GPD, targets_GP, weights_GP, n_G, n_chunks = _gather(
+      x_BTD, targets_BT, loss_mask_BT, max_trained, groups, chunk_size)
+
+  def hits(chunk):
+    x_GCD, targets_GC, weights_GC = chunk
+    logits_GCV = jnp.einsum(
+        'GCD,VD->GCV', x_GCD, embedding_VD, preferred_element_type=jnp.float32)
+    return jnp.sum((logits_GCV.argmax(axis=2) == targets_GC) * weights_GC)
+
+  total = jax.lax.map(hits, (
+      _split(x_GPD, n_chunks), _split(targets_GP, n_chunks),
+      _split(weights_GP, n_chunks))).sum()
+  return jnp.where((n_G <= max_trained).all(), total, jnp.nan)
+
+
+def _gather(x_BTD, targets_BT, loss_mask_BT, max_trained, groups, chunk_size):
+  """Returns (x_GPD, targets_GP, weights_GP, n_G, n_chunks) of what is trained.
+
+  Weights are 1.0 where a slot of P holds one of the group's n_G positions.
+  """
   D = x_BTD.shape[-1]
   x_GND = x_BTD.reshape(groups, -1, D)
   targets_GN = targets_BT.reshape(groups, -1)
@@ -83,12 +137,7 @@ def masked_nll(
       weights_GP[:, :, None] > 0,
       jnp.take_along_axis(x_GND, index_GP[:, :, None], axis=1), 0)
   targets_GP = jnp.take_along_axis(targets_GN, index_GP, axis=1)
-
-  head_nll = _frozen_head_nll if frozen_head else _trained_head_nll
-  nll = head_nll(
-      x_GPD, embedding_VD, targets_GP, weights_GP, softcap, n_chunks, mesh)
-  nll = jnp.where((n_G <= max_trained).all(), nll, jnp.nan)
-  return nll, n_G.sum().astype(jnp.float32)
+  return x_GPD, targets_GP, weights_GP, n_G, n_chunks
 
 
 def _split(array_GP, n_chunks):

@@ -143,18 +143,21 @@ def progress_line(
 
 
 def summarise(
-    nll_sum: float, n_tokens: float, n_bytes: int) -> dict[str, float]:
-  """Returns loss, perplexity and bits per byte of the trained text.
+    nll_sum: float, n_tokens: float, n_bytes: int, n_characters: int
+) -> dict[str, float]:
+  """Returns loss, perplexity, bits per byte and per character of the text.
 
   Args:
     nll_sum: Sum of -ln p over the trained tokens, terminators included.
     n_tokens: Their number.
     n_bytes: UTF-8 bytes of the answers. Bits per byte compare models with
       different tokenizers; perplexities per token do not.
+    n_characters: Code points of the answers.
   """
   loss = nll_sum / n_tokens
   return {
       'loss': loss,
       'perplexity': math.exp(min(loss, 700.0)),
       'bits_per_byte': nll_sum / math.log(2) / max(1, n_bytes),
+      'bits_per_character': nll_sum / math.log(2) / max(1, n_characters),
   }

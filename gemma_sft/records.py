@@ -106,6 +106,23 @@ def read(
   return records
 
 
+def keep_fields(record: Record, names: Iterable[str]) -> Record:
+  """Returns the record with these fields alone.
+
+  Raises:
+    UserError: if it lacks one.
+  """
+  known = list(record.fields)
+  for name in names:
+    if name not in known:
+      raise errors.UserError(
+          f'{record.where}: no field {name!r}',
+          f'one of {", ".join(map(repr, known))}',
+          f'{errors.nearest(name, known)}Correct config.data.fields.',
+      )
+  return Record({name: record.fields[name] for name in names}, record.where)
+
+
 def validate(record: Record) -> Record:
   """Returns the record in canonical form: its text as strings, no null fields.
 

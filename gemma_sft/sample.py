@@ -3,6 +3,7 @@
     python -m gemma_sft.sample --workdir=W --prompt='What is Blop?'
     python -m gemma_sft.sample --workdir=W            # a chat; /help
     python -m gemma_sft.sample --workdir=W --base     # the untouched model
+    python -m gemma_sft.sample --workdir=W --base --baseline=rag:4 --prompt=...
 
 Temperature, top-k, top-p, repetition penalty, stop texts and seed have flags;
 their defaults are the run's `config.sampling`.
@@ -11,9 +12,9 @@ their defaults are the run's `config.sampling`.
 from gemma_sft import cli
 
 if __name__ == '__main__':
-  cli.run('gemma_sft.sample', 'config', 'workdir', 'base', 'step', 'prompt',
-          'system', 'temperature', 'top_k', 'top_p', 'repetition_penalty',
-          'max_new_tokens', 'stop', 'seed')
+  cli.run('gemma_sft.sample', 'config', 'workdir', 'base', 'step', 'baseline',
+          'prompt', 'system', 'temperature', 'top_k', 'top_p',
+          'repetition_penalty', 'max_new_tokens', 'stop', 'seed')
 
 import sys
 from typing import Any
@@ -23,6 +24,8 @@ from gemma_sft import chat
 from gemma_sft import config as config_lib
 from gemma_sft import errors
 from gemma_sft import generate
+from gemma_sft import loading
+from gemma_sft import prompting
 from gemma_sft import runs
 
 _HELP = """  /new           forget the conversation
@@ -37,6 +40,7 @@ def main(
     step: int,
     prompt: Sequence[str] | None,
     system: str,
+    baseline: Sequence[str] = (),
     **sampling: Any,
 ) -> int:
   """Answers or chats; see the module's docstring."""
@@ -48,8 +52,18 @@ def main(
     if value is not None:
       config.sampling[name] = tuple(value) if name == 'stop' else value
   config_lib.validate(config)
+  if len(baseline) > 1:
+    raise errors.UserError(
+        f'--baseline={",".join(baseline)}', 'one way of prompting',
+        'choose one: zero, few:4 or rag:4')
+  shown = prompting.parse(baseline[0] if baseline else 'zero')
   served = runs.load_weights(config, workdir, base=base, step=step)
   print(f'weights: {served.description}', file=sys.stderr)
+  prompter = None
+  if shown.n:
+    prompter = prompting.Prompter(shown, [
+        served.task.to_messages(r)
+        for r in loading.read_split(config.data, 'train')], config.seed)
   if prompt:
     for text in prompt:
       if not text.strip():
@@ -58,9 +72,10 @@ def main(
       if len(prompt) > 1:
         print(f'> {text}')
       conversation = _opening(system) + [chat.Message('user', text)]
-      answer(served, config.sampling, conversation, sys.stdout.write)
+      answer(served, config.sampling, conversation, sys.stdout.write,
+             prompter)
     return 0
-  return _chat(served, config.sampling, system)
+  return _chat(served, config.sampling, system, prompter)
 
 
 def answer(
@@ -68,6 +83,7 @@ def answer(
     sampling: Any,
     conversation: Sequence[chat.Message],
     write: Any,
+    prompter: prompting.Prompter | None = None,
 ) -> str:
   """Streams an answer to `write` and returns it.
 
@@ -76,7 +92,11 @@ def answer(
     sampling: `config.sampling`.
     conversation: Ending with the user's turn.
     write: Called with each new piece of text.
+    prompter: Puts examples of the training split before the conversation.
   """
+  if prompter is not None:
+    conversation = prompting.before(
+        prompter.choose(conversation), conversation)
   prompt = chat.render_prompt(conversation, served.tokenizer)
   shown = ''
 
@@ -126,7 +146,7 @@ def _opening(system: str) -> list[chat.Message]:
   return [chat.Message('system', system)] if system else []
 
 
-def _chat(served, sampling, system) -> int:
+def _chat(served, sampling, system, prompter=None) -> int:
   print('chat with the model; /help lists the commands', file=sys.stderr)
   conversation = _opening(system)
   while True:
@@ -148,6 +168,6 @@ def _chat(served, sampling, system) -> int:
       print(f'no command {line.partition(" ")[0]}; /help lists them')
     elif line:
       turn = [*conversation, chat.Message('user', line)]
-      text = answer(served, sampling, turn, sys.stdout.write)
+      text = answer(served, sampling, turn, sys.stdout.write, prompter)
       if text.strip():
         conversation = [*turn, chat.Message('model', text)]

@@ -1,5 +1,6 @@
 """Scores of a set of weights: loss on a split, and the judge's on answers."""
 
+import dataclasses
 import functools
 from typing import Any
 from typing import Callable
@@ -8,6 +9,7 @@ from typing import Sequence
 import jax
 import jax.numpy as jnp
 
+from gemma_sft import answers as answers_lib
 from gemma_sft import blocks
 from gemma_sft import chat
 from gemma_sft import data
@@ -15,6 +17,7 @@ from gemma_sft import generate
 from gemma_sft import loss as loss_lib
 from gemma_sft import metrics
 from gemma_sft import model as model_lib
+from gemma_sft import prompting
 from gemma_sft import sharding
 from gemma_sft import tasks
 
@@ -54,9 +57,7 @@ def batch_nll(
     execution: See `model.hidden_states`.
     **hidden: Adapters and dropout of `model.hidden_states`.
   """
-  x_BTD = model_lib.hidden_states(
-      model, params, microbatch['tokens'], microbatch['positions'],
-      microbatch['segment_ids'], execution=execution, **hidden)
+  x_BTD = _hidden(model, params, microbatch, execution=execution, **hidden)
   return loss_lib.masked_nll(
       x_BTD, model_lib.embedding(params), microbatch['targets'],
       microbatch['loss_mask'], max_trained=max_trained, groups=groups,
@@ -73,33 +74,62 @@ def evaluate_loss(
     adapters: Any = None,
     lora_scale: float = 1.0,
     execution: blocks.Execution = blocks.PLAIN,
+    accuracy: bool = False,
 ) -> dict[str, float]:
-  """Returns loss, perplexity and bits per byte over one pass of a source."""
-  nll_sum = n_tokens = 0.0
+  """Returns loss, perplexity and bits over one pass of a source.
+
+  Args:
+    model: From `make_model`.
+    params: The base weights, or merged ones.
+    source: One pass of it is scored.
+    mesh: Over all devices.
+    adapters: Of the base, or None.
+    lora_scale: Of the adapters.
+    execution: See `model.hidden_states`.
+    accuracy: Next-token accuracy too, for a second pass over the head.
+  """
+  nll_sum = n_tokens = n_hits = 0.0
   for i in range(source.batches_per_epoch):
     batch = source[i]
-    nll, n = _nll_of_batch(
+    nll, n, hits = _nll_of_batch(
         model, params, adapters, put_batch(batch, mesh), lora_scale,
-        int(batch['max_trained']), sharding.batch_groups(mesh), execution)
+        int(batch['max_trained']), sharding.batch_groups(mesh), execution,
+        accuracy)
     nll_sum += float(nll)
     n_tokens += float(n)
-  return metrics.summarise(nll_sum, n_tokens, source.target_bytes())
+    n_hits += float(hits)
+  scores = metrics.summarise(
+      nll_sum, n_tokens, source.target_bytes(), source.target_characters())
+  return scores | ({'accuracy': n_hits / n_tokens} if accuracy else {})
+
+
+def _hidden(model, params, microbatch, **arguments):
+  return model_lib.hidden_states(
+      model, params, microbatch['tokens'], microbatch['positions'],
+      microbatch['segment_ids'], **arguments)
 
 
 @functools.partial(jax.jit, static_argnames=(
-    'model', 'lora_scale', 'max_trained', 'groups', 'execution'))
+    'model', 'lora_scale', 'max_trained', 'groups', 'execution', 'accuracy'))
 def _nll_of_batch(
     model, params, adapters, batch, lora_scale, max_trained, groups,
-    execution):
+    execution, accuracy):
+  """Returns (nll sum, trained tokens, hits or 0) of a batch."""
 
   def add(total, microbatch):
-    nll, n = batch_nll(
-        model, params, microbatch, max_trained=max_trained, groups=groups,
-        frozen_head=True, adapters=adapters, lora_scale=lora_scale,
+    x_BTD = _hidden(
+        model, params, microbatch, adapters=adapters, lora_scale=lora_scale,
         execution=execution)
-    return (total[0] + nll, total[1] + n), None
+    trained = dict(max_trained=max_trained, groups=groups)
+    where = (x_BTD, model_lib.embedding(params), microbatch['targets'],
+             microbatch['loss_mask'])
+    nll, n = loss_lib.masked_nll(
+        *where, **trained, frozen_head=True,
+        softcap=model.config.final_logit_softcap, mesh=execution.mesh)
+    hits = loss_lib.masked_hits(*where, **trained) if accuracy else 0.0
+    return (total[0] + nll, total[1] + n, total[2] + hits), None
 
-  zero = (jnp.float32(0), jnp.float32(0))
+  zero = (jnp.float32(0),) * 3
   return jax.lax.scan(add, zero, batch)[0]
 
 
@@ -111,6 +141,9 @@ def answer_records(
     *,
     max_new_tokens: int,
     batch_size: int,
+    prompter: prompting.Prompter | None = None,
+    identity: str = '',
+    kept: answers_lib.Answers | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
   """Answers the last question of each conversation greedily.
@@ -124,18 +157,39 @@ def answer_records(
     conversations: As tasks make them, the reference answer last.
     max_new_tokens: Of an answer.
     batch_size: Rows at a time.
+    prompter: Puts examples before each question.
+    identity: Of the weights, for `kept`.
+    kept: Earlier answers, which are taken, and new ones, which are kept.
     progress: See `generate.generate`.
   """
+  examples = [prompter.choose(c) if prompter else [] for c in conversations]
   prompts = [
-      [tokenizer.bos_id, *tokenizer.encode(c.partition('\n')[0] + '\n')]
-      if isinstance(c, str) else chat.render_prompt(c[:-1], tokenizer)
-      for c in conversations]
-  answers = generate.generate(
-      model, params, prompts,
+      [tokenizer.bos_id, *tokenizer.encode(
+          ''.join(f'{text}\n\n' for text in shown)
+          + prompting.question(c) + '\n')]
+      if isinstance(c, str) else
+      chat.render_prompt(prompting.before(shown, c)[:-1], tokenizer)
+      for c, shown in zip(conversations, examples)]
+  keys = [answers_lib.make_key(identity, p, max_new_tokens) for p in prompts]
+  known = {key: kept.find(key) for key in keys} if kept else {}
+  # Prompts that are asked twice are answered once.
+  due = {key: prompt for key, prompt in zip(keys, prompts)
+         if known.get(key) is None}
+
+  def keep(number, tokens):
+    key = list(due)[number]
+    known[key] = tokenizer.decode(tokens)
+    if kept:
+      kept.add(key, known[key])
+
+  generate.generate(
+      model, params, list(due.values()),
       generate.Sampling(max_new_tokens=max_new_tokens),
       stop_ids=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size,
-      batch_size=batch_size, progress=progress)
-  return [tokenizer.decode(a) for a in answers]
+      batch_size=batch_size, on_answer=keep,
+      progress=None if progress is None else (
+          lambda n: progress(len(conversations) - len(due) + n)))
+  return [known[key] for key in keys]
 
 
 def ask(prompt: str) -> list[chat.Message]:
@@ -153,16 +207,70 @@ def judge_records(
     prompts: Sequence[str] = (),
     max_new_tokens: int,
     batch_size: int,
-    progress: Callable[[int], None] | None = None,
+    training: Sequence[Any] = (),
+    prompter: prompting.Prompter | None = None,
+    **answering: Any,
 ) -> tuple[tasks.Judged, list[str], list[str]]:
-  """Answers records and free prompts in one go, and judges the former.
+  """Answers records and free prompts in one go, and judges them.
+
+  Args:
+    model: From `make_model`.
+    params: Weights with the adapters merged in.
+    tokenizer: Of the model.
+    task: A module of `gemma_sft.tasks`.
+    records: To be answered.
+    prompts: Free ones, answered first.
+    max_new_tokens: Of an answer.
+    batch_size: Rows at a time.
+    training: What the model was tuned on, for the judge.
+    prompter: Puts examples before the records' questions.
+    **answering: See `answer_records`.
 
   Returns:
-    (verdict on the records' answers, those answers, the prompts' answers).
+    (verdict on the answers, the records' answers, the prompts' answers).
   """
   conversations = [task.to_messages(r) for r in records]
-  answers = answer_records(
-      model, params, tokenizer, [*map(ask, prompts), *conversations],
-      max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
+  settings = dict(
+      max_new_tokens=max_new_tokens, batch_size=batch_size, **answering)
+  if prompter is None:  # In one go: their batches are fuller.
+    answers = answer_records(
+        model, params, tokenizer, [*map(ask, prompts), *conversations],
+        **settings)
+  else:
+    # A free prompt is asked as it stands: it is of another kind than records.
+    answers = answer_records(
+        model, params, tokenizer, list(map(ask, prompts)), **settings)
+    answers += answer_records(
+        model, params, tokenizer, conversations, prompter=prompter, **settings)
   free, judged = answers[:len(prompts)], answers[len(prompts):]
-  return task.judge(records, judged), judged, free
+  verdict = judge_answers(
+      task, records, judged, prompts=prompts, free=free, training=training)
+  return verdict, judged, free
+
+
+def judge_answers(
+    task: Any,
+    records: Sequence[Any],
+    answers: Sequence[str],
+    *,
+    prompts: Sequence[str],
+    free: Sequence[str],
+    training: Sequence[Any],
+) -> tasks.Judged:
+  """Returns the task's verdict, on the free prompts too if it has one.
+
+  Args:
+    task: A module of `gemma_sft.tasks`.
+    records: That were answered.
+    answers: To them.
+    prompts: Free ones.
+    free: Answers to those.
+    training: What the model was tuned on.
+  """
+  judged = task.judge(records, answers, training)
+  if prompts and hasattr(task, 'judge_prompts'):
+    about = task.judge_prompts(prompts, free)
+    counts = {k: v for k, v in about.metrics.items() if k != 'n'}
+    judged = dataclasses.replace(
+        judged, metrics=judged.metrics | counts, free_rows=about.rows)
+  return judged

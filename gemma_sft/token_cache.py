@@ -20,12 +20,13 @@ import numpy as np
 
 from gemma_sft import chat
 
-_MAGIC = b'gemma_sft tokens 1\n'
+_MAGIC = b'gemma_sft tokens 2\n'
 _MAX_BYTES = 2 * 10**9
 # name: dtype. One entry an example but for tokens and loss_mask, one a token,
 # and where_bytes; example i is starts[i]:starts[i + 1] of those.
 _ARRAYS = dict(
     tokens='int32', loss_mask='bool', starts='int64', target_bytes='int64',
+    target_characters='int64',
     where_bytes='uint8', where_starts='int64', digests='V32',
     prompt_keys='V16')
 
@@ -62,6 +63,7 @@ class Examples(collections.abc.Sequence):
     return chat.Example(
         arrays['tokens'][span], arrays['loss_mask'][span],
         int(arrays['target_bytes'][i]),
+        int(arrays['target_characters'][i]),
         arrays['where_bytes'][where].tobytes().decode())
 
   @property
@@ -93,6 +95,10 @@ class Examples(collections.abc.Sequence):
     """Returns the UTF-8 bytes of all trained text."""
     return int(self._arrays['target_bytes'].sum())
 
+  def target_characters(self) -> int:
+    """Returns the code points of all trained text."""
+    return int(self._arrays['target_characters'].sum())
+
 
 def make(
     examples: Sequence[chat.Example], prompt_keys: Sequence[bytes] = ()
@@ -111,6 +117,8 @@ def make(
       loss_mask=flat([e.loss_mask for e in examples], bool),
       starts=_starts(len(e.tokens) for e in examples),
       target_bytes=np.asarray([e.target_bytes for e in examples], np.int64),
+      target_characters=np.asarray(
+          [e.target_characters for e in examples], np.int64),
       where_bytes=np.frombuffer(b''.join(wheres), np.uint8),
       where_starts=_starts(map(len, wheres)),
       digests=np.frombuffer(b''.join(map(example_digest, examples)), 'V32'),

@@ -263,7 +263,8 @@ def evaluate_state(
         run.model, run.merged(state.trainable), run.tokenizer, run.task,
         records, prompts=config.eval.prompts,
         max_new_tokens=config.eval.max_new_tokens,
-        batch_size=config.eval.batch_size)
+        batch_size=config.eval.batch_size,
+        training=run.splits['train'].records)
     if records:
       scores |= {f'judge/{k}': v for k, v in judged.metrics.items()}
       text += ''.join(f' | {k} {v:.4g}' for k, v in judged.metrics.items())

@@ -125,7 +125,7 @@ def test_bits_per_byte_count_what_a_cut_leaves(tokenizer):
                     max_cut_share=1.0)
   kept = tokenizer.decode(cut.tokens[cut.loss_mask])
   assert answer.startswith(kept) and 0 < len(kept) < len(answer)
-  assert cut.target_bytes == len(kept)
+  assert cut.target_bytes == cut.target_characters == len(kept)
   assert whole.target_bytes == len(answer)
 
 

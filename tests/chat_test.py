@@ -79,6 +79,7 @@ def test_every_answer_of_several_turns_is_trained(generation):
       0 0 0 0 0 0 0  1 1 0
       """, generation)
   assert example.target_bytes == len('b é'.encode()) + len('d')
+  assert example.target_characters == len('b é') + len('d')
 
 
 @pytest.mark.parametrize('generation', (1, 2, 3))

@@ -20,7 +20,9 @@ def _example(number, length):
   tokens = np.full(length + 1, 10 + number, np.int32)
   tokens[0], tokens[-1] = 2, 1
   mask = np.arange(length + 1) >= (length + 2) // 2
-  return chat.Example(tokens, mask, target_bytes=length, where=f'f:{number}')
+  return chat.Example(
+      tokens, mask, target_bytes=length, target_characters=length,
+      where=f'f:{number}')
 
 
 def _examples(lengths):

@@ -10,7 +10,11 @@ import pytest
 
 from gemma_sft import errors
 from gemma_sft import evaluate
+from gemma_sft import generate
+from gemma_sft import records
+from gemma_sft import scoring
 from gemma_sft import train
+from gemma_sft.tasks import chat as chat_task
 
 _CODE = "def Hi() {\n  <p>'hi'</p>\n}"
 
@@ -32,9 +36,9 @@ def trained(tmp_path_factory):
 
 
 def _evaluate(workdir, *, config=None, base=False, split='test', step=-1,
-              limit=0):
+              limit=0, baseline=()):
   return evaluate.main(config, str(workdir), base=base, split=split, step=step,
-                       limit=limit)
+                       limit=limit, baseline=baseline)
 
 
 def _rows(table: str) -> dict[str, list[str]]:
@@ -53,8 +57,8 @@ def test_base_then_tuned_side_by_side(trained, tmp_path, capsys):
   assert _evaluate(fresh) == 0
   out = capsys.readouterr().out
   rows = _rows(out)
-  assert rows['test split'] == ['base', 'tuned']
-  assert rows['records'] == ['3', '3']
+  assert rows['test split'] == ['base', 'tuned', 'gain over base']
+  assert rows['records'] == ['3', '3', '']
   assert rows['weights'][0] == 'custom, untouched'
   assert rows['weights'][1].startswith('custom, tuned 2 updates in')
   results = {
@@ -144,3 +148,73 @@ def test_weights_of_another_config_are_refused(trained, tmp_path, changes):
   config.update_from_flattened_dict(changes)
   with pytest.raises(errors.UserError, match=next(iter(changes))):
     _evaluate(workdir, config=config)
+
+
+def test_prompting_beside_tuning(trained, tmp_path, capsys, monkeypatch):
+  config, workdir = trained
+  workdir = shutil.copytree(workdir, tmp_path / 'w')
+  assert _evaluate(workdir, baseline=['zero', 'few:2', 'rag:1'], limit=2) == 0
+  out = capsys.readouterr().out
+  rows = _rows(out)
+  assert rows['test split'][:4] == ['base', 'few:2', 'rag:1', 'tuned']
+  # Examples in the prompt are judged; a loss is of the bare prompt.
+  assert rows['loss'][1:3] == ['-', '-'] and rows['accuracy'][0] != '-'
+  assert 'cannot be told apart' in out  # A model of noise.
+  folder = workdir / 'evaluation'
+  few = json.loads((folder / 'test-few-2.json').read_text('utf-8'))
+  shown = [a['shown'] for a in few['answers']]
+  assert len(shown[0]) == 2 and shown[0] == shown[1]
+  assert all('train' in where for where in shown[0])
+  assert few['answers'][0]['prompt'] == 'Write Hi in Blop.'
+  assert few['answers'][0]['reference'] == _CODE
+  assert (folder / 'eval.json').exists()
+  assert (workdir / 'report' / 'report.html').exists()
+
+  # Answers and losses are kept: nothing is decoded again, the judge is.
+  def refuse(*_, **__):
+    raise AssertionError('made again')
+
+  monkeypatch.setattr(generate, '_generate_batch', refuse)
+  monkeypatch.setattr(scoring, 'evaluate_loss', refuse)
+  before = folder.joinpath('test-rag-1.json').read_text('utf-8')
+  assert _evaluate(workdir, baseline=['zero', 'few:2', 'rag:1'], limit=2) == 0
+  after = folder.joinpath('test-rag-1.json').read_text('utf-8')
+  assert json.loads(before)['answers'] == json.loads(after)['answers']
+  assert _rows(capsys.readouterr().out) == rows
+
+
+def test_examples_are_part_of_the_prompt(trained, tmp_path, monkeypatch):
+  _, workdir = trained
+  workdir = shutil.copytree(workdir, tmp_path / 'w')
+  asked = []
+  real = generate.generate
+
+  def record(model, params, prompts, *args, **kwargs):
+    asked.extend(map(len, prompts))
+    return real(model, params, prompts, *args, **kwargs)
+
+  monkeypatch.setattr(generate, 'generate', record)
+  _evaluate(workdir, base=True, baseline=['few:2'], limit=1)
+  result = json.loads((workdir / 'evaluation' / 'test-few-2.json').read_text(
+      'utf-8'))
+  [answer] = result['answers']
+  assert len(answer['shown']) == 2
+  config, _ = trained
+  by_place = {r.where: chat_task.to_messages(r)
+              for r in records.read(config.data.train)}
+  # A token a byte, and seven or so around each turn.
+  turns = [len(m.content) for i in answer['shown'] for m in by_place[i]]
+  assert max(asked) > len(answer['prompt']) + sum(turns)
+
+
+@pytest.mark.parametrize('changes, match', [
+    (dict(baseline=['few:2'], split='train'), 'training split'),
+    (dict(baseline=['fwe:2']), 'way of prompting'),
+    (dict(baseline=['rag:400']), 'rag:400, with'),
+    (dict(baseline=['zero'], gguf='x.gguf'), 'no such file|one of them')])
+def test_baselines_that_make_no_sense(trained, tmp_path, changes, match):
+  _, workdir = trained
+  workdir = shutil.copytree(workdir, tmp_path / 'w')
+  with pytest.raises(errors.UserError, match=match):
+    evaluate.main(None, str(workdir), **(dict(
+        base=False, split='test', step=-1, limit=0) | changes))

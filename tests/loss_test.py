@@ -308,3 +308,24 @@ def test_not_a_number_stays_in_its_position_with_a_frozen_head(position):
     (262_147, 1)))  # A prime.
 def test_blocks_of_gemmas_vocabularies(vocabulary, blocks):
   assert loss._n_blocks(vocabulary) == blocks
+
+
+@pytest.mark.parametrize('groups, chunk_size', ((1, 3), (1, 64), (8, 2)))
+def test_hits_are_the_likeliest_tokens_where_trained(groups, chunk_size):
+  x_BTD, embedding_VD, targets_BT, mask_BT = _inputs(seed=3)
+  best_BT = np.einsum('BTD,VD->BTV', x_BTD, embedding_VD).argmax(axis=2)
+  # Half of all positions right, trained or not.
+  right_BT = np.random.default_rng(4).random((_B, _T)) < 0.5
+  targets_BT = jnp.asarray(np.where(right_BT, best_BT, (best_BT + 1) % _V))
+  hits = loss.masked_hits(
+      x_BTD, embedding_VD, targets_BT, mask_BT, max_trained=_B * _T // groups,
+      groups=groups, chunk_size=chunk_size)
+  expected = int((right_BT & np.asarray(mask_BT)).sum())
+  assert 0 < expected < int(mask_BT.sum())
+  assert int(hits) == expected
+
+
+def test_hits_are_never_left_out_unseen():
+  x_BTD, embedding_VD, targets_BT, mask_BT = _inputs(share=1.0)
+  assert np.isnan(loss.masked_hits(
+      x_BTD, embedding_VD, targets_BT, mask_BT, max_trained=_T))

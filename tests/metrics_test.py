@@ -121,12 +121,13 @@ def test_step_flops():
 
 
 def test_summarise():
-  scores = metrics.summarise(8 * math.log(2), 4, 16)
+  scores = metrics.summarise(8 * math.log(2), 4, 16, 10)
   assert scores == pytest.approx({
-      'loss': 2 * math.log(2), 'perplexity': 4.0, 'bits_per_byte': 0.5})
+      'loss': 2 * math.log(2), 'perplexity': 4.0, 'bits_per_byte': 0.5,
+      'bits_per_character': 0.8})
 
 
 def test_summaries_of_extreme_losses_are_numbers():
-  assert math.isfinite(metrics.summarise(1e6, 1, 0)['perplexity'])
-  assert metrics.summarise(1e6, 1, 0)['bits_per_byte'] == pytest.approx(
+  assert math.isfinite(metrics.summarise(1e6, 1, 0, 0)['perplexity'])
+  assert metrics.summarise(1e6, 1, 0, 0)['bits_per_byte'] == pytest.approx(
       1e6 / math.log(2))

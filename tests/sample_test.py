@@ -146,7 +146,7 @@ def _chat(monkeypatch, capsys, trained, lines):
   """Returns (stdout, the conversations that were answered)."""
   asked = []
 
-  def answer(served, sampling, conversation, write):
+  def answer(served, sampling, conversation, write, prompter):
     del served, sampling
     asked.append([(m.role, m.content) for m in conversation])
     write(f'answer {len(asked)}\n')
@@ -216,3 +216,20 @@ def test_the_answer_is_that_of_greedy_generation(trained, capsys):
   _sample(trained, prompt=['Blue?'])
   assert served.tokenizer.decode(tokens[0]) + '\n' == capsys.readouterr().out
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(served.params))
+
+
+def test_examples_of_the_training_split_come_first(trained, monkeypatch):
+  asked = []
+  real = generate.generate
+
+  def record(model, params, prompts, *args, **kwargs):
+    asked.extend(map(len, prompts))
+    return real(model, params, prompts, *args, **kwargs)
+
+  monkeypatch.setattr(generate, 'generate', record)
+  for baseline in ((), ('few:2',), ('rag:2',)):
+    _sample(trained, prompt=['Who is it?'], baseline=baseline)
+  bare, few, rag = asked
+  assert few > bare + 20 and rag > bare + 20
+  with pytest.raises(errors.UserError, match='one way of prompting'):
+    _sample(trained, prompt=['Who?'], baseline=('few:2', 'rag:2'))

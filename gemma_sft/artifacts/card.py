@@ -11,7 +11,7 @@ from typing import Mapping
 from typing import Sequence
 from typing import TypedDict
 
-from gemma_sft import report
+from gemma_sft import intervals
 from gemma_sft.artifacts import scrubbing
 
 TERMS = 'https://ai.google.dev/gemma/terms'
@@ -175,7 +175,7 @@ def metrics_of(
       values[key] = {'value': value}
       # A mean such as Blop's reach is not a share of n and has none.
       if key.startswith('judge/') and abs(value * n - round(value * n)) < 1e-6:
-        values[key] |= {'n': n, 'interval': list(report.interval(value, n))}
+        values[key] |= {'n': n, 'interval': list(intervals.wilson(value, n))}
     kept[name] = {'records': result['records'], 'weights': result['weights'],
                   'scores': values}
   return {'split': split, **kept} if kept else None

@@ -9,6 +9,7 @@ import pathlib
 import subprocess
 
 from gemma_sft import config as config_lib
+from gemma_sft import loading
 from gemma_sft import records as records_lib
 from gemma_sft import report
 from gemma_sft import runs
@@ -106,9 +107,7 @@ def _data(chosen, tuned):
   for split in ('train', 'validation', 'test'):
     if not section[split] or not tuned:
       continue
-    records = records_lib.read(
-        section[split], format=section.format, split=split,
-        columns=config_lib.parse_columns(section.columns))
+    records = loading.read_split(section, split)
     splits.append(card.Split(
         split=split, files=[section[split]], records=len(records),
         sha256=records_lib.content_hash(records), origin=''))

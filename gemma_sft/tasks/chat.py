@@ -7,6 +7,10 @@ from gemma_sft import errors
 from gemma_sft import records as records_lib
 from gemma_sft import tasks
 
+HEADLINE = 'exact'
+LOWER_IS_BETTER = frozenset()
+FIELDS = ('prompt',)
+
 
 def to_messages(record: records_lib.Record) -> Sequence[chat.Message] | str:
   """Returns the record's conversation, or its plain text.
@@ -38,9 +42,12 @@ def answer(record: records_lib.Record) -> str:
 
 
 def judge(
-    records: Sequence[records_lib.Record], completions: Sequence[str]
+    records: Sequence[records_lib.Record],
+    completions: Sequence[str],
+    training: Sequence[records_lib.Record] = (),
 ) -> tasks.Judged:
   """Counts the answers that are the record's own, white space aside."""
+  del training
   rows = [
       {'exact': ' '.join(c.split()) == ' '.join(answer(r).split())}
       for r, c in zip(records, completions)]

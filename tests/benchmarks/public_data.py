@@ -1,0 +1,132 @@
+"""Splits public data of the five domains for runs of the five configs.
+
+    python tests/benchmarks/public_data.py --source=DIR --out=OUT
+
+DIR holds what others published, fetched by you:
+
+    blop/input.txt                    github.com/batiste/gemma-learn-blop
+    poetry/tang_{train,val}.jsonl     regular Tang poems of
+                                      github.com/chinese-poetry/chinese-poetry
+    lyrics/ghazals.jsonl              github.com/amir9ume/urdu_ghazals_rekhta
+    slang/genz_slang.csv              github.com/kaspercools/genz-dataset
+    sql/dev.jsonl, sql/database/      Spider's dev questions and databases
+
+Written are OUT/<domain>/{train,validation,test}; the same every time. Groups
+stay together: a slang term, a database, a poem's title, a poet's opening line.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import pathlib
+import shutil
+
+# Databases that no training question is about: with different subjects, and
+# about a fifth of the questions each.
+_SQL_VALIDATION = ('pets_1', 'voter_1')
+_SQL_TEST = ('car_1', 'singer', 'museum_visit')
+
+
+def _share(key: str) -> float:
+  """Returns a number from 0 to 1 that depends on the key alone."""
+  return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) / 2**32
+
+
+def _split(key: str) -> str:
+  share = _share(key)
+  if share < 0.7:
+    return 'train'
+  return 'validation' if share < 0.8 else 'test'
+
+
+def _jsonl(path):
+  return [json.loads(line) for line in path.read_text('utf-8').split('\n')
+          if line]
+
+
+def _write(folder, splits):
+  folder.mkdir(parents=True, exist_ok=True)
+  for split, rows in splits.items():
+    text = ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows)
+    folder.joinpath(f'{split}.jsonl').write_text(text, 'utf-8')
+  print(folder.name, {split: len(rows) for split, rows in splits.items()})
+
+
+def _grouped(rows, key):
+  splits = {'train': [], 'validation': [], 'test': []}
+  for row in rows:
+    splits[_split(key(row))].append(row)
+  return splits
+
+
+def _poetry(source, out):
+  train = _jsonl(source / 'tang_train.jsonl')
+  held = sorted(_jsonl(source / 'tang_val.jsonl'), key=lambda r: r['id'])
+  # A title that several poems bear must not ask for one of another split.
+  seen, splits = set(), {'train': train, 'validation': [], 'test': []}
+  seen.update((r['title'], r['form']) for r in train)
+  for row in held:
+    if (row['title'], row['form']) not in seen:
+      seen.add((row['title'], row['form']))
+      split = 'validation' if len(splits['validation']) < 60 else 'test'
+      splits[split].append(row)
+  _write(out, splits)
+
+
+def _lyrics(source, out):
+  rows = []
+  for row in _jsonl(source / 'ghazals.jsonl'):
+    if len(row['hi']) >= 6:
+      rows.append({'lines': row['hi'], 'style': 'ghazal', 'poet': row['poet'],
+                   'language': 'Hindi'})
+  _write(out, _grouped(rows, lambda r: ' '.join(r['lines'][:2])))
+
+
+def _slang(source, out):
+  with open(source / 'genz_slang.csv', encoding='utf-8', newline='') as file:
+    rows = [{'slang': (r['keyword'] or '').strip(),
+             'description': (r['description'] or '').strip()}
+            for r in csv.DictReader(file)]
+  rows = [r for r in rows if all(r.values())]
+  _write(out, _grouped(rows, lambda r: r['slang'].lower()))
+
+
+def _sql(source, out):
+  splits = {'train': [], 'validation': [], 'test': []}
+  for row in _jsonl(source / 'dev.jsonl'):
+    name = row['db_id']
+    split = ('validation' if name in _SQL_VALIDATION else
+             'test' if name in _SQL_TEST else 'train')
+    splits[split].append(row)
+  _write(out, splits)
+  shutil.copytree(source / 'database', out / 'database', dirs_exist_ok=True)
+
+
+def _blop(source, out):
+  parts = source.joinpath('input.txt').read_text('utf-8').split('# INPUT')[1:]
+  out.mkdir(parents=True, exist_ok=True)
+  splits = {'train': [], 'validation': [], 'test': []}
+  for part in parts:
+    prompt = part.partition('# OUTPUT')[0].strip()
+    splits[_split(prompt.lower())].append(part)
+  for split, group in splits.items():
+    out.joinpath(f'{split}.txt').write_text(
+        ''.join(f'# INPUT{part}' for part in group), 'utf-8')
+  print('blop', {split: len(group) for split, group in splits.items()})
+
+
+def main() -> None:
+  """Splits every domain that the source has."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--source', type=pathlib.Path, required=True)
+  parser.add_argument('--out', type=pathlib.Path, required=True)
+  args = parser.parse_args()
+  for split in (_blop, _poetry, _lyrics, _slang, _sql):
+    name = split.__name__.lstrip('_')
+    if args.source.joinpath(name).is_dir():
+      split(args.source / name, args.out / name)
+
+
+if __name__ == '__main__':
+  main()
