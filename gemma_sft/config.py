@@ -143,6 +143,7 @@ def validate(config: Any) -> None:
   check('train.loss_chunk', positive, 'at least 1')
   check('train.log_every', positive, 'at least 1')
   one_of('train.remat', ('none', 'elementwise', 'block'))
+  one_of('eval.base_prompt', ('text', 'turns'))
   one_of('model.layers', ('auto', 'scan', 'loop'))
   one_of('model.attention', (
       'auto', 'einsum', 'chunked', 'splash', 'cudnn', 'tokamax'))

@@ -144,7 +144,9 @@ def _score(config, workdir, base, step, folder, split, limit, baselines):
         served.model, served.params, served.tokenizer, served.task, records,
         prompts=prompts, max_new_tokens=config.eval.max_new_tokens,
         batch_size=config.eval.batch_size, training=training,
-        prompter=prompter, identity=served.identity, kept=kept,
+        prompter=prompter,
+        as_text=base and config.eval.base_prompt == 'text',
+        identity=served.identity, kept=kept,
         progress=_show_count(len(records) + len(prompts)))
     result = _result(
         config, split, name, identity, served, records, scores, judged,

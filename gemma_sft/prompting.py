@@ -7,6 +7,7 @@ training split only.
 """
 
 import dataclasses
+import logging
 from typing import Any
 from typing import Sequence
 
@@ -79,6 +80,8 @@ class Prompter:
     elif baseline.kind == 'rag':
       import bm25s
 
+      # Else it tells each step of its work to the root logger.
+      logging.getLogger('bm25s').setLevel(logging.WARNING)
       self._retriever = bm25s.BM25()
       self._retriever.index(
           [words(question(c)) for c in training], show_progress=False)
@@ -123,6 +126,43 @@ def before(
   system = [m for m in conversation[:1] if m.role == 'system']
   turns = [m for example in examples for m in example if m.role != 'system']
   return [*system, *turns, *conversation[len(system):]]
+
+
+# What stands before a question in a transcript.
+NEXT = 'Prompt:\n'
+
+
+def transcript(
+    examples: Sequence[Conversation], conversation: Conversation) -> str:
+  """Returns a question after examples as plain text, to be continued.
+
+  A pretrained model has never seen the tags of turns: it neither takes a turn
+  for one nor ends its own. Prompted in its own element it does far better, and
+  a baseline that does not is no baseline.
+
+  Args:
+    examples: With their answers.
+    conversation: Its last answer, if it has one, is left out.
+  """
+  if isinstance(conversation, str):
+    return ''.join(f'{example}\n\n' for example in examples) + (
+        question(conversation) + '\n')
+  if conversation[-1].role == 'model':
+    conversation = conversation[:-1]
+  turns = [m for example in examples for m in (
+      [chat.Message('model', example)] if isinstance(example, str)
+      else example)]
+  heads = {'system': '', 'user': NEXT, 'model': 'Answer:\n'}
+  return ''.join(
+      f'{heads[m.role]}{m.content.strip()}\n\n'
+      for m in [*turns, *conversation]) + heads['model']
+
+
+def first_answer(text: str) -> tuple[str, bool]:
+  """Returns what stands before the transcript's next question, and whether
+  there is one."""
+  answer, found, _ = f'\n{text}'.partition(f'\n{NEXT}')
+  return answer[1:].rstrip() if found else text, bool(found)
 
 
 # A purpose of its own for the draw, see DESIGN: randomness is a function of

@@ -2,6 +2,7 @@
 
 import base64
 import importlib.resources
+import itertools
 import json
 import os
 from typing import Any
@@ -362,7 +363,7 @@ def picture(workdir: str, path: str) -> bool:
   if not train and not loss:
     return False
   figure, axes = plt.subplots(
-      1, 2 if judged else 1, figsize=(9 if judged else 5, 3.4), squeeze=False)
+      1, 2 if judged else 1, figsize=(10 if judged else 5, 3.4), squeeze=False)
   left = axes[0][0]
   if train:
     left.plot(*zip(*train), color='#9db7d5', linewidth=1, label='train')
@@ -373,9 +374,10 @@ def picture(workdir: str, path: str) -> bool:
            title='Loss', ylim=(0, None))
   left.legend(frameon=False)
   # Rates often coincide: lines of different dashes and widths show through.
-  styles = zip(judged, ('#c25b1e', '#2f7d4f', '#7a4fa3', '#555555'),
-               ('-', '-', ':', '--'), (1.5, 4, 1.5, 1.5))
-  for key, color, dashes, width in styles:
+  styles = itertools.cycle(itertools.product(
+      ('-', ':', '--'), zip(('#c25b1e', '#2f7d4f', '#7a4fa3', '#555555'),
+                            (1.5, 4, 2.5, 1.5))))
+  for key, (dashes, (color, width)) in zip(judged, styles):
     points = [(r['step'], 100 * r[key]) for r in rows if key in r]
     axes[0][1].plot(*zip(*points), color=color, linestyle=dashes,
                     linewidth=width, marker='o', markersize=4,
@@ -383,7 +385,8 @@ def picture(workdir: str, path: str) -> bool:
   if judged:
     axes[0][1].set(xlabel='updates', ylabel='% of validation answers',
                    title="The judge's verdict", ylim=(0, 100))
-    axes[0][1].legend(frameon=False)
+    axes[0][1].legend(frameon=False, fontsize='small', loc='upper left',
+                      bbox_to_anchor=(1, 1))
   for axis in axes[0]:
     axis.spines[['top', 'right']].set_visible(False)
     axis.grid(alpha=0.25)

@@ -64,6 +64,7 @@ def main(
     prompter = prompting.Prompter(shown, [
         served.task.to_messages(r)
         for r in loading.read_split(config.data, 'train')], config.seed)
+  as_text = base and config.eval.base_prompt == 'text'
   if prompt:
     for text in prompt:
       if not text.strip():
@@ -73,9 +74,9 @@ def main(
         print(f'> {text}')
       conversation = _opening(system) + [chat.Message('user', text)]
       answer(served, config.sampling, conversation, sys.stdout.write,
-             prompter)
+             prompter, as_text)
     return 0
-  return _chat(served, config.sampling, system, prompter)
+  return _chat(served, config.sampling, system, prompter, as_text)
 
 
 def answer(
@@ -84,6 +85,7 @@ def answer(
     conversation: Sequence[chat.Message],
     write: Any,
     prompter: prompting.Prompter | None = None,
+    as_text: bool = False,
 ) -> str:
   """Streams an answer to `write` and returns it.
 
@@ -93,20 +95,25 @@ def answer(
     conversation: Ending with the user's turn.
     write: Called with each new piece of text.
     prompter: Puts examples of the training split before the conversation.
+    as_text: As a transcript, without turns, see `prompting.transcript`.
   """
-  if prompter is not None:
-    conversation = prompting.before(
-        prompter.choose(conversation), conversation)
-  prompt = chat.render_prompt(conversation, served.tokenizer)
+  examples = prompter.choose(conversation) if prompter else []
+  if as_text:
+    prompt = [served.tokenizer.bos_id, *served.tokenizer.encode(
+        prompting.transcript(examples, conversation))]
+  else:
+    prompt = chat.render_prompt(
+        prompting.before(examples, conversation), served.tokenizer)
+  stops = [*sampling.stop, *([prompting.NEXT] if as_text else [])]
   shown = ''
 
   def on_tokens(_, tokens):
     nonlocal shown
     text, stopped = cut_at_stop(
-        served.tokenizer.decode(tokens), sampling.stop)
+        served.tokenizer.decode(tokens), stops)
     # A half-decoded character or the beginning of a stop text may still
     # change: it is held back until it is settled.
-    settled = text if stopped else _settled(text, sampling.stop)
+    settled = text if stopped else _settled(text, stops)
     if len(settled) > len(shown):
       write(settled[len(shown):])
       sys.stdout.flush()
@@ -123,7 +130,7 @@ def answer(
       stop_ids=served.tokenizer.stop_ids,
       vocab_size=served.tokenizer.vocab_size, batch_size=1,
       seed=sampling.seed, is_done=on_tokens)[0]
-  text, _ = cut_at_stop(served.tokenizer.decode(tokens), sampling.stop)
+  text, _ = cut_at_stop(served.tokenizer.decode(tokens), stops)
   write(text[len(shown):] + '\n')
   return text
 
@@ -146,7 +153,7 @@ def _opening(system: str) -> list[chat.Message]:
   return [chat.Message('system', system)] if system else []
 
 
-def _chat(served, sampling, system, prompter=None) -> int:
+def _chat(served, sampling, system, prompter=None, as_text=False) -> int:
   print('chat with the model; /help lists the commands', file=sys.stderr)
   conversation = _opening(system)
   while True:
@@ -168,6 +175,7 @@ def _chat(served, sampling, system, prompter=None) -> int:
       print(f'no command {line.partition(" ")[0]}; /help lists them')
     elif line:
       turn = [*conversation, chat.Message('user', line)]
-      text = answer(served, sampling, turn, sys.stdout.write, prompter)
+      text = answer(served, sampling, turn, sys.stdout.write, prompter,
+                    as_text)
       if text.strip():
         conversation = [*turn, chat.Message('model', text)]

@@ -142,6 +142,7 @@ def answer_records(
     max_new_tokens: int,
     batch_size: int,
     prompter: prompting.Prompter | None = None,
+    as_text: bool = False,
     identity: str = '',
     kept: answers_lib.Answers | None = None,
     progress: Callable[[int], None] | None = None,
@@ -158,27 +159,34 @@ def answer_records(
     max_new_tokens: Of an answer.
     batch_size: Rows at a time.
     prompter: Puts examples before each question.
+    as_text: As a transcript, without turns, see `prompting.transcript`.
     identity: Of the weights, for `kept`.
     kept: Earlier answers, which are taken, and new ones, which are kept.
     progress: See `generate.generate`.
   """
   examples = [prompter.choose(c) if prompter else [] for c in conversations]
-  prompts = [
-      [tokenizer.bos_id, *tokenizer.encode(
-          ''.join(f'{text}\n\n' for text in shown)
-          + prompting.question(c) + '\n')]
-      if isinstance(c, str) else
-      chat.render_prompt(prompting.before(shown, c)[:-1], tokenizer)
-      for c, shown in zip(conversations, examples)]
+  prompts = []
+  for shown, c in zip(examples, conversations):
+    if isinstance(c, str) or as_text:
+      prompts.append([tokenizer.bos_id, *tokenizer.encode(
+          prompting.transcript(shown, c))])
+    else:
+      prompts.append(chat.render_prompt(
+          prompting.before(shown, c[:-1]), tokenizer))
   keys = [answers_lib.make_key(identity, p, max_new_tokens) for p in prompts]
   known = {key: kept.find(key) for key in keys} if kept else {}
   # Prompts that are asked twice are answered once.
   due = {key: prompt for key, prompt in zip(keys, prompts)
          if known.get(key) is None}
+  due_keys = list(due)
+
+  def decode(tokens):
+    text = tokenizer.decode(tokens)
+    return prompting.first_answer(text) if as_text else (text, False)
 
   def keep(number, tokens):
-    key = list(due)[number]
-    known[key] = tokenizer.decode(tokens)
+    key = due_keys[number]
+    known[key] = decode(tokens)[0]
     if kept:
       kept.add(key, known[key])
 
@@ -187,6 +195,7 @@ def answer_records(
       generate.Sampling(max_new_tokens=max_new_tokens),
       stop_ids=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size,
       batch_size=batch_size, on_answer=keep,
+      is_done=(lambda _, tokens: decode(tokens)[1]) if as_text else None,
       progress=None if progress is None else (
           lambda n: progress(len(conversations) - len(due) + n)))
   return [known[key] for key in keys]

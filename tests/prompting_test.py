@@ -83,3 +83,22 @@ def test_words_of_many_scripts():
 def test_a_text_is_asked_by_its_first_line():
   assert prompting.question('first\nsecond') == 'first'
   assert prompting.question(_talk('a', 'b', system='s')) == 'a'
+
+
+def test_a_transcript_for_models_that_know_no_turns():
+  asked = _talk('What?', 'not shown', system='Be kind.')
+  text = prompting.transcript([_TRAINING[1]], asked)
+  assert text == ('Prompt:\nList all bakers by name.\n\nAnswer:\nB\n\n'
+                  'Be kind.\n\nPrompt:\nWhat?\n\nAnswer:\n')
+  assert prompting.transcript([], asked) == prompting.transcript(
+      [], asked[:-1])
+  # Plain text is continued from its first line.
+  assert prompting.transcript(['a\nb'], 'c\nd') == 'a\nb\n\nc\n'
+
+
+def test_the_answer_ends_where_the_next_question_begins():
+  assert prompting.first_answer('one\ntwo\n\nPrompt:\nmore') == (
+      'one\ntwo', True)
+  assert prompting.first_answer('Prompt:\nat once') == ('', True)
+  # As text inside an answer it is no question.
+  assert prompting.first_answer('a Prompt: here') == ('a Prompt: here', False)

@@ -146,8 +146,8 @@ def _chat(monkeypatch, capsys, trained, lines):
   """Returns (stdout, the conversations that were answered)."""
   asked = []
 
-  def answer(served, sampling, conversation, write, prompter):
-    del served, sampling
+  def answer(served, sampling, conversation, write, prompter, as_text):
+    del served, sampling, prompter, as_text
     asked.append([(m.role, m.content) for m in conversation])
     write(f'answer {len(asked)}\n')
     return f'answer {len(asked)}'

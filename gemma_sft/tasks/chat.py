@@ -23,7 +23,8 @@ def to_messages(record: records_lib.Record) -> Sequence[chat.Message] | str:
     return [chat.Message(m['role'], m['content']) for m in fields['messages']]
   if 'text' in fields:
     return fields['text']
-  if 'prompt' not in fields or 'completion' not in fields:
+  # A prompt alone comes from a form: `records.read` lets none through.
+  if 'prompt' not in fields:
     raise errors.UserError(
         f'{record.where}: columns {", ".join(fields)}',
         'prompt and completion, or messages, or text',
@@ -32,7 +33,7 @@ def to_messages(record: records_lib.Record) -> Sequence[chat.Message] | str:
   system = ([chat.Message('system', fields['system'])]
             if fields.get('system') else [])
   return [*system, chat.Message('user', fields['prompt']),
-          chat.Message('model', fields['completion'])]
+          chat.Message('model', fields.get('completion', ''))]
 
 
 def answer(record: records_lib.Record) -> str:
@@ -46,13 +47,17 @@ def judge(
     completions: Sequence[str],
     training: Sequence[records_lib.Record] = (),
 ) -> tasks.Judged:
-  """Counts the answers that are the record's own, white space aside."""
+  """Counts the answers that are the record's own, white space aside.
+
+  A question without an answer of its own, from a form, is not judged.
+  """
   del training
-  rows = [
-      {'exact': ' '.join(c.split()) == ' '.join(answer(r).split())}
-      for r, c in zip(records, completions)]
-  share = sum(row['exact'] for row in rows) / max(1, len(rows))
-  return tasks.Judged({'exact': share, 'n': len(rows)}, rows)
+  wanted = [' '.join(answer(r).split()) for r in records]
+  rows = [{'exact': ' '.join(c.split()) == w} if w else {}
+          for w, c in zip(wanted, completions)]
+  n = sum(map(bool, wanted))
+  share = sum(row['exact'] for row in rows if row) / max(1, n)
+  return tasks.Judged({'exact': share, 'n': n}, rows)
 
 
 def check_answers(records: Sequence[records_lib.Record]) -> list[str]:
