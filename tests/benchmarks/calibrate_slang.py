@@ -1,0 +1,109 @@
+"""What the judge of slang gives real answers, and answers broken on purpose.
+
+    python tests/benchmarks/calibrate_slang.py --data=data/slang/test.csv \\
+        --training=data/slang/train.csv
+
+Prints a Markdown table. Each row is an answer a record, made from the records
+alone, always the same; '-' where a metric does not apply (no examples, no
+contexts, no acronyms).
+"""
+
+import argparse
+import random
+import re
+
+from gemma_sft import records as records_lib
+from gemma_sft.tasks import slang
+
+_METRICS = ('good', 'format', 'in_example', 'novel', 'first', 'copied',
+            'on_topic', 'spelled', 'acronym_gap', 'distinct1', 'distinct2')
+
+
+def _lines(row):
+  lines = {f'{k.capitalize()}:': row[k]
+           for k in ('slang', 'description', 'example') if row[k]}
+  return [f'{label} {value}' for label, value in lines.items()]
+
+
+def _text(row):
+  return '\n'.join(_lines(row))
+
+
+def _elsewhere(rows, rng):
+  """Returns the rows in an order in which none is where it was."""
+  order = list(range(len(rows)))
+  rng.shuffle(order)
+  moved = dict(zip(order, order[1:] + order[:1]))
+  return [rows[moved[i]] for i in range(len(rows))]
+
+
+def _word_of(row, rng):
+  return rng.choice([w for w in row['context'].split() if w.isalpha()])
+
+
+def _with_term(row, term):
+  """Returns a row with another term, in its example as well."""
+  example = re.sub(re.escape(row['slang']), lambda _: term, row['example'],
+                   flags=re.IGNORECASE)
+  return {**row, 'slang': term, 'example': example}
+
+
+def answers(rows, training, rng) -> dict[str, list[str]]:
+  """Returns {what was done: an answer for each row}."""
+  others = _elsewhere(rows, rng)
+  kinds = {
+      'real': [_text(r) for r in rows],
+      "another row's answer": [_text(o) for o in others],
+      "another row's term": [
+          _text({**r, 'slang': o['slang']}) for r, o in zip(rows, others)],
+      'lines reversed': ['\n'.join(_lines(r)[::-1]) for r in rows],
+      'last line cut off': ['\n'.join(_lines(r)[:-1]) for r in rows],
+      'goes on after it': [f'{_text(r)}\n{_text(o)}'
+                           for r, o in zip(rows, others)],
+      'the first answer, always': [_text(rows[0])] * len(rows),
+  }
+  if all(r['example'] for r in rows):
+    kinds["another row's example"] = [
+        _text({**r, 'example': o['example']}) for r, o in zip(rows, others)]
+  if all(r['context'] for r in rows):
+    kinds['a word of the context as the term'] = [
+        _text({**r, 'slang': word, 'example': f'{word}: {r["example"]}'})
+        for r in rows for word in [_word_of(r, rng)]]
+  if training:
+    copies = [rng.choice(training) for _ in rows]
+    kinds |= {
+        'a training row': [_text(c) for c in copies],
+        'a training row, a letter added to its term': [
+            _text(_with_term(c, f'{c["slang"]}x')) for c in copies],
+        'a training row with the real term': [
+            _text(_with_term(c, r['slang'])) for r, c in zip(rows, copies)],
+    }
+  return kinds
+
+
+def main() -> None:
+  """Prints the table."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--data', required=True)
+  parser.add_argument('--training', default='')
+  parser.add_argument('--seed', type=int, default=0)
+  args = parser.parse_args()
+  records = records_lib.read(args.data)
+  training = records_lib.read(args.training) if args.training else []
+  rows = [slang.columns(r) for r in records]
+  kinds = answers(rows, [slang.columns(r) for r in training],
+                  random.Random(args.seed))
+  n_with = {k: sum(bool(row[k]) for row in rows) for k in rows[0]}
+  print(f'{len(rows)} records ({n_with["example"]} with an example,'
+        f' {n_with["context"]} with a context), {len(training)} for training;'
+        f' check_answers finds {len(slang.check_answers(records))}\n')
+  print(f'| answers | {" | ".join(_METRICS)} |')
+  print('|---' * (len(_METRICS) + 1) + '|')
+  for name, texts in kinds.items():
+    metrics = slang.judge(records, texts, training).metrics
+    cells = [f'{metrics[m]:.2f}' if m in metrics else '-' for m in _METRICS]
+    print(f'| {name} | {" | ".join(cells)} |')
+
+
+if __name__ == '__main__':
+  main()
