@@ -70,7 +70,9 @@ setuptools.setup(
         include=['gemma_sft', 'gemma_sft.*', 'configs']),
     package_data={
         'gemma_sft': ['*.html'],
-        'gemma_sft.tasks': ['*.js', '*.json'],
+        'gemma_sft.tasks': ['*.js', '*.json', '*.txt'],
+        'gemma_sft.clean': ['lists/*.txt'],
+        'gemma_sft.web': ['static/*'],
     },
     install_requires=REQUIREMENTS,
     extras_require={

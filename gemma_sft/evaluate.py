@@ -142,9 +142,8 @@ def _score(config, workdir, base, step, folder, split, limit, baselines):
     start = time.monotonic()
     judged, answers, samples = scoring.judge_records(
         served.model, served.params, served.tokenizer, served.task, records,
-        prompts=prompts, max_new_tokens=config.eval.max_new_tokens,
-        batch_size=config.eval.batch_size, training=training,
-        prompter=prompter,
+        section=config.eval, seed=config.seed, prompts=prompts,
+        training=training, prompter=prompter,
         as_text=base and config.eval.base_prompt == 'text',
         identity=served.identity, kept=kept,
         progress=_show_count(len(records) + len(prompts)))
@@ -198,13 +197,14 @@ def _score_gguf(config, gguf, llama_server, folder, split, limit):
       weights, records, config.eval, prompting.Baseline('zero', 0))
   print(f'scoring llama.cpp ({gguf}) on {len(records)} records of {split}',
         flush=True)
-  # What is judged is greedy, as in JAX; what is shown is as it is served.
-  greedy = {'temperature': 0.0, 'repeat_penalty': 1.0}
+  # What is judged is as in JAX; what is shown is as it is served.
+  judged_as = {'temperature': config.eval.temperature, 'seed': config.seed,
+               'repeat_penalty': config.eval.repetition_penalty}
   served = {'temperature': config.sampling.temperature, 'seed': config.seed,
             'repeat_penalty': config.sampling.repetition_penalty}
   conversations = [
       *((scoring.ask(prompt), served) for prompt in config.eval.prompts),
-      *((task.to_messages(record), greedy) for record in records)]
+      *((task.to_messages(record), judged_as) for record in records)]
   kept = answers_lib.Answers(os.path.join(folder, 'answers.jsonl'))
   keys = [answers_lib.make_key(
       weights, repr(c), sorted(sampling.items()), config.eval.max_new_tokens)
@@ -260,7 +260,9 @@ def _result(config, split, name, identity, served, records, scores, judged,
       'headline': task.HEADLINE,
       'lower_is_better': sorted(task.LOWER_IS_BETTER),
       'records': len(records), 'seed': config.seed,
-      'sampling': 'greedy', 'max_new_tokens': config.eval.max_new_tokens,
+      'temperature': config.eval.temperature,
+      'repetition_penalty': config.eval.repetition_penalty,
+      'max_new_tokens': config.eval.max_new_tokens,
       'scores': scores | {f'judge/{k}': v for k, v in judged.metrics.items()},
       'judge_note': judged.note, 'generation_seconds': seconds,
       'samples': [

@@ -61,6 +61,7 @@ def generate(
     vocab_size: int,
     batch_size: int = 16,
     seed: int = 0,
+    row_ids: Sequence[int] | None = None,
     is_done: Callable[[int, list[int]], bool] | None = None,
     progress: Callable[[int], None] | None = None,
     on_answer: Callable[[int, list[int]], None] | None = None,
@@ -68,7 +69,7 @@ def generate(
   """Returns the new tokens of each prompt, stop tokens left out.
 
   A row's tokens are a function of its prompt and, when sampling, of (seed, its
-  number), not of the rows beside it.
+  id), not of the rows beside it.
 
   Args:
     model: From `make_model`.
@@ -79,6 +80,7 @@ def generate(
     vocab_size: Ids that the tokenizer has; the embedding may have more rows.
     batch_size: Rows at a time; the last batch is filled up.
     seed: Of the sampling.
+    row_ids: One a prompt; their numbers if None.
     is_done: Called every few tokens with (prompt number, its tokens so far);
       True ends the row. For stop texts and for streaming.
     progress: Called with the number of prompts answered so far.
@@ -92,7 +94,8 @@ def generate(
   for start in range(0, len(order), max(1, batch_size)):
     numbers = order[start:start + batch_size]
     _generate_batch(
-        model, params, [prompts[i] for i in numbers], numbers, answers,
+        model, params, [prompts[i] for i in numbers], numbers,
+        numbers if row_ids is None else [row_ids[i] for i in numbers], answers,
         sampling, tuple(stop_ids), vocab_size, batch_size, seed, is_done)
     finished += len(numbers)
     for i in numbers if on_answer is not None else ():
@@ -103,8 +106,8 @@ def generate(
 
 
 def _generate_batch(
-    model, params, prompts, numbers, answers, sampling, stop_ids, vocab_size,
-    batch_size, seed, is_done):
+    model, params, prompts, numbers, row_ids, answers, sampling, stop_ids,
+    vocab_size, batch_size, seed, is_done):
   longest = max(len(p) for p in prompts)
   T = -(-longest // _PROMPT_BUCKET) * _PROMPT_BUCKET
   n_chunks = -(-sampling.max_new_tokens // _CHUNK)
@@ -120,7 +123,7 @@ def _generate_batch(
   mask_BT[len(prompts):, -1] = True
   keys_B = jax.vmap(jax.random.fold_in, (None, 0))(
       jax.random.key(seed),
-      jnp.asarray([*numbers, *([0] * (batch_size - len(numbers)))], jnp.uint32))
+      jnp.asarray([*row_ids, *([0] * (batch_size - len(row_ids)))], jnp.uint32))
   carry = _prefill(
       model, params, tokens_BT, mask_BT, n_new, keys_B, choice, vocab_size)
   open_rows = set(range(len(prompts)))

@@ -139,15 +139,16 @@ def answer_records(
     tokenizer: chat.Tokenizer,
     conversations: Sequence[Sequence[chat.Message] | str],
     *,
-    max_new_tokens: int,
+    sampling: generate.Sampling,
     batch_size: int,
+    seed: int = 0,
     prompter: prompting.Prompter | None = None,
     as_text: bool = False,
     identity: str = '',
     kept: answers_lib.Answers | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-  """Answers the last question of each conversation greedily.
+  """Answers the last question of each conversation.
 
   Plain text is continued from its first line.
 
@@ -156,8 +157,10 @@ def answer_records(
     params: Weights with the adapters merged in.
     tokenizer: Of the model.
     conversations: As tasks make them, the reference answer last.
-    max_new_tokens: Of an answer.
+    sampling: How; at temperature 0 the likeliest token each time.
     batch_size: Rows at a time.
+    seed: Of the sampling; an answer depends on it and its place, not on which
+      others are kept.
     prompter: Puts examples before each question.
     as_text: As a transcript, without turns, see `prompting.transcript`.
     identity: Of the weights, for `kept`.
@@ -173,12 +176,17 @@ def answer_records(
     else:
       prompts.append(chat.render_prompt(
           prompting.before(shown, c[:-1]), tokenizer))
-  keys = [answers_lib.make_key(identity, p, max_new_tokens) for p in prompts]
+  settings = dataclasses.astuple(sampling)
+  if sampling.temperature:
+    settings += (seed,)
+  keys = [answers_lib.make_key(
+      identity, p, *settings, *([i] if sampling.temperature else []))
+          for i, p in enumerate(prompts)]
   known = {key: kept.find(key) for key in keys} if kept else {}
   # Prompts that are asked twice are answered once.
-  due = {key: prompt for key, prompt in zip(keys, prompts)
+  due = {key: i for i, key in reversed(list(enumerate(keys)))
          if known.get(key) is None}
-  due_keys = list(due)
+  due_keys = sorted(due, key=due.get)
 
   def decode(tokens):
     text = tokenizer.decode(tokens)
@@ -191,8 +199,8 @@ def answer_records(
       kept.add(key, known[key])
 
   generate.generate(
-      model, params, list(due.values()),
-      generate.Sampling(max_new_tokens=max_new_tokens),
+      model, params, [prompts[due[key]] for key in due_keys], sampling,
+      seed=seed, row_ids=[due[key] for key in due_keys],
       stop_ids=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size,
       batch_size=batch_size, on_answer=keep,
       is_done=(lambda _, tokens: decode(tokens)[1]) if as_text else None,
@@ -213,9 +221,9 @@ def judge_records(
     task: Any,
     records: Sequence[Any],
     *,
-    prompts: Sequence[str] = (),
-    max_new_tokens: int,
-    batch_size: int,
+    section: Any,
+    seed: int = 0,
+    prompts: Sequence[str] | None = None,
     training: Sequence[Any] = (),
     prompter: prompting.Prompter | None = None,
     **answering: Any,
@@ -228,9 +236,9 @@ def judge_records(
     tokenizer: Of the model.
     task: A module of `gemma_sft.tasks`.
     records: To be answered.
-    prompts: Free ones, answered first.
-    max_new_tokens: Of an answer.
-    batch_size: Rows at a time.
+    section: `config.eval`: its prompts, how many tokens, at what temperature.
+    seed: Of the sampling.
+    prompts: Free ones instead of the section's.
     training: What the model was tuned on, for the judge.
     prompter: Puts examples before the records' questions.
     **answering: See `answer_records`.
@@ -239,8 +247,13 @@ def judge_records(
     (verdict on the answers, the records' answers, the prompts' answers).
   """
   conversations = [task.to_messages(r) for r in records]
+  prompts = list(section.prompts) if prompts is None else list(prompts)
   settings = dict(
-      max_new_tokens=max_new_tokens, batch_size=batch_size, **answering)
+      sampling=generate.Sampling(
+          temperature=section.temperature,
+          repetition_penalty=section.repetition_penalty,
+          max_new_tokens=section.max_new_tokens),
+      batch_size=section.batch_size, seed=seed, **answering)
   if prompter is None:  # In one go: their batches are fuller.
     answers = answer_records(
         model, params, tokenizer, [*map(ask, prompts), *conversations],

@@ -261,9 +261,7 @@ def evaluate_state(
     start = time.monotonic()
     judged, _, answers = scoring.judge_records(
         run.model, run.merged(state.trainable), run.tokenizer, run.task,
-        records, prompts=config.eval.prompts,
-        max_new_tokens=config.eval.max_new_tokens,
-        batch_size=config.eval.batch_size,
+        records, section=config.eval, seed=config.seed,
         training=run.splits['train'].records)
     if records:
       scores |= {f'judge/{k}': v for k, v in judged.metrics.items()}

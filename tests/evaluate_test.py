@@ -70,7 +70,7 @@ def test_base_then_tuned_side_by_side(trained, tmp_path, capsys):
     assert float(rows['loss'][i]) == pytest.approx(scores['loss'], rel=1e-3)
     places = [a['where'] for a in results[name]['answers']]
     assert [p.rpartition(':')[2] for p in places] == ['1', '9', '15']
-    assert results[name]['sampling'] == 'greedy'
+    assert results[name]['temperature'] == 0
     assert results[name]['samples'][0]['prompt'] == 'Who?'
   assert results['base']['scores']['loss'] != results['tuned']['scores']['loss']
   assert '> Who?' in out

@@ -67,12 +67,13 @@ def _reference(kind, prompt, choose=lambda logits_V, _: np.argmax(logits_V)):
 
 
 def _generate(kind='3', prompts=None, *, batch_size=3, stop_ids=_NEVER,
-              vocab_size=512, seed=0, is_done=None, progress=None, **sampling):
+              vocab_size=512, seed=0, row_ids=None, is_done=None,
+              progress=None, **sampling):
   return generate.generate(
       _model(kind), _params(kind), _prompts() if prompts is None else prompts,
       generate.Sampling(**dict(max_new_tokens=_NEW) | sampling),
       stop_ids=stop_ids, vocab_size=vocab_size, batch_size=batch_size,
-      seed=seed, is_done=is_done, progress=progress)
+      seed=seed, row_ids=row_ids, is_done=is_done, progress=progress)
 
 
 @functools.cache
@@ -160,6 +161,15 @@ def test_is_done_sees_an_answer_that_a_stop_token_ends():
   answers = _generate(stop_ids=(_greedy()[0][5],),
                       is_done=lambda i, t: seen.append((i, list(t))))
   assert (0, answers[0]) in seen
+
+
+def test_a_sampled_row_is_that_of_its_id_alone():
+  prompts = [_prompts()[0]] * 3
+  rows = _generate(prompts=prompts, temperature=1.5)
+  assert len({tuple(row) for row in rows}) == 3
+  # The answers that are missing, made alone, are those of the first time.
+  some = _generate(prompts=prompts[:2], row_ids=[2, 0], temperature=1.5)
+  assert some == [rows[2], rows[0]]
 
 
 def test_progress_counts_the_prompts_answered():

@@ -451,7 +451,8 @@ def measure_evaluation(work):
   start = time.process_time()
   answers = scoring.answer_records(
       run.model, run.merged(steps.state.trainable), run.tokenizer,
-      conversations, max_new_tokens=192, batch_size=config.eval.batch_size)
+      conversations, sampling=generate.Sampling(max_new_tokens=192),
+      batch_size=config.eval.batch_size)
   total = time.process_time() - start
   sizes = [len(run.tokenizer.encode(a)) for a in answers]
   prefill, decode = calls['_prefill'], calls['_decode_chunk']

@@ -1,0 +1,59 @@
+"""What real poems score by the judge of poetry, and what broken ones score.
+
+    python tests/benchmarks/calibrate_poetry.py --data=FILE [--data=FILE]
+
+FILE: poems as `records` reads them, such as the JSON of
+github.com/chinese-poetry/chinese-poetry; poems of other shapes are left out.
+"""
+
+import argparse
+import random
+
+import opencc
+
+from gemma_sft import records
+from gemma_sft.tasks import poetry
+
+
+def _rates(texts, form):
+  rows = poetry.judge(
+      [records.Record({'title': '題', 'form': form}, '') for _ in texts],
+      texts).metrics
+  return f'{rows["rhyme"]:.3f} / {rows["tone"]:.3f}'
+
+
+def _cut(characters, form):
+  width = int(form[0])
+  lines = [''.join(characters[i:i + width])
+           for i in range(0, len(characters), width)]
+  return '，'.join(lines)
+
+
+def main() -> None:
+  """Prints a table: rhyme / tone of each kind of poem by form."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--data', action='append', required=True)
+  args = parser.parse_args()
+  texts = [poetry.poem_text(r) for path in args.data
+           for r in records.read(path)]
+  rng = random.Random(0)
+  simplify = opencc.OpenCC('t2s').convert
+  print('| form | poems | real | real, simplified | characters shuffled |'
+        ' lines of other poems |\n|---|---|---|---|---|---|')
+  for form in poetry.FORMS:
+    real = [t for t in texts if poetry.form_of(t) == form]
+    pool = [line for t in real for line in poetry.split_lines(t)]
+    shuffled, mixed = [], []
+    for text in real:
+      lines = poetry.split_lines(text)
+      characters = list(''.join(lines))
+      rng.shuffle(characters)
+      shuffled.append(_cut(characters, form))
+      mixed.append('，'.join(rng.sample(pool, len(lines))))
+    cells = [_rates(kind, form) for kind in (
+        real, [simplify(t) for t in real], shuffled, mixed)]
+    print(f'| {form} | {len(real)} | ' + ' | '.join(cells) + ' |')
+
+
+if __name__ == '__main__':
+  main()
