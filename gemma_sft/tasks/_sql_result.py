@@ -1,0 +1,72 @@
+"""Whether two queries gave the same rows."""
+
+import collections
+from collections.abc import Sequence
+from typing import Any
+
+Rows = Sequence[Sequence[Any]]
+
+_MAX_TRIES = 10_000
+
+
+def same(a: Rows, b: Rows, ordered: bool) -> bool:
+  """Whether the rows are the same, in this order or in any.
+
+  As in Spider's evaluation by execution the columns may stand in another order
+  (github.com/taoyds/test-suite-sql-eval); their names do not count. Numbers
+  are compared to nine digits, 3 equals 3.0, and text is compared as it is.
+  """
+  if len(a) != len(b):
+    return False
+  if not a:
+    return True
+  a = [tuple(_normal(v) for v in row) for row in a]
+  b = [tuple(_normal(v) for v in row) for row in b]
+  if len(a[0]) != len(b[0]):
+    return False
+  if ordered:
+    return collections.Counter(zip(*a)) == collections.Counter(zip(*b))
+  return (collections.Counter(a) == collections.Counter(b)
+          or _same_with_columns_moved(a, b))
+
+
+def is_empty(rows: Rows) -> bool:
+  """Whether rows say nothing: there are none, or only NULL is in them."""
+  return all(value is None for row in rows for value in row)
+
+
+def _normal(value):
+  """Returns what equal values share; sums differ in their last digits."""
+  if isinstance(value, float):
+    value = float(f'{value:.9g}')
+    if value.is_integer():
+      value = int(value)
+  elif isinstance(value, dict):
+    value = ('blob', value['blob'])
+  return value
+
+
+def _same_with_columns_moved(a, b):
+  """Looks for an order of b's columns; one prefix of columns after another."""
+  a_columns, b_columns = list(zip(*a)), list(zip(*b))
+  like = [[j for j, column in enumerate(b_columns)
+           if collections.Counter(column) == collections.Counter(wanted)]
+          for wanted in a_columns]
+  tries = 0
+
+  def place(chosen):
+    nonlocal tries
+    i = len(chosen)
+    if i == len(a_columns):
+      return True
+    wanted = collections.Counter(zip(*a_columns[:i + 1]))
+    for j in like[i]:
+      if j in chosen or tries >= _MAX_TRIES:
+        continue
+      tries += 1
+      got = collections.Counter(zip(*(b_columns[k] for k in (*chosen, j))))
+      if got == wanted and place((*chosen, j)):
+        return True
+    return False
+
+  return place(())

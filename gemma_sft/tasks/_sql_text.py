@@ -1,0 +1,265 @@
+"""Queries as text: found in an answer, in a normal form, by hardness."""
+
+from collections.abc import Collection
+import re
+
+HARDNESS = ('easy', 'medium', 'hard', 'extra')
+SEVERAL = 'several statements'
+
+_FENCE = re.compile(r'```[\w-]*[ \t]*\n?(.*?)(?:```|\Z)', re.DOTALL)
+_LABEL = re.compile(r'\A(?:the )?(?:sqlite|sql|query|answer)(?: query)?\s*:\s*',
+                    re.IGNORECASE)
+# In prose too a sentence begins with With, Create or Drop.
+_STATEMENT = re.compile(
+    r'(?i:SELECT\b|VALUES\s*\('
+    r'|WITH\s+(?:RECURSIVE\b|\S+?\s*(?:\([^)]*\))?\s*AS\b))'
+    r'|(?:INSERT|UPDATE|DELETE|DROP|CREATE|ALTER|ATTACH|DETACH|PRAGMA|REPLACE'
+    r'|VACUUM|BEGIN|EXPLAIN|REINDEX|ANALYZE)\b')
+# In prose "select" is a word; on a line of its own or in capitals it is SQL.
+_IN_PROSE = re.compile(
+    r'^[ \t]*((?:SELECT|WITH)\b)|\b((?:SELECT|WITH)\b)', re.MULTILINE)
+_TOKEN = re.compile(
+    r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*"
+    r'|/\*.*?\*/|(?P<end>;)|(?P<prose>\n[ \t]*\n(?=\s*(?P<next>\w*))'
+    r'|\n(?=(?:This|The|Here|Note|Explanation|Question|Answer|Output|Result)s?'
+    r'\b[^,(=.]))|.', re.DOTALL)
+_CLAUSES = frozenset(
+    'select from where group order having limit union intersect except join'
+    ' inner left right cross full natural on and or case when then else end as'
+    ' offset not in between like values'.split())
+
+
+def extract(answer: str) -> tuple[str, str]:
+  """Returns (the query in a model's answer, '' or why it cannot be taken).
+
+  Taken off are a Markdown fence, a label such as `SQL:`, prose before and
+  after, and the semicolon. A second statement is refused: nobody asked for it,
+  and which of the two would be the answer?
+  """
+  fenced = _FENCE.search(answer)
+  text = (fenced.group(1) if fenced else answer).strip()
+  text = _LABEL.sub('', text).strip()
+  quoted = text.startswith('`')
+  if quoted:
+    text = text[1:].lstrip()
+  if not _STATEMENT.match(text):
+    found = _IN_PROSE.search(text)
+    if not found:
+      return text, ''
+    start = found.start(1) if found.group(1) else found.start(2)
+    quoted = text[:start].endswith('`')
+    text = text[start:]
+  if quoted:
+    text = text.partition('`')[0]
+  for token in _TOKEN.finditer(text):
+    if token.group('end'):
+      rest = _without_comments(text[token.end():])
+      if _STATEMENT.match(rest):
+        return text, SEVERAL
+      break
+    if token.group('prose') and not fenced and (
+        (token.group('next') or '').lower() not in _CLAUSES):
+      break
+  else:
+    return text.strip(), ''
+  return text[:token.start()].strip(), ''
+
+
+def _without_comments(text):
+  return re.sub(r'\A(?:\s+|;|--[^\n]*|/\*.*?\*/)*', '', text, flags=re.DOTALL)
+
+
+def parse(query: str):
+  """Returns the query's tree, or None if sqlglot cannot read it."""
+  import sqlglot  # Only needed where queries are judged.
+
+  try:
+    return sqlglot.parse_one(query, read='sqlite')
+  except (sqlglot.errors.SqlglotError, RecursionError):
+    return None
+
+
+def is_ordered(query: str) -> bool:
+  """Whether the rows of a query have an order: an ORDER BY at its top."""
+  tree = parse(query)
+  if tree is None:
+    return 'order by' in query.rpartition(')')[2].lower()
+  return tree.args.get('order') is not None
+
+
+def normal_form(query: str, names: Collection[str] = ()) -> str | None:
+  """Returns what queries share that differ in spelling only, or None.
+
+  Spelling is: upper and lower case, space, AS, INNER and ASC, an alias of a
+  table (replaced by the table unless it occurs twice), an alias in the result
+  that nothing refers to, the table before a column where there is only one
+  table, and "x" for 'x', which SQLite reads as text where no column has the
+  name.
+
+  Args:
+    query: SQL.
+    names: Tables and columns of the database, in lower case; without them "x"
+      stays a name.
+  """
+  from sqlglot import exp
+
+  tree = parse(query)
+  try:
+    return None if tree is None else _normalised(tree, names, exp)
+  except RecursionError:  # Nested more deeply than a query that runs can be.
+    return None
+
+
+def _normalised(tree, names, exp):
+  aliases = {a.alias.lower() for a in tree.find_all(exp.Alias)}
+  for name in list(tree.find_all(exp.Identifier)):
+    column = name.parent
+    is_text = (
+        names and name.args.get('quoted') and isinstance(column, exp.Column)
+        and column.this is name and not column.table
+        and name.name.lower() not in aliases | set(names))
+    if is_text:
+      column.replace(exp.Literal.string(name.name))
+    else:
+      name.set('this', name.name.lower())
+      name.set('quoted', False)
+  for select in list(tree.find_all(exp.Select)):
+    _resolve_aliases(select, exp)
+  for key in tree.find_all(exp.Ordered):
+    key.set('desc', key.args.get('desc') or None)
+  for join in tree.find_all(exp.Join):
+    if (join.args.get('kind') or '').upper() == 'INNER':
+      join.set('kind', None)
+  used = {c.name for c in tree.find_all(exp.Column)}
+  selects = [tree] if isinstance(tree, exp.Select) else [
+      s for s in tree.find_all(exp.Select)
+      if isinstance(s.parent, exp.SetOperation)]
+  for select in selects:
+    for item in list(select.expressions):
+      if isinstance(item, exp.Alias) and item.alias not in used:
+        item.replace(item.this)
+  return tree.sql(dialect='sqlite', comments=False)
+
+
+def _tables(select, exp):
+  """Returns the tables and subqueries in a SELECT's FROM and JOINs."""
+  start = select.args.get('from_')
+  joins = select.args.get('joins') or ()
+  return [part.this for part in (*([start] if start else ()), *joins)]
+
+
+def _resolve_aliases(select, exp):
+  sources = _tables(select, exp)
+  tables = [s for s in sources if isinstance(s, exp.Table)]
+  named = [t.name for t in tables]
+  names = {t.alias: t.name for t in tables
+           if t.alias and named.count(t.name) == 1}
+  for column in select.find_all(exp.Column):
+    if column.table in names and not _is_hidden(column, select, exp):
+      column.set('table', exp.to_identifier(names[column.table]))
+  for table in tables:
+    if table.alias in names:
+      table.set('alias', None)
+  if len(sources) == 1 and tables:
+    own = tables[0].alias_or_name
+    for column in select.find_all(exp.Column):
+      if column.table == own and column.find_ancestor(exp.Select) is select:
+        column.set('table', None)
+
+
+def _is_hidden(column, select, exp):
+  """Whether a SELECT between the two gives the column's table its name."""
+  inner = column.find_ancestor(exp.Select)
+  while inner is not None and inner is not select:
+    if any(s.alias_or_name == column.table for s in _tables(inner, exp)):
+      return True
+    inner = inner.find_ancestor(exp.Select)
+  return False
+
+
+def hardness(query: str) -> str | None:
+  """Returns easy, medium, hard or extra as Spider's evaluation.py counts.
+
+  What it counts is odd in places (NOT as an aggregate, those of HAVING not at
+  all, of a set operation only the first SELECT), and kept: only so are the
+  classes those of published results (github.com/taoyds/spider, eval_hardness).
+  None if the query cannot be parsed.
+  """
+  from sqlglot import exp
+
+  tree = parse(query)
+  if tree is None:
+    return None
+  first, n_nested = tree, 0
+  while isinstance(first, (exp.SetOperation, exp.Subquery)):
+    n_nested = n_nested or isinstance(first, exp.SetOperation)
+    first = first.this
+  if not isinstance(first, exp.Select):
+    return None
+  where, having, on = (
+      _conditions(expression, exp) for expression in (
+          [first.args['where'].this] if first.args.get('where') else [],
+          [first.args['having'].this] if first.args.get('having') else [],
+          [j.args['on'] for j in first.args.get('joins') or ()
+           if j.args.get('on')]))
+  conditions = where[0] + having[0] + on[0]
+  order, group = first.args.get('order'), first.args.get('group')
+  clauses = (bool(where[0]) + bool(group) + bool(order)
+             + bool(first.args.get('limit'))
+             + max(0, len(_tables(first, exp)) - 1)
+             + where[1] + having[1] + on[1]
+             + sum(isinstance(_plain(c, exp), exp.Like) for c in conditions))
+  n_nested += sum(_subqueries(_plain(c, exp), exp) for c in conditions)
+  aggregates = sum(
+      item.find(exp.AggFunc) is not None for item in first.expressions)
+  aggregates += sum(_is_negated(c, exp) for c in where[0] + having[0])
+  if order:
+    aggregates += sum(1 for _ in order.find_all(exp.AggFunc))
+  others = ((aggregates > 1) + (len(first.expressions) > 1)
+            + (len(where[0]) > 1)
+            + bool(group and len(group.expressions) > 1))
+  return _level(clauses, int(n_nested), others)
+
+
+def _level(clauses, n_nested, others):
+  if not n_nested:
+    if clauses <= 1 and not others:
+      return 'easy'
+    if clauses <= 1 and others <= 2 or clauses <= 2 and others < 2:
+      return 'medium'
+    if clauses <= 2 and others > 2 or clauses == 3 and others <= 2:
+      return 'hard'
+    return 'extra'
+  return 'hard' if clauses <= 1 and not others and n_nested == 1 else 'extra'
+
+
+def _conditions(expressions, exp):
+  """Returns the conditions that AND and OR join, and how many ORs."""
+  found, n_or, left = [], 0, list(expressions)
+  while left:
+    part = left.pop()
+    if isinstance(part, (exp.And, exp.Or)):
+      n_or += isinstance(part, exp.Or)
+      left += [part.this, part.expression]
+    elif isinstance(part, exp.Paren):
+      left.append(part.this)
+    else:
+      found.append(part)
+  return found, n_or
+
+
+def _plain(condition, exp):
+  while isinstance(condition, (exp.Not, exp.Paren)):
+    condition = condition.this
+  return condition
+
+
+def _is_negated(condition, exp):
+  return isinstance(condition, exp.Not) and not isinstance(
+      condition.this, exp.Is) or bool(condition.args.get('negate'))
+
+
+def _subqueries(condition, exp):
+  return sum(
+      1 for s in condition.find_all(exp.Select)
+      if s.find_ancestor(exp.Select) is condition.find_ancestor(exp.Select))

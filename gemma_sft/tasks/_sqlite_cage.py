@@ -1,0 +1,257 @@
+"""SQLite for scripts and queries that nobody has read: bounded, read-only.
+
+`build` and `open_file` give connections on which nothing but reading works.
+`run` takes a query to its rows, or to the reason why it has none. Run as a
+script, the file answers such jobs in a process of its own (`_sqlite_worker`),
+where memory is bounded too; so it imports the standard library alone.
+"""
+
+import json
+import resource
+import signal
+import sqlite3
+import sys
+import urllib.parse
+
+# Instructions of SQLite's virtual machine (about 40 million a second). The
+# slowest gold query of ten of Spider's databases takes 15 thousand.
+MAX_STEPS = 20_000_000
+MAX_ROWS = 20_000
+MAX_RESULT_CHARS = 2_000_000
+READY = 'ready'
+_MAX_VALUE_BYTES = 1_000_000
+_MAX_SCRIPT_PAGES = 16_384  # 64 MiB.
+_MAX_HEAP_BYTES = 256 * 2**20
+_MAX_ADDRESS_BYTES = 2 * 2**30
+_CPU_SECONDS = 2
+_STEPS_A_CALL = 10_000
+_KEPT_DATABASES = 16
+
+# Neither what reads files or loads code, nor what is random (a query has one
+# answer), nor printf, which counts to any width in a single step.
+_FUNCTIONS = frozenset('''
+    abs avg ceil ceiling char coalesce concat concat_ws count cume_dist
+    current_date current_time current_timestamp date datetime dense_rank exp
+    first_value floor glob group_concat hex ifnull iif instr json
+    json_array json_array_length json_extract json_object json_type json_valid
+    julianday lag last_value lead length like ln log log10 log2 lower ltrim
+    max min mod nth_value ntile nullif percent_rank pi pow power quote
+    rank replace round row_number rtrim sign soundex sqrt strftime string_agg
+    substr substring sum time timediff total trim trunc typeof unicode
+    unixepoch upper -> ->>'''.split())
+_LIMITS = {
+    sqlite3.SQLITE_LIMIT_LENGTH: _MAX_VALUE_BYTES,
+    sqlite3.SQLITE_LIMIT_ATTACHED: 0,
+    sqlite3.SQLITE_LIMIT_COLUMN: 500,
+    sqlite3.SQLITE_LIMIT_COMPOUND_SELECT: 50,
+    sqlite3.SQLITE_LIMIT_EXPR_DEPTH: 200,
+    sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH: 100,
+    sqlite3.SQLITE_LIMIT_TRIGGER_DEPTH: 0,
+    sqlite3.SQLITE_LIMIT_WORKER_THREADS: 0,
+}
+# Of the schema; serialize() asks for the last.
+_PRAGMAS = ('table_info', 'foreign_key_list', 'page_count')
+
+
+def build(script: str) -> sqlite3.Connection:
+  """Runs CREATE TABLE, INDEX, VIEW and INSERT ... VALUES in memory.
+
+  PRAGMA statements, which dumps begin with, are skipped.
+
+  Returns:
+    A connection for reading.
+
+  Raises:
+    sqlite3.Error: for any other statement, and for too much work or data.
+  """
+  connection = sqlite3.connect(':memory:')
+  connection.execute(f'PRAGMA max_page_count = {_MAX_SCRIPT_PAGES}')
+  _bound(connection)
+  connection.set_authorizer(_ScriptAuthorizer())
+  try:
+    _with_steps(connection, lambda: connection.executescript(script))
+    connection.commit()
+  except BaseException:
+    connection.close()
+    raise
+  return guard(connection)
+
+
+def open_file(path: str) -> sqlite3.Connection:
+  """Returns a connection for reading to a database file.
+
+  Raises:
+    sqlite3.Error: if there is no such file.
+  """
+  # Immutable: no lock, no journal, also on a read-only disk.
+  connection = sqlite3.connect(
+      f'file:{urllib.parse.quote(path)}?mode=ro&immutable=1', uri=True)
+  return guard(connection)
+
+
+def guard(connection: sqlite3.Connection) -> sqlite3.Connection:
+  """Returns the connection, with which nothing but reading works from now."""
+  _bound(connection)
+  connection.set_authorizer(_authorize_reading)
+  return connection
+
+
+def run(connection: sqlite3.Connection, query: str) -> list[list]:
+  """Returns the rows of one SELECT; a blob as {'blob': hexadecimal digits}.
+
+  Raises:
+    sqlite3.Error: what SQLite says, and for queries that are no SELECT, are
+      several, or take more than MAX_STEPS, MAX_ROWS or MAX_RESULT_CHARS.
+  """
+  if query.lstrip()[:6].upper() not in ('SELECT', 'VALUES') and (
+      query.lstrip()[:4].upper() != 'WITH'):
+    raise sqlite3.ProgrammingError('not a SELECT')
+  return _with_steps(connection, lambda: _fetch(connection.execute(query)))
+
+
+def _fetch(cursor):
+  rows, chars = [], 0
+  for row in cursor:
+    values = [{'blob': v.hex()} if isinstance(v, bytes) else v for v in row]
+    # Of a value of a megabyte there may be many.
+    chars += sum(len(v) if isinstance(v, str) else 8 for v in values)
+    rows.append(values)
+    if len(rows) > MAX_ROWS or chars > MAX_RESULT_CHARS:
+      raise sqlite3.DataError('the result is too large')
+  return rows
+
+
+def has_rows(connection: sqlite3.Connection) -> bool:
+  """Whether any table has a row: without one a result says nothing."""
+  tables = connection.execute(
+      "SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+  for table, in tables:
+    name = table.replace('"', '""')
+    if not table.startswith('sqlite_') and connection.execute(
+        f'SELECT 1 FROM "{name}" LIMIT 1').fetchone():
+      return True
+  return False
+
+
+def _bound(connection):
+  connection.set_authorizer(None)
+  connection.execute('PRAGMA trusted_schema = OFF')
+  connection.execute('PRAGMA temp_store = MEMORY')
+  for category, limit in _LIMITS.items():
+    connection.setlimit(category, limit)
+  # Public databases hold text that is not UTF-8.
+  connection.text_factory = lambda data: data.decode(errors='replace')
+
+
+def _with_steps(connection, work):
+  """Runs work() within MAX_STEPS, the same on a busy machine as on an idle."""
+  left = MAX_STEPS // _STEPS_A_CALL
+
+  def count():
+    nonlocal left
+    left -= 1
+    return left < 0
+
+  connection.set_progress_handler(count, _STEPS_A_CALL)
+  try:
+    return work()
+  except sqlite3.OperationalError:
+    if left < 0:
+      raise sqlite3.OperationalError(
+          f'stopped after {MAX_STEPS} steps') from None
+    raise
+  except MemoryError:
+    raise sqlite3.OperationalError('out of memory') from None
+  finally:
+    connection.set_progress_handler(None, 0)
+
+
+def _authorize_reading(action, first, second, database, source):
+  del database, source
+  if action == sqlite3.SQLITE_FUNCTION:
+    fine = second.lower() in _FUNCTIONS
+  elif action == sqlite3.SQLITE_PRAGMA:
+    fine = first.lower() in _PRAGMAS  # `run` lets no PRAGMA come here.
+  else:
+    fine = action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ,
+                      sqlite3.SQLITE_RECURSIVE)
+  return sqlite3.SQLITE_OK if fine else sqlite3.SQLITE_DENY
+
+
+class _ScriptAuthorizer:
+  """Lets a script make tables and fill them from literals.
+
+  SQLite reports VALUES as a SELECT and the columns of a CHECK as READ. Reading
+  is only granted of the table being created, so nothing can be multiplied: a
+  script makes no more data than it is long.
+  """
+
+  _FINE = (sqlite3.SQLITE_CREATE_TABLE, sqlite3.SQLITE_CREATE_INDEX,
+           sqlite3.SQLITE_CREATE_VIEW, sqlite3.SQLITE_INSERT,
+           sqlite3.SQLITE_SELECT, sqlite3.SQLITE_TRANSACTION,
+           sqlite3.SQLITE_REINDEX)
+
+  def __init__(self):
+    self._created = None
+
+  def __call__(self, action, first, second, database, source):
+    del database, source
+    if action == sqlite3.SQLITE_PRAGMA:
+      return sqlite3.SQLITE_IGNORE
+    if action == sqlite3.SQLITE_FUNCTION:
+      fine = second.lower() in _FUNCTIONS
+    elif action == sqlite3.SQLITE_READ:
+      fine = first == self._created or first == 'sqlite_master'
+    elif action == sqlite3.SQLITE_UPDATE:  # Part of CREATE TABLE.
+      fine = first == 'sqlite_master'
+    else:
+      fine = action in self._FINE
+    if action == sqlite3.SQLITE_CREATE_TABLE:
+      self._created = first
+    elif action == sqlite3.SQLITE_CREATE_INDEX:
+      self._created = second
+    elif action == sqlite3.SQLITE_SELECT or (
+        action == sqlite3.SQLITE_INSERT and first != 'sqlite_master'):
+      self._created = None
+    return sqlite3.SQLITE_OK if fine else sqlite3.SQLITE_DENY
+
+
+def _answer(job, databases):
+  key = (job.get('path'), job.get('script'))
+  if key not in databases:
+    while len(databases) >= _KEPT_DATABASES:
+      databases.pop(next(iter(databases))).close()
+    databases[key] = open_file(key[0]) if key[0] else build(key[1])
+  connection = databases[key]
+  return {'rows': run(connection, job['query']),
+          'filled': has_rows(connection)}
+
+
+def main() -> None:
+  """Answers jobs, a JSON object a line, within the limits of this process."""
+  for kind, limit in ((resource.RLIMIT_AS, _MAX_ADDRESS_BYTES),
+                      (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
+    try:
+      resource.setrlimit(kind, (limit, limit))
+    except (ValueError, OSError):  # macOS knows no limit on address space.
+      pass
+  # Of the whole process, which is why it is not set in `run`.
+  sqlite3.connect(':memory:').execute(
+      f'PRAGMA hard_heap_limit = {_MAX_HEAP_BYTES}')
+  signal.signal(signal.SIGPROF, signal.SIG_DFL)
+  print(READY, flush=True)
+  databases = {}
+  for line in sys.stdin:
+    # Single steps may be long (GLOB over a long text). The signal ends the
+    # process, and the other side starts the next.
+    signal.setitimer(signal.ITIMER_PROF, _CPU_SECONDS)
+    try:
+      answer = _answer(json.loads(line), databases)
+    # Warning: sqlite3 takes two statements for one.
+    except (sqlite3.Error, sqlite3.Warning, MemoryError) as error:
+      answer = {'error': str(error) or type(error).__name__}
+    print(json.dumps(answer), flush=True)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,96 @@
+"""What the SQL judge says of queries that are known to be right or wrong.
+
+    python tests/benchmarks/calibrate_sql.py --data=data/sql/test.jsonl
+
+Prints a table: each line is the data's own queries, broken in one way, judged
+as answers to its questions. Shares are of the records that `execution` counts;
+a dash where a query has nothing to break (one table, no condition).
+"""
+
+import argparse
+import random
+import re
+
+from gemma_sft import records as records_lib
+from gemma_sft.tasks import sql
+
+_SEED = 0
+_WORDS = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"|\w+(?:\.\w+)?|[^\w\s]+")
+
+
+def _own(record, records, rng):
+  del records, rng
+  return record.fields['query']
+
+
+def _spelled_otherwise(record, records, rng):
+  """Capitals the other way round outside of strings, and fenced."""
+  del records, rng
+  parts = re.split(r"('(?:[^']|'')*'|\"[^\"]*\")", record.fields['query'])
+  query = ''.join(p if i % 2 else p.swapcase() for i, p in enumerate(parts))
+  return f'```sql\n{query};\n```\nThis answers it.'
+
+
+def _another_question(record, records, rng):
+  others = [r.fields['query'] for r in records
+            if r.fields['db_id'] == record.fields['db_id']
+            and r.fields['query'].lower() != record.fields['query'].lower()]
+  return rng.choice(others) if others else None
+
+
+def _no_condition(record, records, rng):
+  del records, rng
+  query = re.sub(
+      r' WHERE .*?(?= GROUP BY| ORDER BY| INTERSECT| EXCEPT| UNION|\)|$)', '',
+      record.fields['query'], count=1, flags=re.IGNORECASE)
+  return query if query != record.fields['query'] else None
+
+
+def _wrong_table(record, records, rng):
+  del records
+  tables = re.findall(r'^(\w+)\(', sql.schema_text(record), re.MULTILINE)
+  query = record.fields['query']
+  used = [t for t in tables
+          if re.search(rf'\b(?:from|join) {t}\b', query, re.IGNORECASE)]
+  left = [t for t in tables if t not in used]
+  if not used or not left:
+    return None
+  return re.sub(rf'\b{rng.choice(used)}\b', rng.choice(left), query,
+                flags=re.IGNORECASE)
+
+
+def _shuffled(record, records, rng):
+  del records
+  words = _WORDS.findall(record.fields['query'])
+  return 'SELECT ' + ' '.join(rng.sample(words[1:], len(words) - 1))
+
+
+_BROKEN = {
+    'the own query': _own, 'spelled otherwise, in a fence': _spelled_otherwise,
+    'without its first condition': _no_condition,
+    'another query of the database': _another_question,
+    'from a wrong table': _wrong_table, 'words shuffled': _shuffled}
+
+
+def main() -> None:
+  """Prints the table."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--data', required=True)
+  records = records_lib.read(parser.parse_args().data)
+  print('| answers | n | counted | execution | valid | exact |')
+  print('|---|---|---|---|---|---|')
+  for name, broken in _BROKEN.items():
+    rng = random.Random(_SEED)
+    pairs = [(r, answer) for r in records
+             if (answer := broken(r, records, rng)) is not None]
+    judged = sql.judge(*zip(*pairs)) if pairs else sql.judge([], [])
+    counted = [row['execution'] for row in judged.rows if 'execution' in row]
+    right = f'{sum(counted)}/{len(counted)}'
+    shares = ' | '.join(f'{judged.metrics.get(k, 0):.3f}'
+                        for k in ('valid', 'exact'))
+    print(f'| {name} | {len(pairs)} | {len(counted)} | '
+          f'{judged.metrics.get("execution", 0):.3f} ({right}) | {shares} |')
+
+
+if __name__ == '__main__':
+  main()
