@@ -84,7 +84,10 @@ setuptools.setup(
         'push': PUSH,
         'test': BASE + EXPORT + PUSH + [
             'beartype>=0.21',
+            'httpx>=0.28',
             'hypothesis>=6',
+            # The web pages, in a Chromium of the system.
+            'playwright>=1.50',
             # Hold our chat template and our tokenizer.json against their own.
             'pyyaml>=6',
             'tokenizers>=0.22',

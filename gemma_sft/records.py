@@ -53,6 +53,7 @@ def read(
     format: str = 'auto',
     columns: Mapping[str, str] | None = None,
     split: str = 'train',
+    validated: bool = True,
 ) -> list[Record]:
   """Reads all records of a source, in its order, and validates them.
 
@@ -65,6 +66,8 @@ def read(
     format: One of `readers.FORMATS`, or 'auto': by the prefix or file ending.
     columns: New name -> the source's name, for fields to rename.
     split: The split of a TFDS or hub data set; a file is one split already.
+    validated: False checks the characters alone: what is missing or blank is
+      the caller's to mend (`curate`).
 
   Raises:
     UserError: With up to five bad records, each with its place.
@@ -76,7 +79,7 @@ def read(
         f'{errors.nearest(format, readers.FORMATS)}Correct the format.',
     )
   rows: list[readers.Row] = []
-  for path in _expand(source, format):
+  for path in paths(source, format):
     kind = _guess_format(path) if format == 'auto' else format
     if kind in readers.LIBRARY_READERS:
       rows += readers.read_with_library(kind, path, split)
@@ -87,7 +90,7 @@ def read(
         f'no records in {source}', 'at least one', 'Add records to it.'
     )
   rows = _rename(rows, columns or {}, source)
-  is_canonical = any(
+  is_canonical = validated and any(
       isinstance(fields, dict) and not fields.keys().isdisjoint(CANONICAL)
       for _, fields in rows
   )
@@ -184,7 +187,7 @@ def _merge(bad: list[errors.UserError]) -> errors.UserError:
   )
 
 
-def _expand(source: str, format: str) -> list[str]:
+def paths(source: str, format: str) -> list[str]:
   """Returns the files of a glob pattern, or the source itself."""
   is_named = format == 'hub' or source.startswith(('hub:', 'tfds:'))
   if is_named or os.path.exists(source):

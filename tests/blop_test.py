@@ -83,6 +83,7 @@ def test_judge_counts_the_prompts_that_ask_for_code_alone():
   assert judged.note == ''
   assert judged.metrics == {
       'strict': 1 / 3, 'wrapped': 2 / 3, 'parses': 2 / 3, 'reach': 1 / 3,
+      'fallback': 0.0, 'component': 1 / 3, 'same_tags': 1 / 3, 'knows': 0.0,
       'n': 3}
   assert [row.get('strict') for row in judged.rows] == [
       True, False, False, None]

@@ -4,7 +4,8 @@
 //
 // in   {"id": 7, "code": "def Hello() {\n  <p>'hi'</p>\n}"}
 // out  {"id": 7, "strict": true, "wrapped": true, "parses": true,
-//       "stage": "ok", "line": 0, "column": 0, "message": ""}
+//       "stage": "ok", "line": 0, "column": 0, "message": "",
+//       "js": "function Hello() {...", "names": ["Hello"]}
 //
 // strict   the compiler accepts the snippet as a whole file
 // wrapped  it accepts it as a file, or as the body of a function (fragments)
@@ -12,6 +13,7 @@
 //          undefined
 // stage    where the strict attempt ended: tokenize, parse, semantic, empty, ok
 // line, column are 1-based and 0 where the compiler gives none.
+// js, names: the JavaScript, where strict, and what it exports.
 //
 // The code is compiled, never run. Run this from a folder without a
 // blop.config.js above it: the compiler reads extra globals from there.
@@ -93,7 +95,10 @@ function compile(code, given = 0) {
     const line = text.split('\n').map(s => s.trim()).find(s => /\w/.test(s));
     return { stage: 'semantic', ...at(firstToken(first.token), line || text) };
   }
-  return { stage: 'ok', line: 0, column: 0, message: '' };
+  return {
+    stage: 'ok', line: 0, column: 0, message: '',
+    js: result.code, names: result.exportKeys,
+  };
 }
 
 function check(code) {
@@ -103,6 +108,8 @@ function check(code) {
     : compile(`def _wrapped() {\n${text.replace(/^/gm, '  ')}\n}`, 1);
   const grammatical = stage => stage === 'ok' || stage === 'semantic';
   return {
+    js: '',
+    names: [],
     strict: strict.stage === 'ok',
     wrapped: inside.stage === 'ok',
     parses: grammatical(strict.stage) || grammatical(inside.stage),
@@ -118,7 +125,8 @@ readline.createInterface({ input: process.stdin }).on('line', (line) => {
     verdict = check(code);
   } catch (error) { // The parser is recursive: deep nesting overflows it.
     verdict = {
-      strict: false, wrapped: false, parses: false, stage: 'parse',
+      js: '', names: [], strict: false, wrapped: false, parses: false,
+      stage: 'parse',
       ...at(null, error.message),
     };
   }

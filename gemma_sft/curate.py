@@ -1,0 +1,354 @@
+"""Cleans a raw collection of texts and divides it into three splits.
+
+    python -m gemma_sft.curate --config=configs/lyrics.py --out=DIR
+    python -m gemma_sft.curate --config=configs/lyrics.py --dry_run
+
+Writes train, validation and test.jsonl; removed.jsonl, every row that was taken
+out, and why; changes.jsonl, every cell that was changed, before and after;
+review.jsonl, lines with listed words, all of them kept; and what was done in
+short as report.json, report.md and report.html. The steps are config.curate of
+configs/default.py.
+"""
+
+from gemma_sft import cli
+
+if __name__ == '__main__':
+  cli.run('gemma_sft.curate', 'config', 'out', 'dry_run', 'overwrite',
+          'examples')
+
+from collections.abc import Iterable
+from collections.abc import Sequence
+import csv
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from typing import Any
+
+import regex
+
+from gemma_sft import config as config_lib
+from gemma_sft import errors
+from gemma_sft import records as records_lib
+from gemma_sft.clean import augment
+from gemma_sft.clean import characters
+from gemma_sft.clean import duplicates
+from gemma_sft.clean import romanise
+from gemma_sft.clean import splits
+from gemma_sft.clean import summary
+from gemma_sft.clean import table
+from gemma_sft.clean import words
+
+_FILES = (
+    *(f'{name}.{kind}' for name in splits.NAMES for kind in ('jsonl', 'csv')),
+    'removed.jsonl', 'changes.jsonl', 'review.jsonl', 'report.json',
+    'report.md', 'report.html')
+# A text in ITRANS, HK or SLP1 has a capital inside a fifth of its words and
+# more; in English these are a few names.
+_ROMANISED = 0.1
+# A split whose share is further from its fraction is noted.
+_OFF = 0.03
+
+
+def main(
+    config: Any, out: str | None, dry_run: bool = False,
+    overwrite: bool = False, examples: int = 3) -> int:
+  """Curates; see the module's docstring."""
+  cli.require('config', config, '--config=configs/lyrics.py')
+  config_lib.validate_curation(config)
+  if examples < 0:
+    raise errors.UserError(
+        f'--examples={examples}', '0 or more', 'leave it out for three')
+  if not dry_run:
+    _check_folder(cli.require('out', out, '--out=curated'), overwrite,
+                  config.curate.source)
+  result = curate(config)
+  blocks = summary.blocks(result, examples)
+  print(summary.to_markdown(blocks))
+  if not dry_run:
+    _write(pathlib.Path(out), result, config, blocks, examples)
+    print(f'\nwritten to {out}')
+  return 0
+
+
+def curate(config: Any) -> summary.Result:
+  """Returns the splits of the collection, and an account of all that was done.
+
+  The rows read are those kept and those removed, whatever the steps are.
+
+  Raises:
+    UserError: for a source that cannot be read, a column that it lacks, or a
+      step that would lose meaning.
+  """
+  section = config.curate
+  account = table.Account()
+  rows = _read(section)
+  num_read = len(rows)
+  known = table.columns(rows)
+  fill = config_lib.parse_columns(section.fill, 'curate.fill')
+  for key, names in (
+      ('text', section.text), ('punctuation', section.punctuation),
+      ('fill', (*fill, *fill.values())), ('required', section.required),
+      ('balance', (section.balance,) if section.balance else ()),
+      ('groups', section.groups), ('romanise', section.romanise)):
+    table.require_columns(key, names, rows)
+  text = section.text or tuple(
+      name for name in known
+      if any(table.is_text(row.fields.get(name)) for row in rows))
+  _check_pattern(section.symbols)
+  romanise.check_scheme(section.scheme)
+  augment.check_templates(section.augment_templates, known)
+  entries = [e for name in section.lists for e in words.load_list(name)]
+
+  _clean_characters(rows, account, section, text, known)
+  account.begin('fill', bool(fill))
+  table.fill_missing(rows, account, fill)
+  account.begin('missing')
+  rows = table.remove_incomplete(
+      rows, account, required=section.required,
+      max_missing=section.max_missing, min_lines=section.min_lines, text=text,
+      known=known)
+  account.begin('punctuation', bool(section.punctuation))
+  table.repair_punctuation(
+      rows, account, section.punctuation, section.punctuation_share)
+  account.begin('duplicates', section.duplicates > 0)
+  if section.duplicates:
+    rows = duplicates.remove_duplicates(
+        rows, account, text, section.duplicates, section.ngram)
+  parts = _split(rows, account, config, text)
+  account.begin('augment', bool(section.augment))
+  made = augment.augment(
+      parts['train'], account, methods=section.augment,
+      share=section.augment_share, names=text,
+      templates=section.augment_templates, keep=section.augment_keep,
+      seed=config.seed)
+  every = [*rows, *made]
+  account.begin('romanise', bool(section.romanise))
+  _romanise(every, account, section.romanise, section.scheme)
+  account.begin('tokens', bool(section.tokens))
+  if section.tokens:
+    _add_tokens(every, account, text, section.tokens)
+  assert num_read == len(rows) + len(account.removals)
+  return summary.Result(
+      source=section.source, num_read=num_read, account=account,
+      parts=parts, augmented=made, text=text, balance=section.balance,
+      flags=[flag for name, part in parts.items()
+             for flag in _flags(part, name, text, entries)],
+      leaks=splits.leaks(
+          parts, section.groups, text, section.opening,
+          section.duplicates or 1.0, section.ngram))
+
+
+def _read(section) -> list[table.Row]:
+  """Returns the rows of every source that training takes, blanks and all."""
+  rows = records_lib.read(
+      section.source, format=section.format, validated=False,
+      columns=config_lib.parse_columns(section.rename, 'curate.rename'))
+  return [table.Row(row.where, row.fields) for row in rows]
+
+
+def _check_pattern(pattern: str) -> None:
+  try:
+    regex.compile(pattern)
+  except regex.error as error:
+    raise errors.UserError(
+        f'config.curate.symbols is {pattern!r}: {error}',
+        "a pattern of the package regex, or ''", 'correct it') from error
+
+
+def _clean_characters(rows, account, section, text, known) -> None:
+  """Applies the steps that look at one cell: all but the case to all columns.
+
+  A title with a stray tag would part songs that belong together.
+  """
+  steps = (
+      ('html', section.html, characters.strip_html,
+       'markup is not part of a text'),
+      ('symbols', bool(section.symbols), functools.partial(
+          characters.remove_symbols, pattern=section.symbols),
+       'signs that stand for no sound'),
+      ('encoding', section.unicode, characters.repair_encoding,
+       'decoded wrongly'),
+      ('invisible', section.unicode, characters.remove_invisible,
+       'of no width, and no joiner that its script needs'),
+      ('letters', section.unicode, characters.compose_nukta,
+       'one form of each letter: NFC, a nukta joined to its letter'),
+      ('whitespace', section.whitespace, characters.regular_whitespace,
+       'one space between words, at most one blank line'),
+      ('lower', section.lower, characters.lower, 'lower case'))
+  for step, is_on, function, why in steps:
+    account.begin(step, is_on)
+    if not is_on:
+      continue
+    if step == 'lower':
+      _check_case(rows, account, section, text)
+    table.apply_text(
+        rows, account, step, text if step == 'lower' else known, function, why)
+
+
+def _check_case(rows, account, section, text) -> None:
+  """Raises where lower case would lose a sound; notes where there is none."""
+  texts = [table.as_text(row.fields.get(name)) for row in rows for name in text]
+  own, cased = section.romanised, romanise.CASED
+  if own not in ('', 'none', *romanise.SCHEMES):
+    raise errors.UserError(
+        f'config.curate.romanised is {own!r}',
+        f"'', none or one of {', '.join(romanise.SCHEMES)}",
+        f'{errors.nearest(own, romanise.SCHEMES)}Set --config.curate.romanised')
+  if section.romanise and section.scheme in cased:
+    problem = f'config.curate.scheme is {section.scheme}'
+  elif own in cased:
+    problem = f'config.curate.romanised is {own}'
+  elif not own and (
+      share := characters.capitals_inside('\n'.join(texts))) > _ROMANISED:
+    problem = (f'{share:.0%} of the words have a capital inside, as in ITRANS,'
+               ' HK or SLP1')
+  else:
+    caseless = sum(
+        bool(t.strip()) and not any(map(characters.has_case, t)) for t in texts)
+    if caseless:
+      account.notes.append(
+          f'lower: {caseless} of {len(texts)} texts are in scripts without'
+          ' case and stay as they are')
+    return
+  raise errors.UserError(
+      f'config.curate.lower=True, but {problem}: a capital is another sound'
+      ' there (a and A, t and T)',
+      'lower=False, or a scheme without capitals: '
+      + ', '.join(s for s in romanise.SCHEMES if s not in cased),
+      'set --config.curate.lower=false or --config.curate.scheme=iast; for text'
+      ' that is not romanised --config.curate.romanised=none')
+
+
+def _split(rows, account, config, text) -> dict[str, list[table.Row]]:
+  """Returns the rows of each split; groups and openings stay together."""
+  section = config.curate
+  pairs = []
+  if section.opening:
+    starts = [splits.opening(row, text, section.opening) for row in rows]
+    pairs = duplicates.similar_pairs(
+        starts, section.duplicates or 1.0, section.ngram)
+  members = splits.groups(rows, section.groups, pairs)
+  wanted = sum(part > 0 for part in section.fractions)
+  if len(members) < wanted:
+    account.notes.append(
+        f'split: {len(rows)} rows are in {len(members)} groups, too few for'
+        f' {wanted} splits')
+  largest = max(map(len, members), default=0)
+  if len(rows) > 1 and largest > len(rows) / 2:
+    account.notes.append(
+        f'split: one group has {largest} of the {len(rows)} rows; fewer'
+        ' columns in config.curate.groups make smaller ones')
+  chosen = splits.split(
+      rows, members, section.fractions, section.balance, config.seed)
+  for (name, part), wanted in zip(chosen.items(), section.fractions):
+    if abs(len(part) - wanted * len(rows)) > max(1, _OFF * len(rows)):
+      account.notes.append(
+          f'split: {name} has {len(part) / len(rows):.0%} of the rows instead'
+          f' of {wanted:.0%}: groups stay whole, the largest has {largest}')
+  return {name: [rows[i] for i in part] for name, part in chosen.items()}
+
+
+def _romanise(rows, account, names, scheme) -> None:
+  strange: set[str] = set()
+  for row in rows:
+    for name in names:
+      value = row.fields.get(name)
+      column = f'{name}_{scheme}'
+      if column in row.read:
+        raise errors.UserError(
+            f'config.curate.romanise: {row.where} has a column {column!r}',
+            'a name that is free', 'rename it: --config.curate.rename='
+            f"'{column}_original={column}'")
+      if table.is_text(value):
+        lines = romanise.romanise(table.as_text(value), scheme).split('\n')
+        strange.update(romanise.leftover('\n'.join(lines)))
+        account.change(
+            row, column, 'romanise',
+            lines if isinstance(value, list) else '\n'.join(lines),
+            f'{name} in {scheme}')
+  if strange:
+    account.notes.append(
+        f'romanise: {scheme} has no letter for {" ".join(sorted(strange))}')
+
+
+def _add_tokens(rows, account, text, kind) -> None:
+  function = words.words if kind == 'words' else words.aksharas
+  for row in rows:
+    for name in text:
+      if table.is_text(row.fields.get(name)):
+        account.change(
+            row, f'{name}_{kind}', 'tokens',
+            function(table.as_text(row.fields[name])), f'{kind} of {name}')
+
+
+def _flags(rows, split, text, entries) -> Iterable[dict[str, Any]]:
+  """Yields a line of review.jsonl for each line with a listed word."""
+  for row in rows:
+    for name in text:
+      lines = table.as_text(row.fields.get(name)).split('\n')
+      for number, line in enumerate(lines, 1):
+        if found := words.find_listed(line, entries):
+          yield {'where': row.where, 'split': split, 'column': name,
+                 'line': number, 'text': line,
+                 'found': [' '.join(e.words) for e in found],
+                 'lists': sorted({e.list_name for e in found})}
+
+
+def _check_folder(out: str, overwrite: bool, source: str) -> None:
+  """Raises where writing would destroy what somebody may want to keep."""
+  if os.path.exists(out) and not os.path.isdir(out):
+    raise errors.UserError(f'--out={out} is a file', 'a folder', 'name another')
+  if os.path.isdir(out) and os.listdir(out) and not overwrite:
+    raise errors.UserError(
+        f'--out={out} is not empty', 'a new or an empty folder',
+        'name another, or add --overwrite to replace what an earlier run wrote')
+  written = {os.path.realpath(os.path.join(out, name)) for name in _FILES}
+  if ':' in source:
+    return
+  for path in records_lib.paths(source, 'auto'):
+    if os.path.realpath(path) in written:
+      raise errors.UserError(
+          f'--out={out} would replace the source {path}', 'another folder',
+          'name another')
+
+
+def _write(folder, result, config, blocks, examples) -> None:
+  folder.mkdir(parents=True, exist_ok=True)
+  for name in _FILES:  # Nothing of an earlier run may lie beside this one's.
+    (folder / name).unlink(missing_ok=True)
+  for name, rows in result.written().items():
+    fields = [row.fields for row in rows]
+    _write_jsonl(folder / f'{name}.jsonl', fields)
+    if config.curate.csv:
+      _write_csv(folder / f'{name}.csv', fields, table.columns(rows))
+  account = result.account
+  for name, items in (('removed', account.removals),
+                      ('changes', account.changes)):
+    _write_jsonl(folder / f'{name}.jsonl', map(dataclasses.asdict, items))
+  _write_jsonl(folder / 'review.jsonl', result.flags)
+  report = summary.to_json(result, examples) | {
+      'seed': config.seed,
+      'config': dict(config_lib.leaves(config.curate, 'curate.'))}
+  for name, content in (
+      ('report.json', json.dumps(
+          report, indent=1, ensure_ascii=False, default=str)),
+      ('report.md', summary.to_markdown(blocks)),
+      ('report.html', summary.to_html(blocks))):
+    (folder / name).write_text(content + '\n', encoding='utf-8')
+
+
+def _write_jsonl(path, items: Iterable[dict[str, Any]]) -> None:
+  with open(path, 'w', encoding='utf-8') as file:
+    for item in items:
+      file.write(json.dumps(item, ensure_ascii=False, default=str) + '\n')
+
+
+def _write_csv(path, items: Sequence[dict[str, Any]], names) -> None:
+  """Writes a table; a list of lines becomes the lines of its cell."""
+  with open(path, 'w', encoding='utf-8', newline='') as file:
+    writer = csv.writer(file, lineterminator='\n')
+    writer.writerow(names)
+    for item in items:
+      writer.writerow([table.as_text(item.get(name)) for name in names])

@@ -1,0 +1,191 @@
+"""Serves a page on which people rate answers, or a playground for a run.
+
+    python -m gemma_sft.serve --mode=rate --runs=workdirs/a,workdirs/b
+    python -m gemma_sft.serve --mode=rate --runs=workdirs/a,workdirs/a:base
+    python -m gemma_sft.serve --mode=rate --runs=... --report
+    python -m gemma_sft.serve --mode=play --workdir=workdirs/a
+
+rate shows the answers of two evaluations (`gemma_sft.evaluate` makes them; W is
+its tuned result, W:base and W:few:4 others) two by two, in random order and
+without names, and keeps what people say in W/ratings.sqlite of the first run,
+or in --out. --report prints the result; the page has it under /results.
+
+play answers forms and a chat with the tuned model and its base side by side.
+
+Only this machine can open the pages. --host=0.0.0.0 serves all networks, to
+those who have the address with its token; it is not encrypted: where others
+can listen, leave it out and forward the port with ssh -L instead.
+"""
+
+from gemma_sft import cli
+
+if __name__ == '__main__':
+  cli.run('gemma_sft.serve', 'mode', 'runs', 'split', 'report', 'out', 'config',
+          'workdir', 'base', 'step', 'host', 'port', split='test')
+
+import contextlib
+import os
+import socket
+from typing import Any
+from typing import Callable
+from typing import Iterator
+from typing import Sequence
+
+from gemma_sft import config as config_lib
+from gemma_sft import errors
+from gemma_sft import ratings
+
+
+def main(
+    mode: str | None,
+    runs: Sequence[str],
+    split: str,
+    report: bool,
+    out: str | None,
+    config: Any,
+    workdir: str,
+    base: bool,
+    step: int,
+    host: str,
+    port: int,
+) -> int:
+  """Serves until it is interrupted; see the module's docstring."""
+  cli.require('mode', mode, '--mode=rate or --mode=play')
+  if mode == 'play':
+    if runs or report or out:
+      raise errors.UserError(
+          '--runs, --report or --out with --mode=play',
+          'flags of --mode=rate', 'leave them out; a run is --workdir')
+    return _play(config, workdir, base, step, host, port)
+  if len(runs) != 2 or runs[0] == runs[1]:
+    raise errors.UserError(
+        f'--runs={",".join(runs)}', 'two results to compare',
+        '--runs=workdirs/a,workdirs/b or --runs=workdirs/a,workdirs/a:base')
+  return _rate((runs[0], runs[1]), split, report, out, host, port)
+
+
+def _rate(runs, split, report, out, host, port) -> int:
+  from gemma_sft.web import pairs as pairs_lib
+  from gemma_sft.web import rating
+
+  pairs = pairs_lib.read(runs, split)
+  path = out or os.path.join(
+      pairs_lib.parse_run(runs[0])[0], 'ratings.sqlite')
+  if report and not os.path.exists(path):
+    raise errors.UserError(
+        f'no ratings in {path}', 'a file that people have rated into',
+        'leave out --report, and rate')
+  store = ratings.Store(path)
+  if report:
+    print(ratings.report(ratings.summarise(
+        store.ratings(), [pair.item for pair in pairs]),
+        pairs_lib.labels(runs)))
+    return 0
+  with listen(host, port) as (sock, url, token):
+    print(f'{url}\n{len(pairs)} pairs of {split}; ratings go to {path}; results'
+          ' are under /results; Ctrl-C ends', flush=True)
+    _serve(sock, lambda: rating.make_app(pairs, runs, store, token=token))
+  return 0
+
+
+def _play(config, workdir, base, step, host, port) -> int:
+  cli.require('workdir', workdir, '--workdir=workdirs/blop')
+  if config is None:
+    config = cli.load_run_config(workdir)
+  config_lib.validate(config)
+  with listen(host, port) as (sock, url, token):
+    print(f'{url}\nloading; the page opens when the weights are there; Ctrl-C'
+          ' ends', flush=True)
+    # Only now: their imports take seconds, and a port that is taken is told
+    # before.
+    from gemma_sft import sample
+    from gemma_sft.web import models
+    from gemma_sft.web import playground
+
+    served = models.load(config, workdir, base_only=base, step=step)
+    for name, one in served.items():
+      print(f'{name}: {one.description}', flush=True)
+    page = playground.Playground(
+        served, _records(config.data, 'train'),
+        _records(config.data, 'test') or _records(config.data, 'validation'))
+    _serve(sock, lambda: playground.make_app(page, sample.answer, token=token))
+  return 0
+
+
+def _records(section, split):
+  """Returns a split's records; none where its file is no longer there."""
+  from gemma_sft import loading
+
+  if not section[split]:
+    return []
+  try:
+    return loading.read_split(section, split)
+  except errors.UserError as error:
+    print(f'without the {split} split: {error.got}', flush=True)
+    return []
+
+
+@contextlib.contextmanager
+def listen(host: str, port: int) -> Iterator[tuple[socket.socket, str, str]]:
+  """Yields (socket, address for a browser, token or '').
+
+  From here on a browser that asks is kept waiting, not refused.
+
+  Raises:
+    UserError: if the address cannot be had.
+  """
+  from gemma_sft.web import guard
+
+  if not 0 <= port < 2**16:  # The system would take its last 16 bits.
+    raise errors.UserError(
+        f'--port={port}', 'a port from 0 to 65535', 'choose another')
+  sock = None
+  try:
+    family, *_, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM)[0]
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(address)
+    sock.listen(64)
+  except OSError as error:
+    if sock is not None:
+      sock.close()
+    raise errors.UserError(
+        f'--host={host} --port={port}: {error}',
+        'an address of this machine and a port that is free',
+        'choose another --port; 0 takes any') from None
+  with sock:
+    bound, port = sock.getsockname()[:2]
+    token = '' if guard.is_loopback(bound) else guard.make_token()
+    name = _name_for_others(bound) if token else host
+    name = f'[{name}]' if ':' in name else name
+    query = f'?token={token}' if token else ''
+    yield sock, f'http://{name}:{port}/{query}', token
+
+
+def _name_for_others(address: str) -> str:
+  """Returns the address under which others reach one that means all."""
+  if address not in ('0.0.0.0', '::'):
+    return address
+  # The interface of the default route; nothing is sent. The address is one
+  # for documentation (RFC 5737).
+  with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    try:
+      probe.connect(('192.0.2.1', 9))
+      return probe.getsockname()[0]
+    except OSError:
+      return socket.gethostname()
+
+
+def _serve(sock: socket.socket, make_app: Callable[[], Any]) -> None:
+  """Runs a server until Ctrl-C."""
+  import uvicorn
+
+  server = uvicorn.Server(uvicorn.Config(
+      make_app(), log_level='warning', access_log=False, server_header=False,
+      limit_concurrency=64, timeout_graceful_shutdown=2))
+  try:
+    server.run(sockets=[sock])
+  except KeyboardInterrupt:  # Raised again by the server once it has ended.
+    pass
+  print('stopped', flush=True)

@@ -1,0 +1,369 @@
+"""Whether two Blop programs do the same, as far as the prompt says what to do.
+
+The traces are those of `_blop_run`. Wording, wrappers and class names are free
+unless the prompt spells them out; what is shown, what can be operated and what
+that does are not.
+"""
+
+import collections
+import dataclasses
+import json
+import re
+from typing import Any
+
+# Tags that do something or carry meaning. Others (div, span, section...) count
+# only if the prompt names them.
+_FUNCTIONAL = frozenset('''
+    button input select option textarea form a img li table tr td th video audio
+    source picture canvas iframe progress meter details summary dialog heading
+    list svg circle rect line polyline polygon path ellipse g text
+    hr'''.split())
+_NAMED_BY_A_WORD = frozenset('''
+    div span ul ol br em strong blockquote cite figcaption fieldset legend tbody
+    thead pre kbd aside article figure'''.split())
+_NAMED_AS_A_TAG = frozenset('''
+    section header footer nav main time address label p b i u s q code small
+    mark dl dt dd sub sup h1 h2 h3 h4 h5 h6'''.split())
+_SYNONYMS = {
+    'ul': 'list', 'ol': 'list', **{f'h{n}': 'heading' for n in range(1, 7)}}
+_SAME_EVENT = {'input': 'change', 'mouseover': 'mouseenter',
+               'mouseout': 'mouseleave', 'keyup': 'keydown',
+               'keypress': 'keydown'}
+# For the reader or the browser: free unless the prompt names one.
+_FREE_ATTRIBUTES = frozenset('''
+    alt title id name rel role tabindex for placeholder target rows cols xmlns
+    autocomplete autofocus maxlength method action lang preserveAspectRatio
+    viewBox loading pattern min max step'''.split())
+_FLAGS = frozenset('disabled checked selected hidden required readonly multiple'
+                   ' open controls'.split())
+_TYPES = frozenset('checkbox radio range file password date color time'.split())
+_WORD = re.compile(r'\d+(?:\.\d+)?(?![\w.])|\w+|[★☆♥❤]')
+# 'title_1': what the made-up inputs look like.
+_INPUT = re.compile(r'[A-Za-z]+_\d+$|[A-Za-z]+key_\d+$')
+_QUOTED = re.compile(r"""'([^'\n]{1,60})'(?!\w)|"([^"\n]{1,60})"|`([^`\n]+)`"""
+                     '|“([^”]+)”|‘([^’]+)’')
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """What a prompt spells out.
+
+  Attributes:
+    words: All its words, lower case.
+    spelled: Words of the answer's own text: quoted, or capitalised within a
+      sentence ("reads On or Off").
+    quoted: What stands in quotes.
+    tags: Tags that it names.
+    text: The prompt.
+  """
+
+  words: frozenset[str]
+  spelled: frozenset[str]
+  quoted: tuple[str, ...]
+  tags: frozenset[str]
+  text: str
+
+
+def read_prompt(text: str) -> Prompt:
+  """Returns what a prompt spells out."""
+  quoted = [''.join(groups) for groups in _QUOTED.findall(text)]
+  spelled = {word for part in quoted for word in _WORD.findall(part)}
+  # Not the first word of a sentence; 'Blop' and 'SVG' say what is asked for.
+  spelled |= set(re.findall(r'(?<=[a-z,;:] )([A-Z][a-z]*)\b', text)) - {
+      'Blop', 'I', 'Name', 'Enter', 'Escape', 'Each', 'It', 'The', 'A'}
+  lower = text.lower()
+  words = frozenset(re.findall(r'\w+', lower))
+  tags = {tag for tag in _NAMED_BY_A_WORD if tag in words}
+  tags |= {
+      tag for tag in _NAMED_AS_A_TAG
+      if re.search(rf'<{tag}>|\b{tag}(?: element|s? tags?)\b', lower)
+      or (re.match(r'h\d', tag) and tag in words)}
+  if re.search(r'\bparagraphs?\b', lower):
+    tags.add('p')
+  if 'ordered list' in lower:
+    tags.add('ol')
+  return Prompt(words, frozenset(spelled), tuple(quoted), frozenset(tags), text)
+
+
+def defined(reference: dict[str, Any], answer: dict[str, Any]) -> bool | None:
+  """Whether the answer defines what was asked for and it works.
+
+  Args:
+    reference: The reference's trace.
+    answer: The answer's.
+
+  Returns:
+    None where the reference itself has nothing that can be tried.
+  """
+  verdicts = []
+  for name, trace in reference['traces'].items():
+    worked = [run['k'] for run in trace['runs'] if _works(run)]
+    if trace['kind'] == 'value' or not worked:
+      continue
+    other = answer['traces'].get(name, {'runs': []})
+    runs = {run['k']: run for run in other['runs']}
+    verdicts.append(worked[0] in runs and _works(runs[worked[0]]))
+  return all(verdicts) if verdicts else None
+
+
+def _works(run):
+  return not run.get('failed') and not run.get('threw')
+
+
+def same_tags(
+    reference: dict[str, Any], answer: dict[str, Any]) -> bool | None:
+  """Whether the trees of tags are equal, wrappers and all.
+
+  None where the reference renders nothing.
+  """
+  seen = False
+  for name, trace in reference['traces'].items():
+    runs = {run['k']: run
+            for run in answer['traces'].get(name, {'runs': []})['runs']}
+    for run in trace['runs']:
+      if _works(run) and run.get('tree'):
+        seen = True
+        if _shape(run['tree']) != _shape(runs.get(run['k'], {}).get('tree')):
+          return False
+  return True if seen else None
+
+
+def _shape(tree):
+  return tree and [tree[0], [_shape(c) for c in tree[3] if isinstance(c, list)]]
+
+
+def same_behaviour(reference: dict[str, Any], answer: dict[str, Any],
+                   prompt: Prompt) -> tuple[bool | None, str]:
+  """Whether the answer does what the reference does, and the first difference.
+
+  None where the reference does nothing that can be seen.
+  """
+  checks = list(_checks(reference, answer, prompt))
+  # Whether it can be told is a matter of the reference alone.
+  if not any(telling for telling, _ in checks):
+    return None, ''
+  difference = next((found for _, found in checks if found), '')
+  return not difference, difference
+
+
+def _checks(reference, answer, prompt):
+  """Yields (whether the reference shows something, the difference or '')."""
+  for name, trace in reference['traces'].items():
+    other = answer['traces'].get(name, {'runs': []})
+    if trace['kind'] == 'value':
+      # What a name of the prompt stands for; other variables are free.
+      if (name.lower() in prompt.words
+          and not _named(trace['value'], 'function')):
+        same = other.get('value') == trace['value']
+        yield True, '' if same else f'{name} has another value'
+      continue
+    runs = {run['k']: run for run in other['runs']}
+    pages = [(run, runs.get(run['k'], {})) for run in trace['runs']
+             if _works(run) and run.get('tree')]
+    groups = _groups(mine for mine, _ in pages)
+    if groups != _groups(its for _, its in pages):
+      yield len(set(groups)) > 1, (
+          f'{name}: text that depends on other things' if runs
+          else f'{name}: fails, or is not defined')
+    else:
+      yield len(set(groups)) > 1, ''
+    for run in trace['runs']:
+      expected = _behaviour(run, run, prompt)
+      if expected is not None:
+        difference = _difference(
+            expected, _behaviour(runs.get(run['k'], {}), run, prompt))
+        yield any(expected.values()), difference and f'{name}: {difference}'
+  # Assertions and set-up calls are worded by their author; output is not.
+  expected = [e for e in reference['load'] if e[0] in ('log', 'call', 'mount')]
+  if expected:
+    kinds = {e[0] for e in expected}
+    got = [e for e in answer['load'] if e[0] in kinds]
+    yield True, '' if got == expected else 'other output'
+
+
+def _groups(runs):
+  """Returns for each run the first that has the same text.
+
+  Wording is free, but what depends on the inputs has to.
+  """
+  texts = [_text(run['tree']) if run.get('tree') else None for run in runs]
+  return [texts.index(text) for text in texts]
+
+
+def _text(tree):
+  return ' '.join(child for node in _nodes(tree) for child in node[3]
+                  if isinstance(child, str))
+
+
+def _difference(expected, got):
+  if got is None:
+    return 'fails, or is not defined'
+  return next((f'other {k}' for k in expected if expected[k] != got.get(k)), '')
+
+
+def _named(value, kind):
+  return isinstance(value, dict) and value.get('$') == kind
+
+
+def _behaviour(run, model, prompt):
+  """Returns what counts of a run, by what it is; None if it does not count.
+
+  `model` is the reference's run, `run` that or the answer's.
+  """
+  raises = bool(prompt.words & {'throw', 'throws', 'error', 'errors', 'fails'})
+  if not run or run.get('failed'):
+    return None
+  if model.get('tree'):
+    return _page_behaviour(run, prompt) if run.get('tree') else None
+  if model.get('threw') and not raises:
+    return None
+  if run.get('threw') or model.get('threw'):
+    return {'throwing': bool(run.get('threw'))}
+  if 'NaN' in json.dumps(model):
+    return None  # Off its domain: what comes out there is nobody's wish.
+  logs = any(e[0] == 'log' for e in model.get('effects', []))
+  effects = [e for e in run.get('effects', []) if e[0] != 'log' or logs]
+  result = run.get('result')
+  if _named(model.get('result'), 'node'):
+    if not _named(result, 'node'):
+      return None
+    result = _seen(result['tree'], prompt)
+  return {
+      'result': None if _named(result, 'undefined') else result,
+      'methods': run.get('methods'), 'returned function': run.get('calls'),
+      # Seen only where they are changed, but then by both.
+      'changes to its arguments': _changed(run),
+      'calls': effects}
+
+
+def _changed(run):
+  return [a for a in run.get('args', []) if isinstance(a, (dict, list))] or None
+
+
+def _page_behaviour(run, prompt):
+  events = collections.Counter(
+      json.dumps(_outcome(event, prompt), sort_keys=True)
+      for event in run.get('events', []))
+  return {
+      **_seen(run['tree'], prompt),
+      **{f'{kind} after a while': counts for kind, counts in _seen(
+          run.get('later') or run['tree'], prompt).items()},
+      'events': _event_types(run),
+      'reactions': events,
+      'effects': _calls(
+          run.get('mounted', []) + run.get('unmounted', []), prompt)}
+
+
+def _event_types(run):
+  return collections.Counter(
+      _SAME_EVENT.get(e['type'], e['type']) for e in run.get('events', []))
+
+
+def _outcome(event, prompt):
+  return [_SAME_EVENT.get(event['type'], event['type']), event['key'],
+          [[_calls(turn['effects'], prompt), turn['threw'],
+            turn['tree'] and [
+                sorted(counts.items())
+                for counts in _seen(turn['tree'], prompt, typed=True).values()]]
+           for turn in event['turns']]]
+
+
+def _calls(effects, prompt):
+  """Effects without logs and without the event that a handler passes on."""
+  prevents = prompt.words & {'prevent', 'prevents', 'default', 'reload',
+                             'reloading', 'propagation', 'instead'}
+  kept = []
+  for kind, *rest in effects:
+    if kind == 'log' or kind == 'prevent' and not prevents:
+      continue
+    rest = [[a for a in r if not _named(a, 'event')]
+            if isinstance(r, list) else r for r in rest]
+    kept.append(json.dumps([kind, *rest], sort_keys=True))
+  return sorted(kept)
+
+
+def _seen(tree, prompt, typed=False):
+  """Returns what a reader sees of a page: counts of words, tags, marks."""
+  texts, tags, marks = (collections.Counter() for _ in range(3))
+  for tag, attributes, _, children in _nodes(tree):
+    for name in {tag, _SYNONYMS.get(tag, tag)}:
+      if name in prompt.tags or name in _FUNCTIONAL or name[0].isupper():
+        tags[name] += 1
+    if tag == 'input' and attributes.get('type') in _TYPES:
+      tags[f'input {attributes["type"]}'] += 1
+    for child in children:
+      if isinstance(child, str):
+        texts.update(w for w in _WORD.findall(child) if _counts(w, prompt))
+    for name, value in attributes.items():
+      if (tag[0].isupper() and name.lower() in prompt.words
+          and not _named(value, 'undefined')):
+        marks[f'{tag} {name}'] += 1  # What a component is handed.
+      marks.update(_marks(name, value, prompt, typed))
+  return {'text': texts, 'tags': tags, 'attributes': marks}
+
+
+def _nodes(tree):
+  style = tree[1].get('style')
+  if tree[1].get('hidden') is True or (
+      isinstance(style, dict) and style.get('display') == 'none'):
+    return
+  yield tree
+  for child in tree[3]:
+    if isinstance(child, list):
+      yield from _nodes(child)
+
+
+def _counts(word, prompt):
+  return bool(_INPUT.match(word) or word in prompt.spelled
+              or word[0].isdigit() or word in '★☆♥❤')
+
+
+def _marks(name, value, prompt, typed):
+  if name in _FLAGS:
+    return [f'{name}'] if value is True or value == {'$': 'true'} else []
+  lower = name.lower()
+  if lower.startswith(('aria-', 'data-', 'on')) or (
+      lower in _FREE_ATTRIBUTES and lower not in prompt.words):
+    return []
+  if typed and name == 'value':
+    return []  # Whether a field is bound to what was typed into it.
+  if name == 'style' and isinstance(value, dict):
+    value = list(value.values())  # backgroundColor or background.
+  text = value if isinstance(value, str) else json.dumps(value)
+  found = []
+  for word in _WORD.findall(text):
+    if name == 'class':
+      counts = word in prompt.spelled or (
+          'class' in prompt.words and word.lower() in prompt.words)
+    elif name == 'style':
+      counts = (_INPUT.match(word) or word in prompt.spelled
+                or word.lower() in prompt.words and not word.isdigit())
+    else:
+      counts = _INPUT.match(word) or word in prompt.spelled
+    if counts:
+      found.append(f'{"" if name == "style" else name} {word}')
+  return found
+
+
+def open_names(reference: dict[str, Any], answer: dict[str, Any],
+               prompt: Prompt) -> dict[str, dict[str, str]]:
+  """Returns how the answer may call fields that the prompt gives no name.
+
+  "shows the movies with their director" leaves open whether a movie has `name`
+  or `title`. What an answer reads in vain stands, in that order, for what the
+  reference reads, the answer does not, and the prompt does not name.
+  """
+  aliases = {}
+  for path, reads in answer['reads'].items():
+    known = reference['reads'].get(path, {'read': []})['read']
+    free = [name for name in known
+            if name not in reads['read'] and not _is_named(name, prompt)]
+    pairs = dict(zip(
+        [n for n in reads['missing'] if not _is_named(n, prompt)], free))
+    if pairs:
+      aliases[path] = pairs
+  return aliases
+
+
+def _is_named(name, prompt):
+  return bool(re.search(rf'\b{re.escape(name)}\b', prompt.text))

@@ -1,0 +1,1 @@
+"""Two small pages: people rate answers, and a playground for a run."""

@@ -1,0 +1,403 @@
+"""The curation command: every row is accounted for, every change is told."""
+
+import collections
+import csv
+import json
+import random
+import re
+
+import conftest
+import hypothesis
+from hypothesis import strategies as st
+import pytest
+
+from configs import default
+from configs import lyrics
+from configs import slang
+from gemma_sft import curate
+from gemma_sft import errors
+from gemma_sft import records
+
+_OPENINGS = ('<p>दिल की बात<br>कहे कौन</p>', 'नदी  चली\nनाव चली',
+             'শিউলি ফুল\nভোরের আলো', 'rain on\nthe roof',
+             'lamp &amp; road\nlong')
+
+
+@pytest.fixture
+def source(tmp_path):
+  """A raw CSV: 40 songs of ten poets, a copy, an empty one, a poet missing."""
+  path = tmp_path / 'raw.csv'
+  rng = random.Random(0)
+
+  def line():
+    return ' '.join(''.join(rng.choices('abcdefghijklmnop', k=5))
+                    for _ in range(4))
+
+  rows = [
+      [f's{i}', f'p{i // 4}', ('folk', 'film')[i % 2],
+       '\n'.join([_OPENINGS[i % 5], *(line() for _ in range(6))])]
+      for i in range(40)]
+  rows[5][1] = ' '
+  rows += [['s5', rows[4][1], 'film', rows[5][3].replace('\n', ' \n')],
+           ['s41', 'p1', 'folk', ''], ['s42', 'p2', 'folk', 'one line']]
+  with open(path, 'w', encoding='utf-8', newline='') as file:
+    csv.writer(file).writerows([['song', 'poet', 'style', 'text'], *rows])
+  return path
+
+
+@pytest.fixture
+def config(source):
+  config = default.get_config()
+  config.curate.update(
+      source=str(source), text=('text',), required=('text',), min_lines=3,
+      fill='poet=song', balance='style', groups=('song', 'poet'),
+      romanise=('text',), opening=0)
+  return config
+
+
+def _read(path):
+  return [json.loads(line) for line in
+          path.read_text(encoding='utf-8').splitlines()]
+
+
+def _run(config, out, **kwargs):
+  assert curate.main(config, str(out), **kwargs) == 0
+  return {path.name: _read(path) if path.suffix == '.jsonl' else
+          path.read_text(encoding='utf-8') for path in sorted(out.iterdir())}
+
+
+def test_files_and_counts(config, source, tmp_path, capsys):
+  (where,) = [r.where.rpartition(':')[2] for r in records.read(
+      str(source), columns={'body': 'text'})
+      if r.fields['song'] == 's5' and r.fields['poet'] == ' ']
+  files = _run(config, tmp_path / 'out')
+  assert set(files) == {
+      'train.jsonl', 'validation.jsonl', 'test.jsonl', 'removed.jsonl',
+      'changes.jsonl', 'review.jsonl', 'report.json', 'report.md',
+      'report.html'}
+  kept = [row for name in ('train', 'validation', 'test')
+          for row in files[f'{name}.jsonl']]
+  removed = files['removed.jsonl']
+  assert [(r['step'], r['why']) for r in removed] == [
+      ('missing', 'no text'), ('missing', '1 lines, fewer than 3'),
+      ('duplicates', f'100% the same as {source}:{where}')]
+  assert len(kept) == 40 and len(kept) + len(removed) == 43
+  report = json.loads(files['report.json'])
+  assert (report['read'], report['kept'], report['removed']) == (43, 40, 3)
+  assert report['leaks'] == []
+  assert report['config']['curate.min_lines'] == 3
+  out = capsys.readouterr().out
+  assert '43 rows read = 40 kept + 3 removed' in out
+  assert out.startswith(files['report.md'].strip()[:400])
+  # Cleaned, filled, romanised beside the native text.
+  texts = [row['text'] for row in kept]
+  assert not any(re.search('<|&amp;|  ', text) for text in texts)
+  (filled,) = [row for row in kept if row['song'] == 's5']
+  assert filled['poet'] == 'p1'
+  assert all(row['text_iast'].startswith(('dila', 'nadī', 'śiuli', 'rain',
+                                          'lamp &')) for row in kept)
+
+
+def test_what_changed_can_be_followed(config, tmp_path):
+  files = _run(config, tmp_path / 'out')
+  read = {r.where: r.fields for r in records.read(
+      config.curate.source, columns={'body': 'text'})}
+  cells = {}
+  for change in files['changes.jsonl']:
+    column = 'body' if change['column'] == 'text' else change['column']
+    key = change['where'], column
+    before = cells.get(key, read[change['where']].get(column))
+    assert before == change['before'] != change['after'] and change['why']
+    cells[key] = change['after']
+  for removed in files['removed.jsonl']:
+    fields = dict(removed['fields'])
+    fields['body'] = fields.pop('text')
+    assert fields == read.pop(removed['where'])
+  final = collections.Counter(
+      json.dumps({c: cells.get((where, c), value)
+                  for c, value in fields.items()}, sort_keys=True)
+      for where, fields in read.items())
+  kept = collections.Counter(
+      json.dumps({'body': row['text'], **{k: row[k] for k in
+                                          ('song', 'poet', 'style')}},
+                 sort_keys=True)
+      for name in ('train', 'validation', 'test')
+      for row in files[f'{name}.jsonl'])
+  assert final == kept
+
+
+def test_what_is_curated_stays_as_it_is(config, tmp_path):
+  _run(config, tmp_path / 'out')
+  config.curate.update(source=str(tmp_path / 'out' / 't*.jsonl'), romanise=())
+  files = _run(config, tmp_path / 'again')
+  assert files['changes.jsonl'] == files['removed.jsonl'] == []
+
+
+def test_groups_stay_together_and_styles_in_proportion(config, tmp_path):
+  files = _run(config, tmp_path / 'out')
+  where = collections.defaultdict(set)
+  for name in ('train', 'validation', 'test'):
+    rows = files[f'{name}.jsonl']
+    assert len(rows) == {'train': 32}.get(name, 4)
+    styles = [row['style'] for row in rows]
+    assert styles.count('film') == styles.count('folk')
+    for row in rows:
+      where[row['poet']].add(name)
+  assert len(where) == 10 and all(len(names) == 1 for names in where.values())
+
+
+def test_the_same_seed_gives_the_same_files(config, tmp_path):
+  config.curate.augment = ('line_order', 'span_dropout')
+  first = _run(config, tmp_path / 'a')
+  assert _run(config, tmp_path / 'b') == first
+  config.seed = 1
+  assert _run(config, tmp_path / 'c')['test.jsonl'] != first['test.jsonl']
+
+
+def test_augmentation_adds_to_train_alone(config, tmp_path):
+  plain = _run(config, tmp_path / 'a')
+  config.curate.update(
+      augment=('line_order', 'span_dropout', 'paraphrase'), augment_share=0.5,
+      augment_templates=('text={text}\n({poet})',))
+  files = _run(config, tmp_path / 'b')
+  for name in ('validation.jsonl', 'test.jsonl', 'removed.jsonl'):
+    assert files[name] == plain[name]
+  n = len(plain['train.jsonl'])
+  assert files['train.jsonl'][:n] == plain['train.jsonl']
+  made = files['train.jsonl'][n:]
+  assert {row['augmented'] for row in made} == {
+      'line_order', 'span_dropout', 'paraphrase'}
+  sources = {row['song'] for row in plain['train.jsonl']}
+  for row in made:
+    assert row['song'] in sources and row['augmented_from']
+    # The romanised text is that of the new text.
+    assert row['text_iast'].count('\n') == row['text'].count('\n')
+  report = json.loads(files['report.json'])
+  assert (report['kept'], report['augmented']) == (40, len(made))
+  assert report['splits']['train']['rows'] == n
+
+
+_ON = st.booleans()
+_CELLS = st.sampled_from(
+    ['', ' ', 'a b c', 'a b c!', '<b>a b c</b>', 'क\nख।', 'one\ntwo\nthree',
+     '♪', 'a long line of some words', 'a long line of some wordz', 'damn it'])
+
+
+@hypothesis.settings(
+    max_examples=60, deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow])
+@hypothesis.given(
+    rows=st.lists(st.tuples(_CELLS, _CELLS, st.sampled_from('pqr ')),
+                  min_size=1, max_size=12),
+    html=_ON, unicode=_ON, whitespace=_ON, lower=_ON, required=_ON,
+    likeness=st.sampled_from((0.0, 0.5, 1.0)), min_lines=st.integers(0, 2),
+    max_missing=st.sampled_from((0.0, 0.4, 1.0)), grouped=_ON,
+    fractions=st.sampled_from(((0.8, 0.1, 0.1), (1.0, 0.0, 0.0))),
+    symbols=st.sampled_from(('', '♪')))
+def test_read_is_kept_and_removed(
+    tmp_path_factory, rows, html, unicode, whitespace, lower, required,
+    likeness, min_lines, max_missing, grouped, fractions, symbols):
+  path = tmp_path_factory.mktemp('raw') / 'raw.jsonl'
+  path.write_text(''.join(
+      json.dumps({'text': a, 'note': b, 'poet': c}) + '\n'
+      for a, b, c in rows), 'utf-8')
+  config = default.get_config()
+  config.curate.update(
+      source=str(path), text=('text',), html=html, unicode=unicode,
+      whitespace=whitespace, lower=lower, symbols=symbols,
+      required=('text',) if required else (), duplicates=likeness,
+      min_lines=min_lines, max_missing=max_missing, fractions=fractions,
+      groups=('poet',) if grouped else (), punctuation=('text', 'note'))
+  result = curate.curate(config)
+  kept = [row.where for part in result.parts.values() for row in part]
+  removed = [removal.where for removal in result.account.removals]
+  assert sorted(kept + removed) == sorted(
+      f'{path}:{i}' for i in range(1, len(rows) + 1))
+  assert result.leaks == []
+
+
+def test_a_dry_run_writes_nothing(source):
+  out = source.parent / 'out'
+  status, text, err = conftest.run_module(
+      'curate', '--config=configs/lyrics.py', '--dry_run', f'--out={out}',
+      f'--config.curate.source={source}', '--config.curate.fill=',
+      "--config.curate.groups=('song',)")
+  assert status == 0, err
+  assert '43 rows read = 40 kept + 3 removed' in text
+  assert not out.exists()
+  # Of the data only: the command needs neither the model nor JAX.
+  status, text, err = conftest.run_module(
+      'curate', '--config=configs/lyrics.py:gemma2_2b', f'--out={out}',
+      f'--config.curate.source={source}', '--config.curate.fill=',
+      "--config.curate.groups=('nope',)")
+  assert status == 2 and 'Traceback' not in err
+  assert "config.curate.groups: the data has no column 'nope'" in err
+
+
+def test_a_folder_is_not_overwritten_unasked(config, tmp_path):
+  out = tmp_path / 'out'
+  out.mkdir()
+  (out / 'mine.txt').write_text('mine')
+  with pytest.raises(errors.UserError, match='is not empty'):
+    curate.main(config, str(out))
+  config.curate.csv = True
+  assert 'train.csv' in _run(config, out, overwrite=True)
+  config.curate.csv = False
+  files = _run(config, out, overwrite=True)
+  # Nothing of the earlier run stays, and what is not ours does.
+  assert 'train.csv' not in files and files['mine.txt'] == 'mine'
+  config.curate.source = str(out / 'train.jsonl')
+  with pytest.raises(errors.UserError, match='would replace the source'):
+    curate.main(config, str(out), overwrite=True)
+  with pytest.raises(errors.UserError, match='is a file'):
+    curate.main(config, str(out / 'mine.txt'), overwrite=True)
+  with pytest.raises(errors.UserError, match='--out is missing'):
+    curate.main(config, None)
+
+
+def test_csv_reads_back_as_json_does(config, tmp_path):
+  config.curate.csv = True
+  out = tmp_path / 'out'
+  _run(config, out)
+  for name in ('train', 'validation', 'test'):
+    rows = [record.fields for record in records.read(str(out / f'{name}.csv'))]
+    assert rows == _read(out / f'{name}.jsonl')
+
+
+def test_lines_as_lists(tmp_path):
+  path = tmp_path / 'raw.jsonl'
+  path.write_text(''.join(json.dumps(
+      {'lines': [f'<b>पहली {i}</b>', f'दूसरी {chr(97 + i) * 4}', f'तीसरी {i}']}
+  ) + '\n' for i in range(20)), 'utf-8')
+  config = default.get_config()
+  config.curate.update(source=str(path), romanise=('lines',), csv=True,
+                       tokens='words')
+  _run(config, tmp_path / 'out')
+  row = _read(tmp_path / 'out' / 'train.jsonl')[0]
+  assert row['lines'][0] == row['lines'][0].strip('</b>') == 'पहली 0'
+  assert row['lines_iast'][0] == 'pahalī 0' and len(row['lines_iast']) == 3
+  assert row['lines_words'][:2] == ['पहली', '0']
+  table = (tmp_path / 'out' / 'train.csv').read_text('utf-8')
+  assert 'पहली 0\nदूसरी aaaa' in table
+
+
+def test_flagged_lines_are_kept_and_named(config, tmp_path, source):
+  (source.parent / 'mine.txt').write_text('roof\nभोर*\n', 'utf-8')
+  config.curate.lists = (str(source.parent / 'mine.txt'),)
+  files = _run(config, tmp_path / 'out')
+  flags = files['review.jsonl']
+  assert len(flags) == 8 and {flag['line'] for flag in flags} == {2}
+  assert {flag['text'] for flag in flags} == {'the roof'}
+  assert flags[0]['found'] == ['roof'] and flags[0]['column'] == 'text'
+  assert json.loads(files['report.json'])['kept'] == 40
+
+
+def test_a_split_of_no_rows_has_no_file(config, tmp_path):
+  config.curate.fractions = (0.9, 0.1, 0.0)
+  files = _run(config, tmp_path / 'out')
+  assert 'test.jsonl' not in files and 'validation.jsonl' in files
+
+
+def test_too_few_groups_are_noted(config):
+  config.curate.groups = ('style',)
+  result = curate.curate(config)
+  assert any('40 rows are in 2 groups, too few for 3 splits' in note
+             for note in result.account.notes)
+  assert any('test has 0% of the rows instead of 10%' in note
+             for note in result.account.notes)
+
+
+def _lower(config, text, **values):
+  with open(config.curate.source, 'w', encoding='utf-8') as file:
+    csv.writer(file).writerows([['text'], [text]])
+  config.curate.update(
+      lower=True, text=('text',), groups=(), balance='', fill='', min_lines=0,
+      romanise=(), **values)
+  result = curate.curate(config)
+  return result.parts['train'][0].fields['text'], result.account.notes
+
+
+def test_lower_case(config):
+  text = 'My iPhone and I walk HOME and by the sea we SING as loud as it can'
+  assert _lower(config, text)[0] == text.lower()
+  text, notes = _lower(config, 'तुझे देखा')
+  assert text == 'तुझे देखा' and 'scripts without case' in notes[0]
+
+
+@pytest.mark.parametrize('text, values, problem', (
+    ('tujhe dekhA to ye jAnA sanam', {}, '33% of the words have a capital'),
+    ('tujhe dekha', {'romanised': 'itrans'}, 'romanised is itrans'),
+    ('tujhe dekha', {'romanised': 'itran'}, "romanised is 'itran'")))
+def test_lower_case_is_refused_where_it_would_lose_a_sound(
+    config, text, values, problem):
+  with pytest.raises(errors.UserError, match=problem):
+    _lower(config, text, **values)
+  assert _lower(config, text, **{**values, 'romanised': 'none'})[0]
+
+
+def test_lower_case_is_refused_before_a_cased_scheme(config):
+  config.curate.update(lower=True, scheme='hk')
+  with pytest.raises(errors.UserError, match='scheme is hk: a capital'):
+    curate.curate(config)
+  config.curate.scheme = 'iast'
+  curate.curate(config)
+
+
+@pytest.mark.parametrize('key, value', (
+    ('source', ''), ('fractions', (0.8, 0.1, 0.2)), ('fractions', (0.8, 0.2)),
+    ('fractions', (1.2, -0.1, -0.1)), ('fractions', ('a', 'b', 'c')),
+    ('duplicates', 1.5), ('duplicates', -0.1), ('ngram', 0), ('min_lines', -1),
+    ('opening', -1), ('max_missing', 2.0), ('punctuation_share', -1.0),
+    ('augment', ('lines',)), ('augment_share', 1.1), ('tokens', 'letters'),
+    ('text', ('',)), ('rename', 'text'), ('fill', 'poet')))
+def test_values_out_of_range_are_refused(config, key, value):
+  with config.unlocked():
+    config.curate[key] = value
+  with pytest.raises(errors.UserError, match=f'config.curate.{key} '):
+    curate.main(config, None, dry_run=True)
+
+
+@pytest.mark.parametrize('key, value', (
+    ('text', ('txet',)), ('required', ('nope',)), ('balance', 'nope'),
+    ('groups', ('nope',)), ('romanise', ('nope',)), ('fill', 'poet=nope'),
+    ('punctuation', ('nope',)), ('scheme', 'isat'), ('symbols', '['),
+    ('lists', ('nope',)), ('format', 'cvs'), ('rename', 'a=nope'),
+    ('augment_templates', ('text={nope}',))))
+def test_what_the_data_does_not_have_is_refused(config, key, value):
+  config.curate[key] = value
+  if key == 'augment_templates':
+    config.curate.augment = ('paraphrase',)
+  with pytest.raises(errors.UserError) as caught:
+    curate.main(config, None, dry_run=True)
+  assert caught.value.fix and 'nope' in str(caught.value) or key in (
+      'text', 'scheme', 'symbols', 'format')
+
+
+def test_paraphrase_needs_a_template(config):
+  config.curate.augment = ('paraphrase',)
+  with pytest.raises(errors.UserError, match='augment_templates is'):
+    curate.main(config, None, dry_run=True)
+
+
+def test_a_column_is_not_replaced_by_the_romanised_one(config):
+  config.curate.rename = 'text_iast=style'
+  config.curate.balance = ''
+  with pytest.raises(errors.UserError, match="has a column 'text_iast'"):
+    curate.curate(config)
+
+
+def test_bad_rows_are_shown_with_their_places(config, source):
+  source.write_text('text,poet\na,b\n"c"\nd,e\x00\n', 'utf-8')
+  with pytest.raises(errors.UserError, match='raw.csv'):
+    curate.curate(config)
+  source.write_text('')
+  with pytest.raises(errors.UserError, match='no records in'):
+    curate.curate(config)
+
+
+@pytest.mark.parametrize('config', (
+    lyrics.get_config(), slang.get_config()), ids=('lyrics', 'slang'))
+def test_the_configs_curate_the_data_of_the_project(config):
+  result = curate.curate(config)
+  assert result.num_read > 60 and result.leaks == []
+  assert all(result.parts.values())
