@@ -187,13 +187,15 @@ class Checkpoints:
       UserError: if the checkpoint cannot be read.
     """
     try:
-      restored = self._manager.restore(
-          step,
-          args=ocp.args.Composite(
-              state=ocp.args.StandardRestore(),
-              meta=ocp.args.JsonRestore()))
-      trainable = restored['state']['trainable']
-      meta = Meta(**restored['meta'])
+      # On the host: where the arrays lay when they were saved says nothing
+      # about here. What eight devices trained, one may serve.
+      with ocp.PyTreeCheckpointer() as reader:
+        saved = reader.metadata(self.state_path(step)).item_metadata.tree
+        restored = reader.restore(
+            self.state_path(step), restore_args=jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved))
+      trainable = restored['trainable']
+      meta = self.read_meta(step)
       digest = tree_digest(trainable)
       if digest and digest != meta.trainable_digest:
         raise ValueError('its bytes have changed on disk')

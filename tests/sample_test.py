@@ -46,6 +46,14 @@ def test_a_memorised_answer_through_a_process(trained):
   assert 'tuned 40 updates' in err
 
 
+def test_one_device_serves_what_eight_have_trained(trained):
+  assert jax.device_count() == 8
+  status, out, err = conftest.run_module(
+      'sample', f'--workdir={trained}', '--prompt=Red?', devices=1)
+  assert status == 0, err
+  assert out == 'abc abc abc\n'
+
+
 def test_the_base_knows_nothing_of_it(trained, capsys):
   _sample(trained, prompt=['Red?'], base=True, max_new_tokens=8)
   captured = capsys.readouterr()
