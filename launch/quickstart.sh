@@ -45,7 +45,7 @@ step "llama.cpp's score with that file" .venv/bin/python -m \
 cat <<EOF
 
 Installation took $((installed - start)) s, the rest $((SECONDS - installed)) s.
-  $workdir/report/report.md    the table, the picture, the samples
+  $workdir/report/report.html  the table, the picture, every answer
   $workdir/evaluation/         every answer with the compiler's verdict
   $workdir/checkpoints/        adapters
   $export/     the model card, and gguf/ with the GGUF and its Modelfile

@@ -81,6 +81,16 @@ def test_a_prompt_is_worded_from_its_first_field(name):
 
 
 @pytest.mark.parametrize('name', _DOMAINS)
+def test_a_form_filled_in_from_a_record_words_the_same_prompt(name):
+  task = tasks.load(name)
+  for record in _split(name, 'test')[:20]:
+    form = task.to_form(record)
+    assert set(form) <= set(task.FIELDS) and form[task.FIELDS[0]]
+    filled = records_lib.Record(form, 'form')
+    assert task.to_messages(filled)[:-1] == task.to_messages(record)[:-1]
+
+
+@pytest.mark.parametrize('name', _DOMAINS)
 def test_own_answers_are_good_and_empty_ones_are_not(name):
   task = tasks.load(name)
   if name == 'blop' and task.compiler_problem():
@@ -97,7 +107,10 @@ def test_own_answers_are_good_and_empty_ones_are_not(name):
     scores[label] = judged.metrics[task.HEADLINE]
   assert scores['gold'] > 0.9
   assert scores['empty'] < 0.1 and scores['prose'] < 0.1
-  assert task.LOWER_IS_BETTER <= judged.metrics.keys()
+  named = set(judged.metrics)
+  if hasattr(task, 'judge_prompts'):
+    named |= task.judge_prompts(['What is Blop?'], ['A fish.']).metrics.keys()
+  assert task.LOWER_IS_BETTER <= named
   assert not task.check_answers(training)
 
 

@@ -20,6 +20,9 @@ A task is a module of this folder with
         What a person fills in for a prompt, as the web page's form asks for it:
         `to_messages` of a record of these alone words it, with '' as the
         answer. The first is needed, the others may be left out.
+    to_form(record) -> dict[str, str]
+        Those fields of a record of the data, as a person would fill them in;
+        without what it has none of.
 
 and, where a domain has questions about itself (Blop: "What is Blop?"),
 

@@ -27,6 +27,7 @@ HEADLINE = 'strict'
 LOWER_IS_BETTER = frozenset({'fallback', 'invented'})
 FIELDS = ('prompt',)
 to_messages = chat_task.to_messages
+to_form = chat_task.to_form
 
 _FENCE = re.compile(r'```[\w-]*[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)', re.DOTALL)
 # A line that only code begins with. Prose about Blop names tags and keywords

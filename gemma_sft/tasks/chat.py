@@ -36,6 +36,14 @@ def to_messages(record: records_lib.Record) -> Sequence[chat.Message] | str:
           chat.Message('model', fields.get('completion', ''))]
 
 
+def to_form(record: records_lib.Record) -> dict[str, str]:
+  """Returns the first question of a record."""
+  messages = to_messages(record)
+  if isinstance(messages, str):
+    return {}
+  return {'prompt': next(m.content for m in messages if m.role == 'user')}
+
+
 def answer(record: records_lib.Record) -> str:
   """Returns the last answer of the model, or the plain text."""
   messages = to_messages(record)

@@ -48,6 +48,13 @@ def to_messages(record: records_lib.Record) -> Sequence[chat.Message]:
       chat.Message('model', '\n'.join(rest))]
 
 
+def to_form(record: records_lib.Record) -> dict[str, str]:
+  """Returns the opening of a song, its style and its language."""
+  opening, _ = _parts(record)
+  return {'opening': '\n'.join(opening), 'language': language(record),
+          'style': record.fields.get('style') or 'song'}
+
+
 def song_lines(record: records_lib.Record) -> list[str]:
   """Returns the lines of a song; blank ones are left out."""
   fields = record.fields
@@ -198,8 +205,9 @@ def _overlap(rows, references, completions):
     row['sentence_chrf'] = chrf.sentence_score(
         hypothesis, [reference]).score / 100
   texts = [[h for *_, h in scored], [[r for _, r, _ in scored]]]
-  return {'bleu': corpus.corpus_score(*texts).score / 100,
-          'chrf': chrf.corpus_score(*texts).score / 100}
+  # A perfect score comes back as a hundred and a rounding error.
+  return {'bleu': min(1.0, corpus.corpus_score(*texts).score / 100),
+          'chrf': min(1.0, chrf.corpus_score(*texts).score / 100)}
 
 
 def check_answers(records: Sequence[records_lib.Record]) -> list[str]:

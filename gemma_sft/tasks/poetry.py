@@ -79,6 +79,12 @@ def to_messages(record: records_lib.Record) -> Sequence[chat.Message] | str:
       chat.Message('model', text)]
 
 
+def to_form(record: records_lib.Record) -> dict[str, str]:
+  """Returns title and form of a poem; nothing of one without a title."""
+  title = record.fields.get('title')
+  return {'title': title, 'form': asked_form(record)} if title else {}
+
+
 def has_poem(record: records_lib.Record) -> bool:
   """Whether a record has an answer, not the prompt alone."""
   return not record.fields.keys() <= set(FIELDS)

@@ -78,6 +78,12 @@ def _is_question(record, row):
       name for label in _LABELS for name in _NAMES[label])
 
 
+def to_form(record: records_lib.Record) -> dict[str, str]:
+  """Returns the context of a row, or the description that stands for it."""
+  row = columns(record)
+  return {'context': row['context'] or row['description']}
+
+
 def columns(record: records_lib.Record) -> dict[str, str]:
   """Returns slang, description, example and context; '' where it has none."""
   given = {str(k).strip().lower(): v for k, v in record.fields.items()}

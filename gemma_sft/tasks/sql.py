@@ -67,6 +67,16 @@ def _is_text(value):
   return isinstance(value, str) and bool(value.strip())
 
 
+def to_form(record: records_lib.Record) -> dict[str, str]:
+  """Returns the question, and its tables as CREATE TABLE statements."""
+  with contextlib.closing(connect(record)) as connection:
+    tables = connection.execute(
+        "SELECT sql FROM sqlite_master WHERE type = 'table' AND name NOT LIKE"
+        " 'sqlite_%' ORDER BY rowid").fetchall()
+  return {'question': record.fields['question'],
+          'schema': ';\n'.join(sql for sql, in tables) + ';'}
+
+
 def schema_text(record: records_lib.Record) -> str:
   """Returns the tables that a question is about, a line each.
 

@@ -119,6 +119,7 @@ class Playground:
     self._task = self._served.task
     self._training = training
     self._held_out = held_out
+    self._forms = [self._task.to_form(r) for r in training]
     self._prompters: dict[str, prompting.Prompter] = {}
 
   def setup(self) -> dict[str, Any]:
@@ -144,14 +145,19 @@ class Playground:
   def _samples(self):
     """Returns some held-out records that have all that the form asks for."""
     fields = self._task.FIELDS
-    whole = [{f: str(r.fields[f]) for f in fields} for r in self._held_out
-             if all(r.fields.get(f) for f in fields)]
-    return random.Random(0).sample(whole, min(_N_SAMPLES, len(whole)))
+    order = random.Random(0).sample(self._held_out, len(self._held_out))
+    samples = []
+    for record in order:
+      form = self._task.to_form(record)
+      if all(form.get(f) for f in fields):
+        samples.append({f: str(form[f]) for f in fields})
+      if len(samples) == _N_SAMPLES:
+        break
+    return samples
 
   def _choices(self, name):
     """Returns the values of a column if they are few and short, else []."""
-    values = {str(r.fields[name]) for r in self._training
-              if r.fields.get(name)}
+    values = {str(form[name]) for form in self._forms if form.get(name)}
     few = 1 < len(values) <= min(_MOST_CHOICES, len(self._training) // 4)
     return sorted(values) if few and all(
         len(v) <= _LONGEST_CHOICE for v in values) else []
