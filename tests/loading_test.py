@@ -4,6 +4,7 @@ import conftest
 import jax.numpy as jnp
 import pytest
 
+from configs import slang as slang_config
 from gemma_sft import errors
 from gemma_sft import loading
 from gemma_sft import model as model_lib
@@ -63,3 +64,15 @@ def test_bfloat16_on_a_cpu_is_advised_against():
   dtype, why = loading.choose_dtype('bfloat16')
   assert dtype == jnp.bfloat16 and 'float32 is no slower' in why
   assert loading.choose_dtype('auto')[0] == jnp.float32
+
+
+def test_the_first_attempt_of_the_slang_seed(monkeypatch):
+  monkeypatch.chdir(conftest.ROOT)
+  config = slang_config.get_config('attempt1')
+  train = loading.read_split(config.data, 'train')
+  assert len(train) == 150
+  assert all(set(r.fields) == {'Slang', 'Description'} for r in train)
+  # The limit is the training split's alone.
+  whole = slang_config.get_config()
+  assert len(loading.read_split(config.data, 'test')) == len(
+      loading.read_split(whole.data, 'test'))

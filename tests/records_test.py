@@ -613,3 +613,22 @@ def test_content_hash_is_of_fields_in_record_order(tmp_path):
   assert records.content_hash(a[1:]) == (
       '7952e28eab99348e15e577458da0e798128166ca099283cd25c3fa619ad43d4b'
   )
+
+
+def test_fields_that_are_kept():
+  record = records.Record({'Slang': 'a', 'Description': 'b', 'Context': 'c'},
+                          'f:2')
+  kept = records.keep_fields(record, ('Slang', 'Description'))
+  assert kept == records.Record({'Slang': 'a', 'Description': 'b'}, 'f:2')
+  with pytest.raises(errors.UserError, match="f:2: no field 'Slagn'") as error:
+    records.keep_fields(record, ('Slagn',))
+  assert 'Slang' in str(error.value)
+
+
+def test_blank_text_is_the_callers_without_validation(tmp_path):
+  path = tmp_path / 'songs.jsonl'
+  path.write_text('{"text": "", "poet": "x"}\n{"text": "la"}\n')
+  with pytest.raises(errors.UserError, match='text is empty'):
+    records.read(str(path))
+  rows = records.read(str(path), validated=False)
+  assert [r.fields.get('text') for r in rows] == ['', 'la']
