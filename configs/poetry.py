@@ -38,7 +38,8 @@ def get_config(arg: str = '270m') -> config_dict.ConfigDict:
   config.sampling.update(temperature=0.7, repetition_penalty=1.1,
                          max_new_tokens=128)
   if arg in ('seed', 'seed_model'):
-    config.data.update(batch_size=16)
+    # A batch is 16 poems, not 16 rows full of them.
+    config.data.update(batch_size=16, packing=False, buckets=(64, 128, 256))
     config.lora.update(targets='attn/')
     config.optimizer.update(learning_rate=5e-5, schedule='linear',
                             warmup_share=0.0, weight_decay=0.01)
