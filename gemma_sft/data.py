@@ -68,7 +68,7 @@ def plan_epoch(
   """Returns the batches of an epoch as (row length T, rows of example numbers).
 
   Every example comes `repeat` times; the last batches are filled up with empty
-  rows, so nothing is dropped.
+  rows, so nothing is dropped. All epochs have as many batches.
 
   Args:
     lengths: Input tokens of each example, none above `layout.max_length`.
@@ -81,7 +81,7 @@ def plan_epoch(
   order = [i % len(lengths) for i in _permutation(n, seed, epoch, 'examples')]
   batches = []
   if layout.packing:
-    rows = _fewest_batches(order, lengths, layout)
+    rows = _pack_batches(order, lengths, layout)
     rows = [rows[i] for i in _permutation(len(rows), seed, epoch, 'rows')]
     batches = [(layout.max_length, rows[i:i + layout.batch_size])
                for i in range(0, len(rows), layout.batch_size)]
@@ -114,18 +114,25 @@ def _permutation(n, seed, epoch, purpose):
   return [int(shuffled[i]) for i in range(n)]
 
 
-def _fewest_batches(order, lengths, layout):
-  """Returns the rows of `_pack` in the mixed order, or if that saves batches
-  in the order of lengths."""
-  def n_batches(n_rows):
-    return -(-n_rows // layout.batch_size)
+def _pack_batches(order, lengths, layout):
+  """Returns the rows of an epoch, for as many batches as any other epoch has.
 
+  How many rows `_pack` makes in the mixed order depends on that order. In the
+  order of lengths it depends on the lengths alone: that many batches there are.
+  Mixed rows are taken if they need no more; if they need fewer, rows of several
+  examples are parted until the last batch has one.
+  """
+  B = layout.batch_size
+  denser = _pack(order, lengths, layout.max_length, mixed=False)
+  n_batches = -(-len(denser) // B)
   rows = _pack(order, lengths, layout.max_length, mixed=True)
-  n_tokens = sum(lengths[i] for i in order)
-  if n_batches(len(rows)) > n_batches(-(-n_tokens // layout.max_length)):
-    denser = _pack(order, lengths, layout.max_length, mixed=False)
-    if n_batches(len(denser)) < n_batches(len(rows)):
-      return denser
+  if len(rows) > n_batches * B:
+    return denser
+  while len(rows) <= (n_batches - 1) * B:
+    row = max(rows, key=len)
+    half = len(row) // 2
+    rows.append(row[half:])
+    del row[half:]
   return rows
 
 
@@ -249,6 +256,9 @@ class Batches:
     if plan is None:
       plan = _Plan.of(plan_epoch(
           self._lengths, self._layout, seed=self._seed, epoch=epoch))
+      # Else examples would be left out, or asked for that are not there.
+      assert len(plan.row_lengths) == getattr(
+          self, 'batches_per_epoch', len(plan.row_lengths))
       self._plans = {
           e: p for e, p in self._plans.items() if abs(e - epoch) < 2
       } | {epoch: plan}
