@@ -240,10 +240,12 @@ def test_no_records():
 
 def test_prompts():
   user, model = poetry.to_messages(_record(title='登鸛雀樓'))
-  assert user.content == '請以《登鸛雀樓》為題，寫一首五言絕句。'
+  assert user.content == (
+      '請以《登鸛雀樓》為題，寫一首五言絕句，押「尤」韻（秋流遊愁頭樓休州舟留侯憂）。')
   assert (model.role, model.content) == ('model', _STORKS)
   user, _ = poetry.to_messages(_record(_STORKS_SIMPLIFIED, title='登楼'))
-  assert user.content == '请以《登楼》为题，写一首五言绝句。'
+  assert user.content == (
+      '请以《登楼》为题，写一首五言绝句，押「尤」韵（秋流游愁头楼休州舟留侯忧）。')
   assert poetry.to_messages(records.Record({'text': _QUIET}, 'x')) == _QUIET
 
 
@@ -260,7 +262,49 @@ def test_a_title_is_a_question(form, asked):
   assert (model.role, model.content) == ('model', '')
 
 
+@pytest.mark.parametrize('fields, rhyme', [
+    ({'rhyme': '庚'}, '下平八庚'), ({'rhyme': ' 八庚 '}, '下平八庚'),
+    ({'rhyme': '下平八庚', 'text': _STORKS}, '下平八庚'),
+    ({'rhyme': '东'}, '上平一東'),  # Simplified.
+    ({'text': _STORKS}, '下平十一尤'), ({'text': _STORKS_SIMPLIFIED},
+                                        '下平十一尤'),
+    # Old style: the even lines share no level rhyme, and none is asked for.
+    ({'text': _STORKS.replace('樓', '日')}, '')])
+def test_which_rhyme_is_asked_for(fields, rhyme):
+  record = records.Record({'title': '題', 'form': '5x4'} | fields, 'x')
+  assert poetry.asked_rhyme(record) == rhyme
+  assert ('押' in poetry.to_messages(record)[0].content) == bool(rhyme)
+  assert poetry.to_form(record)['rhyme'] == rhyme[-1:]
+
+
+def test_a_question_without_a_rhyme_gets_a_common_one_by_its_title():
+  asked = [poetry.asked_rhyme(records.Record({'title': f'題{i}'}, 'x'))
+           for i in range(60)]
+  assert len(set(asked)) == 10 and '下平三肴' not in asked
+  assert asked == [poetry.asked_rhyme(records.Record({'title': f'題{i}'}, 'y'))
+                   for i in range(60)]
+
+
+def test_rhyme_words_are_of_their_rhyme():
+  words = poetry.rhyme_words()
+  assert set(words) == set(pingshui.level_book())
+  assert all(len(w) == len(set(w)) == 12 for w in words.values())
+  assert all(rhyme in pingshui.level_rhymes(c)
+             for rhyme, w in words.items() for c in w)
+  # Each is named by its last character alone.
+  assert len({rhyme[-1] for rhyme in words}) == 30
+
+
+@pytest.mark.parametrize('asked, as_asked', [('尤', True), ('東', False)])
+def test_the_rhyme_asked_for_is_judged_apart(asked, as_asked):
+  question = _question('5x4')
+  question.fields['rhyme'] = asked
+  row = poetry.judge([question], [_STORKS]).rows[0]
+  assert row['rhyme'] and row['asked_rhyme'] == as_asked
+
+
 @pytest.mark.parametrize('fields, got', [
+    ({'title': '題', 'form': '5x4', 'rhyme': '日'}, "'日'"),
     ({'title': '題', 'form': '9x9', 'text': _STORKS}, "'9x9'"),
     ({'title': '題', 'form': 'sonnet'}, "'sonnet'"),
     ({'title': '題', 'text': '一二三'}, 'none that is known'),
@@ -284,8 +328,8 @@ def test_reads_chinese_poetry_json(tmp_path):
   rows = records.read(str(path))
   conversations = [poetry.to_messages(r) for r in rows]
   assert [c[0].content for c in conversations] == [
-      '請以《登鸛雀樓》為題，寫一首五言絕句。',
-      '請以《早發白帝城》為題，寫一首七言絕句。']
+      '請以《登鸛雀樓》為題，寫一首五言絕句，押「尤」韻（秋流遊愁頭樓休州舟留侯憂）。',
+      '請以《早發白帝城》為題，寫一首七言絕句，押「刪」韻（山閑間還關攀顏斑環潺寰灣）。']
   answers = [c[1].content for c in conversations]
   assert answers == [_STORKS, _GORGES]
   assert poetry.judge(rows, answers).metrics['tone'] == 1

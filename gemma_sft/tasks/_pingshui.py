@@ -39,6 +39,13 @@ _COUPLETS = (
 
 
 @functools.cache
+def level_book() -> dict[str, str]:
+  """Returns the 30 level rhymes with their characters, in the book's order."""
+  path = importlib.resources.files(tasks) / '_pingshui.json'
+  return json.loads(path.read_text(encoding='utf-8'))[_LEVEL]
+
+
+@functools.cache
 def _book() -> dict[str, frozenset[tuple[str, str]]]:
   """Returns {character: {(tone, rhyme)}}."""
   path = importlib.resources.files(tasks) / '_pingshui.json'

@@ -7,7 +7,10 @@ in the older, free style), so each rate also stands relative to theirs.
 
 import collections
 import functools
+import hashlib
+import importlib.resources
 import itertools
+import json
 import re
 from typing import Any
 from typing import Sequence
@@ -20,7 +23,7 @@ from gemma_sft.tasks import _pingshui as pingshui
 
 HEADLINE = 'rhyme'
 LOWER_IS_BETTER = frozenset({'copied', 'repeated'})
-FIELDS = ('title', 'form')
+FIELDS = ('title', 'form', 'rhyme')
 
 # Characters a line x lines: (traditional, simplified) names.
 FORMS = {
@@ -35,27 +38,32 @@ FORMS = {
 REAL_RHYME = {'5x4': 0.759, '7x4': 0.952, '5x8': 0.911, '7x8': 0.929}
 REAL_TONE = {'5x4': 0.549, '7x4': 0.862, '5x8': 0.775, '7x8': 0.847}
 
-_PROMPT = ('請以《{title}》為題，寫一首{form}。',
-           '请以《{title}》为题，写一首{form}。')
+_PROMPT = ('請以《{title}》為題，寫一首{form}{rhyme}。',
+           '请以《{title}》为题，写一首{form}{rhyme}。')
+# The rhyme and its commonest words: a poet writes with the rhyme book at hand.
+_RHYME = ('，押「{name}」韻（{words}）', '，押「{name}」韵（{words}）')
 _DEFAULT_FORM = '7x4'
+# Of a question that names no rhyme: among those that poets use most.
+_N_COMMON_RHYMES = 10
 _NAMES = {name: form for form, names in FORMS.items() for name in names} | {
     '五絕': '5x4', '五绝': '5x4', '七絕': '7x4', '七绝': '7x4',
     '五律': '5x8', '七律': '7x8'}
 _BREAK = re.compile(r'[，。！？；：、,.!?;\s]+')
 _HAN = re.compile('[\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]+')
-_MEANS = ('form', 'rhyme', 'tone', 'rhyme_of_real', 'tone_of_real',
+_MEANS = ('form', 'rhyme', 'asked_rhyme', 'tone', 'rhyme_of_real', 'tone_of_real',
           'sentence_bleu4', 'copied', 'repeated')
 
 
 def to_messages(record: records_lib.Record) -> Sequence[chat.Message] | str:
-  """Returns a request for the poem by title and form, and the poem.
+  """Returns a request for the poem by title, form and rhyme, and the poem.
 
-  Takes {title, text, form} or chinese-poetry's {title, paragraphs}; text
+  Takes {title, text, form, rhyme} or chinese-poetry's {title, paragraphs}; text
   without a title is trained as plain text. A title alone, or with a form, is a
-  question: the answer is ''.
+  question: the answer is ''. The request names the rhyme and twelve of its
+  words, see `asked_rhyme`; that of a poem without a level rhyme names none.
 
   Raises:
-    UserError: if there is no poem, or none of the four forms.
+    UserError: if there is no poem, none of the four forms, or no such rhyme.
   """
   title = record.fields.get('title')
   text = poem_text(record) if has_poem(record) else ''
@@ -73,16 +81,22 @@ def to_messages(record: records_lib.Record) -> Sequence[chat.Message] | str:
         'remove the row, or mend its lines')
   simplified = is_simplified(title + text + (
       str(record.fields.get('form') or '')))
+  rhyme = ''
+  if asked := asked_rhyme(record):
+    rhyme = _RHYME[simplified].format(
+        name=asked[-1], words=rhyme_words()[asked])
+    rhyme = _converter('t2s').convert(rhyme) if simplified else rhyme
   return [
       chat.Message('user', _PROMPT[simplified].format(
-          title=title, form=FORMS[form][simplified])),
+          title=title, form=FORMS[form][simplified], rhyme=rhyme)),
       chat.Message('model', text)]
 
 
 def to_form(record: records_lib.Record) -> dict[str, str]:
-  """Returns title and form of a poem; nothing of one without a title."""
+  """Returns what the request names; nothing of a poem without a title."""
   title = record.fields.get('title')
-  return {'title': title, 'form': asked_form(record)} if title else {}
+  return {'title': title, 'form': asked_form(record),
+          'rhyme': asked_rhyme(record)[-1:]} if title else {}
 
 
 def has_poem(record: records_lib.Record) -> bool:
@@ -109,6 +123,45 @@ def asked_form(record: records_lib.Record) -> str:
     form = str(form).strip()
     return _NAMES.get(form, form.lower().replace('×', 'x'))
   return form_of(poem_text(record)) if has_poem(record) else _DEFAULT_FORM
+
+
+def asked_rhyme(record: records_lib.Record) -> str:
+  """Returns the rhyme that a record asks for, such as '下平八庚'.
+
+  That of its column `rhyme` (庚, 八庚 or 下平八庚); else that of its poem, ''
+  where the even lines share no level rhyme; else, for a question, one of the
+  commonest, by the title, the same each time.
+
+  Raises:
+    UserError: if the book has no such rhyme.
+  """
+  if asked := str(record.fields.get('rhyme') or '').strip():
+    for rhyme in rhyme_words():
+      if rhyme.endswith(to_traditional(asked)):
+        return rhyme
+    raise errors.UserError(
+        f'{record.where}: the rhyme is {asked!r}',
+        'a level rhyme of the Pingshui book: '
+        + ''.join(rhyme[-1] for rhyme in rhyme_words()),
+        'name one of these, or none')
+  if has_poem(record):
+    return pingshui.rhyme_of(split_lines(to_traditional(poem_text(record))))
+  common = list(rhyme_words())[:_N_COMMON_RHYMES]
+  title = str(record.fields.get('title'))
+  digest = hashlib.sha256(title.encode()).digest()
+  return common[digest[0] % len(common)]
+
+
+@functools.cache
+def rhyme_words() -> dict[str, str]:
+  """Returns the level rhymes, the commonest first, each with twelve words.
+
+  Rhymes and words by how often 2,653 rhyming Tang poems of the four forms
+  end a line in them (`calibrate_poetry.py --rhyme_words`); where those have
+  fewer than twelve, the book's first ones.
+  """
+  path = importlib.resources.files(tasks) / '_rhyme_words.json'
+  return json.loads(path.read_text(encoding='utf-8'))
 
 
 def form_of(text: str) -> str:
@@ -164,7 +217,7 @@ def judge(
 
   Metrics, as shares of the poems: `form` (exactly the lines and characters
   asked for, all Chinese), `rhyme` and `tone` (of those in form: see
-  `_pingshui`), `rhyme_of_real` and `tone_of_real` (divided by the rate of real
+  `_pingshui`), `asked_rhyme` (that of the request), `rhyme_of_real` and `tone_of_real` (divided by the rate of real
   poems of the form, at most 1). `bleu4` is the corpus BLEU-4 of characters with
   punctuation (sacrebleu, tokenize='char') against the record's own poem,
   `sentence_bleu4` the mean over poems. `distinct1` and `distinct2` are the
@@ -181,6 +234,11 @@ def judge(
       rows.append({})
       continue
     row = _judge_poem(asked_form(record), head, completion)
+    asked = asked_rhyme(record) if record.fields.get('title') else ''
+    if asked and 'rhyme' in row:
+      ends = [x[-1] for x in split_lines(to_traditional(completion))[1::2]]
+      row['asked_rhyme'] = row['rhyme'] and all(
+          asked in pingshui.level_rhymes(end) for end in ends)
     if training:
       lines = split_lines(to_traditional(completion))
       row['copied'] = sum(x in known for x in lines) / max(1, len(lines))

@@ -1,18 +1,26 @@
 """What real poems score by the judge of poetry, and what broken ones score.
 
     python tests/benchmarks/calibrate_poetry.py --data=FILE [--data=FILE]
+    python tests/benchmarks/calibrate_poetry.py --data=FILE --rhyme_words
 
 FILE: poems as `records` reads them, such as the JSON of
 github.com/chinese-poetry/chinese-poetry; poems of other shapes are left out.
+The second form prints gemma_sft/tasks/_rhyme_words.json: give it no poem that
+is to be tested on.
 """
 
 import argparse
+import collections
+import json
 import random
 
 import opencc
 
 from gemma_sft import records
+from gemma_sft.tasks import _pingshui as pingshui
 from gemma_sft.tasks import poetry
+
+_N_WORDS = 12
 
 
 def _rates(texts, form):
@@ -29,13 +37,32 @@ def _cut(characters, form):
   return '，'.join(lines)
 
 
+def _rhyme_words(texts):
+  """Returns {rhyme: its words}, both by how often poems rhyme so."""
+  counts = {rhyme: collections.Counter() for rhyme in pingshui.level_book()}
+  for text in texts:
+    lines = poetry.split_lines(poetry.to_traditional(text))
+    if poetry.form_of(text) and (rhyme := pingshui.rhyme_of(lines)):
+      counts[rhyme].update(line[-1] for line in lines[1::2])
+  words = {}
+  for rhyme in sorted(counts, key=lambda r: -counts[r].total()):
+    common = [c for c, _ in counts[rhyme].most_common(_N_WORDS)]
+    rest = [c for c in pingshui.level_book()[rhyme] if c not in common]
+    words[rhyme] = ''.join((common + rest)[:_N_WORDS])
+  return words
+
+
 def main() -> None:
   """Prints a table: rhyme / tone of each kind of poem by form."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--data', action='append', required=True)
+  parser.add_argument('--rhyme_words', action='store_true')
   args = parser.parse_args()
   texts = [poetry.poem_text(r) for path in args.data
            for r in records.read(path)]
+  if args.rhyme_words:
+    print(json.dumps(_rhyme_words(texts), ensure_ascii=False, indent=1))
+    return
   rng = random.Random(0)
   simplify = opencc.OpenCC('t2s').convert
   print('| form | poems | real | real, simplified | characters shuffled |'
