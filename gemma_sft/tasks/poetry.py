@@ -50,8 +50,8 @@ _NAMES = {name: form for form, names in FORMS.items() for name in names} | {
     '五律': '5x8', '七律': '7x8'}
 _BREAK = re.compile(r'[，。！？；：、,.!?;\s]+')
 _HAN = re.compile('[\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]+')
-_MEANS = ('form', 'rhyme', 'asked_rhyme', 'tone', 'rhyme_of_real', 'tone_of_real',
-          'sentence_bleu4', 'copied', 'repeated')
+_MEANS = ('form', 'rhyme', 'asked_rhyme', 'tone', 'rhyme_of_real',
+          'tone_of_real', 'sentence_bleu4', 'copied', 'repeated')
 
 
 def to_messages(record: records_lib.Record) -> Sequence[chat.Message] | str:
@@ -217,10 +217,11 @@ def judge(
 
   Metrics, as shares of the poems: `form` (exactly the lines and characters
   asked for, all Chinese), `rhyme` and `tone` (of those in form: see
-  `_pingshui`), `asked_rhyme` (that of the request), `rhyme_of_real` and `tone_of_real` (divided by the rate of real
-  poems of the form, at most 1). `bleu4` is the corpus BLEU-4 of characters with
-  punctuation (sacrebleu, tokenize='char') against the record's own poem,
-  `sentence_bleu4` the mean over poems. `distinct1` and `distinct2` are the
+  `_pingshui`), `asked_rhyme` (that of the request), `rhyme_of_real` and
+  `tone_of_real` (divided by the rate of real poems of the form, at most 1).
+  `bleu4` is the corpus BLEU-4 of characters with punctuation (sacrebleu,
+  tokenize='char') against the record's own poem, `sentence_bleu4` the mean over
+  poems. `distinct1` and `distinct2` are the
   different characters and pairs of them, within lines, over all. Lower is
   better: `copied` (share of a poem's lines that stand in a training poem; only
   with `training`) and `repeated` (that stood in it before).
