@@ -21,7 +21,7 @@ _LAYERS = (
     ('errors', 'shapes', 'cache', 'config', 'optimizer', 'sharding', 'metrics',
      'readers', 'stopping', 'projections', 'memory', 'intervals'),
     ('chat', 'records', 'dora', 'answers'),
-    ('token_cache',),
+    ('token_cache', 'dataset_builder'),
     ('loss', 'data', 'lora', 'attention', 'quantize', 'cli', 'templates',
      'clean'),
     ('blocks', 'attention_choice'),

@@ -1,56 +1,27 @@
 """A TFDS data set of the CSV files in this folder.
 
 Prepare it with `python data/slang/slang_dataset_builder.py --out=DIR`, then
-train on `DIR/slang/1.0.0`. It is written as ArrayRecord, so TensorFlow is not
-needed.
+train on `DIR/slang/1.0.0`.
 """
 
 import argparse
-from collections.abc import Iterator
 import pathlib
 
 import tensorflow_datasets as tfds
 
-from gemma_sft import records
+from gemma_sft import dataset_builder
 
 _FOLDER = pathlib.Path(__file__).parent
-_COLUMNS = ('Slang', 'Description', 'Example', 'Context')
 
 
-class Slang(tfds.core.GeneratorBasedBuilder):
+class Slang(dataset_builder.Builder):
   """Slang terms with what they mean, an example and a context."""
 
   VERSION = tfds.core.Version('1.0.0')
   RELEASE_NOTES = {'1.0.0': 'First release.'}
-
-  def __init__(self, *, source: pathlib.Path = _FOLDER, **kwargs):
-    self._source = source
-    super().__init__(**kwargs)
-
-  def _info(self) -> tfds.core.DatasetInfo:
-    return tfds.core.DatasetInfo(
-        builder=self,
-        description=self.__doc__,
-        features=tfds.features.FeaturesDict({
-            **{name: tfds.features.Text() for name in _COLUMNS},
-            'id': tfds.features.Text(doc='File and line of the example.'),
-        }),
-    )
-
-  def _split_generators(self, dl_manager: tfds.download.DownloadManager):
-    del dl_manager  # Nothing to download.
-    return {
-        split: self._generate_examples(self._source / f'{split}.csv')
-        for split in ('train', 'validation', 'test')
-    }
-
-  def _generate_examples(
-      self, path: pathlib.Path
-  ) -> Iterator[tuple[str, dict[str, str]]]:
-    for record in records.read(str(path), format='csv'):
-      line = record.where.rpartition(':')[2]
-      key = f'{path.name}:{line}'
-      yield key, {name: record.fields[name] for name in _COLUMNS} | {'id': key}
+  SUFFIX = '.csv'
+  FEATURES = {name: tfds.features.Text() for name in (
+      'Slang', 'Description', 'Example', 'Context')}
 
 
 def main() -> None:
@@ -58,17 +29,8 @@ def main() -> None:
   parser.add_argument('--source', type=pathlib.Path, default=_FOLDER)
   parser.add_argument('--out', type=pathlib.Path, default=_FOLDER / 'tfds')
   args = parser.parse_args()
-  builder = Slang(
-      source=args.source, data_dir=args.out, file_format='array_record'
-  )
-  # The default would keep what an earlier version of the files has left there.
-  mode = tfds.GenerateMode.REUSE_CACHE_IF_EXISTS
-  builder.download_and_prepare(
-      download_config=tfds.download.DownloadConfig(
-          download_mode=mode, try_download_gcs=False
-      )
-  )
-  print(f'Prepared {builder.data_dir}')
+  dataset_builder.prepare(Slang(
+      source=args.source, data_dir=args.out, file_format='array_record'))
 
 
 if __name__ == '__main__':
