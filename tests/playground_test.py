@@ -120,12 +120,14 @@ def test_a_column_of_few_short_values_is_a_choice(served):
           for i in range(8)]
   task = types.SimpleNamespace(
       FIELDS=('title', 'form'), __name__='tasks.poem',
+      LOWER_IS_BETTER={'copied'},
       to_form=lambda record: record.fields)
   one = types.SimpleNamespace(
       task=task, config=served['tuned'].config, description='')
   setup = playground.Playground(
       {'tuned': one}, _records(*rows), _records({'title': 'x'})).setup()
   assert [f['choices'] for f in setup['fields']] == [[], ['5x4', '7x4']]
+  assert setup['lower_is_better'] == ['copied']  # Red below an answer, if yes.
   assert setup['samples'] == []  # The only one lacks the form.
   few = playground.Playground({'tuned': one}, [], []).setup()
   assert few['examples'] == ['zero'] and not few['fields'][1]['choices']

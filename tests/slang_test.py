@@ -53,7 +53,19 @@ def test_a_context_alone_is_the_same_question_without_an_answer():
   asked = slang.to_messages(_record(context=_ROW['Context']))
   assert asked[0] == slang.to_messages(_record(**_ROW))[0]
   assert asked[1].role == 'model' and asked[1].content == ''
-  assert slang.FIELDS == ('context',)
+  assert slang.FIELDS == ('context', 'condition')
+
+
+def test_a_condition_of_ones_own():
+  other = 'Give the term alone, as a hashtag.'
+  asked = slang.to_messages(_record(context='A quiet bus.', condition=other))
+  assert asked[0].content.endswith(f'Context: A quiet bus.\n\n{other}')
+  row = slang.to_messages(_record(**_ROW, condition=other))
+  assert row[0].content.endswith(other) and row[1].content == _answer(_ROW)
+  assert slang.to_form(_record(**_ROW, condition=other))['condition'] == other
+  usual = slang.to_form(_record(**_ROW))
+  assert slang.to_messages(_record(**usual))[0] == slang.to_messages(
+      _record(**_ROW))[0]
 
 
 @pytest.mark.parametrize('fields, term, description', [

@@ -14,7 +14,7 @@ from gemma_sft.tasks import _slang_terms as terms
 
 HEADLINE = 'good'
 LOWER_IS_BETTER = frozenset({'copied', 'acronym_gap'})
-FIELDS = ('context',)
+FIELDS = ('context', 'condition')
 
 # What data sets of the field call the columns, in lower case.
 _NAMES = {
@@ -22,6 +22,7 @@ _NAMES = {
     'description': ('description', 'definition', 'meaning'),
     'example': ('example', 'usage'),
     'context': ('context', 'situation'),
+    'condition': ('condition', 'conditions'),
 }
 _TAG = ('Create a new slang term for the context below: catchy, easy to use and'
         ' natural in the casual talk of young people.')
@@ -44,15 +45,17 @@ def to_messages(record: records_lib.Record) -> Sequence[chat.Message]:
   """Returns tag, context and condition, and the term with what belongs to it.
 
   A row without a context asks for a word for its description; without an
-  example the condition asks for none. A record with a context and no column for
-  a term is a question alone: its answer is ''.
+  example the condition asks for none; a column `condition` says it in other
+  words. A record with a context and no column for a term is a question alone:
+  its answer is ''.
 
   Raises:
     UserError: if there is no term or no description.
   """
   row = columns(record)
   if _is_question(record, row):
-    return _conversation(row['context'], _CONDITION, '')
+    return _conversation(
+        row['context'], row['condition'] or _CONDITION, '')
   if not row['slang'] or not row['description']:
     raise errors.UserError(
         f'{record.where}: columns {", ".join(record.fields)}',
@@ -62,8 +65,12 @@ def to_messages(record: records_lib.Record) -> Sequence[chat.Message]:
   answer = [f'Slang: {row["slang"]}', f'Description: {row["description"]}']
   if row['example']:
     answer.append(f'Example: {row["example"]}')
-  condition = _CONDITION if row['example'] else _CONDITION_SHORT
-  return _conversation(context, condition, '\n'.join(answer))
+  return _conversation(context, _condition(row), '\n'.join(answer))
+
+
+def _condition(row):
+  return row['condition'] or (
+      _CONDITION if row['example'] else _CONDITION_SHORT)
 
 
 def _conversation(context, condition, answer):
@@ -79,13 +86,15 @@ def _is_question(record, row):
 
 
 def to_form(record: records_lib.Record) -> dict[str, str]:
-  """Returns the context of a row, or the description that stands for it."""
+  """Returns a row's context, or the description that stands for it, and what
+  the term has to come with."""
   row = columns(record)
-  return {'context': row['context'] or row['description']}
+  return {'context': row['context'] or row['description'],
+          'condition': _condition(row)}
 
 
 def columns(record: records_lib.Record) -> dict[str, str]:
-  """Returns slang, description, example and context; '' where it has none."""
+  """Returns slang, description, example, context and condition, '' for none."""
   given = {str(k).strip().lower(): v for k, v in record.fields.items()}
   row = {}
   for name, others in _NAMES.items():

@@ -140,6 +140,7 @@ class Playground:
             name: list(sampling[name]) if name == 'stop' else sampling[name]
             for name in _Sampling.model_fields},
         'longest_answer': _LONGEST_ANSWER,
+        'lower_is_better': sorted(self._task.LOWER_IS_BETTER),
     }
 
   def _samples(self):

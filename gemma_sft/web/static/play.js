@@ -200,7 +200,9 @@ function chips(answer) {
     const shown = value === true ? 'yes' : value === false ? 'no' :
         typeof value === 'number' && !Number.isInteger(value) ?
         value.toFixed(3) : String(value);
-    const kind = {yes: ' yes', no: ' no'}[shown] || '';
+    const lower = setup.lower_is_better.includes(name);
+    const kind = typeof value !== 'boolean' ? '' :
+        value !== lower ? ' yes' : ' no';
     return make('span', {class: `chip${kind}`},
                 `${name.replaceAll('_', ' ')}: ${shown}`);
   });
