@@ -294,5 +294,6 @@ def judge_answers(
     about = task.judge_prompts(prompts, free)
     counts = {k: v for k, v in about.metrics.items() if k != 'n'}
     judged = dataclasses.replace(
-        judged, metrics=judged.metrics | counts, free_rows=about.rows)
+        # A rate over records is not to be replaced by that of a prompt or two.
+        judged, metrics=counts | judged.metrics, free_rows=about.rows)
   return judged

@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from gemma_sft import records
+from gemma_sft import scoring
 from gemma_sft.tasks import _blop_run
 from gemma_sft.tasks import _blop_text
 from gemma_sft.tasks import blop
@@ -409,7 +410,18 @@ def test_free_prompts():
   judged = blop.judge_prompts(
       ['What is Blop?', 'What is Blop?', 'Write a list.', 'Sing.'],
       [_GOOD_ANSWER, 'Blop is a band.', _LIST + ';', 'La.'])
-  assert judged.metrics == {
-      'knows': 0.5, 'invented': 0.5, 'strict': 0.0, 'fallback': 1.0, 'n': 4}
+  assert judged.metrics == {'knows': 0.5, 'invented': 0.5, 'n': 4}
   assert judged.rows[1]['wrong'] and judged.rows[3] == {}
   assert judged.rows[2]['habits'] == 'semicolons'
+  assert judged.rows[2]['strict'] is False
+
+
+@needs_compiler
+def test_free_prompts_leave_the_rates_over_records_alone():
+  row = records.Record({'prompt': _LIST_PROMPT, 'completion': _LIST}, 'x:1')
+  judged = scoring.judge_answers(
+      blop, [row] * 4, [_LIST, 'def', 'def', 'def'],
+      prompts=[_LIST_PROMPT, 'What is Blop?'], free=[_LIST, _GOOD_ANSWER],
+      training=())
+  assert judged.metrics['strict'] == judged.metrics['component'] == 0.25
+  assert judged.metrics['knows'] == 1 and len(judged.free_rows) == 2

@@ -169,7 +169,7 @@ def judge_prompts(
 
   `knows` is the share of the key facts in the answers to questions such as
   "What is Blop?", 0 where one contradicts them; `invented` the share of those
-  that do. Answers with code have the compiler's verdict in their rows.
+  that do. Answers with code have the compiler's verdict in their rows alone.
   """
   rows = [_blop_text.knowledge(p, c) or {}
           for p, c in zip(prompts, completions)]
@@ -188,7 +188,7 @@ def judge_prompts(
     if 'knows' in row:
       row['invented'] = bool(row['wrong'])
   metrics = {name: _mean(rows, name)
-             for name in ('knows', 'invented', 'strict', 'fallback')
+             for name in ('knows', 'invented')
              if any(name in row for row in rows)}
   return tasks.Judged(metrics | {'n': len(rows)}, rows, note)
 
