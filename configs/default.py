@@ -167,6 +167,11 @@ def get_config() -> config_dict.ConfigDict:
   # The newest kept; the best is kept besides.
   checkpoint.keep = 2
 
+  config.track = track = config_dict.ConfigDict()
+  # metrics.jsonl and TensorBoard are always written; this sends the same to
+  # Weights & Biases: 'project' or 'entity/project', '' for no.
+  track.wandb = ''
+
   config.mesh = mesh = config_dict.ConfigDict()
   # Devices on each axis; -1 is what the others leave. Rows are split over
   # data and fsdp, weights over fsdp and tensor.

@@ -35,6 +35,14 @@ _FLAGS = {
         'workdir', None, 'Folder of the run: checkpoints, metrics, report.'),
     'dry_run': lambda: flags.DEFINE_bool(
         'dry_run', False, 'Audit the data, print the plan and stop.'),
+    'topology': lambda: flags.DEFINE_string(
+        'topology', 'cpu', 'Where to run: kaggle-tpu, kaggle-t4x2, a slice such'
+        ' as v5e-8, v5e:2x4, v5p-8, v6e-4, or cpu, gpu for what is here.'),
+    'analytic': lambda: flags.DEFINE_bool(
+        'analytic', False, 'Estimate by arithmetic; compile nothing.'),
+    'largest': lambda: flags.DEFINE_bool(
+        'largest', False, 'Find the largest batch and length by compiling them:'
+        ' four to eight compilations.'),
     'base': lambda: flags.DEFINE_bool(
         'base', False, 'The untouched base model instead of the tuned one.'),
     'baseline': lambda: flags.DEFINE_list(
@@ -73,7 +81,8 @@ _FLAGS = {
         'seed', None, 'Of the sampling.'),
     'out': lambda: flags.DEFINE_string(
         'out', None, 'export: folder to export to; it must not be there yet.'
-        ' curate: folder to write to. serve: file of the ratings.'),
+        ' curate: folder to write to. serve: file of the ratings. compare: page'
+        ' to write, such as page.html.'),
     'formats': lambda: flags.DEFINE_list(
         'formats', [], 'What to write, separated by commas: hf, peft, lora,'
         ' gguf-f32, gguf-f16, gguf-bf16, gguf-q8_0, gguf-q6_k, gguf-q5_k_m,'
@@ -122,10 +131,37 @@ _FLAGS = {
         " machine's own needs the token in the address that is printed."),
     'port': lambda: flags.DEFINE_integer(
         'port', 8000, 'Port to serve on; 0 takes any that is free.'),
+    'grid': lambda: flags.DEFINE_string(
+        'grid', '', 'Factors and their values, every combination of which is a'
+        ' cell: lora.rank=4,8;train.epochs=1,5. The factor config is the'
+        ' argument of the config file. Default: what sweep() of that file'
+        ' says.'),
+    'seeds': lambda: flags.DEFINE_integer(
+        'seeds', 0, 'Runs of each cell, with config.seed and the numbers after'
+        ' it. Default: what sweep() of the config file says, or 1.'),
+    'baseline_cell': lambda: flags.DEFINE_string(
+        'baseline_cell', '', 'Name of the cell that the others are compared'
+        ' with. Default: that of sweep(), or the first.'),
+    'evaluate': lambda: flags.DEFINE_enum(
+        'evaluate', 'auto', ['auto', 'test', 'validation', 'none'],
+        'Split that the best checkpoint of each run answers. auto: test if it'
+        ' is set, else validation; none: the validation scores of training'
+        ' stand.'),
+    'parallel': lambda: flags.DEFINE_integer(
+        'parallel', 1, 'Runs at a time, each on a GPU or TPU chip of its own.'),
+    'shard': lambda: flags.DEFINE_string(
+        'shard', '', 'i/n: this process takes every n-th run, from the i-th'
+        ' (0/2 and 1/2 on two hosts that share --workdir).'),
+    'search': lambda: flags.DEFINE_string(
+        'search', '', 'Space to search instead of a grid: '
+        'optimizer.learning_rate=1e-5..1e-3:log;lora.rank=4,8,16.'),
+    'trials': lambda: flags.DEFINE_integer(
+        'trials', 20, 'Trials of --search, those of earlier calls counted.'),
 }
 
 
-def run(module: str, *flag_names: str, **defaults: Any) -> None:
+def run(module: str, *flag_names: str, positional: str = '', **defaults: Any
+        ) -> None:
   """Parses the command line, runs `module.main(**flags)` and exits.
 
   Exit status: what `main` returns, or 2 for a user's mistake, or 130 for an
@@ -134,6 +170,8 @@ def run(module: str, *flag_names: str, **defaults: Any) -> None:
   Args:
     module: The entry point's importable name.
     *flag_names: The flags that it takes, keys of `_FLAGS`.
+    positional: Parameter of `main` that takes the arguments that are no flags;
+      '' where there may be none.
     **defaults: Of flags whose default is another here.
   """
   _quiet_orbax()
@@ -141,7 +179,7 @@ def run(module: str, *flag_names: str, **defaults: Any) -> None:
   # and cleaned up; training puts its own handler in the place of this one.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   try:
-    values = _parse(module, flag_names, defaults)
+    values = _parse(module, flag_names, positional, defaults)
     main: Callable[..., Any] = importlib.import_module(module).main
     status = main(**values)
   except errors.UserError as error:
@@ -179,7 +217,7 @@ def _quiet_orbax():
   sys.unraisablehook = hook
 
 
-def _parse(module, flag_names, defaults):
+def _parse(module, flag_names, positional, defaults):
   for name in flag_names:
     _FLAGS[name]()
   for name, value in defaults.items():
@@ -200,7 +238,9 @@ def _parse(module, flag_names, defaults):
     raise _explained(error) from None
   if values.get('config') is not None:
     _check_complete(values['config'])
-  if rest:
+  if positional:
+    values[positional] = rest
+  elif rest:
     raise errors.UserError(
         f'the argument {rest[0]!r}', f'flags of {module}: '
         + ', '.join(f'--{name}' for name in flag_names),
@@ -210,21 +250,37 @@ def _parse(module, flag_names, defaults):
 
 def _check_keys(arguments):
   """Names the nearest key for a mistyped `--config.key`."""
+  for argument in arguments:
+    if argument.startswith('--config.'):
+      key = argument[len('--config.'):].partition('=')[0]
+      check_key(key, f'--config.{key}')
+
+
+def check_key(key: str, shown: str) -> None:
+  """Raises, naming the nearest, unless configs/default.py has a key.
+
+  Args:
+    key: Such as lora.rank.
+    shown: How it was written, for the message.
+  """
   from configs import default
 
   known = [key for key, _ in config_lib.leaves(default.get_config())]
-  for argument in arguments:
-    if not argument.startswith('--config.'):
-      continue
-    key = argument[len('--config.'):].partition('=')[0]
-    if key not in known:
-      name = key.rpartition('.')[2]
-      same_name = [k for k in known if k.rpartition('.')[2] == name]
-      raise errors.UserError(
-          f'--config.{key}', 'a key of configs/default.py',
-          (f'Did you mean {same_name[0]!r}?' if same_name else
-           errors.nearest(key, known).strip())
-          or 'every key stands there with a comment')
+  if key not in known:
+    name = key.rpartition('.')[2]
+    same_name = [k for k in known if k.rpartition('.')[2] == name]
+    raise errors.UserError(
+        shown, 'a key of configs/default.py',
+        (f'Did you mean {same_name[0]!r}?' if same_name else
+         errors.nearest(key, known).strip())
+        or 'every key stands there with a comment')
+
+
+def config_source() -> tuple[str, dict[str, Any]]:
+  """Returns what --config names, argument and all, and {key: override}."""
+  flag = flags.FLAGS['config']
+  return (config_flags.get_config_filename(flag),
+          config_flags.get_override_values(flag))
 
 
 def _check_complete(config):

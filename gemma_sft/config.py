@@ -9,12 +9,20 @@ from typing import Mapping
 
 from gemma_sft import errors
 
+# Change no number that training or evaluation computes, rounding aside.
+_WITHOUT_RESULT = (
+    'deadline_minutes', 'checkpoint.', 'mesh.', 'sampling.', 'curate.',
+    'track.', 'train.log_every', 'train.remat', 'model.layers',
+    'model.attention', 'eval.batch_size')
+# Say where records and weights lie and how they are read: what comes of it is
+# compared by its content hash.
+_BY_CONTENT = (
+    'data.train', 'data.validation', 'data.test', 'data.format',
+    'data.columns', 'data.limit', 'data.fields', 'model.weights')
 # May differ between a checkpoint and the run that resumes it: none of these
 # changes a number that training computes.
 _FREE_ON_RESUME = (
-    'deadline_minutes', 'eval.', 'checkpoint.', 'mesh.',
-    'sampling.', 'curate.', 'train.log_every', 'train.remat', 'data.test',
-    'model.weights', 'model.tokenizer', 'model.layers', 'model.attention')
+    *_WITHOUT_RESULT, 'eval.', 'data.test', 'model.weights', 'model.tokenizer')
 
 
 def leaves(config: Mapping[str, Any], prefix: str = ''
@@ -62,6 +70,16 @@ def differences(
       if saved.get(key) != current.get(key)
       and not key.startswith(_FREE_ON_RESUME)
   ]
+
+
+def result_leaves(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns those of a flat config's values that decide the result.
+
+  Left out are what changes no number but by rounding, and the names of data
+  and weights, which go by the hash of their content.
+  """
+  return {key: value for key, value in flat.items()
+          if not key.startswith(_WITHOUT_RESULT + _BY_CONTENT)}
 
 
 def parse_columns(
@@ -190,11 +208,22 @@ def validate(config: Any) -> None:
   check('sampling.top_k', not_negative, '0 for all, or a number of tokens')
   check('sampling.top_p', lambda v: 0 < v <= 1, 'above 0, at most 1')
   check('sampling.max_new_tokens', positive, 'at least 1')
+  _refuse_key(config.track.wandb)
+  check('track.wandb', lambda v: re.fullmatch(r'([\w.-]+/)?[\w.-]{1,128}|', v),
+        "project, entity/project, or '' for none")
   check('deadline_minutes', not_negative, '0 for none, or minutes')
   for axis in ('data', 'fsdp', 'tensor'):
     check(f'mesh.{axis}', lambda v: v >= 1 or v == -1,
           'a number of devices, or -1 for what the other axes leave')
   parse_columns(config.data.columns)
+
+
+def _refuse_key(project):
+  if re.fullmatch(r'[0-9a-f]{40}|wandb_v\d+_.*', project):
+    raise errors.UserError(  # Without the value, which must not be shown.
+        'config.track.wandb looks like an API key', 'the name of a project',
+        'make a new key, as commands are kept in histories; log in by `wandb'
+        ' login` and set --config.track.wandb=PROJECT')
 
 
 def validate_curation(config: Any) -> None:

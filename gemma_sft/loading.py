@@ -34,13 +34,14 @@ def enable_compilation_cache() -> None:
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
 
 
-def choose_dtype(name: str) -> tuple[Any, str]:
+def choose_dtype(name: str, device: Any = None) -> tuple[Any, str]:
   """Returns the dtype of the frozen base and of compute, and why.
 
   Args:
     name: 'auto', 'bfloat16' or 'float32'.
+    device: What to compute on; the first local device unless given.
   """
-  device = jax.local_devices()[0]
+  device = device or jax.local_devices()[0]
   if name == 'bfloat16' and device.platform == 'cpu':
     return jnp.dtype(name), (
         'config.model.dtype says so; float32 is no slower on a CPU, and exact')
@@ -108,6 +109,7 @@ def choose_attention(
     dtype: Any,
     length: int,
     packed: bool,
+    tried: bool = True,
 ) -> tuple[str, str]:
   """Returns a kernel of `attention.KERNELS` for the mesh's devices, and why.
 
@@ -118,6 +120,7 @@ def choose_attention(
     dtype: Of compute.
     length: Tokens of the longest row.
     packed: Whether rows hold several examples.
+    tried: Run the kernel before it is taken; not where the devices are absent.
 
   Raises:
     UserError: if the device lacks the kernel, or it computes something else.
@@ -136,7 +139,7 @@ def choose_attention(
       H=config.head_dim, window=config.sliding_window_size, softcap=softcap,
       dtype=dtype, T=length, mesh=mesh)
   return attention_choice.choose(
-      name, check=check, platform=device.platform,
+      name, check=check if tried else None, platform=device.platform,
       device_kind=device.device_kind,
       compute_capability=compute_capability(device),
       head_dim=config.head_dim, softcap=softcap, packed=packed, dtype=dtype)

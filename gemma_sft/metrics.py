@@ -51,7 +51,14 @@ def step_flops(
 class Writer:
   """Appends metrics of a run to metrics.jsonl and TensorBoard files."""
 
-  def __init__(self, workdir: str, *, resume_step: int, active: bool = True):
+  def __init__(
+      self,
+      workdir: str,
+      *,
+      resume_step: int,
+      active: bool = True,
+      mirror: Any = None,
+  ):
     """Opens the files.
 
     Args:
@@ -59,8 +66,9 @@ class Writer:
       resume_step: Lines of later steps are dropped: a run that was killed
         after its last checkpoint takes those steps again.
       active: False on all hosts but the first, which then write nothing.
+      mirror: `tracking.Mirror` that is sent the same numbers, or None.
     """
-    self._active = active
+    self._active, self._mirror = active, mirror
     if not active:
       return
     from tensorboardX import SummaryWriter
@@ -79,23 +87,29 @@ class Writer:
     if not self._active:
       return
     line = {'step': step, 'time': round(time.time(), 3), **values}
+    numbers = {
+        name: value for name, value in values.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)}
     try:
       self._file.write(json.dumps(line) + '\n')
       self._file.flush()
-      for name, value in values.items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-          self._board.add_scalar(name, value, step)
+      for name, value in numbers.items():
+        self._board.add_scalar(name, value, step)
     except OSError as error:
       raise errors.UserError(
           f'metrics cannot be written: {error.strerror} ({self._file.name})',
           'room on the disk',
           'make room and start the same command again: it resumes from the'
           ' last checkpoint') from error
+    if self._mirror:
+      self._mirror.write(step, numbers)
 
   def close(self) -> None:
     if self._active:
       self._file.close()
       self._board.close()
+    if self._mirror:
+      self._mirror.close()
 
 
 def read_jsonl(path: str) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """Everything that a training run is made of, built from its config."""
 
 import dataclasses
-import os
+import functools
+import time
 from typing import Any
 
 import jax
@@ -62,6 +63,7 @@ class Run:
     schedule: step -> learning rate.
     optimizer: Optax's.
     initial_state: The state before the first update, per layer.
+    started: When its preparation began, in seconds since 1970.
   """
 
   config: Any
@@ -81,6 +83,7 @@ class Run:
   schedule: optax.Schedule
   optimizer: optax.GradientTransformation
   initial_state: state_lib.TrainState
+  started: float
 
   def merged(self, trainable: Any) -> Any:
     """Returns weights for generation, adapters merged in if they can be."""
@@ -132,6 +135,7 @@ def prepare(config: Any, workdir: str, *, data_only: bool = False
   Raises:
     UserError: for what the user can mend.
   """
+  started = time.time()
   loading.enable_compilation_cache()
   task = tasks.load(config.task)
   mesh = sharding.make_mesh(
@@ -144,7 +148,8 @@ def prepare(config: Any, workdir: str, *, data_only: bool = False
       + ' x '.join(f'{a} {n}' for a, n in mesh.shape.items()))
   say(f'dtype: {dtype.name} for the base and compute ({reason}); adapters, '
       'optimizer and loss float32')
-  execution = make_execution(config, model, mesh, dtype)
+  execution, why = make_execution(config, model, mesh, dtype)
+  say(why)
 
   resolved = loading.resolve_weights(config.model)
   say(f'base: {config.model.name}, {resolved.description}')
@@ -172,16 +177,7 @@ def prepare(config: Any, workdir: str, *, data_only: bool = False
       dtype=dtype if config.lora.enabled else jnp.dtype('float32'),
       stacked=execution.layers == 'scan' and config.lora.enabled,
       quantization=config.model.quantization)
-  schedule = optimizer_lib.make_schedule(
-      learning_rate=config.optimizer.learning_rate,
-      schedule=config.optimizer.schedule,
-      warmup_share=config.optimizer.warmup_share,
-      final_share=config.optimizer.final_share, total_steps=total_steps)
-  optimizer = optimizer_lib.make_optimizer(
-      schedule, b1=config.optimizer.b1, b2=config.optimizer.b2,
-      eps=config.optimizer.eps, weight_decay=config.optimizer.weight_decay,
-      clip_norm=config.optimizer.clip_norm,
-      b_ratio=config.lora.plus_ratio if config.lora.enabled else 1.0)
+  schedule, optimizer = make_optimizer(config, total_steps)
   state = initial_state(config, model, base, optimizer, mesh)
   say(f'trained: {model_lib.count_params(state.trainable):,} of '
       f'{model_lib.count_params(base):,} weights')
@@ -196,27 +192,62 @@ def prepare(config: Any, workdir: str, *, data_only: bool = False
       base=base if config.lora.enabled else None,
       base_hash=base_hash(resolved, config.seed),
       data_hash=records_lib.content_hash(splits['train'].records),
-      settings=StepSettings(
-          lora_enabled=config.lora.enabled,
-          lora_scale=lora_scale(config),
-          dropout=config.lora.dropout if config.lora.enabled else 0.0,
-          seed=config.seed, compute_dtype=dtype, execution=execution,
-          loss_chunk=config.train.loss_chunk, groups=layout.groups, mesh=mesh),
-      schedule=schedule, optimizer=optimizer, initial_state=state)
+      settings=make_settings(config, mesh, dtype, execution),
+      schedule=schedule, optimizer=optimizer, initial_state=state,
+      started=started)
+
+
+def make_settings(
+    config: Any, mesh: jax.sharding.Mesh, dtype: Any,
+    execution: blocks.Execution) -> StepSettings:
+  """Returns what `train.train_step` depends on besides its arrays."""
+  return StepSettings(
+      lora_enabled=config.lora.enabled,
+      lora_scale=lora_scale(config),
+      dropout=config.lora.dropout if config.lora.enabled else 0.0,
+      seed=config.seed, compute_dtype=dtype, execution=execution,
+      loss_chunk=config.train.loss_chunk,
+      groups=sharding.batch_groups(mesh), mesh=mesh)
+
+
+def make_optimizer(
+    config: Any, total_steps: int
+) -> tuple[optax.Schedule, optax.GradientTransformation]:
+  """Returns (step -> learning rate, the optimizer)."""
+  schedule = optimizer_lib.make_schedule(
+      learning_rate=config.optimizer.learning_rate,
+      schedule=config.optimizer.schedule,
+      warmup_share=config.optimizer.warmup_share,
+      final_share=config.optimizer.final_share, total_steps=total_steps)
+  return schedule, optimizer_lib.make_optimizer(
+      schedule, b1=config.optimizer.b1, b2=config.optimizer.b2,
+      eps=config.optimizer.eps, weight_decay=config.optimizer.weight_decay,
+      clip_norm=config.optimizer.clip_norm,
+      b_ratio=config.lora.plus_ratio if config.lora.enabled else 1.0)
 
 
 def make_execution(
-    config: Any, model: model_lib.Model, mesh: jax.sharding.Mesh, dtype: Any
-) -> blocks.Execution:
-  """Returns how the forward runs on these devices, and tells why."""
+    config: Any, model: model_lib.Model, mesh: jax.sharding.Mesh, dtype: Any,
+    *, tried: bool = True,
+) -> tuple[blocks.Execution, str]:
+  """Returns how the forward runs on these devices, and a line that says why.
+
+  Args:
+    config: The whole config.
+    model: From `make_model`.
+    mesh: Of the run.
+    dtype: Of compute.
+    tried: See `loading.choose_attention`.
+  """
   layers, why_layers = loading.choose_layers(config.model.layers, model)
   kernel, why_kernel = loading.choose_attention(
       config.model.attention, model, mesh, dtype=dtype,
-      length=config.data.max_length, packed=config.data.packing)
-  say(f'forward: layers by {layers} ({why_layers}); attention {kernel}'
-      f' ({why_kernel}); rematerialised: {config.train.remat}')
-  return blocks.Execution(
+      length=config.data.max_length, packed=config.data.packing, tried=tried)
+  execution = blocks.Execution(
       layers=layers, attention=kernel, remat=config.train.remat, mesh=mesh)
+  return execution, (
+      f'forward: layers by {layers} ({why_layers}); attention {kernel}'
+      f' ({why_kernel}); rematerialised: {config.train.remat}')
 
 
 def say(text: str) -> None:
@@ -264,22 +295,30 @@ def initial_state(
     mesh: jax.sharding.Mesh,
 ) -> state_lib.TrainState:
   """Returns the state before the first update, born in its shards."""
-  def make(params):
-    if not config.lora.enabled:
-      return state_lib.make_state(params, optimizer)
-    adapters = lora.init_adapters(
-        model_lib.abstract_params(model), rank=config.lora.rank,
-        targets=config.lora.targets, seed=config.seed,
-        transposed_gating=model.transposed_gating,
-        unused=model.unused_weights)
-    if config.lora.dora:
-      adapters = lora.add_magnitudes(
-          adapters, blocks.unstack(model_lib.dense(params)),
-          transposed_gating=model.transposed_gating)
-    return state_lib.make_state(adapters, optimizer)
-
+  make = functools.partial(make_state, config, model, optimizer)
   shardings = sharding.tree_shardings(jax.eval_shape(make, base), mesh)
   return jax.jit(make, out_shardings=shardings)(base)
+
+
+def make_state(
+    config: Any,
+    model: model_lib.Model,
+    optimizer: optax.GradientTransformation,
+    params: Any,
+) -> state_lib.TrainState:
+  """Returns the state before the first update, of these base weights."""
+  if not config.lora.enabled:
+    return state_lib.make_state(params, optimizer)
+  adapters = lora.init_adapters(
+      model_lib.abstract_params(model), rank=config.lora.rank,
+      targets=config.lora.targets, seed=config.seed,
+      transposed_gating=model.transposed_gating,
+      unused=model.unused_weights)
+  if config.lora.dora:
+    adapters = lora.add_magnitudes(
+        adapters, blocks.unstack(model_lib.dense(params)),
+        transposed_gating=model.transposed_gating)
+  return state_lib.make_state(adapters, optimizer)
 
 
 _SHOWN = 5
@@ -340,14 +379,6 @@ def check_resume(run: Run, meta: checkpoint_lib.Meta) -> None:
         'the tokenizer or the packing has changed since; choose another'
         ' --workdir')
   say(f'resuming after {meta.step} updates; batches {meta.chain[:16]} verified')
-
-
-def save_config(run: Run) -> None:
-  """Keeps the config in the workdir, once it is known to be the run's."""
-  if jax.process_index() == 0:
-    path = os.path.join(run.workdir, 'config.json')
-    with open(path, 'w', encoding='utf-8') as file:
-      file.write(config_lib.to_json(run.config))
 
 
 def base_hash(resolved: weights.Resolved, seed: int) -> str:

@@ -3,6 +3,7 @@
 import math
 import re
 from typing import Any
+from typing import Sequence
 
 import jax
 from jax.sharding import NamedSharding
@@ -32,33 +33,39 @@ RULES = (
 )
 
 
-def make_mesh(*, data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
+def make_mesh(
+    *, data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None
+) -> jax.sharding.Mesh:
   """Returns a mesh over all devices of all hosts.
 
   Args:
     data: Size of each axis; one of the three may be -1 for what is left.
     fsdp: As `data`.
     tensor: As `data`.
+    devices: These instead, in their order; they need not be there (`plan`).
 
   Raises:
     UserError: if the sizes do not make up the number of devices.
   """
   sizes = dict(zip(AXES, (data, fsdp, tensor)))
-  n = jax.device_count()
+  n = jax.device_count() if devices is None else len(devices)
   open_axes = [axis for axis, size in sizes.items() if size == -1]
   known = math.prod(size for size in sizes.values() if size != -1)
   if len(open_axes) == 1 and n % known == 0:
     sizes[open_axes[0]] = n // known
   elif open_axes or known != n:
     text = ' x '.join(f'{a} {s}' for a, s in sizes.items())
+    kind = (jax.devices() if devices is None else devices)[0].device_kind
     raise errors.UserError(
-        f'config.mesh is {text}, and there are {n} devices'
-        f' ({jax.devices()[0].device_kind})',
+        f'config.mesh is {text}, and there are {n} devices ({kind})',
         f'sizes whose product is {n}, at most one of them -1',
         '--config.mesh.data=-1 --config.mesh.fsdp=1 --config.mesh.tensor=1')
-  return jax.make_mesh(
-      tuple(sizes.values()), AXES,
-      axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+  types = (jax.sharding.AxisType.Auto,) * len(AXES)
+  if devices is not None:
+    return jax.sharding.Mesh(
+        np.array(devices).reshape(tuple(sizes.values())), AXES,
+        axis_types=types)
+  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types)
 
 
 def single_device_mesh() -> jax.sharding.Mesh:

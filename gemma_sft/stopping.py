@@ -53,6 +53,12 @@ class StopRequest:
       return here
     return bool(multihost_utils.process_allgather(np.asarray(here)).any())
 
+  @property
+  def cause(self) -> str:
+    """'signal', to any host, or 'deadline'."""
+    deadline = self._deadline is not None and time.monotonic() > self._deadline
+    return 'deadline' if deadline and self._signal is None else 'signal'
+
   def reason(self, step: int, total: int) -> str:
     """Returns why the run ended before its last step."""
     cause = self._signal or 'the deadline (config.deadline_minutes)'

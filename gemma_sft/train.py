@@ -33,12 +33,14 @@ from gemma_sft import memory
 from gemma_sft import metrics
 from gemma_sft import model as model_lib
 from gemma_sft import progress
+from gemma_sft import provenance
 from gemma_sft import runs
 from gemma_sft import scoring
 from gemma_sft import self_test as self_test_lib
 from gemma_sft import sharding
 from gemma_sft import state as state_lib
 from gemma_sft import stopping
+from gemma_sft import tracking
 
 # The step --------------------------------------------------------------------
 
@@ -146,6 +148,7 @@ def main(
   cli.require('config', config, '--config=configs/blop.py')
   cli.require('workdir', workdir, '--workdir=workdirs/blop')
   config_lib.validate(config)
+  tracking.check(config.track.wandb)
   with loading.lock_workdir(workdir):
     run = runs.prepare(config, workdir, data_only=dry_run)
     if run is None:
@@ -182,8 +185,8 @@ def train(
   elif config.init_from:
     state = runs.init_from(run, config.init_from)
   state = run.enter(state)
-  runs.save_config(run)
   step = meta.step if meta else 0
+  record = provenance.Record(run, step, resumed=meta is not None)
   chain = meta.chain if meta else data.EMPTY_CHAIN
   tracker = progress.Tracker(
       config.eval.metric, config.eval.mode, config.eval.patience,
@@ -192,7 +195,8 @@ def train(
       run.source, state=meta.data if meta else None)
   writer = metrics.Writer(
       run.workdir, resume_step=step if meta else -1,
-      active=jax.process_index() == 0)
+      active=jax.process_index() == 0,
+      mirror=tracking.start(config.track.wandb, record))
   meter = progress.Meter(run, writer)
   programs = progress.Programs(train_step)
 
@@ -234,6 +238,8 @@ def train(
     chain = data.extend_chain(chain, batch['digest'].tobytes())
     pending = meter.pending(step, step_metrics, batch, chain)
   checkpoints.wait()
+  record.end(step, 'finished' if last else stop.cause if stopping
+             else 'patience')
   writer.close()
   runs.say((stop.reason(step, total) if stopping and not last else '')
            or tracker.reason(step)

@@ -7,8 +7,8 @@ import os
 import pytest
 import yaml
 
+from gemma_sft import scrubbing
 from gemma_sft.artifacts import card
-from gemma_sft.artifacts import scrubbing
 
 _TOKEN = 'hf_' + 'aB3' * 12
 _KAGGLE = '0123456789abcdef' * 2

@@ -125,6 +125,7 @@ _WRONG = (
     ('sampling.max_new_tokens', 0), ('deadline_minutes', -1.0),
     ('mesh.data', 0), ('mesh.fsdp', -2), ('mesh.tensor', 0),
     ('data.columns', 'prompt'),
+    ('track.wandb', 'a b'), ('track.wandb', 'a/b/c'),
 )
 
 
@@ -137,11 +138,20 @@ def test_a_value_out_of_range_is_named(valid, key, value):
   assert caught.value.fix
 
 
+@pytest.mark.parametrize('key', ('a1' * 20, 'wandb_v1_abc'))
+def test_a_key_in_the_place_of_a_project_is_not_repeated(valid, key):
+  valid.track.wandb = key
+  with pytest.raises(errors.UserError, match='looks like an API key') as caught:
+    config_lib.validate(valid)
+  assert key not in str(caught.value)
+
+
 def test_values_at_their_limits_are_valid(valid):
   for key, value in (
       ('data.max_cut_share', 1.0), ('lora.dropout', 0.0), ('eval.judged', -1),
       ('sampling.top_p', 1.0), ('sampling.temperature', 0.0),
-      ('optimizer.warmup_share', 1.0), ('mesh.fsdp', -1)):
+      ('optimizer.warmup_share', 1.0), ('mesh.fsdp', -1),
+      ('track.wandb', 'entity/my-project_1.2')):
     valid.update_from_flattened_dict({key: value})
   config_lib.validate(valid)
   # What is not used is not checked.

@@ -19,28 +19,32 @@ _PACKAGE = _ROOT / 'gemma_sft'
 _LAYERS = (
     # Leaves: they import errors, shapes and cache alone.
     ('errors', 'shapes', 'cache', 'config', 'optimizer', 'sharding', 'metrics',
-     'readers', 'stopping', 'projections', 'memory', 'intervals'),
-    ('chat', 'records', 'dora', 'answers'),
+     'readers', 'stopping', 'projections', 'memory', 'intervals', 'scrubbing'),
+    ('chat', 'records', 'dora', 'answers', 'slices', 'counting'),
     ('token_cache', 'dataset_builder'),
     ('loss', 'data', 'lora', 'attention', 'quantize', 'cli', 'templates',
      'clean'),
     ('blocks', 'attention_choice'),
     ('model', 'weights', 'state', 'tasks', 'audit'),
-    ('checkpoint', 'generate', 'loading', 'progress', 'prompting'),
+    ('checkpoint', 'generate', 'loading', 'progress', 'prompting',
+     'provenance', 'tracking'),
     ('scoring', 'report', 'runs', 'self_test', 'ratings'),
-    ('merging',),
-    ('artifacts',),
-    ('web',),
-    ('train', 'evaluate', 'sample', 'preview', 'export', 'serve', 'curate'),
+    ('merging', 'comparing', 'ahead'),
+    ('artifacts', 'estimate'),
+    ('web', 'sweeping', 'fitting'),
+    ('train', 'evaluate', 'sample', 'preview', 'export', 'serve', 'curate',
+     'compare',
+     'sweep', 'plan'),
 )
 _LAYER = {name: i for i, layer in enumerate(_LAYERS) for name in layer}
 _LEAVES, _ENTRY_POINTS = _LAYERS[0], _LAYERS[-1]
 _FOR_LEAVES = {'errors', 'shapes', 'cache'}
 # Within a layer: the self-test takes a prepared run and scores it; checkpoints
 # of the library are read by the library, whose import is in `model`; the
-# playground answers as `sample` does.
+# playground answers as `sample` does; what is planned is what is trained.
 _SAME_LAYER = {('self_test', 'runs'), ('self_test', 'scoring'),
-               ('weights', 'model'), ('serve', 'sample')}
+               ('weights', 'model'), ('serve', 'sample'),
+               ('plan', 'train')}
 
 _FILES = sorted(_PACKAGE.rglob('*.py'))
 _TREES = {path: ast.parse(path.read_text(encoding='utf-8')) for path in _FILES}

@@ -12,7 +12,7 @@ from typing import Sequence
 from typing import TypedDict
 
 from gemma_sft import intervals
-from gemma_sft.artifacts import scrubbing
+from gemma_sft import scrubbing
 
 TERMS = 'https://ai.google.dev/gemma/terms'
 PROHIBITED_USE = 'https://ai.google.dev/gemma/prohibited_use_policy'

@@ -16,7 +16,7 @@ from typing import Mapping
 from typing import Sequence
 
 from gemma_sft import errors
-from gemma_sft.artifacts import scrubbing
+from gemma_sft import scrubbing
 
 # Seconds for connecting, reading, writing and a place in the pool. The clients'
 # own default is to wait for ever. A commit may well be silent for minutes.

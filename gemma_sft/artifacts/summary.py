@@ -3,13 +3,12 @@
 from collections.abc import Mapping
 from collections.abc import Sequence
 import hashlib
-import importlib.metadata
 import os
 import pathlib
-import subprocess
 
 from gemma_sft import config as config_lib
 from gemma_sft import loading
+from gemma_sft import provenance
 from gemma_sft import records as records_lib
 from gemma_sft import report
 from gemma_sft import runs
@@ -76,7 +75,8 @@ def make_summary(
       name=name, identity=identity, repository='', task=config.task,
       method=method, languages=(),
       base=_base(chosen), data=_data(chosen, tuned), config=flat,
-      config_changes=config_changes, commit=_commit(), packages=_packages(),
+      config_changes=config_changes, commit=_commit(),
+      packages=provenance.packages(_PACKAGES),
       step=chosen.step, metrics=_scores(workdir, tuned), artifacts=artifacts,
       parity=[_row(path, kind, results.get(path), missing.get(path, ''))
               for path, kind in files],
@@ -116,29 +116,8 @@ def _data(chosen, tuned):
 
 def _commit() -> str:
   """Returns the commit of the code, '+' if files differ; '' if not a clone."""
-  here = pathlib.Path(__file__).parents[2]
-  try:
-    changed = _git(here, 'status', '--porcelain', '--untracked-files=no')
-    return _git(here, 'rev-parse', '--short=12', 'HEAD') + (
-        '+' if changed else '')
-  except (OSError, subprocess.CalledProcessError):
-    return ''
-
-
-def _git(folder, *arguments):
-  return subprocess.run(
-      ['git', '-C', str(folder), *arguments], capture_output=True, text=True,
-      check=True).stdout.strip()
-
-
-def _packages():
-  versions = {}
-  for name in _PACKAGES:
-    try:
-      versions[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      continue
-  return versions
+  commit, dirty = provenance.commit()
+  return commit[:12] + ('+' if dirty else '')
 
 
 def _scores(workdir, tuned):

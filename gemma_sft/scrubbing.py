@@ -28,6 +28,11 @@ _ABSOLUTE = re.compile(
     r'''([^\s/:"'`<>|,;()\\]*)''')
 
 
+def remove_secrets(value: Any) -> Any:
+  """Returns a copy without logins, paths as they are; see `scrub`."""
+  return _walk(value, lambda text: _remove_secrets(text, ()))
+
+
 def scrub(value: Any, secrets: Sequence[str] = ()) -> Any:
   """Returns a copy without logins and private paths, in whatever it contains.
 
@@ -36,21 +41,30 @@ def scrub(value: Any, secrets: Sequence[str] = ()) -> Any:
   Paths below the working directory become relative, those below home begin
   with ~, of other absolute ones the last name stays.
   """
+  return _walk(value, lambda text: _scrub_text(text, secrets))
+
+
+def _walk(value, change):
+  """Applies `change` to all texts of a value, keys among them."""
   if isinstance(value, Mapping):
     return {
-        _scrub_text(str(key), secrets): REMOVED
+        change(str(key)): REMOVED
         if _SECRET_KEY.search(str(key)) and isinstance(item, str) and item
-        else scrub(item, secrets) for key, item in value.items()}
+        else _walk(item, change) for key, item in value.items()}
   if isinstance(value, (list, tuple)):
-    return [scrub(item, secrets) for item in value]
-  return _scrub_text(value, secrets) if isinstance(value, str) else value
+    return [_walk(item, change) for item in value]
+  return change(value) if isinstance(value, str) else value
 
 
-def _scrub_text(text, secrets):
+def _remove_secrets(text, secrets):
   # The longest first: one secret may contain another.
   for secret in sorted({*secrets, *_own_secrets()}, key=len, reverse=True):
     text = text.replace(secret, REMOVED)
-  text = _TOKEN.sub(REMOVED, text)
+  return _TOKEN.sub(REMOVED, text)
+
+
+def _scrub_text(text, secrets):
+  text = _remove_secrets(text, secrets)
   # One may lie in the other.
   for folder in sorted((os.getcwd(), _home()), key=len, reverse=True):
     if folder in ('', '/', '~'):

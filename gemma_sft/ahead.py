@@ -1,0 +1,472 @@
+"""The training step without its weights, its data or its devices.
+
+Shapes, dtypes and shardings are made by the functions that a run is made by
+(`runs`, `sharding`, `model`), so what is traced and compiled here is the
+program that would run; nothing is read and nothing is allocated. TPUs are
+compiled for by libtpu, which needs no TPU.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import time
+from typing import Any
+from typing import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_sft import blocks
+from gemma_sft import cache
+from gemma_sft import config as config_lib
+from gemma_sft import counting
+from gemma_sft import errors
+from gemma_sft import loading
+from gemma_sft import model as model_lib
+from gemma_sft import quantize
+from gemma_sft import runs
+from gemma_sft import sharding
+from gemma_sft import slices
+from gemma_sft import state as state_lib
+
+# The compiler for TPUs. Not a requirement of the package: where it is on the
+# import path of a machine without a TPU, every start of JAX looks for one, and
+# says on stderr that there is none. launch/libtpu.sh puts it in the cache.
+LIBTPU = 'libtpu==0.0.50.*'
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A step that can be traced and compiled.
+
+  Attributes:
+    config: The whole config.
+    model: The architecture.
+    settings: For `train.train_step`.
+    optimizer: Optax's.
+    base: Shapes of the frozen weights in their shards, or None.
+    state: Of the state, in the form that steps run on.
+    batch: Of the arrays of a batch.
+    max_trained: See `loss.masked_nll`.
+    why: How the forward runs there, and why.
+  """
+
+  config: Any
+  model: model_lib.Model
+  settings: runs.StepSettings
+  optimizer: Any
+  base: Any
+  state: state_lib.TrainState
+  batch: dict[str, jax.ShapeDtypeStruct]
+  max_trained: int
+  why: str
+
+  @property
+  def mesh(self) -> jax.sharding.Mesh:
+    return self.settings.mesh
+
+  @property
+  def rows(self) -> int:
+    """Rows of a microbatch on one device."""
+    A, B, _ = self.batch['tokens'].shape
+    del A
+    return B // self.settings.groups
+
+  @property
+  def length(self) -> int:
+    return self.batch['tokens'].shape[2]
+
+  @property
+  def n_embedding(self) -> int:
+    """Weights of the tied embedding."""
+    return self.weights['embedder']['input_embedding'].size
+
+  @property
+  def weights(self) -> Any:
+    """All weights of the model: the base, or what is trained."""
+    return self.base if self.base is not None else self.state.trainable
+
+
+def row_length(config: Any) -> int:
+  """Returns the tokens of the longest row of a batch."""
+  return max((config.data.max_length, *config.data.buckets))
+
+
+def make_program(
+    config: Any, devices: Sequence[Any], *, max_trained: int) -> Program:
+  """Returns the step of a config on devices, which need not be there.
+
+  Args:
+    config: Validated.
+    devices: Of JAX, of a topology, or `slices.AbsentDevice`s.
+    max_trained: Bound on the trained tokens of a device, see `data.Batches`.
+
+  Raises:
+    UserError: for a mesh, batch or kernel that the devices cannot have.
+  """
+  mesh = sharding.make_mesh(
+      data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor,
+      devices=devices)
+  layout = runs.make_layout(config, mesh)
+  model = loading.load_model(config.model)
+  loading.check_length(config.data.max_length, model)
+  dtype, _ = loading.choose_dtype(config.model.dtype, devices[0])
+  execution, why = runs.make_execution(
+      config, model, mesh, dtype, tried=False)
+  _, optimizer = runs.make_optimizer(config, total_steps=1000)
+  adapted = config.lora.enabled
+  stacked = adapted and execution.layers == 'scan'
+  base = _base_shapes(
+      model, dtype if adapted else jnp.dtype('float32'),
+      config.model.quantization, stacked)
+
+  def fresh(params):
+    state = runs.make_state(config, model, optimizer, params)
+    if stacked:
+      state = state_lib.stack_layers(state, model.config.num_layers)
+    return state
+
+  state = _placed(jax.eval_shape(fresh, base), mesh)
+  A, B, T = layout.microbatches, layout.batch_size, row_length(config)
+  place = sharding.batch_sharding(mesh)
+  batch = {
+      name: jax.ShapeDtypeStruct((A, B // A, T), kind, sharding=place)
+      for name, kind in (('tokens', jnp.int32), ('targets', jnp.int32),
+                         ('positions', jnp.int32), ('segment_ids', jnp.int32),
+                         ('loss_mask', jnp.bool))}
+  batch['rows'] = jax.ShapeDtypeStruct((A, B // A), jnp.int32, sharding=place)
+  return Program(
+      config=config, model=model,
+      settings=runs.make_settings(config, mesh, dtype, execution),
+      optimizer=optimizer, base=_placed(base, mesh) if adapted else None,
+      state=state, batch=batch, max_trained=max_trained, why=why)
+
+
+def _base_shapes(model, dtype, quantization, stacked):
+  """Returns the shapes of what `loading.load_base` loads."""
+  params = model_lib.abstract_params(model)
+
+  def of(path, leaf):
+    name = '/'.join(str(p.key) for p in path)
+    if quantization and quantize.is_quantized(name):
+      return _quantized_shape(leaf.shape, quantization)
+    return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+  params = jax.tree_util.tree_map_with_path(of, params)
+  return blocks.stack(params) if stacked else params
+
+
+def _quantized_shape(shape, kind):
+  """Returns the `quantize.Quantized` of shapes; blocks lie along the last axis,
+  so one row of zeros tells them."""
+  row = quantize.quantize(np.zeros(shape[-1:], np.float32), kind)
+  return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct((*shape[:-1], *x.shape), x.dtype), row)
+
+
+def _placed(tree, mesh):
+  return jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(
+          leaf.shape, leaf.dtype, sharding=place),
+      tree, sharding.tree_shardings(tree, mesh))
+
+
+def local_bytes(tree: Any) -> int:
+  """Returns the bytes of a tree of placed shapes on one device."""
+  return sum(
+      int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
+      * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+# Tracing and compiling -------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+  """What a program's trace tells, over all devices.
+
+  Attributes:
+    flops: Of the matrix products of a step, recomputed ones counted again.
+    kept: Bytes that the forward pass of a microbatch leaves for the backward
+      one; 0 where layers are not scanned.
+  """
+
+  flops: float
+  kept: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """What the compiler says of a step, in bytes on one device.
+
+  Attributes:
+    arguments: State, base and batch, as they lie on the device.
+    temporaries: Besides them, while the step runs.
+    peak: Most that is in use at a time; where the step does not fit, what it
+      would need.
+    added: What a step needs above what lies there before it.
+    available: What the compiler has; 0 if it knows no bound.
+    fits: Whether the compiler took the program.
+    seconds: CPU time of the compilation.
+    compiler: Its name and version.
+  """
+
+  arguments: int
+  temporaries: int
+  peak: int
+  added: int
+  available: int
+  fits: bool
+  seconds: float
+  compiler: str
+
+
+def trace(step_fn: Any, program: Program) -> tuple[Any, Traced]:
+  """Returns (JAX's traced step, what it tells).
+
+  Args:
+    step_fn: `train.train_step`.
+    program: From `make_program`.
+  """
+  traced = step_fn.trace(
+      program.state, program.base, program.batch, model=program.model,
+      optimizer=program.optimizer, settings=program.settings,
+      max_trained=program.max_trained)
+  kinds = [kind.name for kind in program.model.config.attention_types]
+  local = kinds.count('LOCAL_SLIDING') / len(kinds)
+  L = program.model.config.num_layers
+  # The step's one cond of two branches: global layers, local layers.
+  return traced, Traced(
+      counting.product_flops(traced.jaxpr, branch_shares=(1 - local, local)),
+      counting.kept_bytes(traced.jaxpr, L))
+
+
+def compile_step(lowered: Any, compiler: str) -> Compiled:
+  """Compiles a step; that it does not fit is a result.
+
+  Args:
+    lowered: What `trace` returns first, lowered.
+    compiler: From `compiler_name`.
+  """
+  start = time.process_time()
+  try:
+    memory = lowered.compile().memory_analysis()
+  except jax.errors.JaxRuntimeError as error:
+    needed, available = _overflow(str(error))
+    return Compiled(0, 0, needed, 0, available, False,
+                    time.process_time() - start, compiler)
+  added = (memory.temp_size_in_bytes + memory.output_size_in_bytes
+           - memory.alias_size_in_bytes)
+  peak = memory.peak_memory_in_bytes
+  if compiler.startswith('XLA'):
+    # Of a CPU it is what the temporaries are without the arguments, or 0.
+    peak = memory.argument_size_in_bytes + added
+  return Compiled(
+      memory.argument_size_in_bytes, memory.temp_size_in_bytes, peak, added, 0,
+      True, time.process_time() - start, compiler)
+
+
+_UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+
+
+def _overflow(message: str) -> tuple[int, int]:
+  """Returns (needed, available) bytes of a compiler's refusal.
+
+  Raises:
+    UserError: if it refused for another reason.
+  """
+  found = re.search(
+      r'\(([\d.]+)([KMGT]?)B?\) exceeds available \w+ \(([\d.]+)([KMGT]?)B?\)',
+      message)
+  if found is None:
+    lines = [line for line in message.splitlines() if line.strip()]
+    raise errors.UserError(
+        'the compiler refuses the step: ' + ' '.join(lines[:2])[:600],
+        'a step that compiles for these devices',
+        'try --config.model.attention=chunked; if it helps, a kernel does not'
+        ' work there')
+  needed, unit, available, unit_2 = found.groups()
+  return (int(float(needed) * _UNITS[unit]),
+          int(float(available) * _UNITS[unit_2]))
+
+
+def local_memory() -> float:
+  """Returns the bytes that a step may have on a device of this machine."""
+  device = jax.local_devices()[0]
+  if device.platform != 'cpu':
+    return (device.memory_stats() or {}).get('bytes_limit', 0)
+  lines = pathlib.Path('/proc/meminfo').read_text().splitlines()
+  available = {line.partition(':')[0]: int(line.split()[1]) * 1024
+               for line in lines}['MemAvailable']
+  return available / jax.local_device_count()
+
+
+# The devices -----------------------------------------------------------------
+
+
+def devices_of(place: slices.Slice, *, analytic: bool) -> list[Any]:
+  """Returns the devices of a slice, as the compiler or a mesh knows them.
+
+  Call it before anything else has made JAX look for devices.
+
+  Args:
+    place: From `slices.parse`.
+    analytic: Stand-ins will do: nothing is compiled.
+
+  Raises:
+    UserError: if libtpu is missing, or there is no GPU here.
+  """
+  if place.topology != 'gpu':
+    # Or JAX would take the accelerators of this machine for itself.
+    jax.config.update('jax_platforms', 'cpu')
+  if place.chip is None:
+    found = jax.devices()
+    if found[0].platform != place.topology:
+      raise errors.UserError(
+          '--topology=gpu', f'a GPU; JAX finds {found[0].device_kind}',
+          "install JAX's GPU version: pip install -e '.[cuda]'; or name what"
+          ' is to be rented, such as --topology=kaggle-tpu')
+    return list(found)
+  if analytic or not place.topology:
+    return list(slices.absent_devices(place))
+  return _tpu_devices(place.topology)
+
+
+@functools.cache
+def _tpu_devices(topology: str) -> list[Any]:
+  from jax.experimental import topologies
+
+  os.environ['TPU_LIBRARY_PATH'] = find_libtpu()
+  # No TPU is looked for, and nobody is told that there is none.
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+  os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-8')
+  return list(topologies.get_topology_desc(
+      platform='tpu', topology_name=topology).devices)
+
+
+def find_libtpu() -> str:
+  """Returns the path of libtpu.so.
+
+  Raises:
+    UserError: if it is in none of its places.
+  """
+  places = [os.environ.get('TPU_LIBRARY_PATH', ''),
+            str(cache.folder('libtpu', 'libtpu', 'libtpu.so'))]
+  spec = importlib.util.find_spec('libtpu')
+  if spec is not None and spec.origin:
+    places.append(str(pathlib.Path(spec.origin).parent / 'libtpu.so'))
+  for path in places:
+    if path and os.path.exists(path):
+      return path
+  raise errors.UserError(
+      'the compiler for TPUs, libtpu, is not there',
+      f'{places[1]}, or TPU_LIBRARY_PATH',
+      'bash launch/libtpu.sh (0.2 GB, no TPU needed); or --analytic for'
+      ' figures without a compiler')
+
+
+def compiler_name(place: slices.Slice) -> str:
+  """Returns name and version of what compiles for a slice."""
+  if not place.is_tpu:
+    return f'XLA of jaxlib {importlib.metadata.version("jaxlib")}'
+  folder = pathlib.Path(find_libtpu()).parent.parent
+  found = sorted(folder.glob('libtpu-*.dist-info'))
+  version = found[-1].name.split('-')[1].removesuffix('.dist') if found else ''
+  return f'libtpu {version}'.strip()
+
+
+# What was compiled before ----------------------------------------------------
+
+_SOURCES = ('ahead', 'attention', 'blocks', 'counting', 'dora', 'lora', 'loss',
+            'model', 'optimizer', 'projections', 'quantize', 'runs', 'scoring',
+            'sharding', 'state', 'train')
+
+
+def cached(
+    step_fn: Any, program: Program, place: slices.Slice, *, compiled: bool
+) -> tuple[Traced, Compiled | None]:
+  """Returns trace and compilation, from the cache where they are known.
+
+  A result is kept under a hash of config, devices, versions and the modules of
+  the step; and once more under the program itself, so that a change of those
+  modules that leaves it the same costs no compilation.
+
+  Args:
+    step_fn: `train.train_step`.
+    program: From `make_program`.
+    place: Of its devices.
+    compiled: Or trace it only.
+  """
+  compiler = compiler_name(place) if compiled else ''
+  key = _key(program, place, compiler)
+  if known := _load(key):
+    return known
+  traced, facts = trace(step_fn, program)
+  if not compiled:
+    _save(key, facts, None)
+    return facts, None
+  lowered = traced.lower()
+  by_program = hashlib.sha256(
+      f'{place.topology} {program.mesh.size} {compiler}\n'.encode()
+      + lowered.as_text().encode()).hexdigest()
+  known = _load(by_program)
+  result = known[1] if known else compile_step(lowered, compiler)
+  _save(by_program, facts, result)
+  _save(key, facts, result)
+  return facts, result
+
+
+def is_cached(program: Program, place: slices.Slice) -> bool:
+  """Returns whether `cached` would answer at once."""
+  return _load(_key(program, place, compiler_name(place))) is not None
+
+
+def _key(program, place, compiler):
+  folder = pathlib.Path(__file__).parent
+  sources = hashlib.sha256(b''.join(
+      (folder / f'{name}.py').read_bytes() for name in _SOURCES)).hexdigest()
+  config = {
+      key: value for key, value in config_lib.leaves(program.config)
+      if key.startswith(('model.', 'lora.', 'mesh.', 'optimizer.', 'train.',
+                         'data.batch_size', 'data.max_length', 'data.packing',
+                         'data.buckets'))
+      and key not in ('model.weights', 'model.tokenizer',
+                      'model.weights_sha256', 'train.log_every',
+                      'train.epochs', 'train.steps')}
+  versions = {name: importlib.metadata.version(name)
+              for name in ('jax', 'jaxlib', 'gemma', 'flax', 'optax')}
+  return hashlib.sha256(json.dumps([
+      sources, config, versions, compiler, place.topology, program.mesh.size,
+      program.mesh.devices.flat[0].device_kind, program.max_trained,
+      program.length], sort_keys=True).encode()).hexdigest()
+
+
+def _load(key):
+  try:
+    kept = json.loads(_path(key).read_text(encoding='utf-8'))
+  except (OSError, json.JSONDecodeError):
+    return None
+  compiled = kept['compiled']
+  return Traced(**kept['traced']), compiled and Compiled(**compiled)
+
+
+def _save(key, traced, compiled):
+  path = _path(key)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_suffix(f'.{os.getpid()}')
+  partial.write_text(json.dumps({
+      'traced': dataclasses.asdict(traced),
+      'compiled': compiled and dataclasses.asdict(compiled)}), 'utf-8')
+  os.replace(partial, path)
+
+
+def _path(key):
+  return cache.folder('plan', f'{key}.json')

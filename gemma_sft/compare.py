@@ -1,0 +1,53 @@
+"""Shows what differs between runs, and whether their results do.
+
+    python -m gemma_sft.compare workdirs/a workdirs/b [more] [--out=page.html]
+
+Each argument is the --workdir of a training run. The first is what the others
+are compared with: config, data, base weights, code, packages and devices; then
+updates, losses, time and memory, and the scores of a split that `evaluate` has
+answered with each run's weights, paired record by record. With --out all of it
+is a page with the curves of training, which needs nothing beside it.
+"""
+
+from gemma_sft import cli
+
+if __name__ == '__main__':
+  cli.run('gemma_sft.compare', 'out', positional='workdirs')
+
+import os
+from typing import Sequence
+
+from configs import default
+from gemma_sft import comparing
+from gemma_sft import config as config_lib
+from gemma_sft import errors
+
+
+def main(workdirs: Sequence[str], out: str | None = None) -> int:
+  """Compares runs; see the module's docstring."""
+  paths = [os.path.realpath(workdir) for workdir in workdirs]
+  if len(set(paths)) < 2 or len(set(paths)) < len(paths):
+    raise errors.UserError(
+        f'compare was given {len(paths)} runs: {", ".join(workdirs) or "none"}',
+        'two or more, each once',
+        'python -m gemma_sft.compare workdirs/a workdirs/b')
+  if out is not None:
+    _check_out(out)
+  defaults = dict(config_lib.leaves(default.get_config()))
+  runs = [comparing.load(workdir, name, defaults)
+          for workdir, name in zip(workdirs, comparing.names(workdirs))]
+  comparison = comparing.compare(runs)
+  print(comparing.text(comparison))
+  if out is not None:
+    with open(out, 'w', encoding='utf-8') as file:
+      file.write(comparing.page(comparison, comparing.picture(runs)))
+    print(f'page: {out}')
+  return 0
+
+
+def _check_out(out):
+  folder = os.path.dirname(out) or '.'
+  if not out.endswith('.html') or not os.path.isdir(folder):
+    raise errors.UserError(
+        f'--out={out}', 'a file NAME.html in a folder that is there',
+        'for example --out=page.html')

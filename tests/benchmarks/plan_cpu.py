@@ -1,0 +1,90 @@
+"""Memory of a training step on this machine: `plan` against measurement.
+
+    python tests/benchmarks/plan_cpu.py --config=configs/slang.py \
+        --config.data.batch_size=2 --config.data.max_length=512
+
+Prepares the run as `train` does (the base is read), notes what is resident,
+takes a few steps and prints the peak above that beside what
+`gemma_sft.plan --topology=cpu` says that a step adds. Compiling takes memory
+too, which a plan does not promise: it is measured apart.
+"""
+
+import pathlib
+import tempfile
+
+from absl import app
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+    'config', 'configs/slang.py', 'Of the run.')
+_STEPS = 3
+
+
+def _status(key: str) -> int:
+  """Returns VmRSS or VmHWM of this process in bytes."""
+  for line in pathlib.Path('/proc/self/status').read_text().splitlines():
+    if line.startswith(key):
+      return int(line.split()[1]) * 1024
+  raise KeyError(key)
+
+
+def _forget_peak() -> None:
+  pathlib.Path('/proc/self/clear_refs').write_text('5')
+
+
+def main(_):
+  import jax
+
+  from gemma_sft import ahead
+  from gemma_sft import config as config_lib
+  from gemma_sft import estimate
+  from gemma_sft import runs
+  from gemma_sft import scoring
+  from gemma_sft import slices
+  from gemma_sft import train
+
+  config = _CONFIG.value
+  config_lib.validate(config)
+  place = slices.parse('cpu')
+  devices = ahead.devices_of(place, analytic=False)
+  with tempfile.TemporaryDirectory() as folder:
+    run = runs.prepare(config, folder)
+    batch = run.source[0]
+    max_trained = int(batch['max_trained'])
+    arrays = scoring.put_batch(batch, run.mesh)
+    state = run.enter(run.initial_state)
+    jax.block_until_ready((state, arrays, run.base))
+    _forget_peak()
+    before = _status('VmRSS')
+    static = dict(model=run.model, optimizer=run.optimizer,
+                  settings=run.settings, max_trained=max_trained)
+    step = train.train_step.lower(state, run.base, arrays, **static).compile()
+    compiling = _status('VmHWM') - before
+    compiled = _status('VmRSS')
+    _forget_peak()
+    for _ in range(_STEPS):
+      state, _ = step(state, run.base, arrays)
+    jax.block_until_ready(state)
+    peak = _status('VmHWM')
+  program = ahead.make_program(config, devices, max_trained=max_trained)
+  planned = estimate.memory(program, 0, *ahead.cached(
+      train.train_step, program, place, compiled=True))
+  estimated = estimate.memory(
+      program, 0, ahead.trace(train.train_step, program)[1])
+  print(f'{config.model.name}, {config.data.batch_size} x'
+        f' {config.data.max_length}, {jax.devices()[0].device_kind}')
+  print('| | MB | plan is |')
+  print('|---|---|---|')
+  for name, n in (
+      ('measured: peak of steps above resident before compiling',
+       peak - before),
+      ('measured: the same above resident after compiling', peak - compiled),
+      ('measured: compiling, for a while', compiling)):
+    print(f'| {name} | {n / 1e6:,.0f} | {planned.added / n - 1:+.1%} |')
+  print(f'| plan, compiled | {planned.added / 1e6:,.0f} | |')
+  print(f'| plan, --analytic | {estimated.added / 1e6:,.0f} |'
+        f' {estimated.added / planned.added - 1:+.1%} of compiled |')
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,107 @@
+"""The README's table of what fits where.
+
+    bash launch/libtpu.sh
+    python tests/benchmarks/plan_table.py            # compiled cells as cached
+    python tests/benchmarks/plan_table.py --compile  # compiles those missing
+
+LoRA and QLoRA of rank 16 on q, k, v and o, rows of 2,048 tokens of which a
+quarter are trained, one row at a time on each device, blocks made again in the
+backward pass. A cell is the peak of a device and the most rows that it takes;
+~ marks what is estimated. Where replicated weights do not fit, they are split
+over the slice's devices (fsdp). Each compilation takes one to four minutes of
+a core and is kept in the cache.
+"""
+
+import os
+import resource
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+from absl import app
+from absl import flags
+
+from configs import default
+from gemma_sft import ahead
+from gemma_sft import estimate
+from gemma_sft import fitting
+from gemma_sft import slices
+from gemma_sft import train
+
+_COMPILE = flags.DEFINE_bool('compile', False, 'Compile what is not kept.')
+_ONLY = flags.DEFINE_list(
+    'only', [], 'Of these models alone, such as gemma3_270m.')
+_LENGTH, _SHARE = 2048, 0.25
+
+_MODELS = ('gemma3_270m', 'gemma3_1b', 'gemma3_4b', 'gemma3_12b', 'gemma2_2b',
+           'gemma2_9b')
+_METHODS = {'LoRA': '', 'QLoRA int8': 'int8', 'QLoRA nf4': 'nf4'}
+_PLACES = ('v5e-1', 'v5e-8', 'v6e-8', 'v5p-8', 'kaggle-t4x2')
+# The twelve that are compiled; the rest is estimated.
+_COMPILED = frozenset(
+    (model, method, place) for model, method, places in (
+        ('gemma3_270m', 'LoRA', ('v5e-1', 'v5e-8')),
+        ('gemma3_1b', 'LoRA', ('v5e-1', 'v5e-8')),
+        ('gemma3_4b', 'LoRA', ('v5e-1', 'v5e-8')),
+        ('gemma3_4b', 'QLoRA nf4', ('v5e-1',)),
+        ('gemma3_12b', 'LoRA', ('v5e-8',)),
+        ('gemma3_12b', 'QLoRA nf4', ('v5e-1',)),
+        ('gemma2_2b', 'LoRA', ('v5e-1',)),
+        ('gemma2_9b', 'LoRA', ('v5e-8',)),
+        ('gemma2_9b', 'QLoRA nf4', ('v5e-1',)))
+    for place in places)
+
+
+def _config(model: str, quantization: str, n_devices: int, fsdp: int):
+  config = default.get_config()
+  return fitting.changed(config, {
+      'model.name': model, 'model.weights': 'random',
+      'model.quantization': quantization, 'data.train': 'none',
+      'data.max_length': _LENGTH, 'data.batch_size': n_devices,
+      'train.remat': 'block', 'lora.targets': 'attn/',
+      'mesh.fsdp': fsdp, 'mesh.data': n_devices // fsdp})
+
+
+def _cell(model: str, method: str, name: str) -> str:
+  """Returns '4.1 GB, 24 rows', with what had to be changed."""
+  place = slices.parse(name)
+  n, limit = place.n_devices, place.chip.memory
+  max_trained = round(_LENGTH * _SHARE)
+  memory = program = None
+  for fsdp in (1, n) if n > 1 else (1,):
+    config = _config(model, _METHODS[method], n, fsdp)
+    program = ahead.make_program(
+        config, slices.absent_devices(place), max_trained=max_trained)
+    memory = estimate.memory(program, limit)
+    if memory.fits:
+      break
+  if (model, method, name) in _COMPILED:
+    program = ahead.make_program(
+        config, ahead.devices_of(place, analytic=False),
+        max_trained=max_trained)
+    if _COMPILE.value or ahead.is_cached(program, place):
+      memory = estimate.memory(program, limit, *ahead.cached(
+          train.train_step, program, place, compiled=True))
+  mark = '' if memory.compiler else '~'
+  split = f', fsdp {fsdp}' if fsdp > 1 else ''
+  if not memory.fits:
+    return f'no: {mark}{memory.peak / 1e9:.1f} GB{split}'
+  rows = fitting.largest(program, memory, None).batch_size // n
+  return f'{mark}{memory.peak / 1e9:.1f} GB{split}; ~{rows} rows'
+
+
+def main(_):
+  heads = [f'{name} ({slices.parse(name).chip.memory / 1e9:.1f} GB)'
+           for name in _PLACES]
+  print('| | ' + ' | '.join(heads) + ' |')
+  print('|---' * (len(_PLACES) + 1) + '|', flush=True)
+  for model in _ONLY.value or _MODELS:
+    for method in _METHODS:
+      cells = [_cell(model, method, name) for name in _PLACES]
+      print(f'| {model}, {method} | ' + ' | '.join(cells) + ' |', flush=True)
+  used = resource.getrusage(resource.RUSAGE_SELF)
+  print(f'\n{used.ru_utime + used.ru_stime:.0f} CPU-seconds,'
+        f' {used.ru_maxrss / 1e6:.1f} GB')
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,78 @@
+"""What is for TPUs alone compiles for TPUs, on a machine without one.
+
+The whole training step at small shapes, for a slice of eight v5e, through the
+compiler that PyPI ships. Nothing runs: that the kernel computes what it should
+is `attention_test`'s, where it is interpreted.
+"""
+
+import jax
+import pytest
+
+from configs import tiny
+from gemma_sft import ahead
+from gemma_sft import attention
+from gemma_sft import errors
+from gemma_sft import slices
+from gemma_sft import train
+
+_PLACE = slices.parse('v5e:2x4')
+
+
+@pytest.fixture(scope='module')
+def devices():
+  try:
+    return ahead.devices_of(_PLACE, analytic=False)
+  except errors.UserError as error:
+    pytest.skip(f'NOTHING IS COMPILED FOR TPUS: {error}')
+
+
+def _program(devices, generation, **changes):
+  config = tiny.get_config(str(generation)).unlock()
+  # Splash takes heads of a multiple of 128; a window that cuts something off.
+  config.model.update(embed_dim=128, hidden_dim=256, num_heads=2,
+                      num_kv_heads=1, head_dim=128, sliding_window=128)
+  config.data.update(max_length=256, batch_size=16)
+  config.update_from_flattened_dict(changes)
+  return ahead.make_program(config, devices, max_trained=128)
+
+
+@pytest.mark.parametrize('generation, changes', [
+    (1, {'train.remat': 'none'}),
+    (2, {'mesh.fsdp': 8, 'mesh.data': 1}),  # Its logits are capped.
+    (3, {'model.quantization': 'nf4', 'train.remat': 'block'}),
+    (3, {'model.quantization': 'int8', 'mesh.fsdp': 4, 'mesh.data': 2,
+         'train.microbatches': 2}),
+], ids=['gemma1', 'gemma2 fsdp', 'gemma3 nf4', 'gemma3 int8 fsdp'])
+def test_the_step_compiles_with_splash_attention(devices, generation, changes):
+  program = _program(devices, generation, **changes)
+  assert program.settings.execution.attention == 'splash'
+  traced, facts = ahead.trace(train.train_step, program)
+  lowered = traced.lower()
+  # Forward, and backward for queries and for keys: else it was not the kernel.
+  assert lowered.as_text().count('tpu_custom_call') >= 3
+  compiled = ahead.compile_step(lowered, ahead.compiler_name(_PLACE))
+  assert compiled.fits and compiled.peak > 0
+  assert facts.flops > 0 and facts.kept > 0
+
+
+def test_a_broken_kernel_is_seen(devices, monkeypatch):
+  # Blocks that are no multiple of a TPU's 128 lanes; interpreted, they work.
+  monkeypatch.setattr(attention, '_SPLASH_BLOCK', 96)
+  attention._splash_kernel.cache_clear()
+  try:
+    with pytest.raises((ValueError, NotImplementedError, errors.UserError)):
+      traced, _ = ahead.trace(train.train_step, _program(devices, 3, **{
+          'lora.rank': 3}))
+      ahead.compile_step(traced.lower(), ahead.compiler_name(_PLACE))
+  finally:
+    attention._splash_kernel.cache_clear()
+
+
+def test_what_cannot_fit_is_a_result(devices):
+  place = jax.sharding.SingleDeviceSharding(devices[0])
+  x = jax.ShapeDtypeStruct((2**16, 2**18), jax.numpy.float32, sharding=place)
+  lowered = jax.jit(lambda x: x * 2).lower(x)
+  compiled = ahead.compile_step(lowered, ahead.compiler_name(_PLACE))
+  assert not compiled.fits
+  assert compiled.available == _PLACE.chip.memory
+  assert compiled.peak >= 2 * 2**36
