@@ -54,3 +54,11 @@ def get_config(arg: str = '270m') -> config_dict.ConfigDict:
     raise ValueError(f'configs/slang.py:{arg}: use :270m, :attempt1, :attempt2'
                      ' or :attempt3')
   return config
+
+
+def sweep() -> dict:
+  """Returns the seed project's three attempts as one comparison.
+
+      python -m gemma_sft.sweep --config=configs/slang.py --workdir=W
+  """
+  return {'grid': {'config': ('attempt1', 'attempt2', 'attempt3')}, 'seeds': 3}

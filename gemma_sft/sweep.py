@@ -1,0 +1,256 @@
+"""Runs a config with several settings and seeds, and compares what comes of it.
+
+    python -m gemma_sft.sweep --config=configs/slang.py --workdir=W --seeds=3 \\
+        --grid='lora.rank=4,8;train.epochs=1,5'
+    python -m gemma_sft.sweep --config=configs/slang.py --workdir=W
+    python -m gemma_sft.sweep --config=configs/slang.py --workdir=W \\
+        --search='optimizer.learning_rate=1e-5..1e-3:log;lora.rank=4,8,16'
+
+The first form runs every combination of the factors' values, the second what
+`sweep()` in the config file says (gemma_sft/sweeping/grid.py), the third a
+search, judged on validation alone, whose hopeless trials are ended early. Each
+run is an ordinary workdir in W/runs, trained and evaluated by processes of its
+own. The same command again goes on: what is finished is never repeated, what
+was interrupted continues. --dry_run lists the runs, with their time.
+
+--parallel=2 runs two at a time, each on a GPU or TPU chip of its own;
+--shard=0/2 and --shard=1/2 on two hosts that share W take every other run, and
+the last to end has the whole comparison: W/sweep.html, report.md, sweep.json.
+Options of all runs are overrides as in training: --config.train.steps=100.
+"""
+
+from gemma_sft import cli
+
+if __name__ == '__main__':
+  cli.run('gemma_sft.sweep', 'config', 'workdir', 'grid', 'seeds',
+          'baseline_cell', 'evaluate', 'parallel', 'shard', 'dry_run', 'search',
+          'trials')
+
+import os
+from typing import Any
+from typing import Mapping
+from typing import Sequence
+
+import jax
+
+from gemma_sft import errors
+from gemma_sft import loading
+from gemma_sft import metrics
+from gemma_sft.sweeping import grid as grid_lib
+from gemma_sft.sweeping import page
+from gemma_sft.sweeping import pictures
+from gemma_sft.sweeping import plan as plan_lib
+from gemma_sft.sweeping import processes
+from gemma_sft.sweeping import results as results_lib
+from gemma_sft.sweeping import search as search_lib
+from gemma_sft.sweeping import source as source_lib
+from gemma_sft.sweeping import wording
+
+
+def main(
+    config: Any,
+    workdir: str,
+    grid: str = '',
+    seeds: int = 0,
+    baseline_cell: str = '',
+    evaluate: str = 'auto',
+    parallel: int = 1,
+    shard: str = '',
+    dry_run: bool = False,
+    search: str = '',
+    trials: int = 20,
+) -> int:
+  """Runs the sweep; see the module's docstring."""
+  cli.require('config', config, '--config=configs/slang.py')
+  cli.require('workdir', workdir, '--workdir=sweeps/slang')
+  # Weights and data are hashed here; the devices are for the runs.
+  jax.config.update('jax_platforms', 'cpu')
+  source = source_lib.Source.from_flag(*cli.config_source())
+  if seeds < 0:
+    raise errors.UserError(
+        f'--seeds={seeds}', 'at least 1', 'for example --seeds=3')
+  slots = processes.make_slots(parallel, os.environ)
+  if search:
+    _refuse_with_search(
+        grid=grid, seeds=seeds, baseline_cell=baseline_cell, shard=shard,
+        evaluate=evaluate if evaluate != 'auto' else '')
+    return search_lib.run(
+        source, config, search, trials=trials, workdir=workdir, slots=slots,
+        dry_run=dry_run)
+  return compare(
+      source, config, workdir, grid=grid, seeds=seeds, baseline=baseline_cell,
+      evaluate=evaluate, slots=slots, shard=shard, dry_run=dry_run)
+
+
+def compare(
+    source: source_lib.Source,
+    config: Any,
+    workdir: str,
+    *,
+    grid: str = '',
+    seeds: int = 0,
+    baseline: str = '',
+    evaluate: str = 'auto',
+    slots: Sequence[Mapping[str, str]],
+    shard: str = '',
+    dry_run: bool = False,
+) -> int:
+  """Runs what is missing of a grid and compares; returns the exit status.
+
+  Args:
+    source: The config file.
+    config: Its config.
+    workdir: Of the sweep.
+    grid: Of --grid; '' for the file's `sweep()`.
+    seeds: Of --seeds; 0 for the file's.
+    baseline: Of --baseline_cell; '' for the file's.
+    evaluate: auto, test, validation or none.
+    slots: Of `processes.make_slots`.
+    shard: Of --shard; '' for all runs.
+    dry_run: List the runs, and stop.
+  """
+  part, n_parts = parse_shard(shard)
+  sweep = grid_lib.make_sweep(
+      source, config, grid=grid, seeds=seeds, baseline=baseline)
+  plan = plan_lib.Planner(source, workdir, evaluate).plan(
+      sweep.cells, sweep.seeds)
+  if dry_run:
+    _list(plan[part::n_parts], len(slots))
+    return 0
+  with loading.lock_workdir(workdir if not shard else os.path.join(
+      workdir, 'shards', f'{part}-of-{n_parts}')):
+    return _run(sweep, plan, plan[part::n_parts], slots, workdir, source.path)
+
+
+def _refuse_with_search(**flags: Any) -> None:
+  for name, value in flags.items():
+    if value:
+      raise errors.UserError(
+          f'--{name} with --search', 'a search or a grid: a trial is one run'
+          ' with config.seed, scored on validation',
+          'search first; then compare the best with --grid and --seeds')
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+  """Returns (0, 2) of '0/2', and (0, 1) of ''.
+
+  Raises:
+    UserError: for anything else.
+  """
+  if not text:
+    return 0, 1
+  part, _, n_parts = text.partition('/')
+  if not (part.isdecimal() and n_parts.isdecimal()
+          and int(part) < int(n_parts)):
+    raise errors.UserError(
+        f'--shard={text}', 'i/n, i from 0 to n - 1',
+        'for two hosts --shard=0/2 and --shard=1/2')
+  return int(part), int(n_parts)
+
+
+# The runs --------------------------------------------------------------------
+
+
+def _run(sweep, plan, mine, slots, workdir, config) -> int:
+  """Runs this host's part, then compares all that is finished."""
+  progress = Progress(mine, len(slots))
+  with processes.Stop() as stop:
+    outcomes = processes.run_all(
+        mine, slots, stop, on_start=progress.start, on_end=progress.end)
+  messages = {w: o.message for w, o in outcomes.items()
+              if o.state != 'finished'}
+  summary = page.write(sweep, plan, messages, workdir, config)
+  print()
+  for text in summary['sentences']:
+    print(text)
+  print(f'comparison: {os.path.join(workdir, "sweep.html")}')
+  for run in mine:
+    if run.workdir in messages:
+      log = os.path.join(run.workdir, 'log.txt')
+      print(f'not finished: {run.cell.name}, seed {run.seed}:'
+            f' {messages[run.workdir]} ({log})')
+  if stop.signal:
+    print(f'stopped by {stop.signal.name}; the same command goes on from here')
+    return 128 + stop.signal
+  if not summary['complete'] and not messages:
+    print('other hosts are still at their runs; the last one, or the same'
+          ' command again, completes the comparison')
+  return 1 if messages else 0
+
+
+class Progress:
+  """Says how far the runs are: a line at the start and end of each."""
+
+  def __init__(self, runs: Sequence[plan_lib.Run], parallel: int):
+    """Tells what is finished already.
+
+    Args:
+      runs: Of this host.
+      parallel: Runs at a time.
+    """
+    self._runs, self._parallel = list(runs), parallel
+    found = [r for run in runs if (r := results_lib.read(run))]
+    self._timings = [r.timing for r in found]
+    self._open = [r for r in runs if r.state() != plan_lib.FINISHED]
+    _say(f'{len(runs)} runs: {len(found)} finished, {len(self._open)} to go'
+         + _left(self._open, self._timings, parallel))
+
+  def start(self, run: plan_lib.Run) -> None:
+    """Says that a run begins, or goes on."""
+    step = run.step()
+    state = {plan_lib.TO_CONTINUE: f'goes on after {step} updates',
+             plan_lib.TO_EVALUATE: 'is trained; evaluation'}
+    _say(f'{self._name(run)} | {state.get(run.state(), "starts")}')
+
+  def end(self, run: plan_lib.Run, outcome: processes.Outcome) -> None:
+    """Says how a run ended, and what is left."""
+    text = f'{outcome.state} after {metrics.duration(outcome.seconds)}'
+    self._open.remove(run)
+    result = results_lib.read(run)
+    if outcome.state == 'finished' and result is not None:
+      self._timings.append(result.timing)
+      for name in dict.fromkeys((result.headline, 'loss')):
+        text += (f' | {pictures.label(name)}'
+                 f' {wording.show(name, result.scores.get(name))}')
+    if outcome.message:
+      text += f' | {outcome.message}'
+    _say(f'{self._name(run)} | {text} | {len(self._open)} left'
+         + _left(self._open, self._timings, self._parallel))
+
+  def _name(self, run):
+    place = self._runs.index(run) + 1
+    width = len(str(len(self._runs)))
+    return (f'run {place:{width}d}/{len(self._runs)} | {run.cell.name} | seed'
+            f' {run.seed}')
+
+
+def _say(text):
+  print(text, flush=True)
+
+
+def _left(runs, timings, parallel):
+  """Returns ', about 2 h 05 m', '' with nothing to do."""
+  if not runs:
+    return ''
+  seconds = [plan_lib.estimate_seconds(run, timings) for run in runs]
+  if None in seconds:
+    return ', time unknown' + ('' if timings else ' until the first is done')
+  return f', about {metrics.duration(sum(seconds) / parallel)}'
+
+
+def _list(runs, parallel) -> None:
+  """Prints what would be run."""
+  timings = [r.timing for run in runs if (r := results_lib.read(run))]
+  open_runs = []
+  for run in runs:
+    state, time = run.state(), ''
+    if state != plan_lib.FINISHED:
+      open_runs.append(run)
+      seconds = plan_lib.estimate_seconds(run, timings)
+      time = ' | ' + ('time unknown' if seconds is None else
+                      f'about {metrics.duration(seconds)}')
+    _say(f'{state:11} | {run.cell.name} | seed {run.seed}{time} |'
+         f' {run.workdir}')
+  _say(f'{len(runs)} runs: {len(runs) - len(open_runs)} finished,'
+       f' {len(open_runs)} to go' + _left(open_runs, timings, parallel))
+  _say('dry run: nothing was started')

@@ -1,0 +1,1 @@
+"""Parts of `gemma_sft.sweep`: what is run, how, and what comes of it."""

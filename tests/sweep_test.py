@@ -1,0 +1,420 @@
+"""Sweeps: their cells, their runs as processes, kills, searches."""
+
+import json
+import os
+import pathlib
+import signal
+import threading
+import time
+
+import conftest
+import optuna
+import pytest
+
+from configs import slang
+from configs import tiny
+from gemma_sft import config as config_lib
+from gemma_sft import errors
+from gemma_sft import loading
+from gemma_sft import metrics
+from gemma_sft import sweep as sweep_main
+from gemma_sft.sweeping import grid
+from gemma_sft.sweeping import plan as plan_lib
+from gemma_sft.sweeping import processes
+from gemma_sft.sweeping import search
+from gemma_sft.sweeping import source as source_lib
+
+_TINY = str(conftest.ROOT / 'configs' / 'tiny.py')
+
+
+@pytest.fixture
+def source(run_config):
+  """configs/tiny.py made `run_config` by overrides."""
+  base = dict(config_lib.leaves(tiny.get_config()))
+  changed = {k: tuple(v) if isinstance(v, list) else v
+             for k, v in config_lib.leaves(run_config) if base[k] != v}
+  return source_lib.Source(_TINY, None, changed)
+
+
+def _write_config(path: pathlib.Path, body: str) -> source_lib.Source:
+  path.write_text(
+      'from configs import tiny\n\n\n'
+      'def get_config(arg: str = "3"):\n  return tiny.get_config(arg)\n\n\n'
+      + body, 'utf-8')
+  return source_lib.Source(str(path), None, {})
+
+
+# Cells -----------------------------------------------------------------------
+
+
+def test_a_grid_is_every_combination_with_values_of_the_keys_types():
+  sweep = grid.make_sweep(
+      source_lib.Source(_TINY, None, {}), tiny.get_config(), seeds=2,
+      grid="lora.rank=4,8; optimizer.learning_rate=1e-3;"
+      "lora.targets='attn/','q,v';data.packing=true,False;"
+      'data.buckets=(64,128),()')
+  assert len(sweep.cells) == 2 * 1 * 2 * 2 * 2
+  assert sweep.cells[0].changes == {
+      'lora.rank': 4, 'optimizer.learning_rate': 1e-3, 'lora.targets': 'attn/',
+      'data.packing': True, 'data.buckets': (64, 128)}
+  assert sweep.cells[-1].changes['lora.targets'] == 'q,v'
+  assert sweep.cells[-1].changes['data.buckets'] == ()
+  assert sweep.baseline == sweep.cells[0].name == (
+      'rank=4, learning_rate=0.001, targets=attn/, packing=true,'
+      ' buckets=(64, 128)')
+  assert sweep.seeds == (0, 1)
+
+
+@pytest.mark.parametrize('text, parts', [
+    ('data.epochs=1,5', ["data.epochs", "Did you mean 'train.epochs'?"]),
+    ('lora.rnk=1', ["Did you mean 'lora.rank'?"]),
+    ('lora.rank=4,many', ['lora.rank=many', 'int']),
+    ('lora.rank=4,4', ['each value once']),
+    ('lora.rank=4,,8', ['a value between commas']),
+    ('lora.rank', ['key=value']),
+    ('lora.rank=4;lora.rank=8', ['comes twice']),
+    ('data.packing=maybe', ['true or false']),
+    ('data.buckets=64', ['tuple']),
+    ('seed=1,2', ['--seeds']),
+], ids=lambda x: x if isinstance(x, str) else '')
+def test_mistakes_in_a_grid_are_named(text, parts):
+  with pytest.raises(errors.UserError) as error:
+    grid.parse_grid(text, tiny.get_config())
+  for part in parts:
+    assert part in str(error.value)
+
+
+def test_the_file_says_what_to_sweep_and_flags_say_it_instead(tmp_path):
+  source = _write_config(tmp_path / 'c.py', (
+      'def sweep():\n'
+      "  return {'cells': {'small': {'lora.rank': 2}, 'wide':\n"
+      "      {'lora.rank': 8, 'optimizer.learning_rate': 1, 'config': 2}},\n"
+      "          'seeds': (3, 5), 'baseline': 'wide'}\n"))
+  config = tiny.get_config()
+  sweep = grid.make_sweep(source, config)
+  assert [c.name for c in sweep.cells] == ['small', 'wide']
+  assert sweep.cells[1].changes == {
+      'lora.rank': 8, 'optimizer.learning_rate': 1.0, 'config': '2'}
+  assert (sweep.seeds, sweep.baseline) == ((3, 5), 'wide')
+  assert source.load(sweep.cells[1].changes).model.generation == 2
+  assert source.arguments(sweep.cells[1].changes)[:2] == [
+      f'--config={source.path}:2', '--config.lora.rank=8']
+  sweep = grid.make_sweep(source, config, grid='lora.rank=1,2', seeds=1,
+                          baseline='lora.rank=2')
+  assert (sweep.seeds, sweep.baseline) == ((0,), 'rank=2')
+
+
+@pytest.mark.parametrize('body, parts', [
+    ('', ['no --grid, and no sweep()']),
+    ('def sweep():\n  return [1]\n', ['a dict with grid or cells']),
+    ("def sweep():\n  return {'gird': 'lora.rank=1'}\n", ['gird']),
+    ("def sweep():\n  return {'grid': {'lora.rank': ('4',)}}\n",
+     ["lora.rank='4'", 'its default 4']),
+    ("def sweep():\n  return {'grid': {'lora.rnk': (4,)}}\n",
+     ["Did you mean 'lora.rank'?"]),
+    ("def sweep():\n  return {'grid': 'lora.rank=4', 'baseline': 'rnk=4'}\n",
+     ["Did you mean 'rank=4'?"]),
+], ids=range(6))
+def test_mistakes_in_a_files_sweep_are_named(tmp_path, body, parts):
+  source = _write_config(tmp_path / 'c.py', body)
+  with pytest.raises(errors.UserError) as error:
+    grid.make_sweep(source, tiny.get_config())
+  for part in parts:
+    assert part in str(error.value)
+
+
+def test_slangs_attempts_are_one_comparison():
+  source = source_lib.Source('configs/slang.py', None, {})
+  sweep = grid.make_sweep(
+      source_lib.Source(slang.__file__, None, {}), slang.get_config())
+  assert [c.name for c in sweep.cells] == ['attempt1', 'attempt2', 'attempt3']
+  assert len(sweep.seeds) == 3
+  assert source.arguments(sweep.cells[1].changes) == [
+      '--config=configs/slang.py:attempt2']
+
+
+# The plan --------------------------------------------------------------------
+
+
+def _plan(source, text, workdir, seeds=1):
+  sweep = grid.make_sweep(
+      source, source.load({}), grid=text, seeds=seeds)
+  return plan_lib.Planner(source, str(workdir), 'auto').plan(
+      sweep.cells, sweep.seeds)
+
+
+def test_runs_go_by_what_decides_their_result(source, tmp_path):
+  plan = _plan(source, 'lora.rank=4,8;train.steps=2', tmp_path, seeds=2)
+  assert [(r.cell.name, r.seed) for r in plan] == [
+      ('rank=4, steps=2', 0), ('rank=8, steps=2', 0),
+      ('rank=4, steps=2', 1), ('rank=8, steps=2', 1)]
+  assert len({r.identity for r in plan}) == 4
+  assert {r.split for r in plan} == {'validation'}  # It has no test split.
+  # The same run by another name of the cell, in the folder that it has.
+  os.makedirs(plan[1].workdir)
+  again, = _plan(source, 'lora.rank=8;lora.alpha=16;train.steps=2', tmp_path)
+  assert again.identity == plan[1].identity
+  assert again.workdir == plan[1].workdir
+  # Other data of the same name is another run.
+  path = pathlib.Path(source.overrides['data.train'])
+  path.write_text(path.read_text('utf-8').replace('4.', '5.'), 'utf-8')
+  assert _plan(source, 'lora.rank=8;train.steps=2', tmp_path)[
+      0].identity != plan[1].identity
+
+
+@pytest.mark.parametrize('text, parts', [
+    ('lora.rank=4,0', ['cell rank=0', 'config.lora.rank is 0']),
+    ('optimizer.schedule=linear,cosin',
+     ['cell schedule=cosin', 'linear or cosine']),
+    ('train.remat=none,block', ['are the same run']),
+    ('data.train=nowhere.txt', ['cell train=nowhere.txt', 'does not exist']),
+    ('task=chat,caht', ["cell task=caht", "'chat'"]),
+    ('config=3,2,nine', ['nine']),
+], ids=lambda x: x if isinstance(x, str) else '')
+def test_a_cell_that_cannot_run_is_refused_before_any_run(
+    source, tmp_path, text, parts):
+  with pytest.raises(errors.UserError) as error:
+    _plan(source, text, tmp_path)
+  for part in parts:
+    assert part in str(error.value)
+  assert not (tmp_path / 'runs').exists()
+
+
+def test_times_go_by_the_same_cell_or_by_updates(source, tmp_path):
+  plan = _plan(source, 'lora.rank=4,8;train.epochs=1,4;train.steps=0', tmp_path)
+  timing = plan_lib.Timing(plan[0].cell.name, plan[0].leaves, 10, 20.0, 5.0)
+  assert plan_lib.estimate_seconds(plan[0], []) is None
+  assert plan_lib.estimate_seconds(plan[0], [timing]) == 25.0
+  assert plan_lib.estimate_seconds(plan[1], [timing]) == 5.0 + 4 * 20.0
+  by_steps, other = (_plan(source, text, tmp_path)[0] for text in (
+      'train.steps=30', 'data.batch_size=16;train.steps=0'))
+  assert plan_lib.estimate_seconds(by_steps, [timing]) == 5.0 + 3 * 20.0
+  # How many updates other batches make is not known.
+  assert plan_lib.estimate_seconds(other, [timing]) is None
+
+
+def test_each_run_at_a_time_has_a_device(tmp_path):
+  make = processes.make_slots
+  assert make(3, {'A': '1'}, str(tmp_path)) == [{'A': '1'}] * 3
+  for name in ('nvidia0', 'nvidia1', 'nvidiactl'):
+    (tmp_path / name).touch()
+  assert [s['CUDA_VISIBLE_DEVICES'] for s in make(2, {}, str(tmp_path))] == [
+      '0', '1']
+  slots = make(2, {'CUDA_VISIBLE_DEVICES': '4,6,7'}, str(tmp_path))
+  assert [s['CUDA_VISIBLE_DEVICES'] for s in slots] == ['4', '6']
+  assert make(1, {}, str(tmp_path)) == [{}]  # All devices.
+  with pytest.raises(errors.UserError, match='at most 2, the GPUs'):
+    make(3, {}, str(tmp_path))
+  with pytest.raises(errors.UserError, match='--parallel=0'):
+    make(0, {}, str(tmp_path))
+  (tmp_path / 'tpu').mkdir()
+  for i in range(4):
+    (tmp_path / 'tpu' / f'accel{i}').touch()
+  assert [s['TPU_VISIBLE_CHIPS'] for s in make(
+      4, {}, str(tmp_path / 'tpu'))] == ['0', '1', '2', '3']
+
+
+@pytest.mark.parametrize('text', ['2/2', '1', 'a/b', '-1/2'])
+def test_a_wrong_shard_is_refused(text):
+  with pytest.raises(errors.UserError, match='--shard='):
+    sweep_main.parse_shard(text)
+  assert sweep_main.parse_shard('1/3') == (1, 3)
+
+
+# Whole sweeps ----------------------------------------------------------------
+
+
+# On a machine with other work a process may wait long for its turn.
+_PATIENCE = 1200
+
+
+def _compare(source, workdir, text, **options) -> int:
+  """Runs a sweep here, its runs as processes; returns the exit status."""
+  # Eight devices, as these tests have, would only be slower.
+  environment = os.environ | {
+      'XLA_FLAGS': '--xla_force_host_platform_device_count=1'}
+  return sweep_main.compare(
+      source, source.load({}), str(workdir), grid=text,
+      slots=[environment] * options.pop('parallel', 1), **options)
+
+
+def _records(workdir):
+  """Returns {cell and seed: run.json} of the runs that are there."""
+  return {path.parent.name.rpartition('-')[0]: json.loads(
+      path.read_text('utf-8')) for path in sorted(
+          pathlib.Path(workdir, 'runs').glob('*/run.json'))}
+
+
+def _wait(condition, process=None):
+  deadline = time.monotonic() + _PATIENCE
+  while not condition():
+    assert process is None or process.poll() is None, process.communicate()
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+
+
+def _trained_steps(workdir, name):
+  found = list(pathlib.Path(workdir, 'runs').glob(f'{name}-*/metrics.jsonl'))
+  return max(conftest.losses(found[0].parent), default=0) if found else 0
+
+
+def test_a_killed_sweep_goes_on_and_repeats_nothing(source, tmp_path, capfd):
+  """Killed outright in its second run, then stopped by SIGTERM in it."""
+  source = source_lib.Source(source.path, None, {
+      **source.overrides, 'checkpoint.every': 5, 'eval.every': 10_000})
+  workdir = tmp_path / 'w'
+  quick, slow = 'steps-2-targets-attn-seed-0', 'steps-10000-targets-attn-seed-0'
+  process = conftest.start(
+      'sweep', *source.arguments({}), f'--workdir={workdir}',
+      '--grid=train.steps=2,10000;lora.targets=attn/', devices=1)
+  _wait(lambda: _trained_steps(workdir, slow) >= 6, process)
+  os.kill(process.pid, signal.SIGKILL)  # Its child is left at work.
+  process.communicate()
+  done = _records(workdir)[quick]
+  assert done['end']['finished'] and len(done['starts']) == 1
+  times = {p: p.stat().st_mtime_ns for p in workdir.glob(f'runs/{quick}-*/**/*')
+           if p.is_file() and p.name != '.lock'}
+  assert any(p.name == 'validation-tuned.json' for p in times)
+  child = int(next(workdir.glob(f'runs/{slow}-*/.lock')).read_text())
+  os.kill(child, signal.SIGTERM)  # It saves and ends.
+  reached = _trained_steps(workdir, slow)
+
+  def stop_when_it_goes_on():
+    _wait(lambda: _trained_steps(workdir, slow) > reached + 5)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  watcher = threading.Thread(target=stop_when_it_goes_on, daemon=True)
+  watcher.start()
+  # The second cell fails in training: no projection has such a path.
+  status = _compare(source, workdir, 'train.steps=2,10000;'
+                    'lora.targets=attn/,nowhere')
+  watcher.join()
+  assert status == 128 + signal.SIGTERM
+  out = capfd.readouterr().out
+  assert '4 runs: 1 finished, 3 to go' in out
+  assert 'targets=nowhere | seed 0 | failed after' in out
+  assert 'matches no projection' in out
+  assert 'targets=attn/ | seed 0 | goes on after' in out
+  assert 'stopped by SIGTERM; the same command goes on from here' in out
+  assert {p: p.stat().st_mtime_ns for p in times} == times
+  records = _records(workdir)
+  assert records[quick] == done
+  assert records[slow]['end']['reason'] == 'signal'
+  assert [s['step'] > 0 for s in records[slow]['starts']] == [False, True]
+  summary = json.loads((workdir / 'sweep.json').read_text('utf-8'))
+  runs = {run['cell']: run for run in summary['runs']}
+  # The identity that was planned is that which training found.
+  assert runs['steps=2, targets=attn/']['identity'] == done['identity']
+  assert [r['state'] for r in runs.values()] == [
+      'finished', 'failed', 'failed', 'to do']
+  html = (workdir / 'sweep.html').read_text('utf-8')
+  assert 'Unfinished: 3 of 4 runs are missing' in html
+  assert 'matches no projection' in html
+
+
+def test_shards_and_parallel_runs_make_one_comparison(source, tmp_path, capfd):
+  """The first host's page is unfinished, the second's is whole."""
+  source = source_lib.Source(
+      source.path, None, {**source.overrides, 'train.steps': 2})
+  options = dict(evaluate='none', parallel=2)
+  summaries = []
+  for part in range(2):
+    assert _compare(source, tmp_path / 'w', 'lora.rank=2,4,8',
+                    shard=f'{part}/2', **options) == 0
+    summaries.append(json.loads((tmp_path / 'w/sweep.json').read_text()))
+  assert [s['complete'] for s in summaries] == [False, True]
+  summary = summaries[1]
+  assert summary['headline'] == 'loss' and summary['split'] == 'validation'
+  assert [row['cell'] for row in summary['metrics']['loss']] == [
+      'rank=2', 'rank=4', 'rank=8']
+  # The validation loss that training found, of the best checkpoint.
+  for run in summary['runs']:
+    found = metrics.read_jsonl(os.path.join(
+        tmp_path / 'w', run['folder'], 'metrics.jsonl'))
+    assert run['scores']['loss'] == min(
+        r['eval/loss'] for r in found if 'eval/loss' in r and r['step'])
+    assert run['starts'] == 1
+  # Again: nothing is started.
+  capfd.readouterr()
+  assert _compare(source, tmp_path / 'w', 'lora.rank=2,4,8', **options) == 0
+  out = capfd.readouterr().out
+  assert '3 runs: 3 finished, 0 to go\n' in out and '| starts' not in out
+  assert {len(r['starts']) for r in _records(tmp_path / 'w').values()} == {1}
+  # Another rank takes as long as these.
+  assert _compare(source, tmp_path / 'w', 'lora.rank=2,16', dry_run=True,
+                  **options) == 0
+  assert 'to do       | rank=16 | seed 0 | about' in capfd.readouterr().out
+
+
+def test_a_workdir_is_of_one_sweep_at_a_time(source, tmp_path):
+  with loading.lock_workdir(str(tmp_path / 'w')):
+    with pytest.raises(errors.UserError, match='is in use by process'):
+      _compare(source, tmp_path / 'w', 'lora.rank=4')
+
+
+# Searches --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('text, parts', [
+    ('lora.rnk=1,2', ["Did you mean 'lora.rank'?"]),
+    ('lora.rank=4', ['at least two values']),
+    ('lora.rank=8..4', ['the lower one first']),
+    ('optimizer.learning_rate=0..1:log', ['above 0']),
+    ('optimizer.learning_rate=1e-5..1e-3:lg', ['low..high:log']),
+    ('optimizer.learning_rate=a..b', ['learning_rate=a', 'float']),
+    ('data.packing=true..false', ['numbers']),
+], ids=lambda x: x if isinstance(x, str) else '')
+def test_mistakes_in_a_space_are_named(text, parts):
+  with pytest.raises(errors.UserError) as error:
+    search.parse_space(text, tiny.get_config())
+  for part in parts:
+    assert part in str(error.value)
+
+
+def test_a_space_has_ranges_and_choices():
+  space = search.parse_space(
+      'optimizer.learning_rate=1e-5..1e-3:log;lora.rank=4,8,16;train.epochs='
+      '1..5;data.buckets=(64,),(32,64)', tiny.get_config())
+  rate, rank, epochs, buckets = space.values()
+  assert (rate.low, rate.high, rate.log) == (1e-5, 1e-3, True)
+  assert rank.choices == (4, 8, 16)
+  assert (epochs.low, epochs.high, epochs.log) == (1, 5, False)
+  assert buckets.choices == ('(64,)', '(32, 64)')
+
+
+def test_a_killed_search_goes_on_and_ends_hopeless_trials(
+    source, tmp_path, capfd):
+  """Trials of an earlier call are written; the one under way then is run."""
+  source = source_lib.Source(source.path, None, {
+      **source.overrides, 'train.steps': 10_000, 'eval.every': 3})
+  config, workdir = source.load({}), str(tmp_path / 'w')
+  text = 'lora.rank=2,4;optimizer.learning_rate=1e-5..1e-3:log'
+  space = search.parse_space(text, config)
+  options = dict(trials=6, workdir=workdir,
+                 slots=processes.make_slots(1, os.environ))
+  assert search.run(source, config, text, dry_run=True, **options) == 0
+  assert '0 of 6 trials are done' in capfd.readouterr().out
+  assert not os.path.exists(workdir)
+  earlier = search.Search(source, config, space, workdir)
+  for i in range(5):  # Far better than any run of this model at each step.
+    earlier.study.add_trial(optuna.create_trial(
+        params={'lora.rank': 2, 'optimizer.learning_rate': 1e-4 * (i + 1)},
+        distributions=space, value=0.1,
+        intermediate_values={3: 0.1, 6: 0.1}))
+  under_way = earlier.study.ask(space)  # And then the search was killed.
+  assert search.run(source, config, text, dry_run=False, **options) == 0
+  assert 'pruned after 3 updates' in capfd.readouterr().out
+  summary = json.loads((tmp_path / 'w/sweep.json').read_text('utf-8'))
+  assert summary['complete'] and len(summary['trials']) == 6
+  last = summary['trials'][-1]
+  assert last['state'] == 'pruned' and last['parameters'] == under_way.params
+  record, = _records(workdir).values()
+  assert record['end']['reason'] == 'signal'  # It has saved; not an error.
+  assert record['config']['lora.rank'] == under_way.params['lora.rank']
+  assert summary['best']['value'] == 0.1
+  html = (tmp_path / 'w/sweep.html').read_text('utf-8')
+  assert 'pruned' in html and 'flattered by the choice' in html
+  # The same again has nothing to do; another search is not mixed in.
+  assert search.run(source, config, text, dry_run=False, **options) == 0
+  with pytest.raises(errors.UserError, match='holds trials of'):
+    search.run(source, config, 'lora.rank=2,4', dry_run=False, **options)
