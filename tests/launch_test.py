@@ -4,6 +4,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+import sys
 
 import conftest
 import pytest
@@ -24,12 +25,16 @@ def test_syntax(script):
   assert _bash('-n', str(script)).stderr == ''
 
 
-@pytest.mark.skipif(shutil.which('shellcheck') is None,
-                    reason='shellcheck is not installed')
+# In a virtual environment whose bin is not on the PATH, too.
+_SHELLCHECK = shutil.which('shellcheck') or shutil.which(
+    'shellcheck', path=str(pathlib.Path(sys.executable).parent))
+
+
+@pytest.mark.skipif(_SHELLCHECK is None, reason='shellcheck is not installed')
 @pytest.mark.parametrize('script', _SCRIPTS, ids=lambda p: p.name)
 def test_shellcheck(script):
   done = subprocess.run(
-      ['shellcheck', '-x', str(script)], cwd=conftest.ROOT, text=True,
+      [_SHELLCHECK, '-x', str(script)], cwd=conftest.ROOT, text=True,
       capture_output=True, check=False)
   assert done.returncode == 0, done.stdout
 

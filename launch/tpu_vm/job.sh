@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Sourced by run.sh and watch.sh: the arguments of a run, and how it is started.
+
+# check_job ENTRY_POINT FLAGS: refuses what could not run, sets `workdir`.
+check_job() {
+  local argument
+  [ -f "gemma_sft/${1:-}.py" ] || refuse "entry point '${1:-}'" \
+    "train, evaluate or another of python -m gemma_sft.NAME" \
+    "bash $0 train --config=configs/blop.py --workdir=gs://bucket/blop"
+  workdir=
+  for argument in "$@"; do
+    case "$argument" in
+      --workdir=?*) workdir="${argument#--workdir=}" ;;
+    esac
+  done
+  [ -n "$workdir" ] || refuse "no --workdir" "--workdir=gs://BUCKET/NAME" \
+    "add it; 'gcloud storage buckets create gs://BUCKET' makes a bucket"
+}
+
+start_job() {
+  on all "SYNC_SECONDS=$(quoted "${SYNC_SECONDS:-300}") bash \
+gemma_sft/launch/tpu_vm/host.sh start $(quoted "$@")"
+}

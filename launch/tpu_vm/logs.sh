@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Shows a host's log and follows it until ^C:  bash launch/tpu_vm/logs.sh
+# WORKER (0) and TAIL (50 lines) choose others.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+. launch/tpu_vm/settings.sh
+on "${WORKER:-0}" "tail -n $(quoted "${TAIL:-50}") -F gemma_sft_job/log"

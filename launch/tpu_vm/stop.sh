@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Asks the run to save and to end:  bash launch/tpu_vm/stop.sh
+# The slice stays, and is paid for: launch/tpu_vm/delete.sh.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+. launch/tpu_vm/settings.sh
+on all "bash gemma_sft/launch/tpu_vm/host.sh stop"
