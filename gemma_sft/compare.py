@@ -19,6 +19,7 @@ from typing import Sequence
 
 from configs import default
 from gemma_sft import comparing
+from gemma_sft import comparison_page
 from gemma_sft import config as config_lib
 from gemma_sft import errors
 
@@ -37,10 +38,11 @@ def main(workdirs: Sequence[str], out: str | None = None) -> int:
   runs = [comparing.load(workdir, name, defaults)
           for workdir, name in zip(workdirs, comparing.names(workdirs))]
   comparison = comparing.compare(runs)
-  print(comparing.text(comparison))
+  print(comparison_page.text(comparison))
   if out is not None:
     with open(out, 'w', encoding='utf-8') as file:
-      file.write(comparing.page(comparison, comparing.picture(runs)))
+      file.write(comparison_page.page(
+          comparison, comparison_page.picture(runs)))
     print(f'page: {out}')
   return 0
 

@@ -1,10 +1,7 @@
 """What differs between finished (or stopped) runs: config, origin, result."""
 
-import base64
 import collections
 import dataclasses
-import importlib.resources
-import io
 import json
 import os
 import statistics
@@ -23,7 +20,7 @@ _SPLITS = ('test', 'validation', 'train')
 _DECODING = ('temperature', 'repetition_penalty', 'max_new_tokens')
 # Names to which `report` gives a meaning of its own.
 _RESERVED = ('base', 'tuned', 'llama.cpp')
-_UNKNOWN = '-'
+UNKNOWN = '-'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +168,7 @@ def _config_rows(runs):
 
 def _value(value):
   if value is None:
-    return _UNKNOWN
+    return UNKNOWN
   return json.dumps(value, ensure_ascii=False) if value == '' or isinstance(
       value, (list, bool)) else str(value)
 
@@ -204,7 +201,7 @@ def _origin_rows(runs):
   facts = [_origin(run) for run in runs]
   known = [fact for fact in facts if fact]
   return [
-      [key, *(fact.get(key) or _UNKNOWN for fact in facts)]
+      [key, *(fact.get(key) or UNKNOWN for fact in facts)]
       for key in dict.fromkeys(k for fact in known for k in fact)
       if len({fact.get(key) for fact in known}) > 1]
 
@@ -248,23 +245,23 @@ def _result_rows(runs):
     end = record.get('end') or {}
     steps = max((row['step'] for row in run.rows), default=None)
     total = record.get('total_steps')
-    rows['updates'].append(_UNKNOWN if steps is None else (
+    rows['updates'].append(UNKNOWN if steps is None else (
         f'{steps} of {total}' if total else str(steps)))
-    rows['ended by'].append(end.get('reason', _UNKNOWN))
+    rows['ended by'].append(end.get('reason', UNKNOWN))
     best = best_of(run)
-    rows['best'].append(_UNKNOWN if best is None else
+    rows['best'].append(UNKNOWN if best is None else
                         '{metric} {value:.4g} after {step}'.format(**best))
     for label, key in (('last loss, train', 'loss'),
                        ('last loss, validation', 'eval/loss')):
       last = [row[key] for row in run.rows if key in row][-1:]
-      rows[label].append(f'{last[0]:.4f}' if last else _UNKNOWN)
+      rows[label].append(f'{last[0]:.4f}' if last else UNKNOWN)
     rows['time'].append(_time(run))
     speed = _speed(run)
-    rows['tokens/s, median'].append(f'{speed:,.0f}' if speed else _UNKNOWN)
+    rows['tokens/s, median'].append(f'{speed:,.0f}' if speed else UNKNOWN)
     peak = end.get('peak_bytes')
-    rows['peak memory'].append(f'{peak / 1e9:.2f} GB' if peak else _UNKNOWN)
+    rows['peak memory'].append(f'{peak / 1e9:.2f} GB' if peak else UNKNOWN)
     trained = record.get('trained_weights')
-    rows['trained weights'].append(f'{trained:,}' if trained else _UNKNOWN)
+    rows['trained weights'].append(f'{trained:,}' if trained else UNKNOWN)
   return [[key, *values] for key, values in rows.items()]
 
 
@@ -290,7 +287,7 @@ def _time(run):
   # From the first line to the last: without loading and compiling, and with
   # what lay between two starts.
   return f'about {metrics.duration(max(times) - min(times))}' if (
-      times) else _UNKNOWN
+      times) else UNKNOWN
 
 
 def _speed(run):
@@ -381,134 +378,3 @@ def _outcome(first, other, paired):
   if high < 0:
     return f'Its result is worse beyond chance: {numbers}.'
   return f'Their results cannot be told apart: {numbers}.'
-
-
-# What people read ------------------------------------------------------------
-
-CAVEAT = ('Intervals are over records: what another seed of the same training'
-          ' would give is not in them.')
-
-
-def sections(comparison: Comparison) -> list[tuple[str, list[list[str]]]]:
-  """Returns (title, table with its head) of what there is to show."""
-  head = comparison.names
-  gains = [
-      [row['run'], row['metric'].removeprefix('judge/').replace('_', ' '),
-       *_gain(row)] for row in comparison.gains]
-  tables = (
-      ('Config', ['key', *head], comparison.config),
-      ('Config that does not decide the result', ['key', *head],
-       comparison.free),
-      ('Data, base, code and devices', ['', *head], comparison.origin),
-      ('Result', ['', *head], comparison.results),
-      (f'Scores of {comparison.split}', comparison.scores[:1][0]
-       if comparison.scores else [], comparison.scores[1:]),
-      (f'Gain over {head[0]}', ['run', 'metric', 'gain', '95 %', 'records'],
-       gains))
-  return [(title, [first, *rows]) for title, first, rows in tables if rows]
-
-
-def _gain(row):
-  judged = row['metric'].startswith('judge/')
-  def number(value):
-    return f'{100 * value:+.1f}' if judged else f'{value:+.4g}'
-  if 'low' not in row:
-    return [number(row['gain']), _UNKNOWN, _UNKNOWN]
-  return [number(row['gain']),
-          f'{number(row["low"])} to {number(row["high"])}', str(row['n'])]
-
-
-def text(comparison: Comparison) -> str:
-  """Returns the comparison for a terminal, as Markdown."""
-  lines = [*comparison.sentences, '']
-  if not comparison.config:
-    lines += ['Config: nothing that decides the result differs.', '']
-  for title, rows in sections(comparison):
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    table = ['| ' + ' | '.join(c.ljust(w) for c, w in zip(row, widths)) + ' |'
-             for row in rows]
-    table.insert(1, '|' + '|'.join('-' * (w + 2) for w in widths) + '|')
-    lines += [title, '', *table, '']
-  if comparison.gains:
-    lines.append(CAVEAT)
-  return '\n'.join([*lines, *(f'note: {note}' for note in comparison.notes)])
-
-
-def page(comparison: Comparison, image: bytes | None) -> str:
-  """Returns the comparison as one HTML page without outside parts.
-
-  Args:
-    comparison: From `compare`.
-    image: PNG of `picture`, or None.
-  """
-  import jinja2
-
-  source = importlib.resources.files('gemma_sft').joinpath(
-      'compare_page.html').read_text('utf-8')
-  template = jinja2.Environment(
-      autoescape=True, trim_blocks=True, lstrip_blocks=True,
-      undefined=jinja2.StrictUndefined).from_string(source)
-  return template.render(
-      comparison=comparison, sections=sections(comparison), caveat=CAVEAT,
-      image=base64.b64encode(image).decode() if image else '')
-
-
-_COLORS = ('#1f4e8c', '#c25b1e', '#2f7d4f', '#7a4fa3', '#8a6d00', '#555555')
-
-
-def picture(runs: Sequence[Run]) -> bytes | None:
-  """Returns a PNG of losses, and of the first judged rate; None without any."""
-  import matplotlib
-
-  matplotlib.use('Agg')
-  from matplotlib import pyplot as plt
-
-  if not any('loss' in row or 'eval/loss' in row
-             for run in runs for row in run.rows):
-    return None
-  judged = _judged(runs)
-  figure, axes = plt.subplots(
-      1, 2 if judged else 1, figsize=(11 if judged else 6, 3.8),
-      squeeze=False)
-  for i, run in enumerate(runs):
-    color = _COLORS[i % len(_COLORS)]
-    style = '-' if i < len(_COLORS) else '--'
-    _plot(axes[0][0], run, 'loss', 1, color=color, alpha=0.35, linewidth=1)
-    _plot(axes[0][0], run, 'eval/loss', 1, color=color, linestyle=style,
-          marker='o', markersize=4, label=run.name)
-    if judged:
-      _plot(axes[0][1], run, judged, 100, color=color, linestyle=style,
-            marker='o', markersize=4, label=run.name)
-  axes[0][0].set(xlabel='updates', ylabel='loss (nats per trained token)',
-                 title='Loss: train (thin) and validation', ylim=(0, None))
-  if judged:
-    name = judged.removeprefix('eval/judge/').replace('_', ' ')
-    axes[0][1].set(xlabel='updates', ylabel='% of validation answers',
-                   title=f'Judge: {name}', ylim=(0, 100))
-  for axis in axes[0]:
-    axis.spines[['top', 'right']].set_visible(False)
-    axis.grid(alpha=0.25)
-    if axis.get_legend_handles_labels()[0]:
-      axis.legend(frameon=False, fontsize='small')
-  figure.tight_layout()
-  buffer = io.BytesIO()
-  figure.savefig(buffer, dpi=150, format='png')
-  plt.close(figure)
-  return buffer.getvalue()
-
-
-def _judged(runs):
-  """Returns the judged metric to draw: what chose the best, or the headline."""
-  there = {key for run in runs for row in run.rows for key in row
-           if key.startswith('eval/judge/') and key != 'eval/judge/n'}
-  wanted = [f'eval/{run.flat["eval.metric"]}' for run in runs] + [
-      f'eval/judge/{s.get("headline")}' for run in runs
-      for s in run.scores.values()]
-  return next((key for key in wanted if key in there),
-              min(there, default=''))
-
-
-def _plot(axis, run, key, factor, **style):
-  points = [(row['step'], factor * row[key]) for row in run.rows if key in row]
-  if points:
-    axis.plot(*zip(*points), **style)

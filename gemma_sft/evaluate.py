@@ -33,12 +33,12 @@ import jax
 from gemma_sft import answers as answers_lib
 from gemma_sft import config as config_lib
 from gemma_sft import errors
+from gemma_sft import inference
 from gemma_sft import loading
 from gemma_sft import progress
 from gemma_sft import prompting
 from gemma_sft import records as records_lib
 from gemma_sft import report
-from gemma_sft import runs
 from gemma_sft import scoring
 from gemma_sft import tasks
 from gemma_sft.artifacts import llama_runtime
@@ -112,7 +112,7 @@ def main(
 
 def _score(config, workdir, base, step, folder, split, limit, baselines):
   """Scores JAX weights, once for each way of prompting them."""
-  served = runs.load_weights(config, workdir, base=base, step=step)
+  served = inference.load_weights(config, workdir, base=base, step=step)
   # Together, so that no question of the split is one of the training examples.
   splits = loading.load_splits(
       config.data, dict.fromkeys((split, 'train')), served.task,

@@ -33,6 +33,7 @@ from typing import Sequence
 from configs import default
 from gemma_sft import config as config_lib
 from gemma_sft import errors
+from gemma_sft import inference
 from gemma_sft import merging
 from gemma_sft import runs
 from gemma_sft import templates
@@ -126,7 +127,7 @@ def main(
   writer.check_formats(formats, has_adapters=has_adapters,
                        has_magnitudes=has_adapters and config.lora.dora)
   final = pathlib.Path(out)
-  chosen = runs.choose_weights(config, workdir, base=base, step=step)
+  chosen = inference.choose_weights(config, workdir, base=base, step=step)
   identity = ' '.join(filter(None, [
       chosen.identity, config.model.quantization, hf_dtype, *formats]))
   if _is_there(final, identity, overwrite, allow_unproven):
@@ -344,7 +345,7 @@ def _find_runtimes(
 
 
 def _make_reference(config, workdir, base, step) -> reference_lib.Reference:
-  served = runs.load_weights(
+  served = inference.load_weights(
       config, workdir, base=base, step=step, dtype='float32')
   split = 'validation' if config.data.validation else 'train'
   return reference_lib.make_reference(

@@ -14,6 +14,7 @@ import numpy as np
 
 from gemma_sft import checkpoint as checkpoint_lib
 from gemma_sft import errors
+from gemma_sft import inference
 from gemma_sft import lora
 from gemma_sft import quantize
 from gemma_sft import runs
@@ -42,8 +43,8 @@ class Arrays:
   adapters: Any
 
 
-def open_arrays(chosen: runs.Chosen) -> Arrays:
-  """Opens what `runs.choose_weights` has found.
+def open_arrays(chosen: inference.Chosen) -> Arrays:
+  """Opens what `inference.choose_weights` has found.
 
   Raises:
     UserError: if the base or the checkpoint is damaged or of another shape.

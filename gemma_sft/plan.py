@@ -21,6 +21,7 @@ import dataclasses
 from typing import Any
 
 from gemma_sft import ahead
+from gemma_sft import compile_targets
 from gemma_sft import config as config_lib
 from gemma_sft import errors
 from gemma_sft import estimate
@@ -101,12 +102,12 @@ def make_plan(
   Raises:
     UserError: for what `train` would refuse too, and a missing compiler.
   """
-  devices = ahead.devices_of(place, analytic=analytic)
+  devices = compile_targets.devices_of(place, analytic=analytic)
   mesh = sharding.make_mesh(
       data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor,
       devices=devices)
   work = count_work(config, mesh, max_trained)
-  limit = place.chip.memory if place.chip else ahead.local_memory()
+  limit = place.chip.memory if place.chip else compile_targets.local_memory()
   shares = sharding.batch_groups(mesh) * config.train.microbatches
   share = work.max_trained / (
       config.data.batch_size // shares * ahead.row_length(config))

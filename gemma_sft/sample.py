@@ -24,9 +24,9 @@ from gemma_sft import chat
 from gemma_sft import config as config_lib
 from gemma_sft import errors
 from gemma_sft import generate
+from gemma_sft import inference
 from gemma_sft import loading
 from gemma_sft import prompting
-from gemma_sft import runs
 
 _HELP = """  /new           forget the conversation
   /system TEXT   set the system text and begin anew
@@ -57,7 +57,7 @@ def main(
         f'--baseline={",".join(baseline)}', 'one way of prompting',
         'choose one: zero, few:4 or rag:4')
   shown = prompting.parse(baseline[0] if baseline else 'zero')
-  served = runs.load_weights(config, workdir, base=base, step=step)
+  served = inference.load_weights(config, workdir, base=base, step=step)
   print(f'weights: {served.description}', file=sys.stderr)
   prompter = None
   if shown.n:
@@ -80,7 +80,7 @@ def main(
 
 
 def answer(
-    served: runs.Served,
+    served: inference.Served,
     sampling: Any,
     conversation: Sequence[chat.Message],
     write: Any,

@@ -5,6 +5,7 @@ import jax
 import pytest
 
 from gemma_sft import ahead
+from gemma_sft import compile_targets
 from gemma_sft import errors
 from gemma_sft import runs
 from gemma_sft import scoring
@@ -102,15 +103,15 @@ def test_a_missing_libtpu_says_how_to_get_it(monkeypatch):
   monkeypatch.delenv('TPU_LIBRARY_PATH', raising=False)
   monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
   with pytest.raises(errors.UserError) as caught:
-    ahead.devices_of(slices.parse('v5e-16'), analytic=False)
+    compile_targets.devices_of(slices.parse('v5e-16'), analytic=False)
   assert 'launch/libtpu.sh' in caught.value.fix
 
 
 def test_no_gpu_is_told():
   with pytest.raises(errors.UserError, match='--topology=gpu'):
-    ahead.devices_of(slices.parse('gpu'), analytic=False)
+    compile_targets.devices_of(slices.parse('gpu'), analytic=False)
 
 
 def test_the_pin_of_libtpu_stands_once():
   setup = (conftest.ROOT / 'setup.py').read_text()
-  assert f"PLAN = ['{ahead.LIBTPU}']" in setup
+  assert f"PLAN = ['{compile_targets.LIBTPU}']" in setup

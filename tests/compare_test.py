@@ -9,6 +9,7 @@ import pytest
 from configs import default
 from gemma_sft import compare
 from gemma_sft import comparing
+from gemma_sft import comparison_page
 from gemma_sft import config as config_lib
 from gemma_sft import errors
 from gemma_sft import provenance
@@ -186,7 +187,7 @@ def test_one_training_twice_and_two_places_of_it(tmp_path):
       'c is the same training as a: only checkpoint.keep differs, which')
   assert not found.config and not found.origin
   assert 'Config: nothing that decides the result differs' in (
-      comparing.text(found))
+      comparison_page.text(found))
 
 
 def test_an_older_run_is_shown_with_what_it_has(tmp_path):
@@ -221,7 +222,7 @@ def test_the_page_is_whole_and_escapes(tmp_path, capsys):
   assert compare.main([a, b], str(out)) == 0
   printed = capsys.readouterr().out
   assert '| task | chat | <script>x</script> |' in printed
-  assert comparing.CAVEAT in printed and f'page: {out}' in printed
+  assert comparison_page.CAVEAT in printed and f'page: {out}' in printed
   page = out.read_text('utf-8')
   assert '<script' not in page and '&lt;script&gt;x' in page
   assert 'data:image/png;base64,iVBOR' in page
@@ -233,7 +234,7 @@ def test_the_page_is_whole_and_escapes(tmp_path, capsys):
 def test_a_picture_needs_curves(tmp_path):
   a, b = (comparing.load(_make(tmp_path / name, losses=()), name, {})
           for name in 'ab')
-  assert comparing.picture([a, b]) is None
+  assert comparison_page.picture([a, b]) is None
 
 
 @pytest.mark.parametrize('make, got', (

@@ -15,9 +15,9 @@ from safetensors import numpy as safetensors_numpy
 from configs import tiny as tiny_config
 from gemma_sft import errors
 from gemma_sft import export
+from gemma_sft import inference
 from gemma_sft import merging
 from gemma_sft import model as model_lib
-from gemma_sft import runs
 from gemma_sft import train
 from gemma_sft import weights
 from gemma_sft.artifacts import parity
@@ -121,7 +121,7 @@ def _export(workdir, out, *formats, **changes):
 
 def _merged(workdir, config):
   """The tree that evaluation runs, path -> array."""
-  served = runs.load_weights(config, workdir, base=False, step=-1)
+  served = inference.load_weights(config, workdir, base=False, step=-1)
   return {path: np.asarray(leaf)
           for path, leaf in convert.flatten(served.params).items()}
 
@@ -261,7 +261,7 @@ def test_full_fine_tuning_is_exported(tmp_path, capsys):
   _export(workdir, tmp_path / 'out', 'gguf-f32')
   assert 'proven gguf/model-f32.gguf' in capsys.readouterr().out
   arrays = merging.open_arrays(
-      runs.choose_weights(config, workdir, base=False, step=-1))
+      inference.choose_weights(config, workdir, base=False, step=-1))
   for path, array in _merged(workdir, config).items():
     np.testing.assert_array_equal(arrays.read(path), array)
     if path.endswith('einsum/w'):

@@ -21,7 +21,7 @@ _LAYERS = (
     ('errors', 'shapes', 'cache', 'config', 'optimizer', 'sharding', 'metrics',
      'readers', 'stopping', 'projections', 'memory', 'intervals', 'scrubbing'),
     ('chat', 'records', 'dora', 'answers', 'slices', 'counting'),
-    ('token_cache', 'dataset_builder'),
+    ('token_cache', 'dataset_builder', 'compile_targets'),
     ('loss', 'data', 'lora', 'attention', 'quantize', 'cli', 'templates',
      'clean'),
     ('blocks', 'attention_choice'),
@@ -29,12 +29,12 @@ _LAYERS = (
     ('checkpoint', 'generate', 'loading', 'progress', 'prompting',
      'provenance', 'tracking'),
     ('scoring', 'report', 'runs', 'self_test', 'ratings'),
-    ('merging', 'comparing', 'ahead'),
-    ('artifacts', 'estimate'),
+    ('inference', 'comparing', 'ahead'),
+    ('merging', 'comparison_page', 'estimate'),
+    ('artifacts',),
     ('web', 'sweeping', 'fitting'),
     ('train', 'evaluate', 'sample', 'preview', 'export', 'serve', 'curate',
-     'compare',
-     'sweep', 'plan'),
+     'compare', 'sweep', 'plan'),
 )
 _LAYER = {name: i for i, layer in enumerate(_LAYERS) for name in layer}
 _LEAVES, _ENTRY_POINTS = _LAYERS[0], _LAYERS[-1]

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import serving
 
+from gemma_sft import inference
 from gemma_sft import records as records_lib
-from gemma_sft import runs
 from gemma_sft import sample
 from gemma_sft import tasks
 from gemma_sft import train
@@ -291,7 +291,7 @@ def test_tuned_and_base_share_what_has_no_adapter(run_config, tmp_path):
   run_config.train.steps = 2
   train.main(run_config, str(tmp_path / 'w'), False)
   both = models.load(run_config, str(tmp_path / 'w'), base_only=False, step=-1)
-  alone = runs.load_weights(
+  alone = inference.load_weights(
       run_config, str(tmp_path / 'w'), base=False, step=-1)
   for got, want in zip(*map(jax.tree.leaves, (
       both['tuned'].params, alone.params))):

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from gemma_sft import errors
+from gemma_sft import inference
 from gemma_sft import loading
 from gemma_sft import lora
 from gemma_sft import merging
 from gemma_sft import model as model_lib
 from gemma_sft import quantize
-from gemma_sft import runs
 from gemma_sft import sharding
 from gemma_sft import train
 from gemma_sft import weights
@@ -468,7 +468,7 @@ def test_what_is_exported_is_what_was_trained(config, tmp_path):
   workdir = str(tmp_path / 'w')
   train.main(config, workdir, False)
   arrays = merging.open_arrays(
-      runs.choose_weights(config, workdir, base=False, step=-1))
+      inference.choose_weights(config, workdir, base=False, step=-1))
   model = loading.load_model(config.model)
   source = model, weights.resolve(config.model.weights, tmp_path / 'cache')
   for path, array in _load(source, dtype=jnp.float32).items():
@@ -479,12 +479,12 @@ def test_what_is_exported_is_what_was_trained(config, tmp_path):
     assert np.array_equal(arrays.read(path), want) != ('/attn/' in path and
                                                       '_einsum' in path)
   base = merging.open_arrays(
-      runs.choose_weights(config, workdir, base=True, step=-1))
+      inference.choose_weights(config, workdir, base=True, step=-1))
   _assert_equal(base.read('layer_0/mlp/linear'),
                 arrays.read_base('layer_0/mlp/linear'))
 
   # The forward of the run (codes, adapters beside them) and of the export.
-  served = runs.load_weights(config, workdir, base=False, step=-1)
+  served = inference.load_weights(config, workdir, base=False, step=-1)
   exported = convert.unflatten(
       {path: arrays.read(path) for path in arrays.layout.shapes})
   tokens_BT = jnp.asarray(

@@ -11,6 +11,7 @@ import pytest
 
 from gemma_sft import errors
 from gemma_sft import generate
+from gemma_sft import inference
 from gemma_sft import sample
 from gemma_sft import train
 
@@ -211,10 +212,9 @@ def test_the_answer_is_that_of_greedy_generation(trained, capsys):
   # Left-padded prompt, chunks and streaming: the same as one prompt by hand.
   from gemma_sft import chat
   from gemma_sft import cli
-  from gemma_sft import runs
 
   config = cli.load_run_config(trained)
-  served = runs.load_weights(config, trained, base=False, step=-1)
+  served = inference.load_weights(config, trained, base=False, step=-1)
   prompt = chat.render_prompt(
       [chat.Message('user', 'Blue?')], served.tokenizer)
   tokens = generate.generate(

@@ -11,6 +11,7 @@ import pytest
 from configs import tiny
 from gemma_sft import ahead
 from gemma_sft import attention
+from gemma_sft import compile_targets
 from gemma_sft import errors
 from gemma_sft import slices
 from gemma_sft import train
@@ -21,7 +22,7 @@ _PLACE = slices.parse('v5e:2x4')
 @pytest.fixture(scope='module')
 def devices():
   try:
-    return ahead.devices_of(_PLACE, analytic=False)
+    return compile_targets.devices_of(_PLACE, analytic=False)
   except errors.UserError as error:
     pytest.skip(f'NOTHING IS COMPILED FOR TPUS: {error}')
 
@@ -50,7 +51,7 @@ def test_the_step_compiles_with_splash_attention(devices, generation, changes):
   lowered = traced.lower()
   # Forward, and backward for queries and for keys: else it was not the kernel.
   assert lowered.as_text().count('tpu_custom_call') >= 3
-  compiled = ahead.compile_step(lowered, ahead.compiler_name(_PLACE))
+  compiled = ahead.compile_step(lowered, compile_targets.compiler_name(_PLACE))
   assert compiled.fits and compiled.peak > 0
   assert facts.flops > 0 and facts.kept > 0
 
@@ -63,7 +64,7 @@ def test_a_broken_kernel_is_seen(devices, monkeypatch):
     with pytest.raises((ValueError, NotImplementedError, errors.UserError)):
       traced, _ = ahead.trace(train.train_step, _program(devices, 3, **{
           'lora.rank': 3}))
-      ahead.compile_step(traced.lower(), ahead.compiler_name(_PLACE))
+      ahead.compile_step(traced.lower(), compile_targets.compiler_name(_PLACE))
   finally:
     attention._splash_kernel.cache_clear()
 
@@ -72,7 +73,7 @@ def test_what_cannot_fit_is_a_result(devices):
   place = jax.sharding.SingleDeviceSharding(devices[0])
   x = jax.ShapeDtypeStruct((2**16, 2**18), jax.numpy.float32, sharding=place)
   lowered = jax.jit(lambda x: x * 2).lower(x)
-  compiled = ahead.compile_step(lowered, ahead.compiler_name(_PLACE))
+  compiled = ahead.compile_step(lowered, compile_targets.compiler_name(_PLACE))
   assert not compiled.fits
   assert compiled.available == _PLACE.chip.memory
   assert compiled.peak >= 2 * 2**36

@@ -7,6 +7,7 @@ import os
 import pathlib
 
 from gemma_sft import config as config_lib
+from gemma_sft import inference
 from gemma_sft import loading
 from gemma_sft import provenance
 from gemma_sft import records as records_lib
@@ -39,7 +40,7 @@ def hub_name(model_name: str) -> str:
 
 
 def make_summary(
-    chosen: runs.Chosen,
+    chosen: inference.Chosen,
     identity: str,
     workdir: str,
     name: str,

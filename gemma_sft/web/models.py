@@ -3,13 +3,14 @@
 import dataclasses
 from typing import Any
 
+from gemma_sft import inference
 from gemma_sft import model as model_lib
 from gemma_sft import runs
 
 
 def load(
     config: Any, workdir: str, *, base_only: bool, step: int
-) -> dict[str, runs.Served]:
+) -> dict[str, inference.Served]:
   """Returns {'tuned': ..., 'base': ...}; the base is read once.
 
   The tuned one is the base with the adapters merged in: it shares the arrays
@@ -23,15 +24,16 @@ def load(
     step: See `checkpoint.choose_step`.
 
   Raises:
-    UserError: see `runs.choose_weights`.
+    UserError: see `inference.choose_weights`.
   """
   if base_only:
-    return {'base': runs.load_weights(config, workdir, base=True, step=step)}
+    return {'base': inference.load_weights(
+        config, workdir, base=True, step=step)}
   # Before gigabytes are read.
-  chosen = runs.choose_weights(config, workdir, base=False, step=step)
-  base = runs.load_weights(config, workdir, base=True, step=step)
+  chosen = inference.choose_weights(config, workdir, base=False, step=step)
+  base = inference.load_weights(config, workdir, base=True, step=step)
   if not config.lora.enabled:  # They have nothing in common.
-    tuned = runs.load_weights(config, workdir, base=False, step=step)
+    tuned = inference.load_weights(config, workdir, base=False, step=step)
     return {'tuned': tuned, 'base': base}
   adapters, _ = chosen.checkpoints.restore_trainable(chosen.step)
   params = model_lib.merge(

@@ -18,9 +18,9 @@ import pydantic
 from gemma_sft import chat
 from gemma_sft import config as config_lib
 from gemma_sft import errors
+from gemma_sft import inference
 from gemma_sft import prompting
 from gemma_sft import records as records_lib
-from gemma_sft import runs
 from gemma_sft.web import app as app_lib
 from gemma_sft.web import streaming
 from gemma_sft.weights import architecture
@@ -102,7 +102,7 @@ class Playground:
 
   def __init__(
       self,
-      models: Mapping[str, runs.Served],
+      models: Mapping[str, inference.Served],
       training: Sequence[records_lib.Record],
       held_out: Sequence[records_lib.Record],
   ):

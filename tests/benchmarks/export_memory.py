@@ -33,12 +33,12 @@ def main(_):
 
   from gemma_sft import cli
   from gemma_sft import export
+  from gemma_sft import inference
   from gemma_sft import merging
-  from gemma_sft import runs
   from gemma_sft.artifacts import writer
 
   config = cli.load_run_config(_WORKDIR.value)
-  chosen = runs.choose_weights(config, _WORKDIR.value, base=False, step=-1)
+  chosen = inference.choose_weights(config, _WORKDIR.value, base=False, step=-1)
   source = writer.Source(
       chosen.model, chosen.tokenizer, merging.open_arrays(chosen), 'benchmark',
       temperature=0.2, repetition_penalty=1.1)

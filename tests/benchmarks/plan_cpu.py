@@ -36,6 +36,7 @@ def main(_):
   import jax
 
   from gemma_sft import ahead
+  from gemma_sft import compile_targets
   from gemma_sft import config as config_lib
   from gemma_sft import estimate
   from gemma_sft import runs
@@ -46,7 +47,7 @@ def main(_):
   config = _CONFIG.value
   config_lib.validate(config)
   place = slices.parse('cpu')
-  devices = ahead.devices_of(place, analytic=False)
+  devices = compile_targets.devices_of(place, analytic=False)
   with tempfile.TemporaryDirectory() as folder:
     run = runs.prepare(config, folder)
     batch = run.source[0]

@@ -22,6 +22,7 @@ from absl import flags
 
 from configs import default
 from gemma_sft import ahead
+from gemma_sft import compile_targets
 from gemma_sft import estimate
 from gemma_sft import fitting
 from gemma_sft import slices
@@ -76,7 +77,7 @@ def _cell(model: str, method: str, name: str) -> str:
       break
   if (model, method, name) in _COMPILED:
     program = ahead.make_program(
-        config, ahead.devices_of(place, analytic=False),
+        config, compile_targets.devices_of(place, analytic=False),
         max_trained=max_trained)
     if _COMPILE.value or ahead.is_cached(program, place):
       memory = estimate.memory(program, limit, *ahead.cached(
