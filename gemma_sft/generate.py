@@ -26,6 +26,9 @@ _NEW_BUCKET = 128
 # Open rows go on alone once they are few: a batch of this part of the rows.
 # Each size is a program to compile, so a half would not pay for it.
 _SHRINK = 4
+# Prompt tokens at a time. The keys and values of 65,536 are 2.4 GB for the 270M
+# in float32; 96 prompts of 2,500 tokens took 15 GB at once.
+_PLACES = 65_536
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +81,8 @@ def generate(
     sampling: See `Sampling`.
     stop_ids: Any of these ends a row.
     vocab_size: Ids that the tokenizer has; the embedding may have more rows.
-    batch_size: Rows at a time; the last batch is filled up.
+    batch_size: Rows at a time, fewer of long prompts; the last batch is filled
+      up.
     seed: Of the sampling.
     row_ids: One a prompt; their numbers if None.
     is_done: Called every few tokens with (prompt number, its tokens so far);
@@ -91,12 +95,16 @@ def generate(
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
   batch_size = min(batch_size, len(prompts))
   finished = 0
-  for start in range(0, len(order), max(1, batch_size)):
-    numbers = order[start:start + batch_size]
+  while finished < len(order):
+    rows = batch_size
+    while rows > 1 and rows * len(
+        prompts[order[finished:finished + rows][-1]]) > _PLACES:
+      rows = -(-rows // 2)  # Few sizes: each is a program.
+    numbers = order[finished:finished + rows]
     _generate_batch(
         model, params, [prompts[i] for i in numbers], numbers,
         numbers if row_ids is None else [row_ids[i] for i in numbers], answers,
-        sampling, tuple(stop_ids), vocab_size, batch_size, seed, is_done)
+        sampling, tuple(stop_ids), vocab_size, rows, seed, is_done)
     finished += len(numbers)
     for i in numbers if on_answer is not None else ():
       on_answer(i, answers[i])

@@ -178,6 +178,19 @@ def test_progress_counts_the_prompts_answered():
   assert counts == [2, 3]
 
 
+def test_long_prompts_come_fewer_at_a_time(monkeypatch):
+  counts = []
+  rng = np.random.default_rng(1)
+  prompts = [[2, *rng.integers(3, 512, n).tolist()]
+             for n in (3, 4, 5, 6, 40, 50)]
+  answers = _generate(prompts=prompts, batch_size=8)
+  monkeypatch.setattr(generate, '_PLACES', 60)
+  # 6 rows of 51 would be 306; 3 of 6 are 18. Of the rest, 2 of 41 are too many.
+  assert _generate(prompts=prompts, batch_size=8,
+                   progress=counts.append) == answers
+  assert counts == [3, 4, 5, 6]
+
+
 @pytest.mark.parametrize('kind', _KINDS)
 @pytest.mark.parametrize('sampling', (
     dict(), dict(temperature=2.0, repetition_penalty=1.5)), ids=str)
