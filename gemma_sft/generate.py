@@ -81,8 +81,8 @@ def generate(
     sampling: See `Sampling`.
     stop_ids: Any of these ends a row.
     vocab_size: Ids that the tokenizer has; the embedding may have more rows.
-    batch_size: Rows at a time, fewer of long prompts; the last batch is filled
-      up.
+    batch_size: Rows at a time; halves of it of long prompts and of the last
+      few, filled up.
     seed: Of the sampling.
     row_ids: One a prompt; their numbers if None.
     is_done: Called every few tokens with (prompt number, its tokens so far);
@@ -97,8 +97,9 @@ def generate(
   finished = 0
   while finished < len(order):
     rows = batch_size
-    while rows > 1 and rows * len(
-        prompts[order[finished:finished + rows][-1]]) > _PLACES:
+    while rows > 1 and (
+        -(-rows // 2) >= len(order) - finished
+        or rows * len(prompts[order[finished:finished + rows][-1]]) > _PLACES):
       rows = -(-rows // 2)  # Few sizes: each is a program.
     numbers = order[finished:finished + rows]
     _generate_batch(

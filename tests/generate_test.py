@@ -178,6 +178,21 @@ def test_progress_counts_the_prompts_answered():
   assert counts == [2, 3]
 
 
+def test_the_last_few_do_not_fill_a_whole_batch(monkeypatch):
+  sizes = []
+  prefill = generate._prefill
+
+  def counted(model, params, tokens_BT, *rest):
+    sizes.append(len(tokens_BT))
+    return prefill(model, params, tokens_BT, *rest)
+
+  monkeypatch.setattr(generate, '_prefill', counted)
+  prompts = [_prompts()[0]] * 13
+  assert _generate(prompts=prompts, batch_size=8) == [_greedy()[0]] * 13
+  _generate(prompts=prompts[:10], batch_size=8)
+  assert sizes == [8, 8, 8, 2]
+
+
 def test_long_prompts_come_fewer_at_a_time(monkeypatch):
   counts = []
   rng = np.random.default_rng(1)
