@@ -89,7 +89,11 @@ def _slang(source, out):
              'description': (r['description'] or '').strip()}
             for r in csv.DictReader(file)]
   rows = [r for r in rows if all(r.values())]
-  _write(out, _grouped(rows, lambda r: r['slang'].lower()))
+  # Two terms with one description are the same prompt.
+  first = {}
+  for row in rows:
+    first.setdefault(row['description'].lower(), row['slang'].lower())
+  _write(out, _grouped(rows, lambda r: first[r['description'].lower()]))
 
 
 def _sql(source, out):
