@@ -27,7 +27,8 @@ def test_a_few_updates_on_the_real_model(tmp_path):
        f'--workdir={tmp_path}', '--config.train.steps=6',
        '--config.eval.judged=0', '--config.eval.prompts=()',
        '--config.eval.metric=loss', '--config.eval.mode=min',
-       '--config.optimizer.schedule=constant'],
+       '--config.optimizer.schedule=constant',
+       '--config.optimizer.learning_rate=1e-3'],
       cwd=_ROOT, env=environment, check=True, timeout=1200)
   rows = metrics.read_jsonl(tmp_path / 'metrics.jsonl')
   evaluated = [r for r in rows if 'eval/loss' in r]
