@@ -66,6 +66,8 @@ def _tpu_devices(topology: str) -> list[Any]:
   # No TPU is looked for, and nobody is told that there is none.
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+  # Compiling takes no TPU, so two processes may.
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-8')
   return list(topologies.get_topology_desc(
       platform='tpu', topology_name=topology).devices)
