@@ -9,7 +9,6 @@ compiled for by libtpu, which needs no TPU.
 import dataclasses
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import pathlib
@@ -50,7 +49,6 @@ class Program:
     state: Of the state, in the form that steps run on.
     batch: Of the arrays of a batch.
     max_trained: See `loss.masked_nll`.
-    why: How the forward runs there, and why.
   """
 
   config: Any
@@ -61,7 +59,6 @@ class Program:
   state: state_lib.TrainState
   batch: dict[str, jax.ShapeDtypeStruct]
   max_trained: int
-  why: str
 
   @property
   def mesh(self) -> jax.sharding.Mesh:
@@ -113,7 +110,7 @@ def make_program(
   model = loading.load_model(config.model)
   loading.check_length(config.data.max_length, model)
   dtype, _ = loading.choose_dtype(config.model.dtype, devices[0])
-  execution, why = runs.make_execution(
+  execution, _ = runs.make_execution(
       config, model, mesh, dtype, tried=False)
   _, optimizer = runs.make_optimizer(config, total_steps=1000)
   adapted = config.lora.enabled
@@ -141,7 +138,7 @@ def make_program(
       config=config, model=model,
       settings=runs.make_settings(config, mesh, dtype, execution),
       optimizer=optimizer, base=_placed(base, mesh) if adapted else None,
-      state=state, batch=batch, max_trained=max_trained, why=why)
+      state=state, batch=batch, max_trained=max_trained)
 
 
 def _base_shapes(model, dtype, quantization, stacked):

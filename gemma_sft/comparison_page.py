@@ -1,11 +1,11 @@
 """What people read of a comparison: text, page and picture."""
 
 import base64
-import importlib.resources
 import io
 from typing import Sequence
 
 from gemma_sft import comparing
+from gemma_sft import report
 
 CAVEAT = ('Intervals are over records: what another seed of the same training'
           ' would give is not in them.')
@@ -66,15 +66,9 @@ def page(comparison: comparing.Comparison, image: bytes | None) -> str:
     comparison: From `comparing.compare`.
     image: PNG of `picture`, or None.
   """
-  import jinja2
-
-  source = importlib.resources.files('gemma_sft').joinpath(
-      'compare_page.html').read_text('utf-8')
-  template = jinja2.Environment(
-      autoescape=True, trim_blocks=True, lstrip_blocks=True,
-      undefined=jinja2.StrictUndefined).from_string(source)
-  return template.render(
-      comparison=comparison, sections=sections(comparison), caveat=CAVEAT,
+  return report.render(
+      'compare_page.html', comparison=comparison,
+      sections=sections(comparison), caveat=CAVEAT,
       image=base64.b64encode(image).decode() if image else '')
 
 

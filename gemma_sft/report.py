@@ -315,23 +315,32 @@ def page(results: Results, split: str, name: str, picture_path: str) -> str:
     name: Of the run.
     picture_path: A PNG to put in it, or ''.
   """
-  import jinja2
-
-  source = importlib.resources.files('gemma_sft').joinpath(
-      'report_page.html').read_text('utf-8')
-  template = jinja2.Environment(
-      autoescape=True, trim_blocks=True, lstrip_blocks=True,
-      undefined=jinja2.StrictUndefined).from_string(source)
   image = ''
   if picture_path:
     with open(picture_path, 'rb') as file:
       image = base64.b64encode(file.read()).decode()
-  return template.render(
-      name=name, split=split, sentence=sentence(results),
+  return render(
+      'report_page.html', name=name, split=split, sentence=sentence(results),
       cells=cells(results, split), image=image, names=list(results),
       examples=_examples(results),
       samples=[{'name': n, **s} for n, r in results.items()
                for s in r['samples']])
+
+
+def render(template: str, **values: Any) -> str:
+  """Returns an HTML page without outside parts, what it shows escaped.
+
+  Args:
+    template: Path of a Jinja template in this package.
+    **values: All that it names.
+  """
+  import jinja2
+
+  source = importlib.resources.files('gemma_sft').joinpath(
+      template).read_text('utf-8')
+  return jinja2.Environment(
+      autoescape=True, trim_blocks=True, lstrip_blocks=True,
+      undefined=jinja2.StrictUndefined).from_string(source).render(**values)
 
 
 def _examples(results):

@@ -107,7 +107,8 @@ _SLICES = {
     for name, (chip, shape, n) in _TOPOLOGIES.items()}
 
 # A Kaggle notebook: 9 hours of accelerators a session and 19.5 GB that are
-# kept, /kaggle/working, as the seed projects' notebooks found them.
+# kept, /kaggle/working, as its users report them (github.com/unslothai/unsloth,
+# pull request 8439).
 _KAGGLE = dict(hours=9.0, disk=19.5e9)
 
 _PLATFORMS = {

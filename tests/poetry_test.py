@@ -354,11 +354,14 @@ def test_check_answers_says_what_is_wrong():
   rows = [
       _record(), _record(_STORKS_SIMPLIFIED), _question('5x4'), _record(_QUIET),
       _record(_STORKS.replace('樓', '堂')), _record(form='7x4'),
+      _record(rhyme='東'), _record(rhyme='尤'),
       records.Record({'text': _STORKS}, 'x')]
-  tone, rhyme, form = poetry.check_answers(rows)
+  tone, rhyme, form, asked = poetry.check_answers(rows)
   assert tone.startswith('x.jsonl:1: line ') and 'wants' in tone
   assert rhyme == 'x.jsonl:1: the even lines have no rhyme in common (流堂)'
   assert 'lines: 4 of 5 characters; wanted: 7x4' in form
+  assert asked.endswith(
+      'it rhymes in 下平十一尤, and its column rhyme asks for 上平一東')
 
 
 def test_real_rates_are_those_of_every_form():

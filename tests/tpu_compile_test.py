@@ -6,6 +6,8 @@ is `attention_test`'s, where it is interpreted.
 """
 
 import jax
+from jax.experimental import pallas
+import jax.numpy as jnp
 import pytest
 
 from configs import tiny
@@ -57,16 +59,28 @@ def test_the_step_compiles_with_splash_attention(devices, generation, changes):
 
 
 def test_a_broken_kernel_is_seen(devices, monkeypatch):
-  # Blocks that are no multiple of a TPU's 128 lanes; interpreted, they work.
-  monkeypatch.setattr(attention, '_SPLASH_BLOCK', 96)
-  attention._splash_kernel.cache_clear()
-  try:
-    with pytest.raises((ValueError, NotImplementedError, errors.UserError)):
-      traced, _ = ahead.trace(train.train_step, _program(devices, 3, **{
-          'lora.rank': 3}))
-      ahead.compile_step(traced.lower(), compile_targets.compiler_name(_PLACE))
-  finally:
-    attention._splash_kernel.cache_clear()
+  # A kernel that traces, and computes where it is interpreted; a TPU's compiler
+  # has no sort.
+  def sorts(x_ref, out_ref):
+    out_ref[...] = jnp.sort(x_ref[...])
+
+  make = attention._splash_kernel
+
+  def broken(*args):
+    kernel = make(*args)
+
+    def run(q, k, v, segment_ids):
+      unsorted = jax.lax.stop_gradient(q)
+      return kernel(q, k, v, segment_ids) + jax.lax.stop_gradient(
+          pallas.pallas_call(sorts, jax.ShapeDtypeStruct(q.shape, q.dtype))(
+              unsorted))
+    return run
+
+  monkeypatch.setattr(attention, '_splash_kernel', broken)
+  traced, _ = ahead.trace(train.train_step, _program(devices, 3, **{
+      'lora.rank': 3}))
+  with pytest.raises(NotImplementedError, match='sort'):
+    ahead.compile_step(traced.lower(), compile_targets.compiler_name(_PLACE))
 
 
 def test_what_cannot_fit_is_a_result(devices):

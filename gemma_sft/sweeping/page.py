@@ -1,7 +1,6 @@
 """The finished comparison: sweep.json, report.md and one HTML page."""
 
 import dataclasses
-import importlib.resources
 import json
 import math
 import os
@@ -10,6 +9,7 @@ from typing import Mapping
 from typing import Sequence
 
 from gemma_sft import metrics
+from gemma_sft import report
 from gemma_sft.sweeping import comparison
 from gemma_sft.sweeping import grid
 from gemma_sft.sweeping import pictures
@@ -289,16 +289,9 @@ def markdown(block: Block) -> str:
 def html(name: str, subtitle: str, sentences: Sequence[str],
          blocks: Sequence[Block]) -> str:
   """Returns the page, without outside parts; see `write_files`."""
-  import jinja2
-
-  source = importlib.resources.files('gemma_sft.sweeping').joinpath(
-      'sweep_page.html').read_text('utf-8')
-  template = jinja2.Environment(
-      autoescape=True, trim_blocks=True, lstrip_blocks=True,
-      undefined=jinja2.StrictUndefined).from_string(source)
-  return template.render(
-      name=name, subtitle=subtitle, sentences=sentences,
-      blocks=[b for b in blocks if b.rows or b.pictures])
+  return report.render(
+      'sweeping/sweep_page.html', name=name, subtitle=subtitle,
+      sentences=sentences, blocks=[b for b in blocks if b.rows or b.pictures])
 
 
 def _without_nan(value):

@@ -344,6 +344,11 @@ def check_answers(records: Sequence[records_lib.Record]) -> list[str]:
       wrong = [] if pingshui.rhyme_of(lines) else [
           'the even lines have no rhyme in common ('
           + ''.join(line[-1] for line in lines[1::2]) + ')']
+      asked = asked_rhyme(record)
+      if not wrong and not all(asked in pingshui.level_rhymes(line[-1])
+                               for line in lines[1::2]):
+        wrong = [f'it rhymes in {pingshui.rhyme_of(lines)}, and its column'
+                 f' rhyme asks for {asked}']
       wrong += [describe(lines, faults[:2])] if faults else []
     if wrong:
       problems.append(f'{record.where}: {"; ".join(wrong)}')
