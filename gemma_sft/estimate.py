@@ -8,6 +8,7 @@ constants below, held within 15 % of three steps compiled for TPUs (README,
 """
 
 import dataclasses
+import functools
 import time
 from typing import Any
 
@@ -252,8 +253,12 @@ def step_seconds(
       f' of a {chip.name}; compiled or counted, never timed there')
 
 
+@functools.lru_cache(maxsize=4)
 def product_rate(dtype: Any, size: int = 1024) -> float:
-  """Returns the FLOP/s of a plain product on the first local device."""
+  """Returns the FLOP/s of a plain product on the first local device.
+
+  Measured once, so that the runs of one plan or sweep compare.
+  """
   x = jnp.ones((size, size), dtype)
   multiply = jax.jit(jnp.matmul)
   multiply(x, x).block_until_ready()

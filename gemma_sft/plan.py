@@ -152,6 +152,26 @@ def make_plan(
       largest=most, proposal=proposal)
 
 
+def training_seconds(config: Any, place: slices.Slice) -> estimate.Seconds:
+  """Returns the range of a whole training's time, by its FLOPs.
+
+  Loading, compiling, evaluations and checkpoints come on top.
+
+  Args:
+    config: Validated.
+    place: From `slices.parse`.
+  """
+  devices = compile_targets.devices_of(place, analytic=True)
+  work = count_work(config, sharding.make_mesh(
+      data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor,
+      devices=devices))
+  program = ahead.make_program(config, devices, max_trained=work.max_trained)
+  traced, _ = ahead.cached(train.train_step, program, place, compiled=False)
+  step = estimate.step_seconds(program, place, traced.flops)
+  return dataclasses.replace(
+      step, quick=step.quick * work.steps, slow=step.slow * work.steps)
+
+
 def count_work(config: Any, mesh: Any, max_trained: int = 0) -> Work:
   """Returns what the data make of a run, or what is assumed without them.
 

@@ -11,7 +11,9 @@ The first form runs every combination of the factors' values, the second what
 search, judged on validation alone, whose hopeless trials are ended early. Each
 run is an ordinary workdir in W/runs, trained and evaluated by processes of its
 own. The same command again goes on: what is finished is never repeated, what
-was interrupted continues. --dry_run lists the runs, with their time.
+was interrupted continues. --dry_run lists the runs with their time: that of
+finished ones, else a range by the FLOPs of a step (--topology names another
+device than this machine's, such as kaggle-tpu).
 
 --parallel=2 runs two at a time, each on a GPU or TPU chip of its own;
 --shard=0/2 and --shard=1/2 on two hosts that share W take every other run, and
@@ -24,7 +26,7 @@ from gemma_sft import cli
 if __name__ == '__main__':
   cli.run('gemma_sft.sweep', 'config', 'workdir', 'grid', 'seeds',
           'baseline_cell', 'evaluate', 'parallel', 'shard', 'dry_run', 'search',
-          'trials')
+          'trials', 'topology')
 
 import os
 from typing import Any
@@ -34,8 +36,11 @@ from typing import Sequence
 import jax
 
 from gemma_sft import errors
+from gemma_sft import estimate
 from gemma_sft import loading
 from gemma_sft import metrics
+from gemma_sft import plan as plan_entry
+from gemma_sft import slices
 from gemma_sft.sweeping import grid as grid_lib
 from gemma_sft.sweeping import page
 from gemma_sft.sweeping import pictures
@@ -59,6 +64,7 @@ def main(
     dry_run: bool = False,
     search: str = '',
     trials: int = 20,
+    topology: str = 'cpu',
 ) -> int:
   """Runs the sweep; see the module's docstring."""
   cli.require('config', config, '--config=configs/slang.py')
@@ -79,7 +85,8 @@ def main(
         dry_run=dry_run)
   return compare(
       source, config, workdir, grid=grid, seeds=seeds, baseline=baseline_cell,
-      evaluate=evaluate, slots=slots, shard=shard, dry_run=dry_run)
+      evaluate=evaluate, slots=slots, shard=shard, dry_run=dry_run,
+      place=slices.parse(topology))
 
 
 def compare(
@@ -94,6 +101,7 @@ def compare(
     slots: Sequence[Mapping[str, str]],
     shard: str = '',
     dry_run: bool = False,
+    place: slices.Slice | None = None,
 ) -> int:
   """Runs what is missing of a grid and compares; returns the exit status.
 
@@ -108,6 +116,8 @@ def compare(
     slots: Of `processes.make_slots`.
     shard: Of --shard; '' for all runs.
     dry_run: List the runs, and stop.
+    place: Whose time a dry run tells where no run is finished; None for the
+      local CPU.
   """
   part, n_parts = parse_shard(shard)
   sweep = grid_lib.make_sweep(
@@ -115,7 +125,7 @@ def compare(
   plan = plan_lib.Planner(source, workdir, evaluate).plan(
       sweep.cells, sweep.seeds)
   if dry_run:
-    _list(plan[part::n_parts], len(slots))
+    _list(source, plan[part::n_parts], len(slots), place or slices.parse('cpu'))
     return 0
   with loading.lock_workdir(workdir if not shard else os.path.join(
       workdir, 'shards', f'{part}-of-{n_parts}')):
@@ -238,19 +248,38 @@ def _left(runs, timings, parallel):
   return f', about {metrics.duration(sum(seconds) / parallel)}'
 
 
-def _list(runs, parallel) -> None:
+def _list(source, runs, parallel, place) -> None:
   """Prints what would be run."""
   timings = [r.timing for run in runs if (r := results_lib.read(run))]
-  open_runs = []
+  open_runs = [run for run in runs if run.state() != plan_lib.FINISHED]
+  reckoned = {}  # Of a cell, where no finished run says.
   for run in runs:
-    state, time = run.state(), ''
-    if state != plan_lib.FINISHED:
-      open_runs.append(run)
+    time = ''
+    if run in open_runs:
       seconds = plan_lib.estimate_seconds(run, timings)
-      time = ' | ' + ('time unknown' if seconds is None else
-                      f'about {metrics.duration(seconds)}')
-    _say(f'{state:11} | {run.cell.name} | seed {run.seed}{time} |'
+      if seconds is not None:
+        time = f' | about {metrics.duration(seconds)}'
+      else:
+        if run.cell.name not in reckoned:
+          reckoned[run.cell.name] = plan_entry.training_seconds(
+              grid_lib.load_cell(source, run.cell), place)
+        time = f' | training {_range(reckoned[run.cell.name])}'
+    _say(f'{run.state():11} | {run.cell.name} | seed {run.seed}{time} |'
          f' {run.workdir}')
+  left = _left(open_runs, timings, parallel)
+  if reckoned:
+    ranges = [reckoned.get(run.cell.name) for run in open_runs]
+    left = ', training ' + _range(estimate.Seconds(
+        sum(r.quick for r in ranges) / parallel,
+        sum(r.slow for r in ranges) / parallel, '')) if all(ranges) else left
+    said = next(iter(reckoned.values())).assumption
+    _say(f'training by the FLOPs of a step on {place.name}, at {said};'
+         ' answers of the judged split come on top')
   _say(f'{len(runs)} runs: {len(runs) - len(open_runs)} finished,'
-       f' {len(open_runs)} to go' + _left(open_runs, timings, parallel))
+       f' {len(open_runs)} to go' + left)
   _say('dry run: nothing was started')
+
+
+def _range(seconds):
+  return (f'{metrics.duration(seconds.quick)} to'
+          f' {metrics.duration(seconds.slow)}')

@@ -41,10 +41,11 @@ _LEAVES, _ENTRY_POINTS = _LAYERS[0], _LAYERS[-1]
 _FOR_LEAVES = {'errors', 'shapes', 'cache'}
 # Within a layer: the self-test takes a prepared run and scores it; checkpoints
 # of the library are read by the library, whose import is in `model`; the
-# playground answers as `sample` does; what is planned is what is trained.
+# playground answers as `sample` does; what is planned is what is trained,
+# and what a sweep lists is planned.
 _SAME_LAYER = {('self_test', 'runs'), ('self_test', 'scoring'),
                ('weights', 'model'), ('serve', 'sample'),
-               ('plan', 'train')}
+               ('plan', 'train'), ('sweep', 'plan')}
 
 _FILES = sorted(_PACKAGE.rglob('*.py'))
 _TREES = {path: ast.parse(path.read_text(encoding='utf-8')) for path in _FILES}

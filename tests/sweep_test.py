@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import threading
 import time
@@ -344,6 +345,16 @@ def test_shards_and_parallel_runs_make_one_comparison(source, tmp_path, capfd):
   assert _compare(source, tmp_path / 'w', 'lora.rank=2,16', dry_run=True,
                   **options) == 0
   assert 'to do       | rank=16 | seed 0 | about' in capfd.readouterr().out
+
+
+def test_a_dry_run_before_any_other_reckons(source, tmp_path, capfd):
+  # The second cell trains three times as many updates of the same step.
+  assert _compare(source, tmp_path / 'w', 'train.steps=2,6', dry_run=True) == 0
+  out = capfd.readouterr().out
+  assert re.search(r'to do       \| steps=2 \| seed 0 \| training \S+', out)
+  assert 'GFLOP/s that plain products reach here now' in out
+  assert re.search(r'2 runs: 0 finished, 2 to go, training .+ to ', out)
+  assert not (tmp_path / 'w').exists()
 
 
 def test_a_workdir_is_of_one_sweep_at_a_time(source, tmp_path):
