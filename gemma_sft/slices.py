@@ -103,7 +103,7 @@ _TOPOLOGIES = {
                         (32, '2x4x4'), (64, '4x4x4'), (128, '4x4x8'))},
 }
 _SLICES = {
-    name: Slice(f'{chip}-slice {name}', CHIPS[chip], f'{chip}:{shape}', n)
+    name: Slice(f'Cloud TPU {name}', CHIPS[chip], f'{chip}:{shape}', n)
     for name, (chip, shape, n) in _TOPOLOGIES.items()}
 
 # A Kaggle notebook: 9 hours of accelerators a session and 19.5 GB that are
