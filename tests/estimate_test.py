@@ -24,15 +24,19 @@ def _program(name, place, *, rows, length, **changes):
 
 # What libtpu 0.0.50.1 made of the same steps on one device of data-parallel
 # slices (README, "Memory, found by compiling"): the estimate's promise is 15 %.
-@pytest.mark.parametrize('name, place, rows, remat, peak', [
-    ('gemma3_1b', 'v5e-1', 4, 'block', 3.2e9),
-    ('gemma3_1b', 'v5e-1', 4, 'elementwise', 11.1e9),
-    ('gemma2_2b', 'v5e-1', 4, 'block', 7.6e9),
+@pytest.mark.parametrize('name, quantization, rows, remat, peak', [
+    ('gemma3_1b', '', 4, 'block', 3.2e9),
+    ('gemma3_1b', '', 4, 'elementwise', 11.1e9),
+    ('gemma2_2b', '', 4, 'block', 7.6e9),
+    ('gemma3_4b', 'nf4', 1, 'block', 5.8e9),
+    ('gemma3_12b', 'nf4', 1, 'block', 15.8e9),
 ])
 def test_the_estimate_is_near_what_was_compiled(
-    name, place, rows, remat, peak):
+    name, quantization, rows, remat, peak):
+  place = 'v5e-1'
   program = _program(
-      name, place, rows=rows, length=2048, **{'train.remat': remat})
+      name, place, rows=rows, length=2048,
+      **{'train.remat': remat, 'model.quantization': quantization})
   memory = estimate.memory(program, slices.parse(place).chip.memory)
   assert memory.peak == pytest.approx(peak, rel=estimate.MARGIN)
   assert memory.fits
