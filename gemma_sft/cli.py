@@ -333,5 +333,13 @@ def load_run_config(workdir: str) -> Any:
         f'{workdir}')
   from configs import default
 
-  with open(path, encoding='utf-8') as file:
-    return config_lib.from_json(file.read(), default.get_config())
+  try:
+    with open(path, encoding='utf-8') as file:
+      return config_lib.from_json(file.read(), default.get_config())
+  except (OSError, ValueError, AttributeError, KeyError, TypeError,
+          RecursionError) as error:
+    raise errors.UserError(
+        f'{path}: {" ".join(str(error).split()):.200}',
+        'the config.json that the run has written',
+        'take it from a copy of the run, or train again in another workdir'
+    ) from None

@@ -43,6 +43,7 @@ CREATE TABLE marks (
   PRIMARY KEY (rating, side, criterion)
 );
 """
+_OBJECTS = {('table', 'ratings'), ('index', 'one_a_rater'), ('table', 'marks')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,18 +79,18 @@ class Store:
     try:
       os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
       with self._open() as connection:
-        version = connection.execute('PRAGMA user_version').fetchone()[0]
-        tables = connection.execute(
-            'SELECT count(*) FROM sqlite_master').fetchone()[0]
-        if not tables:
+        found = _objects(connection)
+        if not found:
           connection.executescript(
               f'BEGIN; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;')
-          version = _VERSION
+          found = _objects(connection)
+        version = connection.execute('PRAGMA user_version').fetchone()[0]
     except (sqlite3.Error, OSError) as error:
       raise errors.UserError(
           f'{path}: {error}', 'a file of ratings, or a place to make one',
           'choose another --out') from None
-    if version != _VERSION:
+    # Views and triggers are programs, and somebody else's.
+    if version != _VERSION or found != _OBJECTS:
       raise errors.UserError(
           f'{path} is an SQLite file of another program or version',
           f'ratings of version {_VERSION}', 'choose another --out')
@@ -100,8 +101,21 @@ class Store:
     with contextlib.closing(
         sqlite3.connect(self.path, timeout=10)) as connection:
       connection.execute('PRAGMA foreign_keys = ON')
+      connection.execute('PRAGMA trusted_schema = OFF')
       with connection:
         yield connection
+
+  @contextlib.contextmanager
+  def _told(self):
+    """Tells of a file that was damaged, or of a full disk, in our words."""
+    try:
+      yield
+    except sqlite3.IntegrityError:
+      raise
+    except (sqlite3.Error, ValueError) as error:
+      raise errors.UserError(
+          f'{self.path}: {error}', 'a file of ratings that is whole',
+          'restore it from a copy, or choose another --out') from None
 
   def add(
       self, rating: Rating, *, runs: tuple[str, str], place: str) -> bool:
@@ -114,7 +128,7 @@ class Store:
     """
     now = datetime.datetime.now(datetime.timezone.utc)
     try:
-      with self._open() as connection:
+      with self._told(), self._open() as connection:
         number = connection.execute(
             'INSERT INTO ratings (time, rater, run_a, run_b, item, place,'
             ' shown_first, choice) VALUES (?, ?, ?, ?, ?, ?, ?, ?)',
@@ -136,7 +150,7 @@ class Store:
     if not mine:
       return None
     number, rating = mine[-1]
-    with self._open() as connection:
+    with self._told(), self._open() as connection:
       connection.execute(
           'UPDATE ratings SET undone = 1 WHERE id = ?', (number,))
     return rating
@@ -146,16 +160,36 @@ class Store:
     return [rating for _, rating in self._read()]
 
   def _read(self):
-    with self._open() as connection:
+    with self._told(), self._open() as connection:
       marks = {}
       for number, side, criterion, mark in connection.execute(
           'SELECT rating, side, criterion, mark FROM marks'):
+        _check_row(side in SIDES and isinstance(criterion, str)
+                   and mark in range(1, 6), 'mark', number)
         marks.setdefault(number, {})[side, criterion] = mark
-      return [
-          (number, Rating(*row, marks=marks.get(number, {})))
-          for number, *row in connection.execute(
-              'SELECT id, rater, item, shown_first, choice FROM ratings'
-              ' WHERE NOT undone ORDER BY id')]
+      rows = []
+      for number, rater, item, first, choice in connection.execute(
+          'SELECT id, rater, item, shown_first, choice FROM ratings'
+          ' WHERE NOT undone ORDER BY id'):
+        _check_row(isinstance(rater, str) and isinstance(item, str)
+                   and first in SIDES and choice in CHOICES, 'rating', number)
+        rows.append((number, Rating(
+            rater, item, first, choice, marks.get(number, {}))))
+      return rows
+
+
+def _objects(connection):
+  """Returns what a file holds but for SQLite's own, as {(type, name)}."""
+  return {
+      (kind, name) for kind, name in connection.execute(
+          'SELECT type, name FROM sqlite_master')
+      if not name.startswith('sqlite_')}
+
+
+def _check_row(good, what, number):
+  # Our tables check their values themselves; a damaged file does not.
+  if not good:
+    raise ValueError(f'the {what} {number} is none')
 
 
 # Statistics ------------------------------------------------------------------

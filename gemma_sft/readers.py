@@ -20,6 +20,8 @@ from typing import Any
 from gemma_sft import errors
 
 Row = tuple[str, dict[str, Any] | errors.UserError]
+# The names that mean the same in every source, see `records.validate`.
+CANONICAL = ('prompt', 'completion', 'system', 'messages', 'text')
 # Looser than the headings that are accepted: a mistyped one would otherwise
 # become part of the content above it.
 HEADING = re.compile(
@@ -145,6 +147,8 @@ def _json_row(text: str | bytes, where: str) -> Row:
     problem = f'column {error.colno}: {error.msg}'
   except ValueError as error:  # A repeated name, or bytes that are not UTF-8.
     problem = str(error)
+  except RecursionError:
+    problem = 'brackets within brackets too deep'
   return bad_row(where, problem, 'one JSON object', 'Correct the record.')
 
 
@@ -174,6 +178,14 @@ def _read_json(path: str) -> Iterator[Row]:
     return
   except ValueError as error:
     yield bad_row(path, str(error), 'different names', 'Keep one of them.')
+    return
+  except RecursionError:
+    problem = 'brackets within brackets too deep'
+    yield bad_row(path, problem, expected, fix)
+    return
+  if isinstance(value, dict) and not value.keys().isdisjoint(CANONICAL):
+    # Its list would be its turns, and what stands beside it would be lost.
+    yield bad_row(path, 'one record', expected, 'Put brackets around it.')
     return
   if isinstance(value, dict):
     lists = [item for item in value.values() if isinstance(item, list)]
@@ -227,7 +239,10 @@ def _read_hub(source: str, split: str) -> Iterator[Row]:
   import datasets
 
   name = source.removeprefix('hub:')
-  for i, fields in enumerate(datasets.load_dataset(name, split=split)):
+  # Data alone (the library runs no code of data sets since 4.0), and what was
+  # read goes into the run's record by its hash.
+  rows = datasets.load_dataset(name, split=split)  # nosec B615
+  for i, fields in enumerate(rows):
     yield f'hub:{name}:{split}[{i}]', fields
 
 
@@ -242,7 +257,9 @@ def read_with_library(kind: str, source: str, split: str) -> list[Row]:
         f'what reads {kind} to be installed',
         f"pip install '{package}'; if it is there, pip install {error.name}",
     ) from error
-  except (ValueError, OSError, RuntimeError) as error:
+  # Of Arrow's errors some are KeyErrors, TypeErrors or IndexErrors.
+  except (ValueError, OSError, RuntimeError, LookupError, TypeError,
+          MemoryError) as error:
     raise errors.UserError(
         f'{source}: {error}',
         f'{kind} that its library can read, with text as UTF-8',

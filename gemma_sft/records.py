@@ -16,7 +16,7 @@ from typing import Any
 from gemma_sft import errors
 from gemma_sft import readers
 
-CANONICAL = ('prompt', 'completion', 'system', 'messages', 'text')
+CANONICAL = readers.CANONICAL
 
 _MAX_SHOWN = 5
 _SHAPES = (
@@ -270,7 +270,7 @@ def _rename(
 def _check_characters(record: Record) -> None:
   """Refuses what no tokenizer takes and JSON can bring in as an escape."""
   for name, value in record.fields.items():
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = json.dumps([name, value], ensure_ascii=False, default=str)
     # Without escaped backslashes only a real NUL still reads as \\u0000.
     text = text.replace('\\\\', '')
     if '\\u0000' in text or re.search('[\ud800-\udfff]', text):

@@ -165,7 +165,8 @@ def listen(host: str, port: int) -> Iterator[tuple[socket.socket, str, str]]:
 
 def _name_for_others(address: str) -> str:
   """Returns the address under which others reach one that means all."""
-  if address not in ('0.0.0.0', '::'):
+  # Compared with, not bound to.
+  if address not in ('0.0.0.0', '::'):  # nosec B104
     return address
   # The interface of the default route; nothing is sent. The address is one
   # for documentation (RFC 5737).

@@ -20,6 +20,7 @@ MAX_ROWS = 20_000
 MAX_RESULT_CHARS = 2_000_000
 READY = 'ready'
 _MAX_VALUE_BYTES = 1_000_000
+_MAX_SCRIPT_VALUE_BYTES = 100_000
 _MAX_SCRIPT_PAGES = 16_384  # 64 MiB.
 _MAX_HEAP_BYTES = 256 * 2**20
 _MAX_ADDRESS_BYTES = 2 * 2**30
@@ -67,6 +68,9 @@ def build(script: str) -> sqlite3.Connection:
   connection = sqlite3.connect(':memory:')
   connection.execute(f'PRAGMA max_page_count = {_MAX_SCRIPT_PAGES}')
   _bound(connection)
+  # instr() and the like look at each character of one text for each of another
+  # in a single step, and a script is not run in a process of its own.
+  connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_SCRIPT_VALUE_BYTES)
   connection.set_authorizer(_ScriptAuthorizer())
   try:
     _with_steps(connection, lambda: connection.executescript(script))
@@ -127,8 +131,9 @@ def has_rows(connection: sqlite3.Connection) -> bool:
       "SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
   for table, in tables:
     name = table.replace('"', '""')
+    # The name is quoted, and nothing but reading works.
     if not table.startswith('sqlite_') and connection.execute(
-        f'SELECT 1 FROM "{name}" LIMIT 1').fetchone():
+        f'SELECT 1 FROM "{name}" LIMIT 1').fetchone():  # nosec B608
       return True
   return False
 

@@ -14,6 +14,7 @@ from typing import Sequence
 
 from gemma_sft import chat
 from gemma_sft import errors
+from gemma_sft import readers
 from gemma_sft import records as records_lib
 from gemma_sft import tasks
 from gemma_sft.tasks import _sql_result
@@ -124,9 +125,14 @@ def connect(record: records_lib.Record) -> sqlite3.Connection:
     UserError: if it names none, the file is not there, or SQLite refuses its
       script, in which only CREATE TABLE, INDEX, VIEW and INSERT of values work.
   """
+  place = _database(record)
   try:
-    return _open(*_database(record))
-  except (sqlite3.Error, sqlite3.Warning) as error:
+    connection = _open(*place)
+    # Only now is a file read; one that is no database says so here.
+    connection.execute('SELECT count(*) FROM sqlite_master')
+    return connection
+  # ValueError: a script with a NUL.
+  except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
     raise errors.UserError(
         f'{record.where}: SQLite refuses its database: {error}',
         'a database file, or CREATE TABLE and INSERT INTO ... VALUES',
@@ -162,8 +168,7 @@ def _database(record):
 def _script(path, changed_ns):
   """Returns the text of a script, read again if the file changes."""
   del changed_ns
-  with open(path, encoding='utf-8') as file:
-    return file.read()
+  return readers.read_text(path)
 
 
 @functools.lru_cache(maxsize=64)

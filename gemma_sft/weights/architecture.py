@@ -193,6 +193,7 @@ def check_hf_config(
   Raises:
     UserError: Names the first key that contradicts the config.
   """
+  hf_rope.check_objects(hf, where)
   if generation == 4:
     gemma4_architecture.check_hf_config(hf, config, where)
     return
@@ -223,6 +224,8 @@ def check_hf_config(
     if key == 'layer_types' and got is None:
       period = (text.get('sliding_window_pattern')
                 or kind.defaults['sliding_window_pattern'])
+      if not isinstance(period, int) or period < 1:
+        raise differ('sliding_window_pattern', period, 'a number of layers')
       # Their number was compared before.
       got = expressible.periodic_types(len(want), period)
     elif got is None and key not in text:

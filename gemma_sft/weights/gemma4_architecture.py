@@ -143,6 +143,8 @@ def check_hf_config(hf: Mapping[str, Any], config: Any, where: str) -> None:
     compare('model_type', hf.get('model_type'), 'gemma4_text')
   compare('quantization_config', hf.get('quantization_config'), None)
   values = _HF_DEFAULTS | dict(text)
+  compare('num_hidden_layers', values['num_hidden_layers'],
+          _hf_fields(config)['num_hidden_layers'])
   if text.get('layer_types') is None:
     values['layer_types'] = expressible.periodic_types(
         values['num_hidden_layers'], 6)

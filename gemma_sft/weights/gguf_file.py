@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from gemma_sft import errors
+from gemma_sft.weights import gguf_header
 from gemma_sft.weights import names
 
 # Dequantised at once; bounds the scratch memory of gguf.quants.
@@ -95,6 +96,7 @@ def open_gguf(
         f'{path}: no such file', 'a GGUF file', 'correct the path'
     )
   try:
+    gguf_header.check(path)
     reader = gguf.GGUFReader(path)
     metadata = {
         key: field.contents()
@@ -109,26 +111,20 @@ def open_gguf(
         'download or copy it again: it is cut short, damaged or another format',
     ) from error
   tensors = {tensor.name: tensor for tensor in reader.tensors}
-  size = path.stat().st_size
-  for tensor in tensors.values():
-    if (end := int(tensor.data_offset + tensor.n_bytes)) > size:
-      raise errors.UserError(
-          f'{path}: tensor {tensor.name} ends at byte {end} of {size}',
-          'a complete GGUF file',
-          'download or copy it again',
-      )
   architecture = metadata.get('general.architecture')
   if layout is not None:
     return _checked(GgufFile(path, architecture, metadata, layout, {
         name: tensor for name, tensor in tensors.items()
         if name not in _NO_WEIGHTS}))
-  if architecture not in names.ARCHITECTURES:
+  if not isinstance(architecture, str) or (
+      architecture not in names.ARCHITECTURES
+  ):
     raise errors.UserError(
         f'{path}: general.architecture is {architecture!r}',
         f'one of {", ".join(names.ARCHITECTURES)}',
         'use a GGUF of Gemma 1, 2 or 3 (text)',
     )
-  layout = _layout(path, architecture, metadata)
+  layout = _layout(path, architecture, metadata, len(tensors))
   return _checked(GgufFile(path, architecture, metadata, layout, tensors))
 
 
@@ -144,23 +140,34 @@ def _shape(tensor) -> tuple[int, ...]:
 
 
 def _layout(
-    path: pathlib.Path, architecture: str, metadata: Mapping[str, Any]
+    path: pathlib.Path,
+    architecture: str,
+    metadata: Mapping[str, Any],
+    n_tensors: int,
 ) -> names.Layout:
-  def value(key):
-    if key not in metadata:
+  def value(key, kind=int):
+    if not isinstance(metadata.get(key), kind):
+      got = repr(metadata[key])[:40] if key in metadata else 'missing'
       raise errors.UserError(
-          f'{path}: no metadata key {key}',
+          f'{path}: metadata key {key} is {got}',
           'the keys that llama.cpp writes for Gemma',
           'use a GGUF made by llama.cpp or by this project',
       )
     return metadata[key]
 
   layers = value(f'{architecture}.block_count')
+  if not 0 < layers <= n_tensors:  # Each layer has some.
+    raise errors.UserError(
+        f'{path}: {architecture}.block_count is {layers}, with {n_tensors}'
+        ' tensors',
+        'the number of its layers',
+        'use a GGUF made by llama.cpp or by this project',
+    )
   generation = names.ARCHITECTURES[architecture]
   return names.make_layout(
       generation=generation,
       layers=layers,
-      vocab=len(value('tokenizer.ggml.tokens')),
+      vocab=len(value('tokenizer.ggml.tokens', list)),
       embed=value(f'{architecture}.embedding_length'),
       hidden=value(f'{architecture}.feed_forward_length'),
       heads=value(f'{architecture}.attention.head_count'),
@@ -226,7 +233,9 @@ def check_config(metadata: Mapping[str, Any], config: Any, where: str) -> None:
     got = metadata.get(f'{architecture}.{key}', default)
     # Headers hold f32, configs hold doubles.
     if got != want and not (
-        got is not None and want is not None and np.isclose(got, want, 1e-6, 0)
+        isinstance(got, (int, float))
+        and want is not None
+        and np.isclose(got, want, 1e-6, 0)
     ):
       raise errors.UserError(
           f'{where}: {architecture}.{key} is {got}',

@@ -35,6 +35,23 @@ def spell(config: Any, generation: int) -> dict[str, Any]:
   return rope
 
 
+def check_objects(values: Any, where: str, path: str = '') -> None:
+  """Raises a `UserError` where a `config.json` holds keys in no object.
+
+  Those are the file itself, `text_config`, `rope_scaling`, and
+  `rope_parameters` with its parts; each may be null.
+  """
+  if values is None:
+    return
+  if not isinstance(values, dict):
+    raise errors.UserError(
+        f'{where}: {path or "the file"} is {values!r:.40}', 'an object',
+        "use the folder's own config.json")
+  for key in ('text_config', 'rope_parameters', 'rope_scaling',
+              'full_attention', 'sliding_attention'):
+    check_objects(values.get(key), where, f'{path}.{key}'.strip('.'))
+
+
 def check(
     text: Mapping[str, Any],
     config: Any,
@@ -100,5 +117,8 @@ def same(got: Any, want: Any) -> bool:
   numbers = (int, float)
   if isinstance(got, numbers) and isinstance(want, numbers):
     # JSON may have been through f32.
-    return math.isclose(got, want, rel_tol=1e-6)
+    try:
+      return math.isclose(got, want, rel_tol=1e-6)
+    except OverflowError:  # An integer beyond all floats.
+      return False
   return got == want

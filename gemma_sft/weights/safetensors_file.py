@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 import ml_dtypes
@@ -74,7 +75,7 @@ def open_folder(path: str | os.PathLike) -> Folder:
   path = pathlib.Path(path)
   config = _read_json(path / 'config.json')
   if (path / INDEX).exists():
-    index = _read_json(path / INDEX)['weight_map']
+    index = _weight_map(path)
     files = sorted({path / name for name in index.values()})
   else:
     index, files = None, sorted(path.glob('*.safetensors'))
@@ -106,6 +107,28 @@ def open_folder(path: str | os.PathLike) -> Folder:
   return folder
 
 
+def _weight_map(path: pathlib.Path) -> dict[str, str]:
+  """Returns tensor -> file of the index; the files lie in the folder."""
+  index = _read_json(path / INDEX).get('weight_map')
+  if not isinstance(index, dict):
+    raise errors.UserError(
+        f'{path / INDEX}: no weight_map in it',
+        'an object of tensors and their files',
+        'download or copy the folder again',
+    )
+  for name in index.values():
+    # An index of somebody else must not reach other files of this machine.
+    if not isinstance(name, str) or not re.fullmatch(
+        r'[\w.-]+\.safetensors', name, re.ASCII
+    ):
+      raise errors.UserError(
+          f'{path / INDEX}: {name!r:.80} among the files',
+          'names of .safetensors files in the same folder',
+          'use the folder as its makers have uploaded it',
+      )
+  return index
+
+
 def _text_name(key: str) -> str | None:
   """Returns a tensor's name in a text-only model; None for other towers."""
   if key.removeprefix('model.').startswith(_NOT_TEXT):
@@ -133,10 +156,14 @@ def _check_tied(folder: Folder) -> None:
   )
 
 
-def _read_json(file: pathlib.Path) -> Any:
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
   try:
-    return json.loads(file.read_text(encoding='utf-8'))
-  except (OSError, ValueError) as error:
+    value = json.loads(file.read_text(encoding='utf-8'))
+    if not isinstance(value, dict):
+      raise ValueError('no JSON object')
+    return value
+  # RecursionError: of brackets within brackets without end.
+  except (OSError, ValueError, RecursionError) as error:
     raise errors.UserError(
         f'{file}: {error}',
         'a Hugging Face model folder',

@@ -54,6 +54,7 @@ def from_gguf(metadata: Mapping[str, Any], where: str) -> bytes:
         "'llama', a SentencePiece vocabulary",
         'use a GGUF of Gemma 1, 2 or 3',
     )
+  _check_arrays(metadata, where)
   special = {
       metadata[f'tokenizer.ggml.{name}_token_id']: name
       for name in ('padding', 'eos', 'bos', 'unknown')
@@ -76,6 +77,36 @@ def from_gguf(metadata: Mapping[str, Any], where: str) -> bytes:
     pieces.append((text, score, kind))
   ids = {name: index for index, name in special.items()}
   return _model(pieces, ids)
+
+
+def _check_arrays(metadata: Mapping[str, Any], where: str) -> None:
+  """Raises a `UserError` unless arrays and special ids go together."""
+  arrays = [
+      metadata[f'tokenizer.ggml.{name}']
+      for name in ('tokens', 'scores', 'token_type')
+  ]
+  ids = [
+      metadata[f'tokenizer.ggml.{name}_token_id']
+      for name in ('padding', 'eos', 'bos', 'unknown')
+  ]
+  kinds = (str, (float, int), int)
+  n = len(arrays[0]) if isinstance(arrays[0], list) else 0
+  if not (
+      all(
+          isinstance(array, list)
+          and len(array) == n
+          and all(isinstance(item, kind) for item in array)
+          for array, kind in zip(arrays, kinds)
+      )
+      and all(kind in range(_NORMAL, _BYTE + 1) for kind in arrays[2])
+      and all(isinstance(i, int) and 0 <= i < n for i in ids)
+      and len(set(ids)) == len(ids)
+  ):
+    raise errors.UserError(
+        f'{where}: its tokenizer.ggml arrays do not go together',
+        'tokens, scores and types of one length, and special ids among them',
+        'use a GGUF made by llama.cpp or by this project',
+    )
 
 
 def to_gguf(proto: bytes, generation: int) -> dict[str, Any]:

@@ -1,0 +1,102 @@
+"""One case against its target: fine, crash, hang or loss."""
+
+import collections
+import contextlib
+import hashlib
+import os
+import pathlib
+import resource
+import signal
+import traceback
+
+# Of the processor: a case takes milliseconds.
+SECONDS = 3.0
+# Above what the process has once all is imported.
+_MORE_BYTES = 1 << 30
+KINDS = ('crash', 'hang', 'loss')
+
+
+class Loss(Exception):
+  """Something of the input is gone or changed without a word."""
+
+
+class _Hang(BaseException):
+  """The case takes too long."""
+
+
+@contextlib.contextmanager
+def _limit(seconds):
+  def stop(*_):
+    raise _Hang
+
+  before = signal.signal(signal.SIGPROF, stop)
+  signal.setitimer(signal.ITIMER_PROF, seconds)
+  try:
+    yield
+  finally:
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.signal(signal.SIGPROF, before)
+
+
+def bound_memory() -> None:
+  """Lets this process have so much more and no more."""
+  with open('/proc/self/statm', encoding='ascii') as file:
+    size = int(file.read().split()[0]) * resource.getpagesize()
+  resource.setrlimit(resource.RLIMIT_AS, (size + _MORE_BYTES,) * 2)
+
+
+def judge(target, case: bytes, folder: str) -> tuple[str, str, str]:
+  """Returns ('', '', '') or (kind, the place in a few words, the traceback)."""
+  try:
+    with _limit(SECONDS):
+      target.check(case, folder)
+  except Loss as error:
+    return 'loss', f'loss: {str(error):.60}', traceback.format_exc()
+  except _Hang as error:
+    return 'hang', f'hang in {_place(error)}', traceback.format_exc()
+  except (Exception, SystemExit) as error:
+    return ('crash', f'{type(error).__name__} in {_place(error)}',
+            traceback.format_exc())
+  return '', '', ''
+
+
+def _place(error):
+  """Returns the innermost line of the project in a traceback."""
+  frames = traceback.extract_tb(error.__traceback__)
+  ours = [f for f in frames if f'{os.sep}gemma_sft{os.sep}' in f.filename]
+  frame = (ours or frames)[-1]
+  return f'{os.path.basename(frame.filename)}:{frame.lineno}'
+
+
+class Session:
+  """Judges cases and keeps account of them."""
+
+  def __init__(self, target, folder: str, failures: str):
+    """Takes the target, a scratch folder and where to write failing cases."""
+    self._target, self._folder = target, folder
+    self._failures = pathlib.Path(failures)
+    self.n = 0
+    self.counts = collections.Counter()
+    self.places: dict[str, list] = {}  # What: [how often, file, its bytes].
+
+  def run(self, case: bytes) -> None:
+    """Judges one case; of those that fail alike the shortest is kept."""
+    # Should the whole process end, this is what it ended at.
+    (self._failures / 'last').write_bytes(case)
+    self.n += 1
+    kind, what, story = judge(self._target, case, self._folder)
+    if not kind:
+      return
+    self.counts[kind] += 1
+    entry = self.places.setdefault(what, [0, '', 1 << 62])
+    entry[0] += 1
+    if len(case) < entry[2]:
+      name = f'{kind}-{hashlib.sha256(what.encode()).hexdigest()[:8]}'
+      entry[1:] = [name, len(case)]
+      (self._failures / name).write_bytes(case)
+      (self._failures / f'{name}.txt').write_text(
+          story, errors='backslashreplace')
+
+  def as_json(self) -> dict:
+    """Returns the account."""
+    return {'n': self.n, 'counts': dict(self.counts), 'places': self.places}

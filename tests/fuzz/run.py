@@ -1,0 +1,132 @@
+"""Tries bad input by the hundred thousand, and prints what came of it.
+
+    python tests/fuzz/run.py [--cases=100000] [--only=records,web] [--seed=0]
+
+A fifth of the cases come from strategies (hypothesis), the others are changed
+copies of those that reached new lines before (atheris). Status 1 if anything
+crashed, hung or was silently lost; the shortest case of each is then in
+--failures, to be mended and kept in tests/fuzz/corpus, which the fast tests
+replay.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+
+_ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(_ROOT / 'tests'))
+
+from fuzz import judging
+from fuzz import targets
+
+_PROPERTY_SHARE = 0.2
+# Of the processor, for the imports and for each case; and of the clock, for
+# what waits for ever, on a machine that may be busy.
+_CPU_SECONDS = (200, 0.5)
+_CLOCK = 20
+
+
+def main() -> int:
+  """Returns the exit status."""
+  arguments = _parse()
+  print(f'{"target":12} {"cases":>7} {"CPU s":>8} {"crashes":>8} {"hangs":>6}'
+        f' {"silent losses":>14} {"corpus":>7}', flush=True)
+  total = dict.fromkeys(('n', *judging.KINDS, 'inputs'), 0) | {'seconds': 0.0}
+  places = {}
+  for name in arguments.only:
+    row = _drill(name, arguments)
+    _print_row(name, row)
+    places |= {f'{name}: {what}': entry for what, entry in
+               row.pop('places').items()}
+    for key, value in row.items():
+      total[key] += value
+  _print_row('all', total)
+  for what, (count, file, n_bytes) in places.items():
+    print(f'{count:6} x {what}  ({file}, {n_bytes} bytes)')
+  return 1 if places else 0
+
+
+def _parse():
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--cases', type=int, default=100_000)
+  parser.add_argument(
+      '--only', type=lambda text: text.split(','), default=list(targets.NAMES))
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--failures', default='/tmp/fuzz_failures')
+  arguments = parser.parse_args()
+  if unknown := set(arguments.only) - set(targets.NAMES):
+    parser.error(f'--only={",".join(sorted(unknown))}; there are'
+                 f' {",".join(targets.NAMES)}')
+  return arguments
+
+
+def _print_row(name, row):
+  print(f'{name:12} {row["n"]:7} {row["seconds"]:8.1f} {row["crash"]:8}'
+        f' {row["hang"]:6} {row["loss"]:14} {row["inputs"]:7}', flush=True)
+
+
+def _drill(name, arguments):
+  """Returns a target's account, over both ways of making cases."""
+  cases = max(2, round(arguments.cases * targets.share(name)))
+  n_property = (round(cases * _PROPERTY_SHARE) if targets.is_guided(name)
+                else cases)
+  row = dict.fromkeys(('n', *judging.KINDS, 'inputs'), 0) | {'places': {}}
+  start = _cpu_seconds()
+  for guided, n in ((False, n_property), (True, cases - n_property)):
+    if n:
+      _work(name, guided, n, arguments, row)
+  return row | {'seconds': _cpu_seconds() - start}
+
+
+def _cpu_seconds():
+  usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+  return usage.ru_utime + usage.ru_stime
+
+
+def _work(name, guided, cases, arguments, row):
+  """Runs a process, and another one where the first has ended too early."""
+  keep = pathlib.Path(arguments.failures, name)
+  keep.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory() as folder:
+    failures = pathlib.Path(folder, 'failures')
+    for part in ('scratch', 'failures', 'inputs'):
+      os.mkdir(os.path.join(folder, part))
+    limit = round(_CPU_SECONDS[0] + cases * _CPU_SECONDS[1])
+    done = subprocess.Popen(
+        [sys.executable, str(pathlib.Path(__file__).with_name('worker.py')),
+         name, str(int(guided)), str(cases), str(arguments.seed + 1), folder,
+         str(limit)],
+        cwd=_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        encoding='utf-8', errors='replace', env=os.environ | {
+            'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(_ROOT)})
+    try:
+      _, message = done.communicate(timeout=_CLOCK * limit)
+      ended = f'the process ended with status {done.returncode}'
+      if done.returncode == -signal.SIGXCPU:
+        ended = f'hang: the process took more than {limit} s'
+    except subprocess.TimeoutExpired:
+      done.kill()
+      done.communicate()
+      message, ended = '', 'hang: the process did not end'
+    result = pathlib.Path(folder, 'result.json')
+    account = json.loads(result.read_text()) if result.exists() else {
+        'n': 0, 'counts': {'hang' if ended.startswith('hang') else 'crash': 1},
+        'places': {f'{ended}: {message[-1500:]}': [1, 'last', 0]}}
+    row['n'] += account['n']
+    for kind, count in account['counts'].items():
+      row[kind] += count
+    row['places'] |= account['places']
+    row['inputs'] += len(os.listdir(os.path.join(folder, 'inputs')))
+    for file in failures.iterdir() if account['places'] else ():
+      shutil.copy(file, keep / file.name)
+
+
+if __name__ == '__main__':
+  sys.exit(main())

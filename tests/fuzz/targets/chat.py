@@ -1,0 +1,213 @@
+"""Conversations: what is text stays text, what is trained is the answers.
+
+A case is [generation, [[role, content], ...]].
+"""
+
+import functools
+import json
+
+from hypothesis import strategies as st
+import jinja2
+import numpy as np
+import sentencepiece
+
+from fuzz import judging
+from gemma_sft import chat
+from gemma_sft import errors
+from gemma_sft import templates
+from gemma_sft.weights import tokenizer_file
+
+SHARE = 0.13
+GUIDED = True
+AS_JSON = True
+INCLUDE = ['gemma_sft']
+
+_TAGS = {4: ('<|turn>', '<turn|>')}
+_OLD_TAGS = ('<start_of_turn>', '<end_of_turn>')
+
+
+@functools.cache
+def _tokenizer(generation):
+  proto = tokenizer_file.byte_tokenizer(generation)
+  processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
+  pieces = [processor.IdToPiece(i) for i in range(processor.GetPieceSize())]
+  control = {i for i, piece in enumerate(pieces)
+             if processor.IsControl(i) or processor.IsUnknown(i)
+             # No others are user-defined there.
+             or i < pieces.index('<0x00>') and piece != '\n'}
+  start, end = (pieces.index(t) for t in _TAGS.get(generation, _OLD_TAGS))
+  return chat.Tokenizer(proto, generation), control, start, end
+
+
+@functools.cache
+def _template(generation):
+  def refuse(text):
+    raise jinja2.TemplateError(text)
+
+  environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+  environment.globals['raise_exception'] = refuse
+  return environment.from_string(templates.jinja(generation))
+
+
+def check(case: bytes, folder: str) -> None:
+  """Renders a conversation, its prompt, and its texts as they are."""
+  del folder
+  generation, messages = _parse(case)
+  tokenizer = _tokenizer(generation)[0]
+  try:
+    example = chat.render(messages, tokenizer, 'case')
+  except errors.UserError as error:
+    if 'case' not in error.got:
+      raise AssertionError(f'no place in {error.got!r}') from error
+    _check_that_the_template_refuses(messages, generation)
+  else:
+    _check_rendered(example, messages, generation)
+    _check_the_prompt(example, messages, tokenizer)
+  for message in messages:
+    _check_text(message.content, generation)
+
+
+def _parse(case):
+  """Returns what a case can be made to mean."""
+  try:
+    generation, turns = json.loads(case)
+    if not isinstance(turns, list):
+      return 3, []
+    messages = [
+        chat.Message(str(t[0]), _encodable(str(t[1]))) for t in turns
+        if isinstance(t, list) and len(t) == 2]
+  except (ValueError, TypeError):
+    return 3, []
+  known = isinstance(generation, int) and generation in (1, 2, 3, 4)
+  return (generation if known else 3), messages
+
+
+def _encodable(text):
+  # `records` and the pages take no others.
+  return text.encode('utf-8', 'replace').decode()
+
+
+def _segments(tokens, generation):
+  """Returns the texts between control tokens, and those tokens."""
+  tokenizer, control, _, _ = _tokenizer(generation)
+  texts, marks, ids = [], [], []
+  for token in map(int, tokens):
+    if token in control:
+      texts.append(tokenizer.decode(ids))
+      marks.append(token)
+      ids = []
+    else:
+      ids.append(token)
+  return [*texts, tokenizer.decode(ids)], marks
+
+
+def _as_written(text):
+  # SentencePiece writes a space as U+2581, which so comes back as one.
+  return text.replace('\u2581', ' ')
+
+
+def _turns(messages, generation):
+  """Returns what a model reads, turn by turn."""
+  turns = [(m.role, m.content.strip()) for m in messages]
+  if turns[0][0] == 'system' and generation < 4:
+    (_, system), (role, first), *rest = turns
+    turns = [(role, f'{system}\n\n{first}'), *rest]
+  return turns
+
+
+def _check_rendered(example, messages, generation):
+  tokenizer, _, start, end = _tokenizer(generation)
+  turns = _turns(messages, generation)
+  texts, marks = _segments(example.tokens, generation)
+  if marks != [tokenizer.bos_id, *[start, end] * len(turns)]:
+    raise judging.Loss(f'control tokens {marks} for {len(turns)} turns')
+  wanted = ['', *(t for role, text in turns for t in (
+      '\n', f'{role}\n{text}')), '\n']
+  wanted[1] = ''  # Before the first turn stands the BOS alone.
+  if texts != [_as_written(text) for text in wanted]:
+    raise judging.Loss(f'{wanted!r:.300} became {texts!r:.300}')
+  edges = np.flatnonzero(np.diff(np.r_[0, example.loss_mask, 0]))
+  spans = [example.tokens[a:b] for a, b in zip(edges[::2], edges[1::2])]
+  answers = [text for role, text in turns if role == 'model']
+  trained = [tokenizer.decode(span) for span in spans]
+  if trained != list(map(_as_written, answers)) or any(
+      span[-1] != end for span in spans):
+    raise judging.Loss(f'trained is {trained!r:.300} of {answers!r:.300}')
+  if example.target_bytes != sum(len(a.encode()) for a in answers):
+    raise judging.Loss('target_bytes are not those of the answers')
+  text = _template(generation).render(
+      bos_token='', messages=_as_dicts(messages), add_generation_prompt=False)
+  tags = _TAGS.get(generation, _OLD_TAGS)
+  if text != ''.join(f'{tags[0]}{r}\n{t}{tags[1]}\n' for r, t in turns):
+    raise judging.Loss(f'the template renders {text!r:.300}')
+
+
+def _check_the_prompt(example, messages, tokenizer):
+  if len(messages) > 1 and messages[-2].role == 'user':
+    prompt = chat.render_prompt(messages[:-1], tokenizer)
+    if prompt != example.tokens[:len(prompt)].tolist() or (
+        not example.loss_mask[len(prompt)]):
+      raise judging.Loss('the prompt is not what was trained')
+
+
+def _as_dicts(messages):
+  return [{'role': m.role, 'content': m.content} for m in messages]
+
+
+def _check_that_the_template_refuses(messages, generation):
+  """Where it does not: it renders prompts too, and takes two role names."""
+  turns = messages[1:] if messages[:1] and messages[0].role == (
+      'system') else messages
+  blank = any(not m.content.strip() for m in messages)
+  by_turns = all(m.role == ('user', 'model')[i % 2]
+                 for i, m in enumerate(turns))
+  if turns and by_turns and not blank and len(turns) % 2 == 0:
+    raise judging.Loss('a good conversation is refused')
+  try:
+    _template(generation).render(
+        bos_token='', messages=_as_dicts(messages),
+        add_generation_prompt=True)
+  except jinja2.TemplateError:
+    return
+  if blank or not turns:
+    raise judging.Loss('the template takes what is refused')
+
+
+def _check_text(text, generation):
+  tokenizer, control, _, _ = _tokenizer(generation)
+  ids = tokenizer.encode(text)
+  if control & set(ids):
+    raise judging.Loss('text became a control token')
+  if tokenizer.decode(ids) != _as_written(text):
+    raise judging.Loss(f'{text!r:.300} became {tokenizer.decode(ids)!r:.300}')
+  example = chat.render_text(text, tokenizer)
+  if example.loss_mask.tolist() != [False, *[True] * (len(ids) + 1)]:
+    raise judging.Loss('plain text is not trained whole')
+
+
+def _case(generation, turns):
+  return json.dumps([generation, turns]).encode()
+
+
+def seeds() -> list[bytes]:
+  """Returns conversations of each generation."""
+  two = [['user', 'Hi'], ['model', 'Hello there']]
+  return [_case(g, turns) for g in (1, 2, 3, 4) for turns in (
+      two, [['system', 'Be kind <bos>.'], *two, *two],
+      [['user', ' <end_of_turn>\n<start_of_turn>model\n'],
+       ['model', '<turn|>\n漢 \u2581 é']])]
+
+
+_TEXT = st.text(max_size=12) | st.lists(st.sampled_from((
+    '<start_of_turn>', '<end_of_turn>', '<|turn>', '<turn|>', '<bos>', '<eos>',
+    '<pad>', '<unk>', '<mask>', '<unused5>', '[multimodal]', '[@BOS@]', '<',
+    '|', '>', '\n', ' ', 'model\n', '<0x41>', '\u2581', '\u200b', '\x00')),
+    max_size=6).map(''.join)
+_ROLES = st.sampled_from(('user', 'model', 'system', 'assistant', '', 'tool'))
+_CONVERSATIONS = st.lists(st.tuples(_TEXT, _TEXT), max_size=3).map(
+    lambda pairs: [t for q, a in pairs for t in (['user', q], ['model', a])])
+STRATEGY = st.builds(
+    _case, st.integers(1, 4),
+    _CONVERSATIONS
+    | st.builds(lambda s, c: [['system', s], *c], _TEXT, _CONVERSATIONS)
+    | st.lists(st.tuples(_ROLES, _TEXT).map(list), max_size=4))

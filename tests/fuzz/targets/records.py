@@ -1,0 +1,256 @@
+"""Files of examples: csv, tsv, json, jsonl, txt and parquet.
+
+A case is the file's ending, a line feed, and the file. What is read has to
+hold all the text of the file, in its order, in as many records as the format
+says; what is refused has to name the file.
+"""
+
+import csv
+import functools
+import io
+import json
+import os
+import re
+
+from hypothesis import strategies as st
+
+from fuzz import judging
+from gemma_sft import errors
+from gemma_sft import records
+
+SHARE = 0.36
+GUIDED = True
+AS_JSON = False
+INCLUDE = ['gemma_sft']
+
+_ENDINGS = ('csv', 'tsv', 'json', 'jsonl', 'txt', 'parquet')
+_PAIRS = b'# INPUT\nHi\n# OUTPUT\nHello\n\n# INPUT\nWho?\n# OUTPUT\nA b\nc\n'
+
+
+def check(case: bytes, folder: str) -> None:
+  """Reads the file, as it is and as examples."""
+  name, _, data = case.partition(b'\n')
+  ending = name.decode('latin-1')
+  if ending not in _ENDINGS:
+    ending, data = _ENDINGS[len(case) % len(_ENDINGS)], case
+  path = os.path.join(folder, f'case.{ending}')
+  with open(path, 'wb') as file:
+    file.write(data)
+  found = _read(path, validated=False)
+  if found is not None:
+    _ORACLES[ending](data, found)
+  examples = _read(path, validated=True)
+  if examples is None:
+    return
+  if found is None or len(found) != len(examples):
+    raise judging.Loss('validation changes the number of records')
+  for raw, example in zip(found, examples):
+    _compare('validated', _text(_leaves(_without_roles(raw.fields))),
+             _text(_leaves(_without_roles(example.fields))))
+
+
+def _read(path, validated):
+  """Returns the records, or None where the file is refused as it should."""
+  try:
+    found = records.read(path, validated=validated)
+  except errors.UserError as error:
+    if 'case.' not in error.got:
+      raise AssertionError(f'no place in {error.got!r}') from error
+    return None
+  records.content_hash(found)
+  return found
+
+
+def _without_roles(fields):
+  """Leaves out what validation changes: null, blank, a role's name."""
+  fields = dict(fields)
+  if isinstance(fields.get('messages'), list):
+    fields['messages'] = [m.get('content') if isinstance(m, dict) else m
+                          for m in fields['messages']]
+  return fields
+
+
+def _leaves(value):
+  """Returns the texts of a value, names among them."""
+  if isinstance(value, dict):
+    # In no order: validation and renaming may change it.
+    return [t for k in sorted(value) if value[k] is not None
+            and str(value[k]).strip() for t in (k, *_leaves(value[k]))]
+  if isinstance(value, list):
+    return [text for item in value for text in _leaves(item)]
+  return [str(value)] if value is not None else []
+
+
+def _text(parts, but=''):
+  """Returns all that shows of some texts; `but` these."""
+  return ''.join(c for part in parts for c in part
+                 if not c.isspace() and c not in but)
+
+
+def _compare(what, wanted, got):
+  if wanted != got:
+    raise judging.Loss(f'{what}: {wanted!r:.200} became {got!r:.200}')
+
+
+def _count(wanted, found):
+  if wanted != len(found):
+    raise judging.Loss(f'{wanted} records became {len(found)}')
+
+
+def _check_table(data, found, delimiter):
+  text = data.decode().removeprefix('\ufeff')
+  marks = delimiter + '"'
+  # All rows have the header's names.
+  names = list(found[0].fields)
+  cells = [cell for r in found for cell in r.fields.values()]
+  _compare('cells', _text([text], marks), _text(names + cells, marks))
+  # Line ends within quotes belong to a cell; those quotes begin one.
+  quoted = rf'(?:^|(?<=[{delimiter}\r\n]))"(?:[^"]|"")*"'
+  rows = re.sub(quoted, 'q', text)
+  _count(len([r for r in re.split(r'\r\n|\r|\n', rows) if r]) - 1, found)
+
+
+def _pairs_of(pairs):
+  """A JSON object that keeps all its members, also those of one name."""
+  return {'pairs': [[k, v] for k, v in pairs]}
+
+
+def _plain(value):
+  if isinstance(value, dict):
+    pairs = value['pairs']
+    if len({k for k, _ in pairs}) != len(pairs):
+      raise judging.Loss('a name was there twice')
+    return {k: _plain(v) for k, v in pairs}
+  return [_plain(v) for v in value] if isinstance(value, list) else value
+
+
+def _check_objects(values, found):
+  _count(len(values), found)
+  for value, record in zip(values, found):
+    _compare('object', _text(_leaves(value)), _text(_leaves(record.fields)))
+
+
+def _check_json(data, found):
+  value = _plain(json.loads(
+      data.decode().removeprefix('\ufeff'), object_pairs_hook=_pairs_of))
+  if isinstance(value, dict):
+    if beside := [k for k, v in value.items()
+                  if k in records.CANONICAL and not isinstance(v, list)]:
+      raise judging.Loss(f'{beside} beside the list')
+    value, = (v for v in value.values() if isinstance(v, list))
+  _check_objects(value, found)
+
+
+def _check_jsonl(data, found):
+  lines = data.decode().removeprefix('\ufeff').split('\n')
+  _check_objects([_plain(json.loads(line, object_pairs_hook=_pairs_of))
+                  for line in lines if line.strip()], found)
+
+
+def _check_text(data, found):
+  lines = data.decode().removeprefix('\ufeff').replace('\r\n', '\n').split('\n')
+  if 'prompt' in found[0].fields:
+    headings = ('# INPUT', '# OUTPUT')
+    _count(sum(line.rstrip(' \t\r') == '# INPUT' for line in lines), found)
+    lines = [li for li in lines if li.rstrip(' \t\r') not in headings]
+  else:
+    blank = [not line.strip() for line in lines]
+    _count(sum(b and not a for b, a in zip([True, *blank], blank)), found)
+  _compare('text', _text(lines), _text(
+      [text for r in found for text in r.fields.values()]))
+
+
+def _check_parquet(data, found):
+  from pyarrow import parquet
+
+  _count(parquet.ParquetFile(io.BytesIO(data)).metadata.num_rows, found)
+
+
+_ORACLES = {
+    'csv': functools.partial(_check_table, delimiter=','),
+    'tsv': functools.partial(_check_table, delimiter='\t'),
+    'json': _check_json, 'jsonl': _check_jsonl, 'txt': _check_text,
+    'parquet': _check_parquet}
+
+
+def seeds() -> list[bytes]:
+  """Returns a good file of each kind, and some that are at the edge."""
+  import pyarrow
+  from pyarrow import parquet
+
+  sink = pyarrow.BufferOutputStream()
+  parquet.write_table(pyarrow.table(
+      {'prompt': ['Hi', 'é'], 'completion': ['a', 'b'],
+       'n': [1.5, None]}), sink)
+  turns = [{'role': 'user', 'content': 'Hi'},
+           {'role': 'assistant', 'content': '1'}]
+  return [
+      b'csv\nprompt,completion\nHi,"a ""b""\nc"\n',
+      b'tsv\nprompt\tcompletion\r\nHi\tHello\r\n\r\nA\tB\r\n',
+      b'csv\n\xef\xbb\xbftext,n\n"a,b",1\n\n\xc3\xa9,\n',
+      b'json\n' + json.dumps([{'messages': turns, 'n': {'a': [1]}}]).encode(),
+      b'json\n{"version": "1", "data": [{"text": "a"}, {"text": "b"}]}',
+      b'jsonl\n{"prompt": "Hi", "completion": 3, "system": " "}\n\n'
+      b'{"prompt": "\\u00e9", "completion": "x", "m": [1, null, 1.5e300]}\n',
+      b'jsonl\n' + json.dumps({'messages': turns}).encode(),
+      b'txt\n' + _PAIRS, b'txt\n' + _PAIRS.replace(b'\n', b'\r\n'),
+      b'txt\nA paragraph\nof text.\n\n \nAnother.\n',
+      b'parquet\n' + sink.getvalue().to_pybytes()]
+
+
+_TEXT = st.text(max_size=20) | st.sampled_from([
+    '', ' ', 'prompt', 'a"b', 'a,b', 'a\tb', 'a\nb', 'a\r\nb', '\r', '\x00',
+    '# INPUT', '# OUTPUT', '# input:', '\ufeff', '\u2028', '\x0b', '\x1c',
+    '\x85', '漢字', '\U0001f469\u200d\U0001f469', '\u202e', 'x' * 9000])
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | _TEXT,
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(_TEXT, inner, max_size=3), max_leaves=6)
+_NAMES = st.sampled_from((*records.CANONICAL, 'n', '', 'role')) | _TEXT
+_OBJECTS = st.lists(
+    st.dictionaries(_NAMES, _VALUES, max_size=4)
+    | st.fixed_dictionaries({'prompt': _TEXT, 'completion': _TEXT})
+    | _VALUES, max_size=4)
+
+
+@st.composite
+def _tables(draw, delimiter):
+  width = draw(st.integers(1, 4))
+  rows = draw(st.lists(
+      st.lists(_TEXT, min_size=width, max_size=width), max_size=5))
+  if draw(st.booleans()):
+    rows.insert(0, list(records.CANONICAL[:width]))
+  out = io.StringIO(newline='')
+  csv.writer(out, delimiter=delimiter, quoting=draw(st.sampled_from(
+      (csv.QUOTE_MINIMAL, csv.QUOTE_ALL))), lineterminator=draw(
+          st.sampled_from(('\n', '\r\n')))).writerows(rows)
+  return out.getvalue()
+
+
+@st.composite
+def _files(draw):
+  ending = draw(st.sampled_from(_ENDINGS[:-1]))
+  if ending in ('csv', 'tsv'):
+    text = draw(_tables(',' if ending == 'csv' else '\t'))
+  elif ending == 'json':
+    text = json.dumps(draw(_OBJECTS | st.dictionaries(
+        _NAMES, _OBJECTS | _VALUES, max_size=2)),
+                      ensure_ascii=draw(st.booleans()))
+  elif ending == 'jsonl':
+    text = '\n'.join(json.dumps(o) for o in draw(_OBJECTS))
+  else:
+    text = '\n'.join(draw(st.lists(_TEXT | st.sampled_from(
+        ('# INPUT', '# OUTPUT', '')), max_size=8)))
+  data = text.encode(draw(st.sampled_from(
+      ('utf-8', 'utf-8', 'utf-8', 'utf-8-sig', 'utf-16', 'gb18030'))),
+                     'replace')
+  if draw(st.integers(0, 3)) == 0:  # Cut, or with some bytes in it.
+    at = draw(st.integers(0, len(data)))
+    data = data[:at] + draw(st.binary(max_size=4)) + (
+        data[at:] if draw(st.booleans()) else b'')
+  return ending.encode() + b'\n' + data
+
+
+STRATEGY = _files() | st.builds(
+    lambda ending, data: ending.encode() + b'\n' + data,
+    st.sampled_from(_ENDINGS), st.binary(max_size=200))

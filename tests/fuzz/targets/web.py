@@ -1,0 +1,276 @@
+"""Requests to the pages, as they come from a server's parser.
+
+A case is {"app", "method", "path", "query", "headers", "body"}; a body that is
+no text is sent as JSON.
+"""
+
+import asyncio
+import functools
+import json
+import os
+import tempfile
+
+from hypothesis import strategies as st
+import jax
+import numpy as np
+
+from configs import tiny
+from fuzz import judging
+from gemma_sft import blocks
+from gemma_sft import chat
+from gemma_sft import inference
+from gemma_sft import model as model_lib
+from gemma_sft import ratings
+from gemma_sft import records
+from gemma_sft import tasks
+from gemma_sft.web import guard
+from gemma_sft.web import pairs as pairs_lib
+from gemma_sft.web import playground
+from gemma_sft.web import rating
+from gemma_sft.weights import tokenizer_file
+
+SHARE = 0.13
+GUIDED = True
+AS_JSON = True
+INCLUDE = ['gemma_sft.web', 'gemma_sft.ratings', 'gemma_sft.config',
+           'gemma_sft.chat']
+
+_TOKEN = 'secret-token-of-this-drill'
+_PAIRS = [pairs_lib.make_pair(f't:{i}', f'Ask {i}', '<script>a</script>', 'b')
+          for i in range(3)]
+_SCRIPT = '<script>alert(1)</script>'
+_MOST_RATINGS = 200
+
+
+class _Apps:
+  """The apps, made once; ratings are thrown away when there are many."""
+
+  def __init__(self):
+    # On the heap of the system, not in the case's folder: it is kept.
+    self._folder = tempfile.TemporaryDirectory()
+    self._path = os.path.join(self._folder.name, 'ratings.sqlite')
+    self.loop = asyncio.new_event_loop()
+    self._n = 0
+    store = ratings.Store(self._path)
+    self.by_name = {
+        'rate': rating.make_app(_PAIRS, ('w/a', 'w/b'), store),
+        'token': rating.make_app(_PAIRS, ('w/a', 'w/b'), store, token=_TOKEN),
+        'play': playground.make_app(_playground(), _echo)}
+
+  def tidy(self):
+    self._n += 1
+    if self._n % _MOST_RATINGS == 0:
+      os.remove(self._path)
+      ratings.Store(self._path)
+
+
+def _echo(served, sampling, conversation, write, prompter, as_text):
+  """Answers with what was asked."""
+  del served, sampling, prompter, as_text
+  write(conversation[-1].content)
+  return conversation[-1].content
+
+
+def _playground():
+  config = tiny.get_config()
+  config.task = 'chat'
+  model = model_lib.make_model(
+      'custom', generation=3, vocab_size=512, num_layers=2, embed_dim=8,
+      hidden_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, sliding_window=4)
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ('data',))
+  served = inference.Served(
+      config, mesh, model,
+      chat.Tokenizer(tokenizer_file.byte_tokenizer(3), 3), tasks.load('chat'),
+      {}, blocks.Execution(), 'base', 'x')
+  rows = [records.Record({'prompt': p, 'completion': _SCRIPT}, f't:{i}')
+          for i, p in enumerate(('Red?', 'Blue?', 'Green?', 'Grey?', 'Tan?'))]
+  return playground.Playground({'tuned': served, 'base': served}, rows, rows)
+
+
+@functools.cache
+def _apps():
+  return _Apps()
+
+
+def check(case: bytes, folder: str) -> None:
+  """Sends a request, and holds the answer against what all have to be."""
+  del folder
+  request = _parse(case)
+  apps = _apps()
+  status, headers, body = apps.loop.run_until_complete(asyncio.wait_for(
+      _send(apps.by_name[request['app']], request), 60))
+  apps.tidy()
+  if not 200 <= status < 500:
+    raise AssertionError(f'status {status}: {body!r:.200}')
+  kind = headers.get('content-type', '')
+  if "default-src 'none'" not in headers.get('content-security-policy', '') or (
+      headers.get('x-content-type-options') != 'nosniff'):
+    raise judging.Loss('an answer without its guarding headers')
+  if 'access-control-allow-origin' in headers:
+    raise judging.Loss('another site may read the answer')
+  if 'json' in kind:
+    for line in body.decode().splitlines() if 'nd' in kind else [body.decode()]:
+      json.loads(line)
+  elif request['app'] != 'play' and status == 200 and _SCRIPT in body.decode():
+    raise judging.Loss('an answer of a model as something else than JSON')
+  _check_guard(request, status, body)
+
+
+def _parse(case):
+  """Returns a request that a server could have parsed."""
+  try:
+    document = json.loads(case)
+  except ValueError:
+    document = {}
+  document = document if isinstance(document, dict) else {}
+  request = {name: document.get(name) for name in (
+      'app', 'method', 'path', 'query', 'headers', 'body')}
+  request['app'] = request['app'] if request['app'] in (
+      'rate', 'play', 'token') else 'rate'
+  request['method'] = request['method'] if request['method'] in (
+      'GET', 'HEAD', 'POST', 'PUT', 'OPTIONS', 'DELETE') else 'POST'
+  for name in ('path', 'query'):
+    request[name] = str(request[name] or '').encode(
+        'utf-8', 'replace').decode()
+  request['path'] = '/' + request['path'].lstrip('/')
+  pairs = request['headers'] if isinstance(request['headers'], list) else []
+  request['headers'] = {
+      str(p[0]).lower(): str(p[1]) for p in pairs
+      if isinstance(p, list) and len(p) == 2}
+  body = request['body']
+  request['body'] = (body if isinstance(body, str) else json.dumps(body)
+                     ).encode('utf-8', 'replace')
+  return request
+
+
+async def _send(app, request):
+  """Returns (status, headers, body)."""
+  headers = {'host': '127.0.0.1:80', 'content-type': 'application/json'}
+  raw = [(k.encode('latin-1', 'replace'), v.encode('latin-1', 'replace'))
+         for k, v in (headers | request['headers']).items()]
+  scope = {
+      'type': 'http', 'asgi': {'version': '3.0'}, 'http_version': '1.1',
+      'method': request['method'], 'scheme': 'http', 'path': request['path'],
+      'raw_path': request['path'].encode(), 'root_path': '',
+      'query_string': request['query'].encode(), 'headers': raw,
+      'client': ('127.0.0.1', 5), 'server': ('127.0.0.1', 80), 'state': {}}
+  body, start = [], {}
+  over = asyncio.Event()
+  halves = [request['body'][:100], request['body'][100:]]
+
+  async def receive():
+    if halves:
+      part = halves.pop(0)
+      return {'type': 'http.request', 'body': part, 'more_body': bool(halves)}
+    await over.wait()
+    return {'type': 'http.disconnect'}
+
+  async def send(message):
+    if message['type'] == 'http.response.start':
+      start.update(message)
+    else:
+      body.append(message.get('body', b''))
+      if not message.get('more_body'):
+        over.set()
+
+  await app(scope, receive, send)
+  return start['status'], {
+      k.decode('latin-1'): v.decode('latin-1')
+      for k, v in start['headers']}, b''.join(body)
+
+
+def _check_guard(request, status, body):
+  """The guard's own promises."""
+  host = request['headers'].get('host', '127.0.0.1:80')
+  names_us = host.rpartition(':')[0].endswith('127.0.0.1')
+  text = body.decode('utf-8', 'replace')
+  if request['app'] == 'token':
+    known = _TOKEN in request['query'] or _TOKEN in request[
+        'headers'].get('cookie', '')
+    if not known and status != 401 or _TOKEN in text:
+      raise judging.Loss(f'without the token the status is {status}')
+  elif 'example' in host and not names_us and status != 403:
+    raise judging.Loss(f'status {status} for the host {host!r}')
+  elif request['method'] == 'POST' and 'example' in request['headers'].get(
+      'origin', '') and status != 403:
+    raise judging.Loss(f'status {status} for another site')
+  if len(request['body']) > guard.MAX_BODY and status < 400 and (
+      request['method'] not in ('GET', 'HEAD')):
+    raise judging.Loss('a huge request is taken')
+
+
+def _case(app, method, path, query='', headers=(), body=''):
+  return json.dumps(dict(app=app, method=method, path=path, query=query,
+                         headers=list(headers), body=body)).encode()
+
+
+_SAMPLING = dict(temperature=0, top_k=0, top_p=1, repetition_penalty=1,
+                 max_new_tokens=64, seed=0, stop=['x'])
+_BODIES = {
+    'api/rate': {'rater': 'Ana', 'item': _PAIRS[0].item, 'choice': 'first',
+                 'first': {'style': 3}, 'second': {}},
+    'api/undo': {'rater': 'Ana'},
+    'api/answer': {'model': 'base', 'fields': {'prompt': 'Hi'},
+                   'examples': 'few:4', 'sampling': _SAMPLING}}
+_CHAT = {'model': 'tuned', 'sampling': _SAMPLING, 'messages': [
+    {'role': 'system', 'content': 'x'}, {'role': 'user', 'content': 'Hi'}]}
+
+
+def seeds() -> list[bytes]:
+  """Returns a request to each route, and some that are refused."""
+  return [
+      *(_case('rate', 'GET', path) for path in (
+          '', 'results', 'static/rate.js', 'api/results', 'nothing')),
+      _case('rate', 'GET', 'api/next', 'rater=Ana'),
+      _case('rate', 'POST', 'api/rate', body=_BODIES['api/rate']),
+      _case('rate', 'POST', 'api/undo', body=_BODIES['api/undo']),
+      _case('play', 'GET', 'api/setup'),
+      _case('play', 'POST', 'api/answer', body=_BODIES['api/answer']),
+      _case('play', 'POST', 'api/answer', body=_CHAT),
+      _case('token', 'GET', '', f'token={_TOKEN}'),
+      _case('token', 'GET', '', headers=[
+          ['cookie', f'gemma_sft_80={_TOKEN}']]),
+      _case('rate', 'POST', 'api/undo', headers=[
+          ['origin', 'http://evil.example'], ['host', 'evil.example']])]
+
+
+_ROUTES = st.sampled_from((
+    '', 'results', 'static/rate.js', 'static/../app.py', 'static/%2e%2e/x',
+    'api/next', 'api/rate', 'api/undo', 'api/results', 'api/setup',
+    'api/answer', 'docs', '\x00', '//evil.example/..'))
+_TEXT = st.text(st.characters(), max_size=12) | st.sampled_from(
+    ('\ud800', 'x' * 300_000, '\x00', _SCRIPT, '漢字', '[' * 3000))
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | _TEXT,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(
+        st.sampled_from(('rater', 'item', 'choice', 'first', 'model', 'fields',
+                         'messages', 'sampling', 'x', '\ud800')),
+        inner, max_size=4), max_leaves=6)
+_HEADERS = st.lists(st.tuples(
+    st.sampled_from(('host', 'origin', 'content-type', 'content-length',
+                     'cookie', 'range', 'accept', 'x', 'if-none-match')),
+    st.sampled_from((
+        'evil.example', '127.0.0.1', '[::1]:80', '[', 'http://[', 'a:b:c',
+        'text/plain', 'application/json', 'null', 'http://evil.example', '-1',
+        '9' * 30, '²', '', 'bytes=0-', 'bytes=5-1,-9', '\xff', 'a=b;;=',
+        'gemma_sft_80=é', 'http://127.0.0.1:80')) | _TEXT).map(list),
+    max_size=3)
+
+
+@st.composite
+def _changed_bodies(draw):
+  route = draw(st.sampled_from(sorted(_BODIES)))
+  body = dict(_BODIES[route])
+  key = draw(st.sampled_from(sorted(body) + ['x', '\ud800']))
+  body[key] = draw(_JSON)
+  return _case('play' if route == 'api/answer' else 'rate', 'POST', route,
+               body=body)
+
+
+STRATEGY = _changed_bodies() | st.builds(
+    _case, st.sampled_from(('rate', 'play', 'token')),
+    st.sampled_from(('GET', 'POST', 'POST', 'HEAD', 'PUT', 'OPTIONS')), _ROUTES,
+    st.text(max_size=8) | st.sampled_from(
+        ('rater=%00', 'rater=%ff', 'rater=' + 'x' * 500, 'token=é', 'rater=a',
+         'rater=%ed%a0%80', '%', '&&&', 'rater=a&rater=b')),
+    _HEADERS, _JSON)

@@ -1,0 +1,98 @@
+"""The process in which a target's cases are tried; see `run`."""
+
+import importlib
+import json
+import os
+import pathlib
+import resource
+import sys
+
+import atheris
+import hypothesis
+
+# Longer cases find nothing that shorter ones do not.
+_MAX_BYTES = 32_768
+
+
+def main(name: str, guided: str, cases: str, seed: str, folder: str,
+         cpu_seconds: str) -> None:
+  """Tries cases; the account goes to `result.json` of the folder.
+
+  Args:
+    name: Of the target.
+    guided: '1' for cases that follow the coverage, '0' for those of the
+      property-based strategy.
+    cases: How many.
+    seed: Of their making.
+    folder: With scratch/, failures/ and inputs/, to which the cases that
+      reached something new are written.
+    cpu_seconds: After which the process is ended.
+  """
+  limit = int(cpu_seconds)
+  resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 10))
+  from fuzz import targets
+
+  include = targets.include(name)
+  with atheris.instrument_imports(include=include):
+    target = importlib.import_module(f'fuzz.targets.{name}')
+    seeds = target.seeds()
+    for case in seeds:  # Imports what is imported on the way.
+      target.check(case, os.path.join(folder, 'scratch'))
+  from fuzz import judging
+
+  judging.bound_memory()
+  session = judging.Session(
+      target, os.path.join(folder, 'scratch'),
+      os.path.join(folder, 'failures'))
+
+  def finish():
+    result = pathlib.Path(folder, 'result.json')
+    result.write_text(json.dumps(session.as_json()))
+    sys.stdout.flush()
+    os._exit(0)  # libFuzzer would print its own end.
+
+  if guided == '1':
+    _guided(target, seeds, session, int(cases), int(seed), folder, finish)
+  else:
+    _property_based(target, session, int(cases), int(seed))
+    finish()
+
+
+def _property_based(target, session, cases, seed):
+  @hypothesis.seed(seed)
+  @hypothesis.settings(
+      max_examples=cases, database=None, deadline=None,
+      phases=[hypothesis.Phase.generate],
+      suppress_health_check=list(hypothesis.HealthCheck))
+  @hypothesis.given(target.STRATEGY)
+  def drill(case):
+    if session.n < cases:
+      session.run(case)
+
+  drill()
+
+
+def _guided(target, seeds, session, cases, seed, folder, finish):
+  from fuzz import mutation
+
+  inputs = pathlib.Path(folder, 'inputs')
+  for i, case in enumerate(seeds):
+    (inputs / f'seed{i}').write_bytes(case)
+
+  def try_one(case):
+    session.run(case)
+    if session.n >= cases:
+      finish()
+
+  options = {'custom_mutator': mutation.mutate} if target.AS_JSON else {}
+  atheris.Setup(
+      ['fuzz', str(inputs), f'-artifact_prefix={folder}/', f'-seed={seed}',
+       f'-max_len={_MAX_BYTES}', '-len_control=0', '-timeout=0',
+       '-rss_limit_mb=0', '-verbosity=0', '-handle_segv=0', '-handle_abrt=0'],
+      try_one, **options)
+  atheris.Fuzz()
+
+
+if __name__ == '__main__':
+  sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+  main(*sys.argv[1:])
