@@ -43,8 +43,10 @@ def get_config() -> config_dict.ConfigDict:
   model.num_kv_heads = 4
   model.head_dim = 64
   model.sliding_window = 512
-  # Dtype of the frozen base and of all compute: auto is bfloat16 where the
-  # device has it, float32 on a CPU (a step in bfloat16 is no faster there).
+  # Dtype of the frozen base and of compute: auto is bfloat16 where the device
+  # has it, float16 on NVIDIA cards below compute capability 8.0 (T4, V100),
+  # float32 on a CPU (a step in bfloat16 is no faster there). float16 is that of
+  # matrix products alone, with a loss scale: gemma_sft/float16.py.
   model.dtype = 'auto'
   # The projections of the frozen base in int8, int4 or nf4, a scale for each
   # block of 128 or 64 weights (QLoRA); '' keeps them in the dtype.

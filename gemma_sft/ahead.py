@@ -120,7 +120,7 @@ def make_program(
       config.model.quantization, stacked)
 
   def fresh(params):
-    state = runs.make_state(config, model, optimizer, params)
+    state = runs.make_state(config, model, optimizer, dtype, params)
     if stacked:
       state = state_lib.stack_layers(state, model.config.num_layers)
     return state

@@ -18,12 +18,14 @@ unlike shapes cannot be stacked.
 What is changed inside a block is changed by interceptors, by the class's name
 because Gemma 4 has classes of its own:
 
-    Einsum     adapters added; quantised weights dequantised
+    Einsum     adapters added; quantised weights dequantised; see `float16`
     Attention  a kernel of `attention` in the place of the full square
     Block      rematerialised
+    Embedder   f32 activations where weights are float16
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -34,6 +36,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from gemma_sft import attention
+from gemma_sft import float16
 from gemma_sft import lora
 from gemma_sft import quantize
 from gemma_sft import shapes
@@ -116,6 +119,7 @@ def run_scan(
     lora_scale: float,
     dropout: lora.Dropout | None,
     execution: Execution,
+    watch: dict[str, jax.Array] | None = None,
 ) -> shapes.HiddenBTD:
   """Runs the blocks of a Gemma 1 to 3 under `lax.scan`, to the final norm.
 
@@ -130,39 +134,56 @@ def run_scan(
     lora_scale: From `lora.scale`.
     dropout: Or None.
     execution: Without its `layers`.
+    watch: Takes the largest magnitude of each tensor inside, in the order of
+      computation, as 'layer_0/attn/q_einsum'; what is rounded to float16
+      there ends in `IN_FLOAT16`. Without rematerialisation only.
   """
   config = transformer.config
-  params = stack(params)
+  params, half = stack(params), float16.is_used(params)
+  if half:
+    params = float16.with_float32_scales(params)
   L = config.num_layers
   # Whose flags say local or global does not matter: `_attend` is told.
   block = transformer.bind({}).blocks[0].clone(parent=None, name=None)
   is_local_L = jnp.asarray([_is_local(kind) for kind in config.attention_types])
   same = len(set(config.attention_types)) == 1
   rope = _rope_tables(config, positions_BT)
+  names = []  # Of what is watched in a layer.
 
   def body(x_BTD, layer):
+    seen = None if watch is None else {}
     x_BTD = _constrain(x_BTD, execution.mesh)
     weights, layer_adapters, is_local, number = layer
     if same:
       is_local = _is_local(config.attention_types[0])
     with _interceptors(
         config, layer_adapters, lora_scale, dropout, execution, positions_BT,
-        segment_ids_BT, rope, is_local, number):
+        segment_ids_BT, rope, is_local, number, half, seen):
       # The mask is `_attend`'s affair.
       _, x_BTD = block.apply(
           {'params': weights}, x_BTD, positions_BT, None, None)
-    return x_BTD, None
+    names[:] = seen or ()
+    return x_BTD, tuple((seen or {}).values())
 
-  x_BTD = transformer.apply(
-      {'params': {'embedder': params['embedder']}}, tokens_BT,
-      method=lambda t, tokens: t.embedder.encode(tokens))
-  x_BTD, _ = jax.lax.scan(
+  if half:
+    x_BTD = _embed(params['embedder']['input_embedding'], tokens_BT)
+  else:
+    x_BTD = transformer.apply(
+        {'params': {'embedder': params['embedder']}}, tokens_BT,
+        method=lambda t, tokens: t.embedder.encode(tokens))
+  _see(watch, 'embedding', x_BTD)
+  x_BTD, seen_nL = jax.lax.scan(
       _rematerialised(body, execution.remat), x_BTD,
       (params['layers'], lora.stack(adapters, L) if adapters else None,
        is_local_L, jnp.arange(L)))
-  return transformer.apply(
+  if watch is not None:
+    watch |= {f'layer_{i}/{name}': seen_L[i] for i in range(L)
+              for name, seen_L in zip(names, seen_nL)}
+  x_BTD = transformer.apply(
       {'params': {'final_norm': params['final_norm']}}, x_BTD,
       method=lambda t, x: t.final_norm(x))
+  _see(watch, 'final_norm' + IN_FLOAT16, x_BTD)
+  return x_BTD
 
 
 def run_loop(
@@ -178,6 +199,7 @@ def run_loop(
     dropout: lora.Dropout | None = None,
     execution: Execution = PLAIN,
     segment_ids_BT: shapes.SegmentsBT | None = None,
+    watch: dict[str, jax.Array] | None = None,
 ) -> tuple[shapes.HiddenBTD, Params]:
   """Runs the library's own loop over its blocks, to the final norm.
 
@@ -194,11 +216,14 @@ def run_loop(
     execution: Without its `layers`.
     segment_ids_BT: With them the attention is a kernel of `attention`; without
       (decoding with a cache, Gemma 4) it is the library's.
+    watch: See `run_scan`.
 
   Returns:
     (hidden states, the new cache).
   """
-  rope = None
+  rope, half = None, float16.is_used(params)
+  if half:
+    params = float16.with_float32_scales(params)
   if adapters and is_stacked(adapters):
     adapters = unstack(adapters)
   if segment_ids_BT is not None:
@@ -206,11 +231,13 @@ def run_loop(
 
   with _interceptors(
       transformer.config, adapters, lora_scale, dropout, execution,
-      positions_BT, segment_ids_BT, rope, None, None):
+      positions_BT, segment_ids_BT, rope, None, None, half, watch):
     with nn.intercept_methods(_remat_blocks(execution.remat)):
-      return transformer.apply(
+      x_BTD, cache = transformer.apply(
           {'params': unstack(params)}, tokens_BT, positions_BT, mask_BTS,
           cache, method=run_library)
+  _see(watch, 'final_norm' + IN_FLOAT16, x_BTD)
+  return x_BTD, cache
 
 
 def run_library(
@@ -235,7 +262,7 @@ def run_library(
 
 def _interceptors(
     config, adapters, lora_scale, dropout, execution, positions_BT,
-    segment_ids_BT, rope, is_local, number):
+    segment_ids_BT, rope, is_local, number, half, seen):
   """Returns the context in which Einsum and Attention layers are ours.
 
   Args:
@@ -249,20 +276,31 @@ def _interceptors(
     rope: From `_rope_tables`.
     is_local: In a scan, whether this layer is local.
     number: In a scan, which layer this is; None for paths that begin with it.
+    half: Whether products are in float16.
+    seen: Takes the magnitudes of `run_scan`'s `watch`, or None.
   """
 
+  def see(module, name, array):
+    _see(seen, '/'.join((*module.path, *name)), array)
+
   def intercept(next_fun, args, kwargs, context):
-    module = context.module
+    module, kind = context.module, type(context.module).__name__
+    if half and kind == 'Embedder' and context.method_name == 'encode':
+      return _embed(module.get_variable('params', 'input_embedding'), *args)
     if context.method_name != '__call__':
       return next_fun(*args, **kwargs)
-    kind = type(module).__name__
     if kind == 'Einsum':
       return einsum(next_fun, module, *args)
     if kind == 'Attention' and segment_ids_BT is not None:
       local = is_local if number is not None else _is_local(module.attn_type)
       return None, _attend(
-          module, args[0], positions_BT, segment_ids_BT, rope, local, execution)
-    return next_fun(*args, **kwargs)
+          module, args[0], positions_BT, segment_ids_BT, rope, local, execution,
+          half, functools.partial(see, module))
+    out = next_fun(*args, **kwargs)
+    if kind in ('RMSNorm', 'Block'):
+      see(module, ('residual',) if kind == 'Block' else (),
+          out[1] if kind == 'Block' else out)
+    return out
 
   def einsum(next_fun, module, equation, x):
     path = (*module.path, module.weight_name)
@@ -271,8 +309,19 @@ def _interceptors(
       layer = int(path[0].removeprefix('layer_'))
       here, path = (adapters or {}).get(path[0]), path[1:]
     weight = module.get_variable('params', module.weight_name)
+    factor_BT = None
+    own = () if module.weight_name == 'w' else (module.weight_name,)
+    if half and (*module.path, *own)[-1] in _BOUNDED:
+      see(module, (*own, 'input' + IN_FLOAT16), x)
+    elif half:
+      see(module, (*own, 'input'), x)
+      x, factor_BT = float16.fit(x)
     if isinstance(weight, quantize.Quantized):
-      y = quantize.einsum(equation, x, weight)
+      y = quantize.einsum(equation, x, weight, half)
+    elif half:
+      y = float16.einsum(equation, x, weight)
+      # Gemma 4 has it on one.
+      y = y if getattr(module, 'w_scale', None) is None else y * module.w_scale
     else:
       y = next_fun(equation, x)
     if here:
@@ -281,7 +330,11 @@ def _interceptors(
           dropout and dataclasses.replace(dropout, layer=layer),
           weight=lambda: quantize.dense(weight, jnp.float32),
           # All of Gemma 4's are.
-          transposed_gating=getattr(config, 'transpose_gating_einsum', True))
+          transposed_gating=getattr(config, 'transpose_gating_einsum', True),
+          einsum=float16.einsum if half else None)
+    if factor_BT is not None:
+      y = float16.unfit(y, factor_BT)
+    see(module, own, y)
     # What remat 'elementwise' keeps.
     return checkpoint_name(y, _KEPT)
 
@@ -289,7 +342,7 @@ def _interceptors(
 
 
 def _attend(module, x_BTD, positions_BT, segment_ids_BT, rope, is_local,
-            execution):
+            execution, half, see):
   """The library's Attention with one of our kernels in its middle."""
   if module.use_qkv_einsum:
     q_BTNH, k_BTKH, v_BTKH = module.qkv_einsum('BTD,SNDH->SBTNH', x_BTD)
@@ -304,9 +357,15 @@ def _attend(module, x_BTD, positions_BT, segment_ids_BT, rope, is_local,
   else:
     angles = jax.tree.map(
         lambda a, b: jnp.where(is_local, a, b), rope['local'], rope['global'])
+  q_BTNH = _rotate(q_BTNH, angles) * module.query_pre_attn_scalar
+  k_BTKH = _rotate(k_BTKH, angles)
+  if half:
+    for name, x in (('queries', q_BTNH), ('keys', k_BTKH), ('values', v_BTKH)):
+      see((name + IN_FLOAT16,), x)
+    q_BTNH, k_BTKH, v_BTKH = (
+        x.astype(jnp.float16) for x in (q_BTNH, k_BTKH, v_BTKH))
   out_BTNH = attention.attend(
-      _rotate(q_BTNH, angles) * module.query_pre_attn_scalar,
-      _rotate(k_BTKH, angles), v_BTKH, positions_BT, segment_ids_BT, is_local,
+      q_BTNH, k_BTKH, v_BTKH, positions_BT, segment_ids_BT, is_local,
       window=module.sliding_window_size, softcap=module.attn_logits_soft_cap,
       kernel=execution.attention, mesh=execution.mesh)
   return module.attn_vec_einsum(
@@ -339,6 +398,24 @@ def _rotate(x_BTNH, angles):
   return jnp.concatenate(
       [first * cos - second * sin, second * cos + first * sin],
       axis=-1).astype(x_BTNH.dtype)
+
+
+def _embed(table_VD, tokens_BT):
+  """The library's `encode`, in f32."""
+  return table_VD[tokens_BT].astype(jnp.float32) * jnp.sqrt(
+      jnp.float32(table_VD.shape[1]))
+
+
+# Ends the names of tensors that are watched at the end of float16.
+IN_FLOAT16 = ', rounded to float16'
+# Layers whose inputs float16 holds: what a norm has made, and means of values.
+_BOUNDED = ('q_einsum', 'k_einsum', 'kv_einsum', 'qkv_einsum',
+            'attn_vec_einsum', 'gating_einsum')
+
+
+def _see(seen, name, array):
+  if seen is not None:
+    seen[name] = jnp.max(jnp.abs(array.astype(jnp.float32)))
 
 
 def _is_local(kind) -> bool:

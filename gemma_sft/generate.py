@@ -178,6 +178,8 @@ def _prefill(
   B, T = tokens_BT.shape
   positions_BT = jnp.maximum(jnp.cumsum(mask_BT, axis=1) - 1, 0)
   dtype = model_lib.embedding(params).dtype
+  if dtype == jnp.float16:
+    dtype = jnp.float32  # As the library's attention is then, see `float16`.
   cache = model_lib.init_cache(model, B, T + n_new, dtype)
   filled_BS = jnp.concatenate([mask_BT, jnp.zeros((B, n_new), bool)], axis=1)
   causal_TS = jnp.arange(T)[:, None] >= jnp.arange(T + n_new)[None]

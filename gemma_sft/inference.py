@@ -53,8 +53,8 @@ class Served:
     layout = dataclasses.replace(
         runs.make_layout(self.config, self.mesh), repeat=1)
     return data.Batches(
-        examples, layout, seed=None, host=jax.process_index(),
-        n_hosts=jax.process_count())
+        examples, layout, seed=None,
+        shards=sharding.local_shards(self.mesh))
 
 
 @dataclasses.dataclass(frozen=True)

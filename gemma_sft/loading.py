@@ -1,5 +1,6 @@
 """From a config's sections to the things that every entry point needs."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -7,6 +8,7 @@ import pathlib
 import time
 from typing import Any
 from typing import Sequence
+import uuid
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from gemma_sft import audit
 from gemma_sft import cache
 from gemma_sft import chat
 from gemma_sft import config as config_lib
+from gemma_sft import distributed
 from gemma_sft import errors
 from gemma_sft import model as model_lib
 from gemma_sft import records as records_lib
@@ -38,10 +41,22 @@ def choose_dtype(name: str, device: Any = None) -> tuple[Any, str]:
   """Returns the dtype of the frozen base and of compute, and why.
 
   Args:
-    name: 'auto', 'bfloat16' or 'float32'.
+    name: 'auto', 'bfloat16', 'float16' (see the module) or 'float32'.
     device: What to compute on; the first local device unless given.
+
+  Raises:
+    UserError: if bfloat16 is asked of a card that has none.
   """
   device = device or jax.local_devices()[0]
+  # By the card: libraries may call bfloat16 supported where it is emulated.
+  capability = compute_capability(device)
+  without = 0 < capability < 8.0
+  if name == 'bfloat16' and without:
+    raise errors.UserError(
+        f'config.model.dtype is bfloat16 on {device.device_kind}, whose compute'
+        f' capability {capability} has none: it would be computed as float32,'
+        ' eight times slower than float16', 'float16 or float32 there',
+        'set --config.model.dtype=auto, which takes float16')
   if name == 'bfloat16' and device.platform == 'cpu':
     return jnp.dtype(name), (
         'config.model.dtype says so; float32 is no slower on a CPU, and exact')
@@ -49,12 +64,12 @@ def choose_dtype(name: str, device: Any = None) -> tuple[Any, str]:
     return jnp.dtype(name), 'config.model.dtype says so'
   if device.platform == 'cpu':
     return jnp.dtype('float32'), 'a CPU: bfloat16 is no faster there'
-  if device.platform == 'gpu':
-    # By the card: libraries may call bfloat16 supported where it is emulated.
-    capability = compute_capability(device)
-    if capability < 8.0:
-      return jnp.dtype('float32'), (
-          f'compute capability {capability} has no bfloat16')
+  if without:
+    return jnp.dtype('float16'), (
+        f'compute capability {capability} has no bfloat16: products in float16,'
+        ' all else in float32')
+  if device.platform == 'gpu' and not capability:
+    return jnp.dtype('float32'), 'its compute capability is not known'
   return jnp.dtype('bfloat16'), f'{device.device_kind} has it'
 
 
@@ -365,11 +380,16 @@ def _prompt_text(conversation):
 def lock_workdir(workdir: str) -> Any:
   """Takes the workdir for this process until it ends; returns the open file.
 
+  Of several processes that have joined, the first takes it.
+
   Raises:
-    UserError: if another process has it, or it cannot be written.
+    UserError: if another process has it, it cannot be written, or the hosts of
+      a run do not share it.
   """
   import fcntl
 
+  if distributed.index():
+    return _shared_lock(workdir)
   try:
     os.makedirs(workdir, exist_ok=True)
     file = open(os.path.join(workdir, '.lock'), 'a+', encoding='utf-8')
@@ -382,10 +402,31 @@ def lock_workdir(workdir: str) -> Any:
   except OSError:
     file.seek(0)
     raise errors.UserError(
-        f'workdir {workdir} is in use by process {file.read().strip()}',
+        f'workdir {workdir} is in use by process {file.readline().strip()}',
         'one run a workdir', 'wait for it, stop it, or choose another'
         ' --workdir') from None
   file.truncate(0)
-  file.write(str(os.getpid()))
+  token = uuid.uuid4().hex
+  file.write(f'{os.getpid()}\n{token}')
   file.flush()
+  os.fsync(file.fileno())
+  distributed.from_first(token)
   return file
+
+
+def _shared_lock(workdir):
+  """Opens the file that process 0 has locked."""
+  token = distributed.from_first(None)
+  path = os.path.join(workdir, '.lock')
+  for _ in range(20):  # A network's file system may be late.
+    with contextlib.suppress(OSError):
+      file = open(path, encoding='utf-8')
+      if token in file.read():
+        return file
+      file.close()
+    time.sleep(0.5)
+  raise errors.UserError(
+      f'workdir {workdir} on process {distributed.index()} is not the one that'
+      ' process 0 has', 'a folder that all hosts of the run share, for the'
+      ' checkpoints that all of them write',
+      'put --workdir on a disk that all of them mount, such as NFS')

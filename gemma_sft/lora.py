@@ -53,6 +53,23 @@ class Dropout:
   layer: int | jax.Array = 0
 
 
+def make_dropout(
+    rate: float, seed: int, step: jax.Array, rows_B: jax.Array
+) -> Dropout | None:
+  """Returns the dropout of a step, None at a rate of 0.
+
+  Args:
+    rate: Share of inputs set to zero.
+    seed: Of the run.
+    step: Updates before this one.
+    rows_B: Global number of each row of the batch.
+  """
+  if not rate:
+    return None
+  key = jax.random.fold_in(jax.random.key(seed), step)
+  return Dropout(rate, jax.vmap(jax.random.fold_in, (None, 0))(key, rows_B))
+
+
 def scale(rank: int, alpha: float, rank_stabilised: bool) -> float:
   """Returns alpha / R, or alpha / sqrt(R) for rsLoRA (arXiv 2312.03732)."""
   return alpha / (math.sqrt(rank) if rank_stabilised else rank)
@@ -183,6 +200,7 @@ def add_update(
     *,
     weight: Callable[[], jax.Array] | None = None,
     transposed_gating: bool = True,
+    einsum: Callable[[str, jax.Array, jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
   """Returns a projection's output `y` of input `x` with its updates added.
 
@@ -198,7 +216,9 @@ def add_update(
     dropout: Or None.
     weight: Returns the frozen weight; for DoRA only.
     transposed_gating: `Model.transposed_gating`; for DoRA only.
+    einsum: Of inputs and a factor; in the dtype of `x` unless given.
   """
+  einsum = einsum or _einsum
   path = path[:-1] if path[-1] == 'w' else path
   here = _lookup(adapters, path)
   if not here:
@@ -217,10 +237,9 @@ def add_update(
     if dropout is not None:
       name = '/'.join((*path, projection.name))
       inputs = _drop(x, dropout, zlib.crc32(name.encode()))
-    update = jnp.einsum(
-        projection.up,
-        jnp.einsum(projection.down, inputs, factors['a'].astype(x.dtype)),
-        factors['b'].astype(x.dtype))
+    update = einsum(
+        projection.up, einsum(projection.down, inputs, factors['a']),
+        factors['b'])
     update = (scaling * update).astype(y.dtype)
     if 'm' in factors:
       share = weight() if projection.index is None else (
@@ -232,6 +251,10 @@ def add_update(
     else:
       y = y.at[slot].add(update)
   return y
+
+
+def _einsum(equation, x, factor):
+  return jnp.einsum(equation, x, factor.astype(x.dtype))
 
 
 def _drop(x: jax.Array, dropout: Dropout, salt: int) -> jax.Array:

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gemma_sft import float16
 from gemma_sft import shapes
 
 
@@ -105,7 +106,8 @@ def masked_hits(
   def hits(chunk):
     x_GCD, targets_GC, weights_GC = chunk
     logits_GCV = jnp.einsum(
-        'GCD,VD->GCV', x_GCD, embedding_VD, preferred_element_type=jnp.float32)
+        'GCD,VD->GCV', float16.operand(x_GCD, embedding_VD), embedding_VD,
+        preferred_element_type=jnp.float32)
     return jnp.sum((logits_GCV.argmax(axis=2) == targets_GC) * weights_GC)
 
   total = jax.lax.map(hits, (
@@ -165,6 +167,20 @@ def _scaled(cotangent, gradient):
   return (cotangent * gradient.astype(jnp.float32)).astype(gradient.dtype)
 
 
+# Probabilities as float16 operands: 2e-9, not 6e-5, is then the least with all
+# of its bits, and 1 is below the end of 65,504.
+_LIFT = 2.0**15
+
+
+def _product(equation, probs, other):
+  """Returns the f32 einsum of numbers in [-1, 1], rounded as `other` is."""
+  if other.dtype != jnp.float16:
+    return jnp.einsum(equation, probs.astype(other.dtype), other,
+                      preferred_element_type=jnp.float32)
+  return jnp.einsum(equation, (probs * _LIFT).astype(other.dtype), other,
+                    preferred_element_type=jnp.float32) / _LIFT
+
+
 # A frozen head ---------------------------------------------------------------
 
 
@@ -206,6 +222,7 @@ def _stream_vocabulary(
     x_GCD, targets_GC, weights_GC, *, embedding_VD, softcap, mesh, with_grad):
   """Returns (nll sum, d nll / d x or None) in one pass over the vocabulary."""
   V, D = embedding_VD.shape
+  operand_GCD = float16.operand(x_GCD, embedding_VD)
   # Z shards of the vocabulary, side by side in every block.
   Z = 1 if mesh is None else mesh.shape['tensor']
   Z = Z if V % Z == 0 else 1
@@ -222,15 +239,14 @@ def _stream_vocabulary(
   def add_block(carry, block_ZVD):
     max_ZGC, sum_ZGC, dx_ZGCD = carry
     logits_ZGCV, slope_ZGCV = _capped(jnp.einsum(
-        'GCD,ZVD->ZGCV', x_GCD, block_ZVD, preferred_element_type=jnp.float32),
-        softcap)
+        'GCD,ZVD->ZGCV', operand_GCD, block_ZVD,
+        preferred_element_type=jnp.float32), softcap)
     new_max_ZGC = jnp.maximum(max_ZGC, logits_ZGCV.max(axis=3))
     rescale_ZGC = jnp.exp(max_ZGC - new_max_ZGC)
     exp_ZGCV = jnp.exp(logits_ZGCV - new_max_ZGC[..., None])
     if with_grad:
-      dx_ZGCD = dx_ZGCD * rescale_ZGC[..., None] + jnp.einsum(
-          'ZGCV,ZVD->ZGCD', (exp_ZGCV * slope_ZGCV).astype(block_ZVD.dtype),
-          block_ZVD, preferred_element_type=jnp.float32)
+      dx_ZGCD = dx_ZGCD * rescale_ZGC[..., None] + _product(
+          'ZGCV,ZVD->ZGCD', exp_ZGCV * slope_ZGCV, block_ZVD)
     return (new_max_ZGC, sum_ZGC * rescale_ZGC + exp_ZGCV.sum(axis=3),
             dx_ZGCD), None
 
@@ -244,8 +260,8 @@ def _stream_vocabulary(
   sum_GC = (sum_ZGC * share_ZGC).sum(axis=0)
   target_GCD = embedding_VD[targets_GC]
   target_GC, slope_GC = _capped(jnp.einsum(
-      'GCD,GCD->GC', x_GCD, target_GCD, preferred_element_type=jnp.float32),
-      softcap)
+      'GCD,GCD->GC', operand_GCD, target_GCD,
+      preferred_element_type=jnp.float32), softcap)
   nll_GC = max_GC + jnp.log(sum_GC) - target_GC
   dx_GCD = None
   if with_grad:
@@ -279,23 +295,25 @@ def _trained_head_nll(
 
 def _trained_head_bwd(softcap, n_chunks, mesh, gradients, cotangent):
   del softcap, n_chunks, mesh
-  dx_GPD, dembedding_VD = gradients
-  return _scaled(cotangent, dx_GPD), _scaled(cotangent, dembedding_VD), None, (
-      None)
+  dx_GPD, dembedding_VD, like = gradients
+  dembedding_VD = _scaled(cotangent, dembedding_VD).astype(like.dtype)
+  return _scaled(cotangent, dx_GPD), dembedding_VD, None, None
 
 
 def _trained_head(
     x_GPD, embedding_VD, targets_GP, weights_GP, softcap, n_chunks, mesh,
     with_grad=True):
-  """Returns (nll sum, (d nll / d x, d nll / d embedding) or None)."""
+  """Returns (nll sum, (d nll / d x, d nll / d embedding, its like) or None)."""
   V = embedding_VD.shape[0]
+  half = embedding_VD.dtype == jnp.float16
 
   def add_chunk(carry, chunk):
     nll, dembedding_VD = carry
     x_GCD, targets_GC, weights_GC = chunk
+    operand_GCD = float16.operand(x_GCD, embedding_VD)
     logits_GCV, slope_GCV = _capped(jnp.einsum(
-        'GCD,VD->GCV', x_GCD, embedding_VD, preferred_element_type=jnp.float32),
-        softcap)
+        'GCD,VD->GCV', operand_GCD, embedding_VD,
+        preferred_element_type=jnp.float32), softcap)
     lse_GC = jax.nn.logsumexp(logits_GCV, axis=2)
     target_GC = jnp.take_along_axis(
         logits_GCV, targets_GC[:, :, None], axis=2)[:, :, 0]
@@ -305,10 +323,13 @@ def _trained_head(
     is_target_GCV = jnp.arange(V)[None, None] == targets_GC[:, :, None]
     dlogits_GCV = (jnp.exp(logits_GCV - lse_GC[:, :, None]) - is_target_GCV) * (
         slope_GCV * weights_GC[:, :, None])
-    dlogits_GCV = dlogits_GCV.astype(embedding_VD.dtype)
-    dx_GCD = jnp.einsum('GCV,VD->GCD', dlogits_GCV, embedding_VD)
-    dembedding_VD = dembedding_VD + jnp.einsum(
-        'GCV,GCD->VD', dlogits_GCV, x_GCD, preferred_element_type=jnp.float32)
+    if half:
+      dx_GCD = _product('GCV,VD->GCD', dlogits_GCV, embedding_VD)
+    else:
+      dlogits_GCV = dlogits_GCV.astype(embedding_VD.dtype)
+      dx_GCD = jnp.einsum('GCV,VD->GCD', dlogits_GCV, embedding_VD)
+    dembedding_VD = dembedding_VD + _product(
+        'GCV,GCD->VD', dlogits_GCV, operand_GCD)
     return (nll, dembedding_VD), dx_GCD
 
   start = (jnp.float32(0),
@@ -318,7 +339,9 @@ def _trained_head(
       _split(weights_GP, n_chunks)))
   if not with_grad:
     return nll, None
-  return nll, (_join(dx_nGCD), dembedding_VD.astype(embedding_VD.dtype))
+  if not half:  # There it is scaled first: see `_trained_head_bwd`.
+    dembedding_VD = dembedding_VD.astype(embedding_VD.dtype)
+  return nll, (_join(dx_nGCD), dembedding_VD, jnp.zeros(0, embedding_VD.dtype))
 
 
 _trained_head_nll.defvjp(_trained_head, _trained_head_bwd)

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 
 from gemma_sft import blocks
 from gemma_sft import errors
+from gemma_sft import float16
 from gemma_sft import lora
 from gemma_sft import quantize
 from gemma_sft import shapes
@@ -332,11 +333,12 @@ def hidden_states(
     lora_scale: float = 1.0,
     dropout: lora.Dropout | None = None,
     execution: blocks.Execution = blocks.PLAIN,
+    watch: dict[str, jax.Array] | None = None,
 ) -> shapes.HiddenBTD:
   """Runs the model up to its final norm.
 
-  The compute dtype is that of `params`. The logits are left to `loss`, which
-  makes only those of trained tokens.
+  The compute dtype is that of `params`; see `float16` for what that one means.
+  The logits are left to `loss`, which makes only those of trained tokens.
 
   Args:
     model: From `make_model`.
@@ -348,11 +350,12 @@ def hidden_states(
     lora_scale: From `lora.scale`.
     dropout: Rate and keys of the adapters' dropout, or None.
     execution: How to run it; not what.
+    watch: Takes the largest magnitudes inside, see `blocks.run_scan`.
   """
   if isinstance(params, Adapted):
     params, adapters, lora_scale = params.base, params.adapters, params.scale
   settings = dict(adapters=adapters, lora_scale=lora_scale, dropout=dropout,
-                  execution=execution)
+                  execution=execution, watch=watch)
   if model.generation == 4:
     return blocks.run_loop(
         model.transformer, params, tokens_BT, positions_BT,
@@ -460,7 +463,7 @@ def decode(
 def logits(model: Model, params: Params, x: jax.Array) -> jax.Array:
   """Returns f32 logits (..., V) of hidden states (..., D)."""
   out = jnp.einsum(
-      '...D,VD->...V', x, embedding(params),
+      '...D,VD->...V', float16.operand(x, embedding(params)), embedding(params),
       preferred_element_type=jnp.float32)
   cap = model.config.final_logit_softcap
   return out if cap is None else jnp.tanh(out / cap) * cap

@@ -5,6 +5,7 @@ import math
 import textwrap
 import time
 from typing import Any
+from typing import Callable
 from typing import Mapping
 
 import jax
@@ -17,14 +18,21 @@ from gemma_sft import model as model_lib
 class Meter:
   """Reads the metrics of steps, writes them and prints a line now and then."""
 
-  def __init__(self, run: Any, writer: metrics.Writer):
+  def __init__(
+      self,
+      run: Any,
+      writer: metrics.Writer,
+      explain: Callable[..., str] | None = None,
+  ):
     """Starts the clock.
 
     Args:
       run: `runs.Run`.
       writer: Where the numbers go.
+      explain: Of a state, a step and a batch in float16, says where numbers
+        were no longer finite.
     """
-    self._run = run
+    self._run, self._explain = run, explain
     self._writer = writer
     params = run.base if run.base is not None else run.initial_state.trainable
     self._embedding = model_lib.embedding(params).size
@@ -54,20 +62,25 @@ class Meter:
     done = time.monotonic() if on_device['loss'].is_ready() else None
     return step, on_device, batch, chain, done
 
-  def read(self, pending: Any) -> None:
+  def read(self, pending: Any, state: Any = None) -> None:
     """Waits for a step and takes its numbers in.
 
     Args:
       pending: From `pending`, or None.
+      state: The newest, for `explain`.
 
     Raises:
-      UserError: if the loss or the gradient is not finite.
+      UserError: if the loss or the gradient is not finite; in float16, if no
+        loss scale makes it so.
     """
     if pending is None:
       return
     step, on_device, batch, chain, done = pending
     values = {k: float(v) for k, v in jax.device_get(on_device).items()}
-    self._check_finite(step, values)
+    if values.get('skipped'):
+      self._check_scale(step, values, batch, state)
+    else:
+      self._check_finite(step, values)
     self._steps += 1
     self._tokens += int(batch['n_tokens'])
     self._trained += values['n_trained']
@@ -94,6 +107,8 @@ class Meter:
           flops_per_second=flops / elapsed,
           seconds_left=(total - step) * elapsed / self._steps))
       self._restart()
+    if values.get('skipped'):
+      del values['grad_norm']  # JSON has no such number.
     self._writer.write(step, {**values, 'chain': chain})
 
   def _restart(self):
@@ -110,6 +125,23 @@ class Meter:
           f' with --config.init_from={self._run.workdir} and a lower'
           ' --config.optimizer.learning_rate; keep --config.optimizer.clip_norm'
           ' above 0, or compute in --config.model.dtype=float32')
+
+  def _check_scale(self, step, values, batch, state):
+    """Tells of an update that was left out, or stops the run."""
+    if values['loss_scale']:
+      self._say(f'step {step}: the gradient was not finite in float16, so its'
+                f' update was left out; loss scale {values["loss_scale"]:.0f}')
+      return
+    got = ('the gradient is not finite at the smallest loss scale'
+           if math.isfinite(values['loss']) else f'loss is {values["loss"]}')
+    where = self._explain(state, step - 1, batch) if self._explain else ''
+    raise errors.UserError(
+        f'step {step}: {got} in float16' + (f'; {where}' if where else ''),
+        'numbers that float16 can hold, up to 65504',
+        'nothing of this step was kept; go on from the last checkpoint in a new'
+        f' --workdir with --config.init_from={self._run.workdir} and'
+        ' --config.model.dtype=float32, or a lower'
+        ' --config.optimizer.learning_rate')
 
   def _say(self, text):
     if jax.process_index() == 0:

@@ -24,6 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from gemma_sft import errors
+from gemma_sft import float16
 
 KINDS = ('int8', 'int4', 'nf4')
 
@@ -210,8 +211,10 @@ def _look_up(codes: jax.Array) -> jax.Array:
   return levels[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def einsum(equation: str, x: jax.Array, quantized: Quantized) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def einsum(
+    equation: str, x: jax.Array, quantized: Quantized, half: bool = False
+) -> jax.Array:
   """Returns the einsum of `x` with the weight, computed in the dtype of `x`.
 
   Differentiable in `x` alone: the base is frozen.
@@ -221,15 +224,18 @@ def einsum(equation: str, x: jax.Array, quantized: Quantized) -> jax.Array:
       of `x` is one of the weight or of the result.
     x: Activations.
     quantized: The weight.
+    half: Compute as `float16` does instead.
   """
-  return _multiply(equation, x, quantized)
+  return _multiply(equation, x, quantized, half)
 
 
-def _multiply(equation, x, quantized):
+def _multiply(equation, x, quantized, half):
   # After the barrier the full weight depends on x. Else it could be made early,
   # lifted out of a loop over microbatches, or be taken for the same expression
   # as that of the backward pass and kept till then.
   quantized, x = jax.lax.optimization_barrier((quantized, x))
+  if half:
+    return float16.einsum(equation, x, dequantize(quantized, jnp.float16))
   return jnp.einsum(equation, x, dequantize(quantized, x.dtype))
 
 
@@ -239,14 +245,18 @@ def _multiply(equation, x, quantized):
 # weight, which exists anyway, and the backward pass dequantises once more.
 
 
-def _einsum_fwd(equation, x, quantized):
-  return _multiply(equation, x, quantized), quantized
+def _einsum_fwd(equation, x, quantized, half):
+  # An empty array carries the dtype of `x`: `half` takes any.
+  return _multiply(equation, x, quantized, half), (
+      quantized, jnp.zeros(0, x.dtype))
 
 
-def _einsum_bwd(equation, quantized, dy):
+def _einsum_bwd(equation, half, residuals, dy):
+  quantized, x_like = residuals
   operands, result = equation.replace(' ', '').split('->')
   x_axes, weight_axes = operands.split(',')
-  return _multiply(f'{result},{weight_axes}->{x_axes}', dy, quantized), None
+  dx = _multiply(f'{result},{weight_axes}->{x_axes}', dy, quantized, half)
+  return dx.astype(x_like.dtype), None
 
 
 einsum.defvjp(_einsum_fwd, _einsum_bwd)

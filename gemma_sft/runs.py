@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import json
 import time
 from typing import Any
+from typing import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from gemma_sft import chat
 from gemma_sft import checkpoint as checkpoint_lib
 from gemma_sft import config as config_lib
 from gemma_sft import data
+from gemma_sft import distributed
 from gemma_sft import errors
 from gemma_sft import loading
 from gemma_sft import lora
@@ -136,6 +139,13 @@ def prepare(config: Any, workdir: str, *, data_only: bool = False
     UserError: for what the user can mend.
   """
   started = time.time()
+  leaves = json.loads(json.dumps(dict(config_lib.leaves(config))))
+  for key, value in distributed.from_first(leaves).items():
+    if value != leaves[key]:
+      raise errors.UserError(
+          f'config.{key} is {leaves[key]} on process {distributed.index()} and'
+          f' {value} on process 0', 'the same command on all of them',
+          'stop them and start them alike')
   loading.enable_compilation_cache()
   task = tasks.load(config.task)
   mesh = sharding.make_mesh(
@@ -144,10 +154,11 @@ def prepare(config: Any, workdir: str, *, data_only: bool = False
   model = loading.load_model(config.model)
   loading.check_length(config.data.max_length, model)
   dtype, reason = loading.choose_dtype(config.model.dtype)
-  say(f'devices: {jax.device_count()} x {jax.devices()[0].device_kind}, mesh '
-      + ' x '.join(f'{a} {n}' for a, n in mesh.shape.items()))
+  say(f'devices: {jax.device_count()} x {jax.devices()[0].device_kind}, all in'
+      ' use, mesh ' + ' x '.join(f'{a} {n}' for a, n in mesh.shape.items()))
   say(f'dtype: {dtype.name} for the base and compute ({reason}); adapters, '
-      'optimizer and loss float32')
+      'optimizer and loss float32' + (
+          '; loss scaled' if dtype == jnp.float16 else ''))
   execution, why = make_execution(config, model, mesh, dtype)
   say(why)
 
@@ -159,7 +170,9 @@ def prepare(config: Any, workdir: str, *, data_only: bool = False
   splits = loading.load_splits(
       config.data, ('train', 'validation', 'test'), task, tokenizer)
   report_audit(splits, task)
-  source = make_source(config, splits['train'], layout, epochs=None)
+  shards = sharding.local_shards(mesh)
+  source = make_source(
+      config, splits['train'], layout, epochs=None, shards=shards)
   total_steps = config.train.steps or (
       source.batches_per_epoch * config.train.epochs)
   say(f'plan: {total_steps} updates, {source.batches_per_epoch} an epoch of'
@@ -171,6 +184,11 @@ def prepare(config: Any, workdir: str, *, data_only: bool = False
          f'config.train.loss_chunk is {chunk}'))
   if data_only:
     return None
+  data_hash = records_lib.content_hash(splits['train'].records)
+  distributed.check_same(
+      'the hash of base weights and training records',
+      [base_hash(resolved, config.seed), data_hash],
+      'the same on all hosts', 'copy these files from one host to the others')
 
   base = loading.load_base(
       model, resolved, mesh, seed=config.seed,
@@ -178,20 +196,20 @@ def prepare(config: Any, workdir: str, *, data_only: bool = False
       stacked=execution.layers == 'scan' and config.lora.enabled,
       quantization=config.model.quantization)
   schedule, optimizer = make_optimizer(config, total_steps)
-  state = initial_state(config, model, base, optimizer, mesh)
+  state = initial_state(config, model, base, optimizer, mesh, dtype)
   say(f'trained: {model_lib.count_params(state.trainable):,} of '
       f'{model_lib.count_params(base):,} weights')
   validation = None
   if 'validation' in splits:
     validation = make_source(config, splits['validation'], layout, epochs=1,
-                             shuffle=False)
+                             shuffle=False, shards=shards)
   return Run(
       config=config, workdir=workdir, mesh=mesh, model=model,
       tokenizer=tokenizer, task=task, splits=splits, source=source,
       validation=validation, total_steps=total_steps,
       base=base if config.lora.enabled else None,
       base_hash=base_hash(resolved, config.seed),
-      data_hash=records_lib.content_hash(splits['train'].records),
+      data_hash=data_hash,
       settings=make_settings(config, mesh, dtype, execution),
       schedule=schedule, optimizer=optimizer, initial_state=state,
       started=started)
@@ -278,13 +296,14 @@ def make_source(
     *,
     epochs: int | None,
     shuffle: bool = True,
+    shards: Sequence[int] | None = None,
 ) -> data.Batches:
   """Returns the batches of a split, this host's rows of them."""
   if not shuffle:
     layout = dataclasses.replace(layout, repeat=1)
   return data.Batches(
       split.examples, layout, seed=config.seed if shuffle else None,
-      epochs=epochs, host=jax.process_index(), n_hosts=jax.process_count())
+      epochs=epochs, shards=shards)
 
 
 def initial_state(
@@ -293,9 +312,10 @@ def initial_state(
     base: Any,
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
+    dtype: Any,
 ) -> state_lib.TrainState:
   """Returns the state before the first update, born in its shards."""
-  make = functools.partial(make_state, config, model, optimizer)
+  make = functools.partial(make_state, config, model, optimizer, dtype)
   shardings = sharding.tree_shardings(jax.eval_shape(make, base), mesh)
   return jax.jit(make, out_shardings=shardings)(base)
 
@@ -304,11 +324,13 @@ def make_state(
     config: Any,
     model: model_lib.Model,
     optimizer: optax.GradientTransformation,
+    dtype: Any,
     params: Any,
 ) -> state_lib.TrainState:
   """Returns the state before the first update, of these base weights."""
+  scaled = dtype == jnp.float16
   if not config.lora.enabled:
-    return state_lib.make_state(params, optimizer)
+    return state_lib.make_state(params, optimizer, scaled=scaled)
   adapters = lora.init_adapters(
       model_lib.abstract_params(model), rank=config.lora.rank,
       targets=config.lora.targets, seed=config.seed,
@@ -318,7 +340,7 @@ def make_state(
     adapters = lora.add_magnitudes(
         adapters, blocks.unstack(model_lib.dense(params)),
         transposed_gating=model.transposed_gating)
-  return state_lib.make_state(adapters, optimizer)
+  return state_lib.make_state(adapters, optimizer, scaled=scaled)
 
 
 _SHOWN = 5

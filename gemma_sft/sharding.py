@@ -80,6 +80,17 @@ def batch_groups(mesh: jax.sharding.Mesh) -> int:
   return mesh.shape['data'] * mesh.shape['fsdp']
 
 
+def local_shards(mesh: jax.sharding.Mesh) -> list[int]:
+  """Returns which of those shards devices of this process hold.
+
+  They need not follow each other, and where `tensor` spans hosts, several hosts
+  hold the same ones.
+  """
+  devices = mesh.devices.reshape(batch_groups(mesh), -1)
+  return [i for i, row in enumerate(devices)
+          if any(d.process_index == jax.process_index() for d in row)]
+
+
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
   """Returns the sharding of arrays (A, B / A, ...)."""
   return NamedSharding(mesh, P(None, ('data', 'fsdp')))

@@ -48,10 +48,10 @@ CHIPS = {
     # cloud.google.com/tpu/docs/v6e: 32 GB, 1,640 GB/s.
     'v6e': Chip('TPU v6e', 'TPU v6 lite', 'tpu', 31.24 * _GIB,
                 metrics.PEAK_FLOPS['TPU v6e'], 1640e9),
-    # NVIDIA's data sheet: 320 GB/s, 8.1 TFLOP/s in float32, which Gemma is
-    # computed in there: the card has no bfloat16 (`loading.choose_dtype`).
-    't4': Chip('Tesla T4', 'Tesla T4', 'gpu', 0.75 * 15 * _GIB, 8.1e12, 320e9,
-               7.5),
+    # NVIDIA's data sheet: 320 GB/s, 65 TFLOP/s in float16, which products are
+    # made in there: the card has no bfloat16 (`loading.choose_dtype`).
+    't4': Chip('Tesla T4', 'Tesla T4', 'gpu', 0.75 * 15 * _GIB,
+               metrics.PEAK_FLOPS['Tesla T4'], 320e9, 7.5),
 }
 
 

@@ -27,11 +27,14 @@ import optax
 from gemma_sft import checkpoint as checkpoint_lib
 from gemma_sft import config as config_lib
 from gemma_sft import data
+from gemma_sft import distributed
 from gemma_sft import loading
 from gemma_sft import lora
+from gemma_sft import loss_scale as loss_scale_lib
 from gemma_sft import memory
 from gemma_sft import metrics
 from gemma_sft import model as model_lib
+from gemma_sft import overflow
 from gemma_sft import progress
 from gemma_sft import provenance
 from gemma_sft import runs
@@ -77,24 +80,27 @@ def train_step(
     (the state one step on, {loss, grad_norm, n_trained}).
   """
   grads, nll_sum, n_trained = gradient_sums(
-      state.trainable, base, batch, state.step, model=model,
+      state.trainable, base, batch, state.step, state.loss_scale, model=model,
       settings=settings, max_trained=max_trained)
   divisor = jnp.maximum(n_trained, 1.0)
   grads = jax.tree.map(lambda g: g / divisor, grads)
+  grads = loss_scale_lib.unscaled(grads, state.loss_scale)
   updates, opt_state = optimizer.update(
       grads, state.opt_state, state.trainable)
-  new_state = state_lib.TrainState(
+  new_state = state.replace(
       step=state.step + 1,
       trainable=optax.apply_updates(state.trainable, updates),
       opt_state=opt_state)
+  # float16: an update that is not finite is left out and the scale halved.
+  grad_norm, loss = optax.tree.norm(grads), nll_sum / divisor
+  new_state, told = loss_scale_lib.keep_finite(
+      new_state, state, grad_norm, loss)
   # Without this the compiler may shard adapters as it likes, and the next call
   # would be compiled again.
   new_state = jax.lax.with_sharding_constraint(
       new_state, sharding.tree_shardings(new_state, settings.mesh))
   return new_state, {
-      'loss': nll_sum / divisor,
-      'grad_norm': optax.tree.norm(grads),
-      'n_trained': n_trained}
+      'loss': loss, 'grad_norm': grad_norm, 'n_trained': n_trained, **told}
 
 
 def gradient_sums(
@@ -102,12 +108,16 @@ def gradient_sums(
     base: Any,
     batch: dict[str, jax.Array],
     step: jax.Array,
+    loss_scale: loss_scale_lib.LossScale | None = None,
     *,
     model: model_lib.Model,
     settings: runs.StepSettings,
     max_trained: int,
 ) -> tuple[Any, jax.Array, jax.Array]:
-  """Returns (gradient of the nll sum, nll sum, trained tokens) of a batch."""
+  """Returns (gradient of the nll sum, nll sum, trained tokens) of a batch.
+
+  The gradient is that of the sum times the loss scale, where there is one.
+  """
 
   def nll_sum(trainable, microbatch):
     if settings.lora_enabled:
@@ -116,20 +126,17 @@ def gradient_sums(
       # f32 masters, compute in the device's dtype.
       params, adapters = jax.tree.map(
           lambda leaf: leaf.astype(settings.compute_dtype), trainable), None
-    dropout = None
-    if settings.dropout:
-      key = jax.random.fold_in(jax.random.key(settings.seed), step)
-      dropout = lora.Dropout(settings.dropout, jax.vmap(
-          jax.random.fold_in, (None, 0))(key, microbatch['rows']))
-    return scoring.batch_nll(
+    nll, n = scoring.batch_nll(
         model, params, microbatch, adapters=adapters,
-        lora_scale=settings.lora_scale, dropout=dropout,
+        lora_scale=settings.lora_scale, dropout=lora.make_dropout(
+            settings.dropout, settings.seed, step, microbatch['rows']),
         execution=settings.execution, max_trained=max_trained,
         groups=settings.groups, chunk_size=settings.loss_chunk,
         frozen_head=settings.lora_enabled)
+    return loss_scale_lib.scaled(nll, loss_scale), (nll, n)
 
   def add_microbatch(sums, microbatch):
-    (nll, n), grads = jax.value_and_grad(nll_sum, has_aux=True)(
+    (_, (nll, n)), grads = jax.value_and_grad(nll_sum, has_aux=True)(
         trainable, microbatch)
     return jax.tree.map(jnp.add, sums, (grads, nll, n)), None
 
@@ -149,7 +156,7 @@ def main(
   cli.require('workdir', workdir, '--workdir=workdirs/blop')
   config_lib.validate(config)
   tracking.check(config.track.wandb)
-  with loading.lock_workdir(workdir):
+  with distributed.joined(), loading.lock_workdir(workdir):
     run = runs.prepare(config, workdir, data_only=dry_run)
     if run is None:
       runs.say('dry run: nothing was trained')
@@ -162,16 +169,19 @@ def main(
     # However it ends, a save under way is finished and the handlers go.
     with contextlib.closing(checkpoints), memory.explained(config), (
         stopping.StopRequest(config.deadline_minutes)) as stop:
-      train(run, checkpoints, stop)
-  return 0
+      finished = train(run, checkpoints, stop)
+  return 0 if finished else stopping.UNFINISHED
 
 
 def train(
     run: runs.Run,
     checkpoints: checkpoint_lib.Checkpoints,
     stop: stopping.StopRequest,
-) -> None:
-  """Trains until the last step, a stop signal, the deadline or patience."""
+) -> bool:
+  """Trains until the last step, a stop signal, the deadline or patience.
+
+  Returns whether the run is over: the first and the last of these.
+  """
   config, total = run.config, run.total_steps
 
   # Resume order:
@@ -197,7 +207,8 @@ def train(
       run.workdir, resume_step=step if meta else -1,
       active=jax.process_index() == 0,
       mirror=tracking.start(config.track.wandb, record))
-  meter = progress.Meter(run, writer)
+  meter = progress.Meter(run, writer, functools.partial(
+      overflow.explain, run, gradient_sums))
   programs = progress.Programs(train_step)
 
   eval_every = config.eval.every or run.source.batches_per_epoch
@@ -210,12 +221,12 @@ def train(
         meta is None or step > meta.step)
     if evaluate or last or stopping or step % save_every == 0:
       # Nothing of a step whose loss is not finite is evaluated or kept.
-      meter.read(pending)
+      meter.read(pending, state)
       pending = None
     scores = {}
     if evaluate:
       with meter.paused():
-        scores = evaluate_state(run, state, step)
+        scores = distributed.from_first(evaluate_state(run, state, step))
         writer.write(step, {f'eval/{k}': v for k, v in scores.items()})
         tracker.update(step, scores)
     finished = last or stopping or tracker.exhausted
@@ -233,7 +244,7 @@ def train(
           state, run.base, arrays, model=run.model, optimizer=run.optimizer,
           settings=run.settings, max_trained=int(batch['max_trained']))
     # Read one step late, so that the device never waits for the host.
-    meter.read(pending)
+    meter.read(pending, state)
     step += 1
     chain = data.extend_chain(chain, batch['digest'].tobytes())
     pending = meter.pending(step, step_metrics, batch, chain)
@@ -245,6 +256,7 @@ def train(
            or tracker.reason(step)
            or f'finished {total} updates; batches {chain[:16]}')
   runs.say(f'best: {tracker.describe()}; checkpoints in {run.workdir}')
+  return last or not stopping
 
 
 def evaluate_state(

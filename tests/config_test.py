@@ -113,7 +113,7 @@ _WRONG = (
     ('train.microbatches', 0), ('train.loss_chunk', 0), ('train.log_every', 0),
     ('train.remat', 'blocks'), ('model.quantization', 'int3'),
     ('model.attention', 'flash'), ('model.layers', 'unrolled'),
-    ('lora.plus_ratio', 0.0), ('model.dtype', 'float16'),
+    ('lora.plus_ratio', 0.0), ('model.dtype', 'float8'),
     ('optimizer.learning_rate', 0.0), ('optimizer.schedule', 'cos'),
     ('optimizer.warmup_share', 1.5), ('optimizer.final_share', -0.5),
     ('optimizer.clip_norm', -1.0), ('optimizer.weight_decay', -1.0),

@@ -282,8 +282,8 @@ def test_hosts_share_one_global_batch(packing, n_hosts):
   examples = _examples([3 + i % 9 for i in range(30)])
   layout = _layout(batch_size=16, microbatches=2, groups=4, packing=packing)
   whole = data.Batches(examples, layout, seed=3)
-  hosts = [data.Batches(examples, layout, seed=3, host=h, n_hosts=n_hosts)
-           for h in range(n_hosts)]
+  hosts = [data.Batches(examples, layout, seed=3, shards=shards)
+           for shards in np.split(np.arange(4), n_hosts)]
   for i in range(len(whole)):
     parts = [host[i] for host in hosts]
     for key in (*_KEYS, 'rows'):
@@ -293,6 +293,16 @@ def test_hosts_share_one_global_batch(packing, n_hosts):
     for key in ('max_trained', 'n_tokens', 'digest'):
       for part in parts:
         np.testing.assert_array_equal(part[key], whole[i][key])
+
+
+def test_a_host_may_hold_any_shards():
+  # On a torus of chips those of one host do not follow each other.
+  layout = _layout(batch_size=8, groups=4)
+  examples = _examples([3 + i % 9 for i in range(30)])
+  whole = data.Batches(examples, layout, seed=3)[1]
+  part = data.Batches(examples, layout, seed=3, shards=(1, 3))[1]
+  for key in (*_KEYS, 'rows'):
+    np.testing.assert_array_equal(part[key], whole[key][:, [2, 3, 6, 7]])
 
 
 def test_rows_are_numbered_through_the_run():
@@ -324,7 +334,7 @@ def test_epochs_follow_one_another():
 def _source(packing=True, **changes):
   lengths = np.random.default_rng(1).integers(2, 17, 40).tolist()
   return data.Batches(
-      _examples(lengths), _layout(packing=packing, repeat=2), seed=7,
+      _examples(lengths), _layout(packing=packing, repeat=2, groups=2), seed=7,
       epochs=None, **changes)
 
 
@@ -346,7 +356,7 @@ def test_an_iterator_goes_on_where_its_state_was_taken(packing, k):
 
 def test_the_state_does_not_know_the_number_of_hosts():
   one = data.make_iterator(_source())
-  second = data.make_iterator(_source(host=1, n_hosts=2))
+  second = data.make_iterator(_source(shards=(1,)))
   for _ in range(5):
     next(one), next(second)
   assert one.get_state() == second.get_state()
@@ -363,7 +373,7 @@ def test_the_chain_grows_with_the_batches_consumed():
     chain = data.extend_chain(chain, next(iterator)['digest'].tobytes())
     assert chain == data.chain_of(source, n)
   assert data.chain_of(source, 0) == data.EMPTY_CHAIN
-  assert data.chain_of(_source(host=1, n_hosts=2), 12) == chain
+  assert data.chain_of(_source(shards=(1,)), 12) == chain
 
 
 def _chain(examples, layout=None, seed=0):

@@ -41,7 +41,7 @@ def _project(tmp_path, monkeypatch):
   _program(project / '.venv/bin/python', f'''
 echo "python $* cards=${{CUDA_VISIBLE_DEVICES-}} \\
 ids=${{JAX_LOCAL_DEVICE_IDS-}}" >>{calls}
-trap 'echo terminated >>{calls}; exit 0' TERM
+trap 'echo terminated >>{calls}; exit 75' TERM
 echo $$ >{tmp_path}/process
 while [ -e {tmp_path}/wait ]; do sleep 0.02; done
 exit "$(cat {tmp_path}/status 2>/dev/null || echo 0)"''')
@@ -160,6 +160,9 @@ def test_a_job_that_finishes_is_not_queued_again(project):
   (project.parent / 'status').write_text('3')
   assert _launch('slurm', *_RUN).returncode == 3
   assert 'scontrol' not in ' '.join(_calls())
+  (project.parent / 'status').write_text('75')  # Its deadline.
+  assert _launch('slurm', *_RUN).returncode == 0
+  assert _calls()[-1] == 'scontrol requeue 7'
 
 
 def test_a_job_whose_time_is_up_saves_and_queues_again(project):
@@ -172,7 +175,6 @@ def test_a_job_whose_time_is_up_saves_and_queues_again(project):
   # As --signal=B: does it: to the batch shell alone.
   job.send_signal(signal.SIGTERM)
   assert job.wait(120) == 0
-  # The run gets one signal: a second one would end it unsaved.
   assert _calls()[2:] == [
       'scancel --signal=TERM 7', 'terminated', 'scontrol requeue 7']
 

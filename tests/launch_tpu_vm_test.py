@@ -342,6 +342,14 @@ def test_crashes_are_few_and_mistakes_final(cloud):
   assert _calls(cloud, 'tail -n 20')
 
 
+def test_a_deadline_ends_the_watch(cloud):
+  _put(cloud, 'answers', 'none', 'running', 'exit 75')
+  done = _launch('watch', *_RUN)
+  assert done.returncode == 0, done.stderr
+  assert _story(cloud) == ['create', 'install', 'start']
+  assert 'goes on from gs://bucket/blop' in done.stdout
+
+
 def test_a_lost_connection_ends_nothing(cloud):
   _put(cloud, 'broken', 'scp', 'host.sh status', 'host.sh start')
   _put(cloud, 'answers', 'none', 'none', 'none', 'running', 'exit 0')
@@ -368,7 +376,7 @@ save() {
   echo "$step" >"$workdir/checkpoints/$step/a"
   echo "$step" >"$workdir/checkpoints/latest"
 }
-trap 'echo terminated >>"$JOB/signals"; save; exit 0' TERM
+trap 'echo terminated >>"$JOB/signals"; save; exit 75' TERM
 save
 touch "$JOB/started"
 while [ -e "$JOB/wait" ]; do sleep 0.02; done

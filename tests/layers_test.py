@@ -19,8 +19,9 @@ _PACKAGE = _ROOT / 'gemma_sft'
 _LAYERS = (
     # Leaves: they import errors, shapes and cache alone.
     ('errors', 'shapes', 'cache', 'config', 'optimizer', 'sharding', 'metrics',
-     'readers', 'stopping', 'projections', 'memory', 'intervals', 'scrubbing'),
-    ('chat', 'records', 'dora', 'answers', 'slices', 'counting'),
+     'readers', 'projections', 'memory', 'intervals', 'scrubbing',
+     'float16', 'loss_scale', 'distributed'),
+    ('chat', 'records', 'dora', 'answers', 'slices', 'counting', 'stopping'),
     ('token_cache', 'dataset_builder', 'compile_targets'),
     ('loss', 'data', 'lora', 'attention', 'quantize', 'cli', 'templates',
      'clean'),
@@ -29,7 +30,7 @@ _LAYERS = (
     ('checkpoint', 'generate', 'loading', 'progress', 'prompting',
      'provenance', 'tracking'),
     ('scoring', 'report', 'runs', 'self_test', 'ratings'),
-    ('inference', 'comparing', 'ahead'),
+    ('inference', 'comparing', 'ahead', 'overflow'),
     ('merging', 'comparison_page', 'estimate'),
     ('artifacts',),
     ('web', 'sweeping', 'fitting'),

@@ -53,7 +53,7 @@ def test_a_card_without_a_compiler_is_estimated(config):
   config.data.batch_size = 8
   text = _lines(config, 'kaggle-t4x2', analytic=True)
   # The T4 has no bfloat16.
-  assert 'float32' in text and '2 x Tesla T4' in text
+  assert 'float16' in text and '2 x Tesla T4' in text
 
 
 def test_this_machine_is_compiled_for(config):

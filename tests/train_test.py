@@ -20,12 +20,13 @@ from gemma_sft import loading
 from gemma_sft import metrics
 from gemma_sft import runs
 from gemma_sft import sample
+from gemma_sft import stopping
 from gemma_sft import tasks
 from gemma_sft import train
 
 
-def _run(config, workdir) -> str:
-  assert train.main(config, str(workdir), False) == 0
+def _run(config, workdir, status=0) -> str:
+  assert train.main(config, str(workdir), False) == status
   return str(workdir)
 
 
@@ -124,8 +125,9 @@ def test_sigterm_saves_exits_cleanly_and_resumes(run_config, tmp_path):
       'train', *conftest.flags(run_config), f'--workdir={workdir}')
   _wait_for_step(process, workdir, 3)
   process.send_signal(signal.SIGTERM)
+  process.send_signal(signal.SIGTERM)  # Launchers and systems send several.
   status, out, err = conftest.finish(process)
-  assert status == 0, err
+  assert status == stopping.UNFINISHED, err
   assert 'Traceback' not in err
   stopped_at = _checkpoints(workdir).steps()[-1]
   assert stopped_at < 30
@@ -140,7 +142,7 @@ def test_deadline_saves_and_resumes(finished, tmp_path, capsys):
   config, straight = finished
   config = config.copy_and_resolve_references()
   config.deadline_minutes = 1e-6  # Over when the first evaluation is.
-  workdir = _run(config, tmp_path / 'stopped')
+  workdir = _run(config, tmp_path / 'stopped', stopping.UNFINISHED)
   assert 'stopped by the deadline (config.deadline_minutes) after 0 of 6' in (
       capsys.readouterr().out)
   assert _checkpoints(workdir).steps() == [0]
@@ -236,6 +238,20 @@ def test_resume_on_another_base_is_refused(run_config, tmp_path):
       run_config, tmp_path / 'other', seed=1)
   with pytest.raises(errors.UserError, match='the base weights have hash'):
     train.main(run_config, workdir, False)
+
+
+def test_resume_without_its_base_is_refused(run_config, tmp_path):
+  run_config.model.weights = conftest.save_base(
+      run_config, tmp_path / 'base', seed=0)
+  workdir = _run(run_config, tmp_path / 'w')
+  before = conftest.losses(workdir)
+  (tmp_path / 'base').rename(tmp_path / 'moved')
+  with pytest.raises(errors.UserError, match='base') as error:
+    train.main(run_config, workdir, False)
+  assert 'expected:' in str(error.value) and 'fix:' in str(error.value)
+  assert conftest.losses(workdir) == before
+  (tmp_path / 'moved').rename(tmp_path / 'base')
+  _run(run_config, workdir)
 
 
 def test_resume_on_another_mesh_goes_on_within_tolerance(

@@ -15,6 +15,7 @@ from typing import Sequence
 from gemma_sft import errors
 from gemma_sft import loading
 from gemma_sft import provenance
+from gemma_sft import stopping
 from gemma_sft.sweeping import plan as plan_lib
 
 # Seconds between looks at the processes.
@@ -96,7 +97,8 @@ class Process:
       return None
     self._process = None
     stage = self._stages.pop(0)
-    if status and not self._stopping:
+    # One that stops by itself (a deadline, a signal) can go on.
+    if status not in (0, stopping.UNFINISHED) and not self._stopping:
       return self._outcome('failed', last_error(self.log, status))
     record = provenance.read(self.run.workdir)
     if stage == 'train' and not self.run.is_trained(record):
@@ -152,7 +154,9 @@ class Process:
       # SIGTERM; a second signal would end training without a checkpoint.
       self._process = subprocess.Popen(
           command, stdout=log, stderr=subprocess.STDOUT,
-          stdin=subprocess.DEVNULL, env=self._environment,
+          stdin=subprocess.DEVNULL,
+          # Runs of their own, whatever else starts here with this sweep.
+          env=self._environment | {'JAX_NUM_PROCESSES': '1'},
           start_new_session=True)
 
 

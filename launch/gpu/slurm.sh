@@ -55,8 +55,7 @@ fi
 # B: this shell alone gets the signal. scancel passes it to the tasks and not
 # to this shell; srun, sent a SIGTERM, would kill them.
 again=1
-stopping=
-trap 'again=1; stopping=1; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
+trap 'again=1; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 "${step[@]}" &
 process=$!
 status=0
@@ -64,8 +63,9 @@ while [ -n "$again" ]; do  # A signal interrupts `wait`.
   again=
   wait "$process" && status=0 || status=$?
 done
-if [ -n "$stopping" ] && [ "$status" = 0 ]; then
+if [ "$status" = 75 ]; then  # Saved, and not at its end (stopping.py).
   echo "saved; the job queues again"
   scontrol requeue "$SLURM_JOB_ID"
+  status=0
 fi
 exit "$status"

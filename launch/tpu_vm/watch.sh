@@ -71,8 +71,13 @@ while true; do
       stopped)
         echo "the run was stopped (launch/tpu_vm/stop.sh)"
         exit 0 ;;
-      'exit 0')
-        echo "the run has ended; its workdir is $workdir"
+      'exit 0' | 'exit 75')  # 75: saved, and not at its end (stopping.py).
+        if [ "$answer" = 'exit 0' ]; then
+          echo "the run has ended; its workdir is $workdir"
+        else
+          echo "the run has stopped by itself (config.deadline_minutes); the" \
+            "same command goes on from $workdir"
+        fi
         [ -z "${DELETE:-}" ] || bash launch/tpu_vm/delete.sh
         exit 0 ;;
       exit\ *)
