@@ -276,7 +276,7 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(source, tmp_path, capfd):
   times = {p: p.stat().st_mtime_ns for p in workdir.glob(f'runs/{quick}-*/**/*')
            if p.is_file() and p.name != '.lock'}
   assert any(p.name == 'validation-tuned.json' for p in times)
-  child = int(next(workdir.glob(f'runs/{slow}-*/.lock')).read_text())
+  child = int(next(workdir.glob(f'runs/{slow}-*/.lock')).read_text().split()[0])
   os.kill(child, signal.SIGTERM)  # It saves and ends.
   reached = _trained_steps(workdir, slow)
 
