@@ -21,6 +21,7 @@ from gemma_sft import errors
 from gemma_sft import loading
 from gemma_sft import provenance
 from gemma_sft import records
+from gemma_sft import stopping
 from gemma_sft import train
 
 # Identity --------------------------------------------------------------------
@@ -171,7 +172,7 @@ def test_the_deadline_is_no_finish_and_patience_is(stopped):
   config, workdir = stopped
   config = config.copy_and_resolve_references()
   config.deadline_minutes = 1e-9
-  assert train.main(config, str(workdir)) == 0
+  assert train.main(config, str(workdir)) == stopping.UNFINISHED
   end = _read(workdir)['end']
   assert (end['step'], end['reason'], end['finished']) == (3, 'deadline', False)
   # The same command goes on, here to a metric that does not improve.

@@ -43,24 +43,26 @@ def test_compares_microbatches_whatever_the_mesh(run_config, tmp_path):
   assert len(self_test.check(run, train.gradient_sums)) == 3
 
 
-def _mean_of_means(trainable, base, batch, step, **options):
+def _mean_of_means(trainable, base, batch, step, loss_scale, **options):
   """The usual mistake: each microbatch is divided by its own tokens."""
   sums, nll, n = None, 0.0, 0.0
   count = batch['tokens'].shape[0]
   for i in range(count):
     part = jax.tree.map(lambda a, i=i: a[i:i + 1], batch)
-    g, part_nll, m = train.gradient_sums(trainable, base, part, step, **options)
+    g, part_nll, m = train.gradient_sums(
+        trainable, base, part, step, loss_scale, **options)
     g = jax.tree.map(lambda x, m=m: x / jnp.maximum(m, 1.0), g)
     sums = g if sums is None else jax.tree.map(jnp.add, sums, g)
     nll, n = nll + part_nll, n + m
   return jax.tree.map(lambda x: x * n / count, sums), nll, n
 
 
-def _no_packing_mask(trainable, base, batch, step, **options):
+def _no_packing_mask(trainable, base, batch, step, loss_scale, **options):
   """Packed examples see their neighbours."""
   segments = jnp.minimum(batch['segment_ids'], 1)
   return train.gradient_sums(
-      trainable, base, batch | {'segment_ids': segments}, step, **options)
+      trainable, base, batch | {'segment_ids': segments}, step, loss_scale,
+      **options)
 
 
 @pytest.mark.parametrize('fault', [_mean_of_means, _no_packing_mask])
