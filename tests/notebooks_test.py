@@ -172,7 +172,7 @@ def test_a_run_goes_on_in_the_next_session(tmp_path, monkeypatch):
   assert all(row['proven'] for row in exported['parity'])
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_the_tpu_notebook_takes_the_attached_model(tmp_path):
   """On eight devices, as its chips are."""
   model = tmp_path / 'input' / 'models' / 'gemma-3' / 'flax' / 'tiny' / '1'
@@ -201,7 +201,7 @@ def test_the_tpu_notebook_takes_the_attached_model(tmp_path):
   _check_scores(notebook, output / 'run', 'base', 'tuned')
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_the_tutorial_tells_its_story(tmp_path, monkeypatch):
   monkeypatch.setenv('XLA_FLAGS', '--xla_force_host_platform_device_count=2')
   songs = conftest.ROOT / 'data' / 'lyrics' / 'hindi'
