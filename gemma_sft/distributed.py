@@ -80,8 +80,9 @@ def joined() -> Iterator[None]:
     _joined.fail(f'ended with {error.code}\n',
                  error.code if isinstance(error.code, int) else 1)
   except BaseException as error:
-    # Most often it says that another one died, which is better told so.
-    _joined.await_news(SILENCE + GRACE)
+    # Most often it says that another one died, which `_watch` tells better, and
+    # ends this process meanwhile.
+    time.sleep(SILENCE + GRACE)
     _joined.fail(traceback.format_exc(), 1, about=repr(error))
   _joined.leave()
   _joined = None
@@ -327,10 +328,6 @@ class _Processes:
     self.barrier()
     self._client.key_value_delete(mine)
     return [json.loads(values[f'{folder}/{i}']) for i in range(self.count)]
-
-  def await_news(self, seconds):
-    """Gives the thread time to end this process."""
-    time.sleep(seconds)
 
   def fail(self, message, status, *, about=''):
     """Ends this process; tells the message unless process 0 tells the same."""
