@@ -106,7 +106,11 @@ def validate(config: Any) -> None:
     value = config
     for part in key.split('.'):
       value = value[part]
-    if not good(value):
+    try:
+      fine = good(value)
+    except TypeError:  # Another type, such as null in a config.json by hand.
+      fine = False
+    if not fine:
       raise errors.UserError(
           f'config.{key} is {value!r}', expected, fix or f'set --config.{key}')
 

@@ -110,7 +110,7 @@ def open_folder(path: str | os.PathLike) -> Folder:
 def _weight_map(path: pathlib.Path) -> dict[str, str]:
   """Returns tensor -> file of the index; the files lie in the folder."""
   index = _read_json(path / INDEX).get('weight_map')
-  if not isinstance(index, dict):
+  if not isinstance(index, dict) or not index:
     raise errors.UserError(
         f'{path / INDEX}: no weight_map in it',
         'an object of tensors and their files',
