@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import functools
 import itertools
 import os
 import sqlite3
@@ -43,7 +44,6 @@ CREATE TABLE marks (
   PRIMARY KEY (rating, side, criterion)
 );
 """
-_OBJECTS = {('table', 'ratings'), ('index', 'one_a_rater'), ('table', 'marks')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +85,17 @@ class Store:
               f'BEGIN; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;')
           found = _objects(connection)
         version = connection.execute('PRAGMA user_version').fetchone()[0]
-    except (sqlite3.Error, OSError) as error:
+        # Into damaged pages SQLite writes what it does not find again.
+        whole = connection.execute('PRAGMA integrity_check(1)').fetchone()[0]
+        if whole != 'ok':
+          raise sqlite3.DatabaseError(whole)
+    # ValueError: names that are not UTF-8.
+    except (sqlite3.Error, OSError, ValueError) as error:
       raise errors.UserError(
           f'{path}: {error}', 'a file of ratings, or a place to make one',
           'choose another --out') from None
     # Views and triggers are programs, and somebody else's.
-    if version != _VERSION or found != _OBJECTS:
+    if version != _VERSION or found != _ours():
       raise errors.UserError(
           f'{path} is an SQLite file of another program or version',
           f'ratings of version {_VERSION}', 'choose another --out')
@@ -179,11 +184,18 @@ class Store:
 
 
 def _objects(connection):
-  """Returns what a file holds but for SQLite's own, as {(type, name)}."""
+  """Returns what a file holds but for SQLite's own, as {(type, name, sql)}."""
   return {
-      (kind, name) for kind, name in connection.execute(
-          'SELECT type, name FROM sqlite_master')
-      if not name.startswith('sqlite_')}
+      row for row in connection.execute(
+          'SELECT type, name, sql FROM sqlite_master')
+      if not row[1].startswith('sqlite_')}
+
+
+@functools.cache
+def _ours():
+  with contextlib.closing(sqlite3.connect(':memory:')) as connection:
+    connection.executescript(_SCHEMA)
+    return _objects(connection)
 
 
 def _check_row(good, what, number):

@@ -118,7 +118,7 @@ def _work(name, guided, cases, arguments, row):
     result = pathlib.Path(folder, 'result.json')
     account = json.loads(result.read_text()) if result.exists() else {
         'n': 0, 'counts': {'hang' if ended.startswith('hang') else 'crash': 1},
-        'places': {f'{ended}: {message[-1500:]}': [1, 'last', 0]}}
+        'places': {f'{ended}: {message[-6000:]}': [1, 'last', 0]}}
     row['n'] += account['n']
     for kind, count in account['counts'].items():
       row[kind] += count
