@@ -134,3 +134,10 @@ def test_tensors_out_of_order_are_not_written(tmp_path):
     safetensors_file.write_model(
         tmp_path / 'm', iter(reversed(arrays.items())), _SHAPES,
         dtype='float32', max_bytes=1_000_000)
+
+
+def test_a_file_is_read_by_whom_other_files_are(tmp_path):
+  other, ours = tmp_path / 'other', tmp_path / 'a.safetensors'
+  other.touch()
+  safetensors_file.write_file(ours, {'a': np.zeros(2, np.float32)})
+  assert ours.stat().st_mode == other.stat().st_mode

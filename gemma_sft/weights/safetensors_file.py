@@ -266,4 +266,9 @@ def write_file(file: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
   """Writes one .safetensors, marked as transformers asks for."""
   from safetensors.numpy import save_file
 
+  # The library makes it readable for its owner alone: it goes through a
+  # temporary file.
+  file.touch()
+  mode = file.stat().st_mode
   save_file(dict(arrays), file, metadata={'format': 'pt'})
+  file.chmod(mode)

@@ -140,8 +140,9 @@ def kill(folder: pathlib.Path, n: int, rng: random.Random) -> dict[str, Row]:
   newest = 0
   for i in range(n - n_exports):
     phase = _PHASES[i % len(_PHASES)]
+    start = time.time()
     process = _train(command, workdir)
-    wait, pause = _moment(phase, workdir, newest, rng)
+    wait, pause = _moment(phase, workdir, newest, start, rng)
     _until(wait, process)
     time.sleep(pause)
     whole = _whole(workdir)
@@ -170,23 +171,24 @@ def _train(command, workdir):
 
 
 def _moment(
-    phase: str, workdir: pathlib.Path, newest: int, rng: random.Random
+    phase: str, workdir: pathlib.Path, newest: int, start: float,
+    rng: random.Random
 ) -> tuple[Callable[[], bool], float]:
   """Returns what to wait for, and how many seconds more."""
   if phase == 'starting':
     return lambda: True, rng.uniform(0.2, 8.0)
   if phase == 'step':
     target = newest + rng.randint(1, 4)
-    return lambda: _logged(workdir) >= target, rng.uniform(0, 0.02)
+    return lambda: _logged(workdir, start) >= target, rng.uniform(0, 0.02)
   if phase == 'save':
     folder = workdir / 'checkpoints'
     # Orbax writes under another name, which it changes at the end.
     return lambda: folder.is_dir() and any(
         not p.name.isdecimal() and p.is_dir() and
-        p.stat().st_mtime > time.time() - 5 for p in folder.iterdir()
+        p.stat().st_mtime > start for p in folder.iterdir()
     ), rng.uniform(0, 0.01)
   target = (newest // _EVALUATE_EVERY + 1) * _EVALUATE_EVERY
-  return lambda: _logged(workdir) >= target, rng.uniform(0.05, 0.6)
+  return lambda: _logged(workdir, start) >= target, rng.uniform(0.05, 0.6)
 
 
 def _until(wait, process):
@@ -198,9 +200,11 @@ def _until(wait, process):
     time.sleep(0.002)  # Leaves the run a core.
 
 
-def _logged(workdir):
+def _logged(workdir, start):
+  """Returns the last step since a time: what a killed run wrote is older."""
   rows = metrics.read_jsonl(os.path.join(workdir, 'metrics.jsonl'))
-  return max((row['step'] for row in rows if 'loss' in row), default=0)
+  return max((row['step'] for row in rows
+              if 'loss' in row and row['time'] > start), default=0)
 
 
 def _whole(workdir):
@@ -253,12 +257,13 @@ def _finish(process, name):
 
 def _kill_exports(folder, workdir, n, rng):
   row = Row()
+  out = folder / 'export'  # One for all: a GGUF file holds its name.
   start = time.monotonic()
-  _finish(_export(workdir, folder / 'export'), 'the undisturbed export')
+  _finish(_export(workdir, out), 'the undisturbed export')
   seconds = time.monotonic() - start
-  reference = _hashes(folder / 'export')
+  reference = _hashes(out)
   for i in range(n):
-    out = folder / f'export-{i}'
+    shutil.rmtree(out)
     process = _export(workdir, out)
     try:
       process.communicate(timeout=rng.uniform(0.3, 0.95) * seconds)
@@ -276,7 +281,6 @@ def _kill_exports(folder, workdir, n, rng):
     row.count(wrong)
     print(f'killed export {i + 1}: left {left or "nothing"}'
           + ''.join(f' | {w}' for w in wrong), flush=True)
-    shutil.rmtree(out)
   return row
 
 
