@@ -125,9 +125,10 @@ def validate(config: Any) -> None:
 
   def one_of(key, values):
     section, name = key.split('.')
+    near = errors.nearest(str(config[section][name]), values)
     check(key, lambda v: v in values,
           ' or '.join(v or "''" for v in values),
-          f'{errors.nearest(config[section][name], values)}Set --config.{key}.')
+          f'{near}Set --config.{key}.')
 
   if config.model.quantization and not config.lora.enabled:
     check('model.quantization', lambda v: not v,

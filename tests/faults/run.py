@@ -40,7 +40,7 @@ from gemma_sft import metrics
 _PHASES = ('starting', 'step', 'save', 'evaluation')
 _SAVE_EVERY, _EVALUATE_EVERY = 3, 6
 # Updates of the run for each kill: no kill may find it finished.
-_STEPS_A_KILL = 8
+_STEPS_A_KILL = 12
 _LONGEST = 600  # Seconds that a process may take for what is waited for.
 
 # What is planted by tests: a row of the table and its tests.
@@ -177,18 +177,22 @@ def _moment(
   """Returns what to wait for, and how many seconds more."""
   if phase == 'starting':
     return lambda: True, rng.uniform(0.2, 8.0)
-  if phase == 'step':
-    target = newest + rng.randint(1, 4)
-    return lambda: _logged(workdir, start) >= target, rng.uniform(0, 0.02)
+  def further():
+    return (_whole(workdir) or [0])[-1] > newest
+
   if phase == 'save':
-    folder = workdir / 'checkpoints'
+    folder, must = workdir / 'checkpoints', rng.choice((True, False))
     # Orbax writes under another name, which it changes at the end.
-    return lambda: folder.is_dir() and any(
-        not p.name.isdecimal() and p.is_dir() and
-        p.stat().st_mtime > start for p in folder.iterdir()
-    ), rng.uniform(0, 0.01)
-  target = (newest // _EVALUATE_EVERY + 1) * _EVALUATE_EVERY
-  return lambda: _logged(workdir, start) >= target, rng.uniform(0.05, 0.6)
+    return lambda: (further() or not must) and folder.is_dir() and any(
+        not p.name.isdecimal() and p.is_dir() and p.stat().st_mtime > start
+        for p in folder.iterdir()), rng.uniform(0, 0.01)
+  # These come later than the next checkpoint: so the run moves on.
+  target, pause = newest + rng.randint(1, 2 * _SAVE_EVERY), 0.02
+  if phase == 'evaluation':
+    target = (newest // _EVALUATE_EVERY + 1) * _EVALUATE_EVERY
+    pause = 0.6
+  return lambda: further() and _logged(
+      workdir, start) >= target, rng.uniform(0, pause)
 
 
 def _until(wait, process):
