@@ -19,6 +19,7 @@ from typing import Any
 
 import flax.struct
 import jax
+from jax.experimental import layout
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -234,9 +235,17 @@ def _multiply(equation, x, quantized, half):
   # lifted out of a loop over microbatches, or be taken for the same expression
   # as that of the backward pass and kept till then.
   quantized, x = jax.lax.optimization_barrier((quantized, x))
+  # Else a TPU's compiler transposes the codes of all layers before the loop
+  # over them, and holds them twice.
+  quantized = jax.tree.map(_row_major, quantized)
   if half:
     return float16.einsum(equation, x, dequantize(quantized, jnp.float16))
   return jnp.einsum(equation, x, dequantize(quantized, x.dtype))
+
+
+def _row_major(array):
+  return layout.with_layout_constraint(
+      array, layout.Layout(major_to_minor=tuple(range(array.ndim))))
 
 
 # Differentiating the einsum itself would keep the dequantised weight from the

@@ -177,6 +177,7 @@ def _moment(
   """Returns what to wait for, and how many seconds more."""
   if phase == 'starting':
     return lambda: True, rng.uniform(0.2, 8.0)
+
   def further():
     return (_whole(workdir) or [0])[-1] > newest
 
