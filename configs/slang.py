@@ -3,6 +3,11 @@
     python -m gemma_sft.curate --config=configs/slang.py --out=DIR
     python -m gemma_sft.train --config=configs/slang.py --workdir=W
     python -m gemma_sft.evaluate --workdir=W
+
+The three attempts on the 270M, seed 0 (README): 0, 64 and 87 % of 55 test
+answers good, against 67 % of :270m, which has three epochs and was not tried
+with ten. The validation loss is lowest between the third and fourth of ten
+epochs, 2.75, and 3.05 after the last, whose answers are the best.
 """
 
 from ml_collections import config_dict

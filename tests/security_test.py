@@ -24,6 +24,7 @@ import serving
 
 from gemma_sft import cli
 from gemma_sft import errors
+from gemma_sft import evaluate
 from gemma_sft import readers
 from gemma_sft import records as records_lib
 from gemma_sft import train
@@ -311,21 +312,30 @@ _SECRETS = {'HF_TOKEN': 'hf_' + 'Zq7' * 10, 'WANDB_API_KEY': 'wb' * 20,
             'KAGGLE_KEY': '0123456789abcdef' * 2, 'MY_OWN_KEY': 'Xy9' * 8}
 
 
-def test_no_file_of_a_run_holds_a_secret(config, tmp_path, monkeypatch, capfd):
+def test_no_file_of_a_run_holds_a_secret(
+    run_config, tmp_path, monkeypatch, capfd):
+  """Through training, evaluation with its page, and export with its card."""
   for name, value in _SECRETS.items():
     monkeypatch.setenv(name, value)
   monkeypatch.setattr(sys, 'argv', ['train', *(
       f'--note={value}' for value in _SECRETS.values())])
-  config.train.steps = 2
+  run_config.train.steps = 2
+  run_config.eval.max_new_tokens = 4
   workdir = tmp_path / 'w'
-  assert train.main(config, str(workdir), False) == 0
-  texts = list(capfd.readouterr())
-  names = []
+  assert train.main(run_config, str(workdir), False) == 0
+  assert evaluate.main(
+      None, str(workdir), base=False, split='validation', step=-1, limit=2) == 0
+  status, *told = conftest.finish(conftest.start(
+      'export', f'--workdir={workdir}', f'--out={workdir}/out',
+      '--formats=peft', '--allow_unproven', devices=1))
+  assert status == 0, told
+  texts, names = [*capfd.readouterr(), *told], set()
   for path in workdir.rglob('*'):
     if path.is_file():
-      names.append(path.name)
+      names.add(path.name)
       texts.append(path.read_bytes().decode('latin-1'))
-  assert {'run.json', 'config.json'} <= set(names)
+  assert {'run.json', 'config.json', 'report.html', 'README.md',
+          'export.json'} <= names
   for value in _SECRETS.values():
     assert not [text[:200] for text in texts if value in text]
 
