@@ -292,7 +292,7 @@ def _kill_exports(folder, workdir, n, rng):
 def _export(workdir, out, *more):
   return conftest.start(
       'export', f'--workdir={workdir}', f'--out={out}',
-      '--formats=peft,gguf-f16', *more, devices=1)
+      '--formats=lora,gguf-f16', *more, devices=1)
 
 
 def _hashes(out):
