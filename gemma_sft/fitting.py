@@ -11,6 +11,8 @@ from typing import Any
 from typing import Iterator
 from typing import Mapping
 
+import jax
+
 from gemma_sft import ahead
 from gemma_sft import errors
 from gemma_sft import estimate
@@ -58,9 +60,10 @@ def largest(
   shares = config.data.batch_size // rows
   context = architecture.context_length(
       program.model.config, program.model.generation)
-  fixed = memory.held + 2 * memory.adapters + memory.logits
-  slope = max(1.0, memory.peak - fixed)
-  more = max(0.0, memory.limit - fixed) / slope
+  # Of what lies there during a step alone some comes once, whatever the batch:
+  # weights of a layer in full, for one.
+  growing = (memory.peak - memory.held) * _growing_share(program)
+  more = max(0.0, 1 + (memory.limit - memory.peak) / max(1.0, growing))
 
   def of_rows(n):
     return {'data.batch_size': max(0, n) * shares}
@@ -78,6 +81,19 @@ def largest(
   length = _search(
       config, memory, T, length, of_length, measure, round_length)
   return Largest(n_rows * shares, length, True)
+
+
+def _growing_share(program):
+  """Returns which share of a step's own memory is in proportion to its rows,
+  as estimated from twice the rows."""
+  twice = dataclasses.replace(
+      program, max_trained=2 * program.max_trained, batch={
+          name: jax.ShapeDtypeStruct(
+              (a.shape[0], 2 * a.shape[1], *a.shape[2:]), a.dtype,
+              sharding=a.sharding)
+          for name, a in program.batch.items()})
+  one, two = (estimate.memory(p, 0) for p in (program, twice))
+  return (two.peak - one.peak) / max(1.0, one.peak - one.held)
 
 
 def _search(config, memory, here, guess, changes, measure, rounded=int):
