@@ -83,7 +83,7 @@ def joined() -> Iterator[None]:
     # Most often it says that another one died, which `_watch` tells better, and
     # ends this process meanwhile.
     time.sleep(SILENCE + GRACE)
-    _joined.fail(traceback.format_exc(), 1, about=repr(error))
+    _joined.fail(lost(error) or traceback.format_exc(), 1, about=repr(error))
   _joined.leave()
   _joined = None
 
@@ -264,6 +264,21 @@ def _not_met(arguments, seconds, why):
       + f'; {" ".join(why.split())[:300]} within {seconds:.0f} s',
       'the same command on all of them, each seeing the port of process 0',
       'look at the logs of the others; GEMMA_SFT_JOIN_SECONDS waits longer')
+
+
+def lost(error: BaseException) -> str:
+  """Returns the message of an error that says that processes did not meet, or
+  ''."""
+  import jax
+
+  text = str(error)
+  if not isinstance(error, jax.errors.JaxRuntimeError) or not (
+      'Gloo' in text or 'NCCL' in text):
+    return ''
+  # Gloo's limit cannot be set.
+  return (f'error: the processes did not meet: {text.partition(chr(10))[0]};'
+          ' on CPUs they have 30 s, which too few cores for all do not keep\n'
+          f'{_AGAIN}')
 
 
 # While they run ---------------------------------------------------------------

@@ -14,6 +14,7 @@ import time
 
 import conftest
 import numpy as np
+import jax
 import pytest
 
 from configs import tiny
@@ -306,6 +307,14 @@ def test_variables_half_set_or_wrong_are_refused(changed, text):
       coordinator_address='host:1', num_processes=2, process_id=1)
   with pytest.raises(errors.UserError, match=text):
     distributed.find(environment | changed)
+
+
+def test_processes_that_did_not_meet_are_told_of():
+  said = distributed.lost(jax.errors.JaxRuntimeError(
+      'UNKNOWN: Gloo context initialization failed: DEADLINE_EXCEEDED\nmore'))
+  assert 'DEADLINE_EXCEEDED; on CPUs' in said and 'same command' in said
+  assert not distributed.lost(jax.errors.JaxRuntimeError('INTERNAL'))
+  assert not distributed.lost(ValueError('Gloo'))
 
 
 def test_one_process_joins_none():

@@ -641,11 +641,13 @@ def test_workdir_that_is_a_file_is_refused(run_config, tmp_path):
     train.main(run_config, str(tmp_path / 'file'), False)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason='root may write anywhere')
 def test_workdir_that_cannot_be_written_is_refused(run_config, tmp_path):
-  (tmp_path / 'closed').mkdir(mode=0o500)
-  with pytest.raises(errors.UserError, match='Permission denied'):
-    train.main(run_config, str(tmp_path / 'closed' / 'w'), False)
+  closed = tmp_path / 'closed'
+  closed.mkdir(mode=0o500)
+  if os.geteuid() == 0:  # To whom the kernel's own folders alone are closed.
+    closed = pathlib.Path('/sys')
+  with pytest.raises(errors.UserError, match='ermi(ssion denied|tted)'):
+    train.main(run_config, str(closed / 'w'), False)
 
 
 def test_dry_run_audits_and_trains_nothing(run_config, tmp_path, capsys):
