@@ -13,8 +13,8 @@ import sys
 import time
 
 import conftest
-import numpy as np
 import jax
+import numpy as np
 import pytest
 
 from configs import tiny
