@@ -20,7 +20,7 @@ def sections(comparison: comparing.Comparison
        *_gain(row)] for row in comparison.gains]
   tables = (
       ('Config', ['key', *head], comparison.config),
-      ('Config that does not decide the result', ['key', *head],
+      ('Config that decides nothing but which data and base are read', ['key', *head],
        comparison.free),
       ('Data, base, code and devices', ['', *head], comparison.origin),
       ('Result', ['', *head], comparison.results),
