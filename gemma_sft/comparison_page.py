@@ -20,8 +20,8 @@ def sections(comparison: comparing.Comparison
        *_gain(row)] for row in comparison.gains]
   tables = (
       ('Config', ['key', *head], comparison.config),
-      ('Config that decides nothing but which data and base are read', ['key', *head],
-       comparison.free),
+      ('Config that decides nothing but which data and base are read',
+       ['key', *head], comparison.free),
       ('Data, base, code and devices', ['', *head], comparison.origin),
       ('Result', ['', *head], comparison.results),
       (f'Scores of {comparison.split}', comparison.scores[:1][0]
