@@ -106,11 +106,7 @@ def validate(config: Any) -> None:
     value = config
     for part in key.split('.'):
       value = value[part]
-    try:
-      fine = good(value)
-    except TypeError:  # Another type, such as null in a config.json by hand.
-      fine = False
-    if not fine:
+    if not _is_good(good, value):
       raise errors.UserError(
           f'config.{key} is {value!r}', expected, fix or f'set --config.{key}')
 
@@ -217,6 +213,13 @@ def validate(config: Any) -> None:
   for key, _ in leaves(config):
     check(key, _is_plain,
           'a finite number, of at most 2147483648 if it is whole')
+
+
+def _is_good(good, value):
+  try:
+    return good(value)
+  except TypeError:  # Another type, such as null in a config.json by hand.
+    return False
 
 
 def _is_pattern(value):

@@ -85,9 +85,11 @@ def _guided(target, seeds, session, cases, seed, folder, finish):
       finish()
 
   options = {'custom_mutator': mutation.mutate} if target.AS_JSON else {}
+  # `judging` limits a case. With a timeout of 0 atheris would end the process
+  # at the first case in which a second of the clock begins.
   atheris.Setup(
       ['fuzz', str(inputs), f'-artifact_prefix={folder}/', f'-seed={seed}',
-       f'-max_len={_MAX_BYTES}', '-len_control=0', '-timeout=0',
+       f'-max_len={_MAX_BYTES}', '-len_control=0', '-timeout=999999',
        '-rss_limit_mb=0', '-verbosity=0', '-handle_segv=0', '-handle_abrt=0'],
       try_one, **options)
   atheris.Fuzz()
