@@ -90,8 +90,10 @@ def other_run(request, tmp_path_factory):
   return config, str(folder / 'w')
 
 
-@pytest.fixture(scope='module', params=[(2, ''), (3, ''), (4, 'nf4')],
-                ids=['gemma2', 'gemma3', 'gemma4_nf4'])
+@pytest.fixture(scope='module', params=[
+    pytest.param((2, ''), id='gemma2'), pytest.param((3, ''), id='gemma3'),
+    # Minutes of compilation, for what the others have each for itself.
+    pytest.param((4, 'nf4'), id='gemma4_nf4', marks=pytest.mark.drill)])
 def dora_run(request, tmp_path_factory):
   """The workdir of the same with DoRA."""
   folder = tmp_path_factory.mktemp('run')
