@@ -2,10 +2,11 @@
 
 A T4 multiplies float16 eight times as fast as float32 and has no bfloat16.
 float16 ends at 65,504, and Gemma goes beyond: the residual stream of Gemma 3
-does (unsloth.ai/blog/gemma3; 103,795 in the 270M's layer 14), and so can the product of an MLP's gate and up.
-So float16 is what is multiplied and nothing else: operands are rounded on their
-way into a matrix product, sums and results are float32, and so are residual
-stream, norms, rotations, softmax and what the backward pass adds up.
+does (unsloth.ai/blog/gemma3; 103,795 in the 270M's layer 14), and so can the
+product of an MLP's gate and up. So float16 is what is multiplied and nothing
+else: operands are rounded on their way into a matrix product, sums and results
+are float32, and so are residual stream, norms, rotations, softmax and what the
+backward pass adds up.
 
     operand                         how it stays below 65,504
     input of q, k, v, gate, up      comes from a norm

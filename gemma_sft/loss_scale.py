@@ -18,9 +18,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-# Micikevicius et al. trained with 8 to 32,768. jmp's examples begin at the upper
-# end; Gemma 3 270M on Blop then left out its first nine updates, a sixth of that
-# run, until the scale was 64 (configs/blop.py, two rows a batch, CPU).
+# Micikevicius et al. trained with 8 to 32,768. jmp's examples begin at the
+# upper end; Gemma 3 270M on Blop then left out its first nine updates, a sixth
+# of that run, until the scale was 64 (configs/blop.py, two rows a batch, CPU).
 INITIAL = 2.0**6
 FACTOR = 2.0
 PERIOD = 2000  # Of jmp and of PyTorch's GradScaler.
