@@ -94,3 +94,16 @@ def test_a_changed_config_leaves_the_first_alone():
   config = _config()
   other = fitting.changed(config, {'train.remat': 'block', 'mesh.fsdp': 8})
   assert (config.train.remat, other.train.remat) == ('elementwise', 'block')
+
+
+def test_what_is_extrapolated_is_what_would_be_estimated():
+  # A wide model and few tokens: most of a step's memory is a layer in full.
+  config = _config(**{
+      'model.quantization': 'nf4', 'data.batch_size': 8, 'data.max_length': 64,
+      'model.embed_dim': 512, 'model.hidden_dim': 2048})
+  program = _program(config)
+  memory = estimate.memory(program, limit=5e8)
+  found = fitting.largest(program, memory, None).batch_size
+  there = estimate.memory(_program(fitting.changed(
+      config, {'data.batch_size': found})), limit=5e8)
+  assert 0.9 * 5e8 < there.peak < 1.02 * 5e8, (memory.peak, found)
