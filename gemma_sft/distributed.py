@@ -272,10 +272,10 @@ def lost(error: BaseException) -> str:
   import jax
 
   text = str(error)
-  if not isinstance(error, jax.errors.JaxRuntimeError) or not (
-      'Gloo' in text or 'NCCL' in text):
+  if not isinstance(error, jax.errors.JaxRuntimeError) or (
+      'Gloo context initialization failed' not in text):
     return ''
-  # Gloo's limit cannot be set.
+  # Gloo joins CPUs; its limit cannot be set.
   return (f'error: the processes did not meet: {text.partition(chr(10))[0]};'
           ' on CPUs they have 30 s, which too few cores for all do not keep\n'
           f'{_AGAIN}')

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 
 # Micikevicius et al. trained with 8 to 32,768. jmp's examples begin at the
-# upper end; Gemma 3 270M on Blop then left out its first nine updates, a sixth
-# of that run, until the scale was 64 (configs/blop.py, two rows a batch, CPU).
+# upper end; Gemma 3 270M on Blop (configs/blop.py, two rows a batch, CPU) then
+# left out each of its first six updates, and from 512 three of the first four;
+# from 64 it left out none of six.
 INITIAL = 2.0**6
 FACTOR = 2.0
 PERIOD = 2000  # Of jmp and of PyTorch's GradScaler.

@@ -308,8 +308,7 @@ def prepared(tmp_path_factory):
   return run, batch, step
 
 
-# Of random weights, whose gradients are large: 2**15 overflows.
-_GOOD = 2.0**6
+_GOOD = loss_scale_lib.INITIAL
 
 
 def _with_scale(state, scale, count=0):
@@ -387,7 +386,6 @@ def test_the_scale_goes_no_lower_than_1_and_no_higher_than_its_end():
 def test_a_resumed_run_has_the_same_bits(tmp_path, monkeypatch):
   # Doubled at each good step, so that the checkpoint's scale matters.
   monkeypatch.setattr(loss_scale_lib, 'PERIOD', 1)
-  monkeypatch.setattr(loss_scale_lib, 'INITIAL', _GOOD)
   config = _config(tmp_path)
   straight, resumed = tmp_path / 'straight', tmp_path / 'resumed'
   assert train.main(config, str(straight)) == 0

@@ -5,11 +5,12 @@
     python tests/benchmarks/plan_table.py --compile  # compiles those missing
 
 LoRA and QLoRA of rank 16 on q, k, v and o, rows of 2,048 tokens of which a
-quarter are trained, one row at a time on each device, blocks made again in the
+quarter are trained, --rows=1 at a time on each device, blocks made again in the
 backward pass. A cell is the peak of a device and the most rows that it takes;
 ~ marks what is estimated. Where replicated weights do not fit, they are split
 over the slice's devices (fsdp). Each compilation takes one to four minutes of
-a core and is kept in the cache.
+a core and is kept in the cache. Below the table: what was compiled beside what
+would have been estimated.
 """
 
 import os
@@ -31,6 +32,7 @@ from gemma_sft import train
 _COMPILE = flags.DEFINE_bool('compile', False, 'Compile what is not kept.')
 _ONLY = flags.DEFINE_list(
     'only', [], 'Of these models alone, such as gemma3_270m.')
+_ROWS = flags.DEFINE_integer('rows', 1, 'Rows on each device.', lower_bound=1)
 _LENGTH, _SHARE = 2048, 0.25
 
 _MODELS = ('gemma3_270m', 'gemma3_1b', 'gemma3_4b', 'gemma3_12b', 'gemma2_2b',
@@ -57,16 +59,24 @@ def _config(model: str, quantization: str, n_devices: int, fsdp: int):
   return fitting.changed(config, {
       'model.name': model, 'model.weights': 'random',
       'model.quantization': quantization, 'data.train': 'none',
-      'data.max_length': _LENGTH, 'data.batch_size': n_devices,
+      'data.max_length': _LENGTH,
+      'data.batch_size': n_devices * _ROWS.value,
       'train.remat': 'block', 'lora.targets': 'attn/',
       'mesh.fsdp': fsdp, 'mesh.data': n_devices // fsdp})
 
 
-def _cell(model: str, method: str, name: str) -> str:
-  """Returns '4.1 GB, 24 rows', with what had to be changed."""
+def _cell(model: str, method: str, name: str, beside: list[str]) -> str:
+  """Returns '4.1 GB, 24 rows', with what had to be changed.
+
+  Args:
+    model: Of `_MODELS`.
+    method: Of `_METHODS`.
+    name: Of `_PLACES`.
+    beside: Gets a line if the cell was compiled.
+  """
   place = slices.parse(name)
   n, limit = place.n_devices, place.chip.memory
-  max_trained = round(_LENGTH * _SHARE)
+  max_trained = round(_LENGTH * _SHARE) * _ROWS.value
   memory = program = None
   for fsdp in (1, n) if n > 1 else (1,):
     config = _config(model, _METHODS[method], n, fsdp)
@@ -82,6 +92,11 @@ def _cell(model: str, method: str, name: str) -> str:
     if _COMPILE.value or ahead.is_cached(program, place):
       memory = estimate.memory(program, limit, *ahead.cached(
           train.train_step, program, place, compiled=True))
+      estimated = estimate.memory(program, limit).peak
+      beside.append(
+          f'{model}, {method}, {name}: compiled {memory.peak / 1e9:.2f} GB,'
+          f' estimated {estimated / 1e9:.2f}'
+          f' ({estimated / memory.peak - 1:+.0%})')
   mark = '' if memory.compiler else '~'
   split = f', fsdp {fsdp}' if fsdp > 1 else ''
   if not memory.fits:
@@ -95,10 +110,12 @@ def main(_):
            for name in _PLACES]
   print('| | ' + ' | '.join(heads) + ' |')
   print('|---' * (len(_PLACES) + 1) + '|', flush=True)
+  beside = []
   for model in _ONLY.value or _MODELS:
     for method in _METHODS:
-      cells = [_cell(model, method, name) for name in _PLACES]
+      cells = [_cell(model, method, name, beside) for name in _PLACES]
       print(f'| {model}, {method} | ' + ' | '.join(cells) + ' |', flush=True)
+  print('', *beside, sep='\n')
   used = resource.getrusage(resource.RUSAGE_SELF)
   print(f'\n{used.ru_utime + used.ru_stime:.0f} CPU-seconds,'
         f' {used.ru_maxrss / 1e6:.1f} GB')
