@@ -6,8 +6,8 @@
 
 The three attempts on the 270M, seed 0 (README): 0, 64 and 87 % of 55 test
 answers good, against 67 % of :270m, which has three epochs and was not tried
-with ten. On validation the third attempt has 82 % both after three epochs, where
-its loss is lowest (2.75), and after ten (3.05).
+with ten. On validation the third attempt has 82 % both after three epochs,
+where its loss is lowest (2.75), and after ten (3.05).
 """
 
 from ml_collections import config_dict
