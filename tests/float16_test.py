@@ -482,7 +482,7 @@ def test_the_real_model_goes_beyond_float16_and_its_losses_do_not():
   weights = loading.resolve_weights(config)
   tokenizer = loading.load_tokenizer(config, weights, model.generation)
   text = (conftest.ROOT / 'data' / 'blop' / 'README.md').read_text('utf-8')
-  ids = jnp.array([[tokenizer.bos_id, *tokenizer.encode(text)][:129]], jnp.int32)
+  ids = jnp.array([[tokenizer.bos_id, *tokenizer.encode(text)][:129]])
   params = loading.load_base(
       model, weights, sharding.single_device_mesh(), dtype=jnp.float32, seed=0,
       stacked=True)
