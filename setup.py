@@ -79,11 +79,12 @@ setuptools.setup(
     packages=setuptools.find_packages(
         include=['gemma_sft', 'gemma_sft.*', 'configs']),
     package_data={
-        'gemma_sft': ['*.html'],
-        'gemma_sft.tasks': ['*.js', '*.json', '*.txt'],
-        'gemma_sft.clean': ['lists/*.txt'],
+        'gemma_sft.curation': ['lists/*.txt'],
+        'gemma_sft.evaluation': ['*.html'],
+        'gemma_sft.serving': ['static/*'],
         'gemma_sft.sweeping': ['*.html'],
-        'gemma_sft.web': ['static/*'],
+        'gemma_sft.tasks.blop': ['*.js', '*.json'],
+        'gemma_sft.tasks.poetry': ['*.json', '*.txt'],
     },
     install_requires=REQUIREMENTS,
     extras_require={

@@ -46,7 +46,7 @@ def get_config() -> config_dict.ConfigDict:
   # Dtype of the frozen base and of compute: auto is bfloat16 where the device
   # has it, float16 on NVIDIA cards below compute capability 8.0 (T4, V100),
   # float32 on a CPU (a step in bfloat16 is no faster there). float16 is that of
-  # matrix products alone, with a loss scale: gemma_sft/float16.py.
+  # matrix products alone, with a loss scale: gemma_sft/nn/float16.py.
   model.dtype = 'auto'
   # The projections of the frozen base in int8, int4 or nf4, a scale for each
   # block of 128 or 64 weights (QLoRA); '' keeps them in the dtype.
@@ -99,7 +99,7 @@ def get_config() -> config_dict.ConfigDict:
   # and o; 'attn/|mlp/' adds gate, up and down; '/(q|v)$' those two alone.
   lora.targets = 'attn/'
   # DoRA: the magnitude of each output's weights is trained apart from their
-  # direction (gemma_sft/dora.py).
+  # direction (gemma_sft/adapters/dora.py).
   lora.dora = False
   # LoRA+ (arXiv 2402.12354): B learns at this multiple of A's rate; 1 is plain
   # LoRA, 16 what its authors recommend.
@@ -234,8 +234,8 @@ def get_config() -> config_dict.ConfigDict:
   # in 19,878.
   curate.duplicates = 0.7
   curate.ngram = 3
-  # Word lists of gemma_sft/clean/lists/, or files of your own, whose lines go
-  # to review.jsonl; nothing is removed.
+  # Word lists of gemma_sft/curation/lists/, or files of your own; lines that
+  # hold such a word go to review.jsonl, and nothing is removed.
   curate.lists = ('english', 'hindi', 'bengali')
   # Of train, validation and test.
   curate.fractions = (0.8, 0.1, 0.1)

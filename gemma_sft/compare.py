@@ -18,10 +18,10 @@ import os
 from typing import Sequence
 
 from configs import default
-from gemma_sft import comparing
-from gemma_sft import comparison_page
 from gemma_sft import config as config_lib
 from gemma_sft import errors
+from gemma_sft.evaluation import compare_page
+from gemma_sft.evaluation import compare_runs
 
 
 def main(workdirs: Sequence[str], out: str | None = None) -> int:
@@ -35,14 +35,14 @@ def main(workdirs: Sequence[str], out: str | None = None) -> int:
   if out is not None:
     _check_out(out)
   defaults = dict(config_lib.leaves(default.get_config()))
-  runs = [comparing.load(workdir, name, defaults)
-          for workdir, name in zip(workdirs, comparing.names(workdirs))]
-  comparison = comparing.compare(runs)
-  print(comparison_page.text(comparison))
+  runs = [compare_runs.load(workdir, name, defaults)
+          for workdir, name in zip(workdirs, compare_runs.names(workdirs))]
+  comparison = compare_runs.compare(runs)
+  print(compare_page.text(comparison))
   if out is not None:
     with open(out, 'w', encoding='utf-8') as file:
-      file.write(comparison_page.page(
-          comparison, comparison_page.picture(runs)))
+      file.write(compare_page.page(
+          comparison, compare_page.picture(runs)))
     print(f'page: {out}')
   return 0
 

@@ -30,15 +30,15 @@ import regex
 
 from gemma_sft import config as config_lib
 from gemma_sft import errors
-from gemma_sft import records as records_lib
-from gemma_sft.clean import augment
-from gemma_sft.clean import characters
-from gemma_sft.clean import duplicates
-from gemma_sft.clean import romanise
-from gemma_sft.clean import splits
-from gemma_sft.clean import summary
-from gemma_sft.clean import table
-from gemma_sft.clean import words
+from gemma_sft.curation import augment
+from gemma_sft.curation import characters
+from gemma_sft.curation import duplicates
+from gemma_sft.curation import report as report_lib
+from gemma_sft.curation import romanise
+from gemma_sft.curation import splits
+from gemma_sft.curation import table
+from gemma_sft.curation import words
+from gemma_sft.inputs import records as records_lib
 
 _FILES = (
     *(f'{name}.{kind}' for name in splits.NAMES for kind in ('jsonl', 'csv')),
@@ -64,15 +64,15 @@ def main(
     _check_folder(cli.require('out', out, '--out=curated'), overwrite,
                   config.curate.source)
   result = curate(config)
-  blocks = summary.blocks(result, examples)
-  print(summary.to_markdown(blocks))
+  blocks = report_lib.blocks(result, examples)
+  print(report_lib.to_markdown(blocks))
   if not dry_run:
     _write(pathlib.Path(out), result, config, blocks, examples)
     print(f'\nwritten to {out}')
   return 0
 
 
-def curate(config: Any) -> summary.Result:
+def curate(config: Any) -> report_lib.Result:
   """Returns the splits of the collection, and an account of all that was done.
 
   The rows read are those kept and those removed, whatever the steps are.
@@ -130,7 +130,7 @@ def curate(config: Any) -> summary.Result:
   if section.tokens:
     _add_tokens(every, account, text, section.tokens)
   assert num_read == len(rows) + len(account.removals)
-  return summary.Result(
+  return report_lib.Result(
       source=section.source, num_read=num_read, account=account,
       parts=parts, augmented=made, text=text, balance=section.balance,
       flags=[flag for name, part in parts.items()
@@ -328,14 +328,14 @@ def _write(folder, result, config, blocks, examples) -> None:
                       ('changes', account.changes)):
     _write_jsonl(folder / f'{name}.jsonl', map(dataclasses.asdict, items))
   _write_jsonl(folder / 'review.jsonl', result.flags)
-  report = summary.to_json(result, examples) | {
+  report = report_lib.to_json(result, examples) | {
       'seed': config.seed,
       'config': dict(config_lib.leaves(config.curate, 'curate.'))}
   for name, content in (
       ('report.json', json.dumps(
           report, indent=1, ensure_ascii=False, default=str)),
-      ('report.md', summary.to_markdown(blocks)),
-      ('report.html', summary.to_html(blocks))):
+      ('report.md', report_lib.to_markdown(blocks)),
+      ('report.html', report_lib.to_html(blocks))):
     (folder / name).write_text(content + '\n', encoding='utf-8')
 
 

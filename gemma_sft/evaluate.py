@@ -30,18 +30,19 @@ from typing import Sequence
 
 import jax
 
-from gemma_sft import answers as answers_lib
 from gemma_sft import config as config_lib
 from gemma_sft import errors
-from gemma_sft import inference
-from gemma_sft import loading
-from gemma_sft import progress
-from gemma_sft import prompting
-from gemma_sft import records as records_lib
-from gemma_sft import report
-from gemma_sft import scoring
 from gemma_sft import tasks
-from gemma_sft.artifacts import llama_runtime
+from gemma_sft.evaluation import judge
+from gemma_sft.evaluation import report
+from gemma_sft.evaluation import validation
+from gemma_sft.exports import llama_runtime
+from gemma_sft.generation import answers as answers_lib
+from gemma_sft.generation import prompting
+from gemma_sft.inputs import records as records_lib
+from gemma_sft.inputs import splits as splits_lib
+from gemma_sft.monitor import log
+from gemma_sft.run import restore
 from gemma_sft.weights import convert
 
 # Answers that the server makes at a time: more use the cores better.
@@ -102,7 +103,7 @@ def main(
   print(report.table(folder, split))
   for result in results:
     for sample in result['samples']:
-      print(progress.quote(sample['prompt'], sample['answer']))
+      print(log.quote(sample['prompt'], sample['answer']))
   if said := report.sentence(report.read_results(folder, split)):
     print(said)
   print(f'answers and verdicts: {folder}')
@@ -112,9 +113,9 @@ def main(
 
 def _score(config, workdir, base, step, folder, split, limit, baselines):
   """Scores JAX weights, once for each way of prompting them."""
-  served = inference.load_weights(config, workdir, base=base, step=step)
+  served = restore.load_weights(config, workdir, base=base, step=step)
   # Together, so that no question of the split is one of the training examples.
-  splits = loading.load_splits(
+  splits = splits_lib.load_splits(
       config.data, dict.fromkeys((split, 'train')), served.task,
       served.tokenizer)
   part, training = splits[split], splits['train'].records
@@ -132,7 +133,7 @@ def _score(config, workdir, base, step, folder, split, limit, baselines):
     if not baseline.n:
       scores = _kept_loss(_path(folder, split, name), identity)
     if not scores and not baseline.n:
-      scores = scoring.evaluate_loss(
+      scores = validation.evaluate_loss(
           served.model, served.params, served.source(examples), served.mesh,
           execution=served.execution, accuracy=True)
     prompter = prompting.Prompter(
@@ -140,7 +141,7 @@ def _score(config, workdir, base, step, folder, split, limit, baselines):
     ) if baseline.n else None
     prompts = () if baseline.n else config.eval.prompts
     start = time.monotonic()
-    judged, answers, samples = scoring.judge_records(
+    judged, answers, samples = judge.judge_records(
         served.model, served.params, served.tokenizer, served.task, records,
         section=config.eval, seed=config.seed, prompts=prompts,
         training=training, prompter=prompter,
@@ -189,8 +190,8 @@ def _score_gguf(config, gguf, llama_server, folder, split, limit):
         'python -m gemma_sft.export --workdir=... --out=... writes one')
   server = llama_runtime.find_server(llama_server)
   task = tasks.load(config.task)
-  records = loading.read_split(config.data, split)
-  training = loading.read_split(config.data, 'train')
+  records = splits_lib.read_split(config.data, split)
+  training = splits_lib.read_split(config.data, 'train')
   records = records[:limit] if limit else records
   weights = convert.file_sha256(gguf)
   identity = _identity(
@@ -203,7 +204,7 @@ def _score_gguf(config, gguf, llama_server, folder, split, limit):
   served = {'temperature': config.sampling.temperature, 'seed': config.seed,
             'repeat_penalty': config.sampling.repetition_penalty}
   conversations = [
-      *((scoring.ask(prompt), served) for prompt in config.eval.prompts),
+      *((judge.ask(prompt), served) for prompt in config.eval.prompts),
       *((task.to_messages(record), judged_as) for record in records)]
   kept = answers_lib.Answers(os.path.join(folder, 'answers.jsonl'))
   keys = [answers_lib.make_key(
@@ -230,7 +231,7 @@ def _score_gguf(config, gguf, llama_server, folder, split, limit):
   free, answers = (
       part for part in ([kept.find(k) for k in keys[:n]],
                         [kept.find(k) for k in keys[n:]]))
-  judged = scoring.judge_answers(
+  judged = judge.judge_answers(
       task, records, answers, prompts=config.eval.prompts, free=free,
       training=training)
   return _save(folder, _result(

@@ -33,19 +33,19 @@ from typing import Sequence
 from configs import default
 from gemma_sft import config as config_lib
 from gemma_sft import errors
-from gemma_sft import inference
-from gemma_sft import merging
-from gemma_sft import runs
-from gemma_sft import templates
-from gemma_sft.artifacts import card
-from gemma_sft.artifacts import llama_runtime
-from gemma_sft.artifacts import modelfile
-from gemma_sft.artifacts import parity
-from gemma_sft.artifacts import push as push_lib
-from gemma_sft.artifacts import reference as reference_lib
-from gemma_sft.artifacts import summary as summary_lib
-from gemma_sft.artifacts import tensors
-from gemma_sft.artifacts import writer
+from gemma_sft.exports import arrays
+from gemma_sft.exports import card
+from gemma_sft.exports import first_difference
+from gemma_sft.exports import llama_runtime
+from gemma_sft.exports import modelfile
+from gemma_sft.exports import push as push_lib
+from gemma_sft.exports import reference as reference_lib
+from gemma_sft.exports import summary as summary_lib
+from gemma_sft.exports import templates
+from gemma_sft.exports import verify
+from gemma_sft.exports import writer
+from gemma_sft.run import build
+from gemma_sft.run import restore
 
 _SHORT = {'float32': 'f32', 'float16': 'f16', 'bfloat16': 'bf16'}
 # Headers, tokenizer files and the file system's own.
@@ -66,7 +66,7 @@ class Job:
   Attributes:
     format: As asked for.
     path: Below the export's folder.
-    kind: Its precision, a key of `proof.LIMITS`.
+    kind: Its precision, a key of `divergence.LIMITS`.
     n_bytes: Of its tensors.
     base_bytes: Of the base that its proof needs for a while.
   """
@@ -127,7 +127,7 @@ def main(
   writer.check_formats(formats, has_adapters=has_adapters,
                        has_magnitudes=has_adapters and config.lora.dora)
   final = pathlib.Path(out)
-  chosen = inference.choose_weights(config, workdir, base=base, step=step)
+  chosen = restore.choose_weights(config, workdir, base=base, step=step)
   identity = ' '.join(filter(None, [
       chosen.identity, config.model.quantization, hf_dtype, *formats]))
   if _is_there(final, identity, overwrite, allow_unproven):
@@ -135,7 +135,7 @@ def main(
     _push(targets, final, config, push_data, private)
     return 0
   source = writer.Source(
-      chosen.model, chosen.tokenizer, merging.open_arrays(chosen),
+      chosen.model, chosen.tokenizer, arrays.open_arrays(chosen),
       name=final.name, temperature=config.sampling.temperature,
       repetition_penalty=config.sampling.repetition_penalty)
   jobs = plan(source, formats, hf_dtype)
@@ -255,7 +255,7 @@ def write(
 def _adapter(config):
   return writer.Adapter(
       config.lora.rank, config.lora.alpha, config.lora.rank_stabilised,
-      config.lora.dropout, runs.lora_scale(config))
+      config.lora.dropout, build.lora_scale(config))
 
 
 def _is_there(
@@ -330,7 +330,7 @@ def _find_runtimes(
   missing = {}
   found = {'python': None, 'server': None}
   for name, find, given, users in (
-      ('python', parity.find_python, python, ('hf', 'peft')),
+      ('python', verify.find_python, python, ('hf', 'peft')),
       ('server', llama_runtime.find_server, server, ('gguf', 'lora'))):
     needed = [f for f in formats if f.partition('-')[0] in users]
     if not needed:
@@ -345,7 +345,7 @@ def _find_runtimes(
 
 
 def _make_reference(config, workdir, base, step) -> reference_lib.Reference:
-  served = inference.load_weights(
+  served = restore.load_weights(
       config, workdir, base=base, step=step, dtype='float32')
   split = 'validation' if config.data.validation else 'train'
   return reference_lib.make_reference(
@@ -353,13 +353,13 @@ def _make_reference(config, workdir, base, step) -> reference_lib.Reference:
       served.split(split).examples[:_EXAMPLES])
 
 
-def _prove(job, folder, source, config, reference, runtimes) -> parity.Result:
+def _prove(job, folder, source, config, reference, runtimes) -> verify.Result:
   path = folder / job.path
   if job.format == 'hf':
-    return parity.prove_hf(
+    return verify.prove_hf(
         path, reference, kind=job.kind, python=runtimes.python)
   if job.format.startswith('gguf-'):
-    return parity.prove_gguf(
+    return verify.prove_gguf(
         path, reference, kind=job.kind, server=runtimes.server)
   # An adapter is proven on the base as it was in training, rounded if that
   # was, written for that alone.
@@ -368,11 +368,11 @@ def _prove(job, folder, source, config, reference, runtimes) -> parity.Result:
     if job.format == 'peft':
       writer.write_hf(base, source, dtype='float32',
                       max_shard_bytes=2_000_000_000, base=True)
-      return parity.prove_hf(
+      return verify.prove_hf(
           base, reference, kind=job.kind, python=runtimes.python, adapter=path)
     writer.write_gguf(
         base / 'base.gguf', source, quantization='f32', base=True)
-    return parity.prove_gguf(
+    return verify.prove_gguf(
         base / 'base.gguf', reference, kind=job.kind, server=runtimes.server,
         lora=path)
 
@@ -402,9 +402,10 @@ def _first_wrong(job, folder, source, hf_dtype) -> str | None:
   path, read = folder / job.path, source.arrays.read
   try:
     if job.format == 'hf':
-      return tensors.first_wrong_in_hf(path, source.layout, read, hf_dtype)
+      return first_difference.first_wrong_in_hf(
+          path, source.layout, read, hf_dtype)
     if job.format.startswith('gguf-'):
-      return tensors.first_wrong_in_gguf(path, source.layout, read)
+      return first_difference.first_wrong_in_gguf(path, source.layout, read)
   except errors.UserError as error:
     return error.got
   return None

@@ -1,347 +1,49 @@
-"""Cross-entropy of the trained tokens, without the logits of the others.
+"""What training minimises: a file to fork for another loss.
 
-Gemma's vocabulary has 262,144 rows: the logits of one row of 2,048 tokens are
-2 GB in f32. In fine-tuning many positions are prompt or padding, so the hidden
-states of the trained positions are gathered first, and the head runs over those
-alone, a chunk of them at a time.
-
-With a frozen head even a chunk's logits are never all there: one pass over
-blocks of the vocabulary keeps a running log-sum-exp (Milakov and Gimelshein
-2018, arXiv 1805.02867) and, beside it, the gradient of the hidden states, which
-needs nothing but the softmax:
-
-    d nll / d x = sum_v p_v E_v - E_target
-
-so that the backward pass has only to scale it (as Liger's fused loss does,
-arXiv 2410.10989). That is 4 D V FLOPs a token, where making the logits a second
-time takes 6. A trained head's own gradient is made in the same pass, from the
-logits of one chunk, and summed in f32 over the chunks.
-
-Both are split over the vocabulary where the mesh splits the embedding: each
-shard has its own maximum, sum and gradient, which meet once, at the end.
+The loss is a sum over trained tokens, returned with their number. Sums are
+added over microbatches and hosts, and `train.train_step` divides once. The
+cross-entropy that never builds the logits of all tokens is in `nn/head.py`.
 """
 
-import functools
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from gemma_sft import float16
-from gemma_sft import shapes
+from gemma_sft import model as model_lib
+from gemma_sft.nn import blocks
+from gemma_sft.nn import head
 
 
-def masked_nll(
-    x_BTD: shapes.HiddenBTD,
-    embedding_VD: shapes.EmbeddingVD,
-    targets_BT: shapes.TokensBT,
-    loss_mask_BT: shapes.MaskBT,
+def batch_nll(
+    model: model_lib.Model,
+    params: Any,
+    microbatch: dict[str, jax.Array],
     *,
     max_trained: int,
-    groups: int = 1,
+    groups: int,
+    frozen_head: bool,
     chunk_size: int = 1024,
-    softcap: float | None = None,
-    frozen_head: bool = False,
-    mesh: jax.sharding.Mesh | None = None,
-) -> tuple[shapes.Scalar, shapes.Scalar]:
-  """Returns (sum of -log p(target), number of trained tokens), both f32.
-
-  Sums, not a mean: they are added over microbatches and hosts and divided once
-  (`train.train_step`).
+    execution: blocks.Execution = blocks.PLAIN,
+    **hidden: Any,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns (nll_sum, n_tokens) of one microbatch: what training minimises.
 
   Args:
-    x_BTD: Hidden states after the final norm.
-    embedding_VD: The tied head.
-    targets_BT: The next token at each position.
-    loss_mask_BT: True where the target is trained.
-    max_trained: Static bound on the trained positions of a group; with more
-      than that the sum is NaN, so that none is ever left out unseen.
-    groups: Number of device shards of B. Positions are gathered within a
-      group, so that nothing crosses devices.
-    chunk_size: Trained positions of a group at a time, at most: with a trained
-      head their logits are (chunk_size, V) in f32, with a frozen one
-      (chunk_size, 8192).
-    softcap: Gemma 2 and 4 bound logits as cap * tanh(logits / cap).
-    frozen_head: The embedding gets no gradient (LoRA, evaluation).
-    mesh: The mesh of the arrays, where its axis 'tensor' splits the embedding.
+    model: From `make_model`.
+    params: The base weights.
+    microbatch: Arrays (B, T) of a `batches.Batches` batch.
+    max_trained: See `head.masked_nll`.
+    groups: See `head.masked_nll`.
+    chunk_size: See `head.masked_nll`.
+    frozen_head: See `head.masked_nll`.
+    execution: See `model.hidden_states`.
+    **hidden: Adapters and dropout of `model.hidden_states`.
   """
-  x_GPD, targets_GP, weights_GP, n_G, n_chunks = _gather(
-      x_BTD, targets_BT, loss_mask_BT, max_trained, groups, chunk_size)
-  head_nll = _frozen_head_nll if frozen_head else _trained_head_nll
-  nll = head_nll(
-      x_GPD, embedding_VD, targets_GP, weights_GP, softcap, n_chunks, mesh)
-  nll = jnp.where((n_G <= max_trained).all(), nll, jnp.nan)
-  return nll, n_G.sum().astype(jnp.float32)
-
-
-def masked_hits(
-    x_BTD: shapes.HiddenBTD,
-    embedding_VD: shapes.EmbeddingVD,
-    targets_BT: shapes.TokensBT,
-    loss_mask_BT: shapes.MaskBT,
-    *,
-    max_trained: int,
-    groups: int = 1,
-    chunk_size: int = 128,
-) -> shapes.Scalar:
-  """Returns the number of trained targets that are the likeliest token, f32.
-
-  Over `masked_nll`'s count it is the next-token accuracy. A cap on the logits
-  changes no order, so there is none here. For evaluation: no gradient.
-
-  Args:
-    x_BTD: See `masked_nll`, as all others.
-    embedding_VD: The tied head.
-    targets_BT: The next token at each position.
-    loss_mask_BT: True where the target is trained.
-    max_trained: Static bound on the trained positions of a group.
-    groups: Number of device shards of B.
-    chunk_size: Positions whose logits, (chunk_size, V) in f32, are there at a
-      time.
-  """
-  x_GPD, targets_GP, weights_GP, n_G, n_chunks = _gather(
-      x_BTD, targets_BT, loss_mask_BT, max_trained, groups, chunk_size)
-
-  def hits(chunk):
-    x_GCD, targets_GC, weights_GC = chunk
-    logits_GCV = jnp.einsum(
-        'GCD,VD->GCV', float16.operand(x_GCD, embedding_VD), embedding_VD,
-        preferred_element_type=jnp.float32)
-    return jnp.sum((logits_GCV.argmax(axis=2) == targets_GC) * weights_GC)
-
-  total = jax.lax.map(hits, (
-      _split(x_GPD, n_chunks), _split(targets_GP, n_chunks),
-      _split(weights_GP, n_chunks))).sum()
-  return jnp.where((n_G <= max_trained).all(), total, jnp.nan)
-
-
-def _gather(x_BTD, targets_BT, loss_mask_BT, max_trained, groups, chunk_size):
-  """Returns (x_GPD, targets_GP, weights_GP, n_G, n_chunks) of what is trained.
-
-  Weights are 1.0 where a slot of P holds one of the group's n_G positions.
-  """
-  D = x_BTD.shape[-1]
-  x_GND = x_BTD.reshape(groups, -1, D)
-  targets_GN = targets_BT.reshape(groups, -1)
-  mask_GN = loss_mask_BT.reshape(groups, -1)
-  n_G = mask_GN.sum(axis=1)
-
-  # Chunks of one size: less padding than full ones and a rest.
-  n_chunks = -(-max_trained // chunk_size)
-  C = -(-max_trained // n_chunks)
-  index_GP = jax.vmap(lambda mask: jnp.nonzero(
-      mask, size=n_chunks * C, fill_value=0)[0])(mask_GN)
-  weights_GP = (jnp.arange(n_chunks * C)[None] < n_G[:, None]).astype(
-      jnp.float32)
-  # Unused slots take position 0, whose value must not matter even if it is NaN.
-  x_GPD = jnp.where(
-      weights_GP[:, :, None] > 0,
-      jnp.take_along_axis(x_GND, index_GP[:, :, None], axis=1), 0)
-  targets_GP = jnp.take_along_axis(targets_GN, index_GP, axis=1)
-  return x_GPD, targets_GP, weights_GP, n_G, n_chunks
-
-
-def _split(array_GP, n_chunks):
-  """Returns (n_chunks, G, C, ...) of (G, P, ...)."""
-  G, P = array_GP.shape[:2]
-  return jnp.moveaxis(array_GP.reshape(
-      G, n_chunks, P // n_chunks, *array_GP.shape[2:]), 1, 0)
-
-
-def _join(array_nGC):
-  """Undoes `_split`."""
-  n, G, C = array_nGC.shape[:3]
-  return jnp.moveaxis(array_nGC, 0, 1).reshape(G, n * C, *array_nGC.shape[3:])
-
-
-def _capped(logits, softcap):
-  """Returns the logits and the derivative of the cap."""
-  if softcap is None:
-    return logits, jnp.ones_like(logits)
-  logits = softcap * jnp.tanh(logits / softcap)
-  return logits, 1 - jnp.square(logits / softcap)
-
-
-def _scaled(cotangent, gradient):
-  return (cotangent * gradient.astype(jnp.float32)).astype(gradient.dtype)
-
-
-# Probabilities as float16 operands: 2e-9, not 6e-5, is then the least with all
-# of its bits, and 1 is below the end of 65,504.
-_LIFT = 2.0**15
-
-
-def _product(equation, probs, other):
-  """Returns the f32 einsum of numbers in [-1, 1], rounded as `other` is."""
-  if other.dtype != jnp.float16:
-    return jnp.einsum(equation, probs.astype(other.dtype), other,
-                      preferred_element_type=jnp.float32)
-  return jnp.einsum(equation, (probs * _LIFT).astype(other.dtype), other,
-                    preferred_element_type=jnp.float32) / _LIFT
-
-
-# A frozen head ---------------------------------------------------------------
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _frozen_head_nll(
-    x_GPD, embedding_VD, targets_GP, weights_GP, softcap, n_chunks, mesh):
-  nll, _ = _frozen_head(
-      x_GPD, embedding_VD, targets_GP, weights_GP, softcap, n_chunks, mesh,
-      with_grad=False)
-  return nll
-
-
-def _frozen_head_bwd(softcap, n_chunks, mesh, dx_GPD, cotangent):
-  del softcap, n_chunks, mesh
-  return _scaled(cotangent, dx_GPD), None, None, None
-
-
-def _frozen_head(
-    x_GPD, embedding_VD, targets_GP, weights_GP, softcap, n_chunks, mesh,
-    with_grad=True):
-  """Returns (nll sum, d nll / d x or None), chunk after chunk."""
-  stream = functools.partial(
-      _stream_vocabulary, embedding_VD=embedding_VD, softcap=softcap,
-      mesh=mesh, with_grad=with_grad)
-  if n_chunks == 1:
-    return stream(x_GPD, targets_GP, weights_GP)
-  nll_n, dx_nGCD = jax.lax.map(lambda chunk: stream(*chunk), (
-      _split(x_GPD, n_chunks), _split(targets_GP, n_chunks),
-      _split(weights_GP, n_chunks)))
-  return nll_n.sum(), _join(dx_nGCD) if with_grad else None
-
-
-_frozen_head_nll.defvjp(_frozen_head, _frozen_head_bwd)
-
-_BLOCK = 8192  # Rows of the vocabulary at a time; 1,024 tokens' logits: 32 MB.
-
-
-def _stream_vocabulary(
-    x_GCD, targets_GC, weights_GC, *, embedding_VD, softcap, mesh, with_grad):
-  """Returns (nll sum, d nll / d x or None) in one pass over the vocabulary."""
-  V, D = embedding_VD.shape
-  operand_GCD = float16.operand(x_GCD, embedding_VD)
-  # Z shards of the vocabulary, side by side in every block.
-  Z = 1 if mesh is None else mesh.shape['tensor']
-  Z = Z if V % Z == 0 else 1
-  n_blocks = _n_blocks(V // Z)
-  blocks_nZVD = jnp.swapaxes(
-      embedding_VD.reshape(Z, n_blocks, -1, D), 0, 1)
-
-  def sharded(array_ZG):
-    if mesh is None or mesh.size == 1:
-      return array_ZG
-    return jax.lax.with_sharding_constraint(array_ZG, NamedSharding(
-        mesh, P('tensor' if Z > 1 else None, ('data', 'fsdp'))))
-
-  def add_block(carry, block_ZVD):
-    max_ZGC, sum_ZGC, dx_ZGCD = carry
-    logits_ZGCV, slope_ZGCV = _capped(jnp.einsum(
-        'GCD,ZVD->ZGCV', operand_GCD, block_ZVD,
-        preferred_element_type=jnp.float32), softcap)
-    new_max_ZGC = jnp.maximum(max_ZGC, logits_ZGCV.max(axis=3))
-    rescale_ZGC = jnp.exp(max_ZGC - new_max_ZGC)
-    exp_ZGCV = jnp.exp(logits_ZGCV - new_max_ZGC[..., None])
-    if with_grad:
-      dx_ZGCD = dx_ZGCD * rescale_ZGC[..., None] + _product(
-          'ZGCV,ZVD->ZGCD', exp_ZGCV * slope_ZGCV, block_ZVD)
-    return (new_max_ZGC, sum_ZGC * rescale_ZGC + exp_ZGCV.sum(axis=3),
-            dx_ZGCD), None
-
-  G, C, _ = x_GCD.shape
-  start = jax.tree.map(sharded, (
-      jnp.full((Z, G, C), jnp.finfo(jnp.float32).min), jnp.zeros((Z, G, C)),
-      jnp.zeros((Z, G, C, D)) if with_grad else None))
-  (max_ZGC, sum_ZGC, dx_ZGCD), _ = jax.lax.scan(add_block, start, blocks_nZVD)
-  max_GC = max_ZGC.max(axis=0)
-  share_ZGC = jnp.exp(max_ZGC - max_GC[None])
-  sum_GC = (sum_ZGC * share_ZGC).sum(axis=0)
-  target_GCD = embedding_VD[targets_GC]
-  target_GC, slope_GC = _capped(jnp.einsum(
-      'GCD,GCD->GC', operand_GCD, target_GCD,
-      preferred_element_type=jnp.float32), softcap)
-  nll_GC = max_GC + jnp.log(sum_GC) - target_GC
-  dx_GCD = None
-  if with_grad:
-    dx_GCD = (dx_ZGCD * share_ZGC[..., None]).sum(axis=0)
-    dx_GCD = dx_GCD / sum_GC[:, :, None] - (
-        slope_GC[:, :, None] * target_GCD.astype(jnp.float32))
-    dx_GCD = (dx_GCD * weights_GC[:, :, None]).astype(x_GCD.dtype)
-  return jnp.sum(nll_GC * weights_GC), dx_GCD
-
-
-def _n_blocks(V: int) -> int:
-  """Returns the least divisor of V that makes blocks of at most `_BLOCK`.
-
-  Or 1 where V has no divisor near (Gemma's are 32 blocks of 8,192 or 8,004).
-  """
-  least = -(-V // _BLOCK)
-  return next((n for n in range(least, 4 * least + 1) if V % n == 0), 1)
-
-
-# A trained head --------------------------------------------------------------
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _trained_head_nll(
-    x_GPD, embedding_VD, targets_GP, weights_GP, softcap, n_chunks, mesh):
-  nll, _ = _trained_head(
-      x_GPD, embedding_VD, targets_GP, weights_GP, softcap, n_chunks, mesh,
-      with_grad=False)
-  return nll
-
-
-def _trained_head_bwd(softcap, n_chunks, mesh, gradients, cotangent):
-  del softcap, n_chunks, mesh
-  dx_GPD, dembedding_VD, like = gradients
-  dembedding_VD = _scaled(cotangent, dembedding_VD).astype(like.dtype)
-  return _scaled(cotangent, dx_GPD), dembedding_VD, None, None
-
-
-def _trained_head(
-    x_GPD, embedding_VD, targets_GP, weights_GP, softcap, n_chunks, mesh,
-    with_grad=True):
-  """Returns (nll sum, (d nll / d x, d nll / d embedding, its like) or None)."""
-  V = embedding_VD.shape[0]
-  half = embedding_VD.dtype == jnp.float16
-
-  def add_chunk(carry, chunk):
-    nll, dembedding_VD = carry
-    x_GCD, targets_GC, weights_GC = chunk
-    operand_GCD = float16.operand(x_GCD, embedding_VD)
-    logits_GCV, slope_GCV = _capped(jnp.einsum(
-        'GCD,VD->GCV', operand_GCD, embedding_VD,
-        preferred_element_type=jnp.float32), softcap)
-    lse_GC = jax.nn.logsumexp(logits_GCV, axis=2)
-    target_GC = jnp.take_along_axis(
-        logits_GCV, targets_GC[:, :, None], axis=2)[:, :, 0]
-    nll = nll + jnp.sum((lse_GC - target_GC) * weights_GC)
-    if not with_grad:
-      return (nll, None), None
-    is_target_GCV = jnp.arange(V)[None, None] == targets_GC[:, :, None]
-    dlogits_GCV = (jnp.exp(logits_GCV - lse_GC[:, :, None]) - is_target_GCV) * (
-        slope_GCV * weights_GC[:, :, None])
-    if half:
-      dx_GCD = _product('GCV,VD->GCD', dlogits_GCV, embedding_VD)
-    else:
-      dlogits_GCV = dlogits_GCV.astype(embedding_VD.dtype)
-      dx_GCD = jnp.einsum('GCV,VD->GCD', dlogits_GCV, embedding_VD)
-    dembedding_VD = dembedding_VD + _product(
-        'GCV,GCD->VD', dlogits_GCV, operand_GCD)
-    return (nll, dembedding_VD), dx_GCD
-
-  start = (jnp.float32(0),
-           jnp.zeros(embedding_VD.shape) if with_grad else None)
-  (nll, dembedding_VD), dx_nGCD = jax.lax.scan(add_chunk, start, (
-      _split(x_GPD, n_chunks), _split(targets_GP, n_chunks),
-      _split(weights_GP, n_chunks)))
-  if not with_grad:
-    return nll, None
-  if not half:  # There it is scaled first: see `_trained_head_bwd`.
-    dembedding_VD = dembedding_VD.astype(embedding_VD.dtype)
-  return nll, (_join(dx_nGCD), dembedding_VD, jnp.zeros(0, embedding_VD.dtype))
-
-
-_trained_head_nll.defvjp(_trained_head, _trained_head_bwd)
+  x_BTD = model_lib.hidden_states(
+      model, params, microbatch['tokens'], microbatch['positions'],
+      microbatch['segment_ids'], execution=execution, **hidden)
+  return head.masked_nll(
+      x_BTD, model_lib.embedding(params), microbatch['targets'],
+      microbatch['loss_mask'], max_trained=max_trained, groups=groups,
+      chunk_size=chunk_size, frozen_head=frozen_head,
+      softcap=model.config.final_logit_softcap, mesh=execution.mesh)

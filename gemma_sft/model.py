@@ -24,12 +24,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from gemma_sft import blocks
 from gemma_sft import errors
-from gemma_sft import float16
-from gemma_sft import lora
-from gemma_sft import quantize
 from gemma_sft import shapes
+from gemma_sft.adapters import lora
+from gemma_sft.nn import blocks
+from gemma_sft.nn import float16
+from gemma_sft.nn import quantize
 
 Params = Any  # Nested dicts of arrays, named as the official library does.
 

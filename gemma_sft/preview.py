@@ -18,8 +18,9 @@ from typing import Sequence
 from gemma_sft import chat
 from gemma_sft import config as config_lib
 from gemma_sft import errors
-from gemma_sft import loading
 from gemma_sft import tasks
+from gemma_sft.inputs import splits
+from gemma_sft.run import base
 
 _GREEN, _DIM, _PLAIN = '\033[32m', '\033[2m', '\033[0m'
 _BAR_WIDTH = 40
@@ -38,11 +39,11 @@ def main(
     raise errors.UserError(
         f'--examples={examples}', '0 or more', 'leave it out for three')
   color = sys.stdout.isatty() if color is None else color
-  resolved = loading.resolve_weights(config.model)
-  tokenizer = loading.load_tokenizer(
-      config.model, resolved, loading.load_model(config.model).generation)
+  resolved = base.resolve_weights(config.model)
+  tokenizer = base.load_tokenizer(
+      config.model, resolved, base.load_model(config.model).generation)
   task = tasks.load(config.task)
-  part = loading.load_splits(config.data, (split,), task, tokenizer)[split]
+  part = splits.load_splits(config.data, (split,), task, tokenizer)[split]
   print(f'audit: {part.report}\n')
   for example in part.examples[:examples]:
     n = int(example.loss_mask.sum())

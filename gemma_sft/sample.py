@@ -23,10 +23,10 @@ from typing import Sequence
 from gemma_sft import chat
 from gemma_sft import config as config_lib
 from gemma_sft import errors
-from gemma_sft import generate
-from gemma_sft import inference
-from gemma_sft import loading
-from gemma_sft import prompting
+from gemma_sft.generation import generate
+from gemma_sft.generation import prompting
+from gemma_sft.inputs import splits
+from gemma_sft.run import restore
 
 _HELP = """  /new           forget the conversation
   /system TEXT   set the system text and begin anew
@@ -57,13 +57,13 @@ def main(
         f'--baseline={",".join(baseline)}', 'one way of prompting',
         'choose one: zero, few:4 or rag:4')
   shown = prompting.parse(baseline[0] if baseline else 'zero')
-  served = inference.load_weights(config, workdir, base=base, step=step)
+  served = restore.load_weights(config, workdir, base=base, step=step)
   print(f'weights: {served.description}', file=sys.stderr)
   prompter = None
   if shown.n:
     prompter = prompting.Prompter(shown, [
         served.task.to_messages(r)
-        for r in loading.read_split(config.data, 'train')], config.seed)
+        for r in splits.read_split(config.data, 'train')], config.seed)
   as_text = base and config.eval.base_prompt == 'text'
   if prompt:
     for text in prompt:
@@ -80,7 +80,7 @@ def main(
 
 
 def answer(
-    served: inference.Served,
+    served: restore.Served,
     sampling: Any,
     conversation: Sequence[chat.Message],
     write: Any,

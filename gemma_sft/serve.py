@@ -33,7 +33,7 @@ from typing import Sequence
 
 from gemma_sft import config as config_lib
 from gemma_sft import errors
-from gemma_sft import ratings
+from gemma_sft.serving import ratings
 
 
 def main(
@@ -65,8 +65,8 @@ def main(
 
 
 def _rate(runs, split, report, out, host, port) -> int:
-  from gemma_sft.web import pairs as pairs_lib
-  from gemma_sft.web import rating
+  from gemma_sft.serving import pairs as pairs_lib
+  from gemma_sft.serving import rating
 
   pairs = pairs_lib.read(runs, split)
   path = out or os.path.join(
@@ -99,8 +99,8 @@ def _play(config, workdir, base, step, host, port) -> int:
     # Only now: their imports take seconds, and a port that is taken is told
     # before.
     from gemma_sft import sample
-    from gemma_sft.web import models
-    from gemma_sft.web import playground
+    from gemma_sft.serving import models
+    from gemma_sft.serving import playground
 
     served = models.load(config, workdir, base_only=base, step=step)
     for name, one in served.items():
@@ -114,12 +114,12 @@ def _play(config, workdir, base, step, host, port) -> int:
 
 def _records(section, split):
   """Returns a split's records; none where its file is no longer there."""
-  from gemma_sft import loading
+  from gemma_sft.inputs import splits
 
   if not section[split]:
     return []
   try:
-    return loading.read_split(section, split)
+    return splits.read_split(section, split)
   except errors.UserError as error:
     print(f'without the {split} split: {error.got}', flush=True)
     return []
@@ -134,7 +134,7 @@ def listen(host: str, port: int) -> Iterator[tuple[socket.socket, str, str]]:
   Raises:
     UserError: if the address cannot be had.
   """
-  from gemma_sft.web import guard
+  from gemma_sft.serving import guard
 
   if not 0 <= port < 2**16:  # The system would take its last 16 bits.
     raise errors.UserError(

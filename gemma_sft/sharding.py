@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
+from gemma_sft import batches
 from gemma_sft import errors
 
 AXES = ('data', 'fsdp', 'tensor')
@@ -143,3 +144,13 @@ def _fitting(spec, shape, mesh):
   while axes and axes[-1] is None:
     axes.pop()
   return P(*axes)
+
+
+def put_batch(
+    batch: batches.Batch, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+  """Puts this host's rows of a batch on the mesh; returns the arrays alone."""
+  place = batch_sharding(mesh)
+  return {
+      name: jax.make_array_from_process_local_data(place, batch[name])
+      for name in ('tokens', 'targets', 'positions', 'segment_ids',
+                   'loss_mask', 'rows')}

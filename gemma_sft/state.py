@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gemma_sft import lora
-from gemma_sft import loss_scale as loss_scale_lib
+from gemma_sft.adapters import lora
+from gemma_sft.nn import loss_scale as loss_scale_lib
 
 
 @flax.struct.dataclass

@@ -36,17 +36,17 @@ from typing import Sequence
 import jax
 
 from gemma_sft import errors
-from gemma_sft import estimate
-from gemma_sft import loading
-from gemma_sft import metrics
 from gemma_sft import plan as plan_entry
-from gemma_sft import slices
+from gemma_sft.monitor import metrics
+from gemma_sft.planning import estimate
+from gemma_sft.planning import hardware
+from gemma_sft.run import workdir as workdir_lib
 from gemma_sft.sweeping import grid as grid_lib
 from gemma_sft.sweeping import page
 from gemma_sft.sweeping import pictures
-from gemma_sft.sweeping import plan as plan_lib
 from gemma_sft.sweeping import processes
 from gemma_sft.sweeping import results as results_lib
+from gemma_sft.sweeping import runs as runs_lib
 from gemma_sft.sweeping import search as search_lib
 from gemma_sft.sweeping import source as source_lib
 from gemma_sft.sweeping import wording
@@ -86,7 +86,7 @@ def main(
   return compare(
       source, config, workdir, grid=grid, seeds=seeds, baseline=baseline_cell,
       evaluate=evaluate, slots=slots, shard=shard, dry_run=dry_run,
-      place=slices.parse(topology))
+      place=hardware.parse(topology))
 
 
 def compare(
@@ -101,7 +101,7 @@ def compare(
     slots: Sequence[Mapping[str, str]],
     shard: str = '',
     dry_run: bool = False,
-    place: slices.Slice | None = None,
+    place: hardware.Slice | None = None,
 ) -> int:
   """Runs what is missing of a grid and compares; returns the exit status.
 
@@ -122,12 +122,13 @@ def compare(
   part, n_parts = parse_shard(shard)
   sweep = grid_lib.make_sweep(
       source, config, grid=grid, seeds=seeds, baseline=baseline)
-  plan = plan_lib.Planner(source, workdir, evaluate).plan(
+  plan = runs_lib.Planner(source, workdir, evaluate).plan(
       sweep.cells, sweep.seeds)
   if dry_run:
-    _list(source, plan[part::n_parts], len(slots), place or slices.parse('cpu'))
+    _list(source, plan[part::n_parts], len(slots),
+          place or hardware.parse('cpu'))
     return 0
-  with loading.lock_workdir(workdir if not shard else os.path.join(
+  with workdir_lib.lock_workdir(workdir if not shard else os.path.join(
       workdir, 'shards', f'{part}-of-{n_parts}')):
     return _run(sweep, plan, plan[part::n_parts], slots, workdir, source.path)
 
@@ -191,7 +192,7 @@ def _run(sweep, plan, mine, slots, workdir, config) -> int:
 class Progress:
   """Says how far the runs are: a line at the start and end of each."""
 
-  def __init__(self, runs: Sequence[plan_lib.Run], parallel: int):
+  def __init__(self, runs: Sequence[runs_lib.Run], parallel: int):
     """Tells what is finished already.
 
     Args:
@@ -201,18 +202,18 @@ class Progress:
     self._runs, self._parallel = list(runs), parallel
     found = [r for run in runs if (r := results_lib.read(run))]
     self._timings = [r.timing for r in found]
-    self._open = [r for r in runs if r.state() != plan_lib.FINISHED]
+    self._open = [r for r in runs if r.state() != runs_lib.FINISHED]
     _say(f'{len(runs)} runs: {len(found)} finished, {len(self._open)} to go'
          + _left(self._open, self._timings, parallel))
 
-  def start(self, run: plan_lib.Run) -> None:
+  def start(self, run: runs_lib.Run) -> None:
     """Says that a run begins, or goes on."""
     step = run.step()
-    state = {plan_lib.TO_CONTINUE: f'goes on after {step} updates',
-             plan_lib.TO_EVALUATE: 'is trained; evaluation'}
+    state = {runs_lib.TO_CONTINUE: f'goes on after {step} updates',
+             runs_lib.TO_EVALUATE: 'is trained; evaluation'}
     _say(f'{self._name(run)} | {state.get(run.state(), "starts")}')
 
-  def end(self, run: plan_lib.Run, outcome: processes.Outcome) -> None:
+  def end(self, run: runs_lib.Run, outcome: processes.Outcome) -> None:
     """Says how a run ended, and what is left."""
     text = f'{outcome.state} after {metrics.duration(outcome.seconds)}'
     self._open.remove(run)
@@ -242,7 +243,7 @@ def _left(runs, timings, parallel):
   """Returns ', about 2 h 05 m', '' with nothing to do."""
   if not runs:
     return ''
-  seconds = [plan_lib.estimate_seconds(run, timings) for run in runs]
+  seconds = [runs_lib.estimate_seconds(run, timings) for run in runs]
   if None in seconds:
     return ', time unknown' + ('' if timings else ' until the first is done')
   return f', about {metrics.duration(sum(seconds) / parallel)}'
@@ -251,12 +252,12 @@ def _left(runs, timings, parallel):
 def _list(source, runs, parallel, place) -> None:
   """Prints what would be run."""
   timings = [r.timing for run in runs if (r := results_lib.read(run))]
-  open_runs = [run for run in runs if run.state() != plan_lib.FINISHED]
+  open_runs = [run for run in runs if run.state() != runs_lib.FINISHED]
   reckoned = {}  # Of a cell, where no finished run says.
   for run in runs:
     time = ''
     if run in open_runs:
-      seconds = plan_lib.estimate_seconds(run, timings)
+      seconds = runs_lib.estimate_seconds(run, timings)
       if seconds is not None:
         time = f' | about {metrics.duration(seconds)}'
       else:

@@ -2,7 +2,7 @@
 
     python -m gemma_sft.train --config=configs/blop.py --workdir=workdirs/blop
 
-A step is `train_step` below plus `loss.py`; a run is `main`, with `data.py`,
+A step is `train_step` below plus `loss.py`; a run is `main`, with `batches.py`,
 `lora.py` and `state.py`. Started again with the same command, a run goes on
 from its last checkpoint and ends with the same bits.
 """
@@ -24,26 +24,30 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gemma_sft import checkpoint as checkpoint_lib
+from gemma_sft import batches
 from gemma_sft import config as config_lib
-from gemma_sft import data
-from gemma_sft import distributed
-from gemma_sft import loading
-from gemma_sft import lora
-from gemma_sft import loss_scale as loss_scale_lib
-from gemma_sft import memory
-from gemma_sft import metrics
+from gemma_sft import loss as loss_lib
 from gemma_sft import model as model_lib
-from gemma_sft import overflow
-from gemma_sft import progress
-from gemma_sft import provenance
-from gemma_sft import runs
-from gemma_sft import scoring
-from gemma_sft import self_test as self_test_lib
 from gemma_sft import sharding
 from gemma_sft import state as state_lib
-from gemma_sft import stopping
-from gemma_sft import tracking
+from gemma_sft.adapters import lora
+from gemma_sft.evaluation import judge
+from gemma_sft.evaluation import validation
+from gemma_sft.monitor import log
+from gemma_sft.monitor import metrics
+from gemma_sft.monitor import out_of_memory
+from gemma_sft.monitor import overflow
+from gemma_sft.monitor import record as record_lib
+from gemma_sft.monitor import self_test as self_test_lib
+from gemma_sft.monitor import stop as stop_lib
+from gemma_sft.monitor import tracking
+from gemma_sft.nn import loss_scale as loss_scale_lib
+from gemma_sft.run import build
+from gemma_sft.run import checkpoint as checkpoint_lib
+from gemma_sft.run import hosts
+from gemma_sft.run import prepare
+from gemma_sft.run import resume
+from gemma_sft.run import workdir as workdir_lib
 
 # The step --------------------------------------------------------------------
 
@@ -59,7 +63,7 @@ def train_step(
     *,
     model: model_lib.Model,
     optimizer: optax.GradientTransformation,
-    settings: runs.StepSettings,
+    settings: build.StepSettings,
     max_trained: int,
 ) -> tuple[state_lib.TrainState, dict[str, jax.Array]]:
   """Applies one update.
@@ -70,11 +74,11 @@ def train_step(
   Args:
     state: With step, adapters (or all weights) and optimizer state; donated.
     base: The frozen weights; None when all weights are trained.
-    batch: Arrays (A, B / A, T) from `data.Batches`.
+    batch: Arrays (A, B / A, T) from `batches.Batches`.
     model: The architecture.
     optimizer: Optax's.
-    settings: See `runs.StepSettings`.
-    max_trained: Bound on trained tokens, see `loss.masked_nll`.
+    settings: See `build.StepSettings`.
+    max_trained: Bound on trained tokens, see `head.masked_nll`.
 
   Returns:
     (the state one step on, {loss, grad_norm, n_trained}).
@@ -111,7 +115,7 @@ def gradient_sums(
     loss_scale: loss_scale_lib.LossScale | None = None,
     *,
     model: model_lib.Model,
-    settings: runs.StepSettings,
+    settings: build.StepSettings,
     max_trained: int,
 ) -> tuple[Any, jax.Array, jax.Array]:
   """Returns (gradient of the nll sum, nll sum, trained tokens) of a batch.
@@ -126,7 +130,7 @@ def gradient_sums(
       # f32 masters, compute in the device's dtype.
       params, adapters = jax.tree.map(
           lambda leaf: leaf.astype(settings.compute_dtype), trainable), None
-    nll, n = scoring.batch_nll(
+    nll, n = loss_lib.batch_nll(
         model, params, microbatch, adapters=adapters,
         lora_scale=settings.lora_scale, dropout=lora.make_dropout(
             settings.dropout, settings.seed, step, microbatch['rows']),
@@ -156,10 +160,10 @@ def main(
   cli.require('workdir', workdir, '--workdir=workdirs/blop')
   config_lib.validate(config)
   tracking.check(config.track.wandb)
-  with distributed.joined(), loading.lock_workdir(workdir):
-    run = runs.prepare(config, workdir, data_only=dry_run)
+  with hosts.joined(), workdir_lib.lock_workdir(workdir):
+    run = prepare.prepare(config, workdir, data_only=dry_run)
     if run is None:
-      runs.say('dry run: nothing was trained')
+      hosts.say('dry run: nothing was trained')
       return 0
     if self_test:
       self_test_lib.check(run, gradient_sums)
@@ -167,16 +171,16 @@ def main(
         workdir, keep=config.checkpoint.keep, metric=config.eval.metric,
         mode=config.eval.mode)
     # However it ends, a save under way is finished and the handlers go.
-    with contextlib.closing(checkpoints), memory.explained(config), (
-        stopping.StopRequest(config.deadline_minutes)) as stop:
+    with contextlib.closing(checkpoints), out_of_memory.explained(config), (
+        stop_lib.StopRequest(config.deadline_minutes)) as stop:
       finished = train(run, checkpoints, stop)
-  return 0 if finished else stopping.UNFINISHED
+  return 0 if finished else stop_lib.UNFINISHED
 
 
 def train(
-    run: runs.Run,
+    run: prepare.Run,
     checkpoints: checkpoint_lib.Checkpoints,
-    stop: stopping.StopRequest,
+    stop: stop_lib.StopRequest,
 ) -> bool:
   """Trains until the last step, a stop signal, the deadline or patience.
 
@@ -190,26 +194,26 @@ def train(
   #   3. fresh.
   state, meta = run.initial_state, None
   if restored := checkpoints.restore_latest(
-      runs.abstract_state(run), lambda meta: runs.check_resume(run, meta)):
+      resume.abstract_state(run), lambda meta: resume.check_resume(run, meta)):
     state, meta = restored
   elif config.init_from:
-    state = runs.init_from(run, config.init_from)
+    state = resume.init_from(run, config.init_from)
   state = run.enter(state)
   step = meta.step if meta else 0
-  record = provenance.Record(run, step, resumed=meta is not None)
-  chain = meta.chain if meta else data.EMPTY_CHAIN
-  tracker = progress.Tracker(
+  record = record_lib.Record(run, step, resumed=meta is not None)
+  chain = meta.chain if meta else batches.EMPTY_CHAIN
+  tracker = log.Tracker(
       config.eval.metric, config.eval.mode, config.eval.patience,
       best=meta.best if meta else {}, stale=meta.stale if meta else 0)
-  iterator = data.make_iterator(
+  iterator = batches.make_iterator(
       run.source, state=meta.data if meta else None)
   writer = metrics.Writer(
       run.workdir, resume_step=step if meta else -1,
       active=jax.process_index() == 0,
       mirror=tracking.start(config.track.wandb, record))
-  meter = progress.Meter(run, writer, functools.partial(
+  meter = log.Meter(run, writer, functools.partial(
       overflow.explain, run, gradient_sums))
-  programs = progress.Programs(train_step)
+  programs = log.Programs(train_step)
 
   eval_every = config.eval.every or run.source.batches_per_epoch
   save_every = config.checkpoint.every or eval_every
@@ -226,7 +230,7 @@ def train(
     scores = {}
     if evaluate:
       with meter.paused():
-        scores = distributed.from_first(evaluate_state(run, state, step))
+        scores = hosts.from_first(evaluate_state(run, state, step))
         writer.write(step, {f'eval/{k}': v for k, v in scores.items()})
         tracker.update(step, scores)
     finished = last or stopping or tracker.exhausted
@@ -238,7 +242,7 @@ def train(
     if finished:
       break
     batch = next(iterator)
-    arrays = scoring.put_batch(batch, run.mesh)
+    arrays = sharding.put_batch(batch, run.mesh)
     with programs.watch(arrays['tokens'].shape, int(batch['max_trained'])):
       state, step_metrics = train_step(
           state, run.base, arrays, model=run.model, optimizer=run.optimizer,
@@ -246,28 +250,28 @@ def train(
     # Read one step late, so that the device never waits for the host.
     meter.read(pending, state)
     step += 1
-    chain = data.extend_chain(chain, batch['digest'].tobytes())
+    chain = batches.extend_chain(chain, batch['digest'].tobytes())
     pending = meter.pending(step, step_metrics, batch, chain)
   checkpoints.wait()
   record.end(step, 'finished' if last else stop.cause if stopping
              else 'patience')
   writer.close()
-  runs.say((stop.reason(step, total) if stopping and not last else '')
+  hosts.say((stop.reason(step, total) if stopping and not last else '')
            or tracker.reason(step)
            or f'finished {total} updates; batches {chain[:16]}')
-  runs.say(f'best: {tracker.describe()}; checkpoints in {run.workdir}')
+  hosts.say(f'best: {tracker.describe()}; checkpoints in {run.workdir}')
   return last or not stopping
 
 
 def evaluate_state(
-    run: runs.Run, state: state_lib.TrainState, step: int
+    run: prepare.Run, state: state_lib.TrainState, step: int
 ) -> dict[str, float]:
   """Returns the validation scores of the weights after `step` updates."""
   config, scores = run.config, {}
   if run.validation is not None:
     params, adapters = (run.base, state.trainable) if (
         run.settings.lora_enabled) else (run.merged(state.trainable), None)
-    scores = scoring.evaluate_loss(
+    scores = validation.evaluate_loss(
         run.model, params, run.validation, run.mesh, adapters=adapters,
         lora_scale=run.settings.lora_scale, execution=run.settings.execution)
   text = ''.join(f' | {k} {v:.4g}' for k, v in scores.items())
@@ -277,7 +281,7 @@ def evaluate_state(
   answers = []
   if records or config.eval.prompts:
     start = time.monotonic()
-    judged, _, answers = scoring.judge_records(
+    judged, _, answers = judge.judge_records(
         run.model, run.merged(state.trainable), run.tokenizer, run.task,
         records, section=config.eval, seed=config.seed,
         training=run.splits['train'].records)
@@ -287,7 +291,7 @@ def evaluate_state(
       text += f' | {judged.note}' if judged.note else ''
     text += f' ({metrics.duration(time.monotonic() - start)})'
   if text:
-    runs.say(f'evaluation after {step} updates{text}')
+    hosts.say(f'evaluation after {step} updates{text}')
   for prompt, answer in zip(config.eval.prompts, answers):
-    runs.say(progress.quote(prompt, answer))
+    hosts.say(log.quote(prompt, answer))
   return scores

@@ -12,6 +12,6 @@ if ! command -v npm >/dev/null; then
   exit 0
 fi
 mkdir -p "$target"
-cp gemma_sft/tasks/blop_package.json "$target/package.json"
+cp gemma_sft/tasks/blop/package.json "$target/package.json"
 # --ignore-scripts: the compiler's own dependencies need no build step.
 npm install --prefix "$target" --ignore-scripts --no-audit --no-fund --silent

@@ -8,11 +8,11 @@ import pytest
 
 from configs import default
 from gemma_sft import compare
-from gemma_sft import comparing
-from gemma_sft import comparison_page
 from gemma_sft import config as config_lib
 from gemma_sft import errors
-from gemma_sft import provenance
+from gemma_sft.evaluation import compare_page
+from gemma_sft.evaluation import compare_runs
+from gemma_sft.monitor import record as record_lib
 
 _START = {
     'time': '2026-01-01T00:00:00.000+00:00', 'step': 0, 'seconds': 60.0,
@@ -42,7 +42,7 @@ def _make(folder, *, config=None, record=True, data=_HASHES, start=None,
   (folder / 'config.json').write_text(json.dumps(leaves))
   if record:
     (folder / 'run.json').write_text(json.dumps({
-        'identity': provenance.identity(leaves, 'd' * 64, data),
+        'identity': record_lib.identity(leaves, 'd' * 64, data),
         'config': leaves, 'seed': leaves['seed'], 'base': 'd' * 64,
         'data': data, 'total_steps': 10, 'trained_weights': 1000,
         'base_weights': 5000, 'starts': [_START | (start or {})],
@@ -77,11 +77,11 @@ def _score(folder, verdicts, *, first=0, split='test', place='data', **changes):
       json.dumps(result))
 
 
-def _compare(*workdirs) -> comparing.Comparison:
+def _compare(*workdirs) -> compare_runs.Comparison:
   defaults = dict(config_lib.leaves(default.get_config()))
-  return comparing.compare([
-      comparing.load(w, name, defaults)
-      for w, name in zip(workdirs, comparing.names(workdirs))])
+  return compare_runs.compare([
+      compare_runs.load(w, name, defaults)
+      for w, name in zip(workdirs, compare_runs.names(workdirs))])
 
 
 def test_what_differs_is_shown_and_what_decides_nothing_apart(tmp_path):
@@ -123,9 +123,10 @@ def test_results_are_side_by_side(tmp_path):
 
 def test_the_best_is_by_the_metric_and_mode_of_the_run(tmp_path):
   a = _make(tmp_path / 'a', config={'eval.mode': 'max'}, losses=(2., 3., 3.))
-  run = comparing.load(a, 'a', {})
+  run = compare_runs.load(a, 'a', {})
   # Of equals the later, as in training.
-  assert comparing.best_of(run) == {'metric': 'loss', 'value': 3.0, 'step': 20}
+  assert compare_runs.best_of(run) == {
+      'metric': 'loss', 'value': 3.0, 'step': 20}
 
 
 @pytest.mark.parametrize('mine, theirs, said', (
@@ -187,7 +188,7 @@ def test_one_training_twice_and_two_places_of_it(tmp_path):
       'c is the same training as a: only checkpoint.keep differs, which')
   assert not found.config and not found.origin
   assert 'Config: nothing that decides the result differs' in (
-      comparison_page.text(found))
+      compare_page.text(found))
 
 
 def test_an_older_run_is_shown_with_what_it_has(tmp_path):
@@ -209,8 +210,8 @@ def test_an_older_run_is_shown_with_what_it_has(tmp_path):
 
 
 def test_names_that_are_alike_or_mean_something_become_paths():
-  assert comparing.names(['x/a', 'x/b/']) == ['a', 'b']
-  assert comparing.names(['x/a', 'y/a', 'tuned']) == [
+  assert compare_runs.names(['x/a', 'x/b/']) == ['a', 'b']
+  assert compare_runs.names(['x/a', 'y/a', 'tuned']) == [
       './x/a', './y/a', './tuned']
 
 
@@ -222,7 +223,7 @@ def test_the_page_is_whole_and_escapes(tmp_path, capsys):
   assert compare.main([a, b], str(out)) == 0
   printed = capsys.readouterr().out
   assert '| task | chat | <script>x</script> |' in printed
-  assert comparison_page.CAVEAT in printed and f'page: {out}' in printed
+  assert compare_page.CAVEAT in printed and f'page: {out}' in printed
   page = out.read_text('utf-8')
   assert '<script' not in page and '&lt;script&gt;x' in page
   assert 'data:image/png;base64,iVBOR' in page
@@ -232,9 +233,9 @@ def test_the_page_is_whole_and_escapes(tmp_path, capsys):
 
 
 def test_a_picture_needs_curves(tmp_path):
-  a, b = (comparing.load(_make(tmp_path / name, losses=()), name, {})
+  a, b = (compare_runs.load(_make(tmp_path / name, losses=()), name, {})
           for name in 'ab')
-  assert comparison_page.picture([a, b]) is None
+  assert compare_page.picture([a, b]) is None
 
 
 @pytest.mark.parametrize('make, got', (

@@ -17,7 +17,8 @@ import jaxtyping
 
 # Shape annotations of these modules are checked while they are traced.
 _HOOK = jaxtyping.install_import_hook(
-    ['gemma_sft.loss', 'gemma_sft.model'], 'beartype.beartype')
+    ['gemma_sft.loss', 'gemma_sft.model', 'gemma_sft.nn.head'],
+    'beartype.beartype')
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +30,10 @@ from sentencepiece import sentencepiece_model_pb2
 from configs import tiny as tiny_config
 from gemma_sft import chat
 from gemma_sft import config as config_lib
-from gemma_sft import loading
-from gemma_sft import metrics
 from gemma_sft import model as model_lib
-from gemma_sft import weights
+from gemma_sft.monitor import metrics
+from gemma_sft.run import base
+from gemma_sft.weights import load
 from gemma_sft.weights import tokenizer_file
 
 # (1, T) broadcast to (B, T) by accident is a wrong sum, not an error.
@@ -226,9 +227,9 @@ def save_base(config, path: pathlib.Path, *, seed: int, change=None) -> str:
     seed: Of the weights.
     change: Called with the tree of arrays, may change it.
   """
-  model = loading.load_model(config.model)
-  params = weights.load(
-      weights.resolve('random', ''), model_lib.abstract_params(model),
+  model = base.load_model(config.model)
+  params = load.load(
+      load.resolve('random', ''), model_lib.abstract_params(model),
       dtype=jnp.float32, seed=seed)
   if change is not None:
     params = change(params)

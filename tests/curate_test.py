@@ -16,7 +16,7 @@ from configs import lyrics
 from configs import slang
 from gemma_sft import curate
 from gemma_sft import errors
-from gemma_sft import records
+from gemma_sft.inputs import records
 
 _OPENINGS = ('<p>दिल की बात<br>कहे कौन</p>', 'नदी  चली\nनाव चली',
              'শিউলি ফুল\nভোরের আলো', 'rain on\nthe roof',

@@ -10,11 +10,11 @@ import pytest
 
 from gemma_sft import errors
 from gemma_sft import evaluate
-from gemma_sft import generate
-from gemma_sft import records
-from gemma_sft import scoring
 from gemma_sft import train
-from gemma_sft.tasks import chat as chat_task
+from gemma_sft.evaluation import validation
+from gemma_sft.generation import generate
+from gemma_sft.inputs import records
+from gemma_sft.tasks.chat import task as chat_task
 
 _CODE = "def Hi() {\n  <p>'hi'</p>\n}"
 
@@ -175,7 +175,7 @@ def test_prompting_beside_tuning(trained, tmp_path, capsys, monkeypatch):
     raise AssertionError('made again')
 
   monkeypatch.setattr(generate, '_generate_batch', refuse)
-  monkeypatch.setattr(scoring, 'evaluate_loss', refuse)
+  monkeypatch.setattr(validation, 'evaluate_loss', refuse)
   before = folder.joinpath('test-rag-1.json').read_text('utf-8')
   assert _evaluate(workdir, baseline=['zero', 'few:2', 'rag:1'], limit=2) == 0
   after = folder.joinpath('test-rag-1.json').read_text('utf-8')

@@ -15,16 +15,16 @@ from safetensors import numpy as safetensors_numpy
 from configs import tiny as tiny_config
 from gemma_sft import errors
 from gemma_sft import export
-from gemma_sft import inference
-from gemma_sft import merging
 from gemma_sft import model as model_lib
 from gemma_sft import train
-from gemma_sft import weights
-from gemma_sft.artifacts import parity
-from gemma_sft.artifacts import writer
+from gemma_sft.exports import arrays as arrays_lib
+from gemma_sft.exports import verify
+from gemma_sft.exports import writer
+from gemma_sft.run import restore
 from gemma_sft.weights import adapters as adapters_lib
 from gemma_sft.weights import convert
 from gemma_sft.weights import gguf_writer
+from gemma_sft.weights import load
 from gemma_sft.weights import safetensors_file
 
 _PYTHON = conftest.RUNTIME_PYTHON
@@ -123,24 +123,24 @@ def _export(workdir, out, *formats, **changes):
 
 def _merged(workdir, config):
   """The tree that evaluation runs, path -> array."""
-  served = inference.load_weights(config, workdir, base=False, step=-1)
+  served = restore.load_weights(config, workdir, base=False, step=-1)
   return {path: np.asarray(leaf)
           for path, leaf in convert.flatten(served.params).items()}
 
 
 def _load(path, config):
   model = served_model(config)
-  resolved = weights.resolve(str(path), pathlib.Path(path).parent / 'cache')
-  weights.check_config(resolved, model)
-  return {name: np.asarray(leaf) for name, leaf in convert.flatten(weights.load(
+  resolved = load.resolve(str(path), pathlib.Path(path).parent / 'cache')
+  load.check_config(resolved, model)
+  return {name: np.asarray(leaf) for name, leaf in convert.flatten(load.load(
       resolved, model_lib.abstract_params(model), dtype=jnp.float32,
-      layout=weights.make_layout(model))).items()}
+      layout=load.make_layout(model))).items()}
 
 
 def served_model(config):
-  from gemma_sft import loading
+  from gemma_sft.run import base
 
-  return loading.load_model(config.model)
+  return base.load_model(config.model)
 
 
 # The whole way ---------------------------------------------------------------
@@ -247,7 +247,7 @@ def test_a_rounded_base_is_exported_as_it_was_trained_on(
 @pytest.mark.parametrize('form', ['gguf-f32', 'lora'])
 def test_a_base_that_is_not_rounded_does_not_leave_the_house(
     rounded_run, tmp_path, monkeypatch, form):
-  monkeypatch.setattr(merging, '_as_quantized', lambda read, kind: read)
+  monkeypatch.setattr(arrays_lib, '_as_quantized', lambda read, kind: read)
   with pytest.raises(errors.UserError, match='is not the model that was'):
     _export(rounded_run, tmp_path / 'out', form)
 
@@ -262,8 +262,8 @@ def test_full_fine_tuning_is_exported(tmp_path, capsys):
     _export(workdir, tmp_path / 'out', 'peft')
   _export(workdir, tmp_path / 'out', 'gguf-f32')
   assert 'proven gguf/model-f32.gguf' in capsys.readouterr().out
-  arrays = merging.open_arrays(
-      inference.choose_weights(config, workdir, base=False, step=-1))
+  arrays = arrays_lib.open_arrays(
+      restore.choose_weights(config, workdir, base=False, step=-1))
   for path, array in _merged(workdir, config).items():
     np.testing.assert_array_equal(arrays.read(path), array)
     if path.endswith('einsum/w'):
@@ -452,9 +452,9 @@ def _no_runtimes(*_):
 
 
 def _no_proof(job, *_):
-  from gemma_sft.artifacts import proof
+  from gemma_sft.exports import divergence
 
-  return parity.Result('none', proof.Comparison(
+  return verify.Result('none', divergence.Comparison(
       kind=job.kind, max_logit_difference=0.0, kl_mean=0.0, kl_max=0.0,
       n_positions=1, greedy_equal=1, greedy_near_ties=0, greedy_total=1,
       limit=1.0, passed=True), {})

@@ -15,44 +15,33 @@ from gemma_sft import config as config_lib
 _ROOT = pathlib.Path(config_lib.__file__).parents[1]
 _PACKAGE = _ROOT / 'gemma_sft'
 
-# A module imports modules of lower layers. A new module takes its place here.
-_LAYERS = (
-    # Leaves: they import errors, shapes and cache alone.
-    ('errors', 'shapes', 'cache', 'config', 'optimizer', 'sharding', 'metrics',
-     'readers', 'projections', 'memory', 'intervals', 'scrubbing',
-     'float16', 'loss_scale', 'distributed'),
-    ('chat', 'records', 'dora', 'answers', 'slices', 'counting', 'stopping'),
-    ('token_cache', 'dataset_builder', 'compile_targets'),
-    ('loss', 'data', 'lora', 'attention', 'quantize', 'cli', 'templates',
-     'clean'),
-    ('blocks', 'attention_choice'),
-    ('model', 'weights', 'state', 'tasks', 'audit'),
-    ('checkpoint', 'generate', 'loading', 'progress', 'prompting',
-     'provenance', 'tracking'),
-    ('scoring', 'report', 'runs', 'self_test', 'ratings'),
-    ('inference', 'comparing', 'ahead', 'overflow'),
-    ('merging', 'comparison_page', 'estimate'),
-    ('artifacts',),
-    ('web', 'sweeping', 'fitting'),
+# A room is a module of the ground floor or a folder; it imports rooms of lower
+# floors only. A new room takes its place here.
+_FLOORS = (
+    ('errors', 'shapes', 'cache', 'optimizer'),
+    ('adapters', 'chat', 'config', 'curation'),
+    ('cli', 'inputs', 'nn'),
+    ('batches', 'model', 'state', 'tasks'),
+    ('loss', 'sharding', 'weights'),
+    ('run',),
+    ('monitor',),
+    ('generation', 'planning'),
+    ('evaluation',),
+    ('exports', 'serving', 'sweeping'),
     ('train', 'evaluate', 'sample', 'preview', 'export', 'serve', 'curate',
      'compare', 'sweep', 'plan'),
 )
-_LAYER = {name: i for i, layer in enumerate(_LAYERS) for name in layer}
-_LEAVES, _ENTRY_POINTS = _LAYERS[0], _LAYERS[-1]
-_FOR_LEAVES = {'errors', 'shapes', 'cache'}
-# Within a layer: the self-test takes a prepared run and scores it; checkpoints
-# of the library are read by the library, whose import is in `model`; the
-# playground answers as `sample` does; what is planned is what is trained,
+_FLOOR = {room: i for i, floor in enumerate(_FLOORS) for room in floor}
+_COMMANDS = _FLOORS[-1]
+# The playground answers as `sample` does; what is planned is what is trained,
 # and what a sweep lists is planned.
-_SAME_LAYER = {('self_test', 'runs'), ('self_test', 'scoring'),
-               ('weights', 'model'), ('serve', 'sample'),
-               ('plan', 'train'), ('sweep', 'plan')}
+_SAME_FLOOR = {('serve', 'sample'), ('plan', 'train'), ('sweep', 'plan')}
 
 _FILES = sorted(_PACKAGE.rglob('*.py'))
 _TREES = {path: ast.parse(path.read_text(encoding='utf-8')) for path in _FILES}
 
 
-def _module(path):
+def _room(path):
   """Returns 'weights' for gemma_sft/weights/names.py."""
   first = path.relative_to(_PACKAGE).parts[0]
   return first.removesuffix('.py')
@@ -80,25 +69,17 @@ def _places(predicate):
           if predicate(path, node)]
 
 
-def test_every_module_has_a_layer():
-  assert {_module(path) for path in _FILES} - {'__init__'} == set(_LAYER)
+def test_every_room_has_a_floor():
+  assert {_room(path) for path in _FILES} - {'__init__'} == set(_FLOOR)
 
 
 def test_imports_go_down():
-  wrong = []
-  for path, tree in _TREES.items():
-    importer = _module(path)
-    if importer == '__init__':
-      continue
-    for line, imported in _imports(tree):
-      fine = (_LAYER[imported] < _LAYER[importer] or imported == importer
-              or (importer, imported) in _SAME_LAYER
-              or imported in _FOR_LEAVES)
-      if importer in _LEAVES:
-        fine = imported in _FOR_LEAVES
-      if not fine:
-        wrong.append(f'{path.relative_to(_ROOT)}:{line} imports {imported}')
-  assert not wrong
+  assert not [
+      f'{path.relative_to(_ROOT)}:{line} imports {imported}'
+      for path, tree in _TREES.items() for line, imported in _imports(tree)
+      if _room(path) != imported
+      and (_room(path), imported) not in _SAME_FLOOR
+      and _FLOOR[imported] >= _FLOOR[_room(path)]]
 
 
 def test_the_package_itself_imports_nothing():
@@ -108,23 +89,23 @@ def test_the_package_itself_imports_nothing():
               if isinstance(n, (ast.Import, ast.ImportFrom))]
 
 
-def test_nothing_imports_an_entry_point():
+def test_nothing_imports_a_command():
   assert not [
       (path.name, name) for path, tree in _TREES.items()
-      for _, name in _imports(tree) if name in _ENTRY_POINTS
-      and (_module(path), name) not in _SAME_LAYER]
+      for _, name in _imports(tree) if name in _COMMANDS
+      and (_room(path), name) not in _SAME_FLOOR]
 
 
-def test_only_entry_points_cli_and_config_import_configs():
+def test_only_commands_cli_and_config_import_configs():
   assert not [
       path.name for path, tree in _TREES.items() for node in ast.walk(tree)
       if isinstance(node, ast.ImportFrom)
       and (node.module or '').startswith('configs')
-      and _module(path) not in (*_ENTRY_POINTS, 'cli', 'config')]
+      and _room(path) not in (*_COMMANDS, 'cli', 'config')]
 
 
 def test_only_cli_defines_flags():
-  assert not _places(lambda path, node: _module(path) != 'cli' and (
+  assert not _places(lambda path, node: _room(path) != 'cli' and (
       isinstance(node, ast.Attribute) and node.attr.startswith('DEFINE_')
       or isinstance(node, ast.ImportFrom) and node.module == 'absl'
       and node.names[0].name == 'flags'
@@ -142,7 +123,7 @@ def _read_keys():
   """Returns ('lora', 'rank') of all reads such as config.lora.rank."""
   keys = set()
   for path, tree in _TREES.items():
-    if _module(path) == 'config':  # Its checks make no use of a value.
+    if _room(path) == 'config':  # Its checks make no use of a value.
       continue
     for node in ast.walk(tree):
       if isinstance(node, ast.Attribute):
@@ -151,14 +132,14 @@ def _read_keys():
   return keys
 
 
-def _named_in_loading():
-  """Keys that `loading` reads by their names: `section[name]`."""
-  return {node.value for node in ast.walk(_TREES[_PACKAGE / 'loading.py'])
+def _named_in_base():
+  """Keys that `run/base.py` reads by their names: `section[name]`."""
+  return {node.value for node in ast.walk(_TREES[_PACKAGE / 'run' / 'base.py'])
           if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
 
 def test_every_key_of_the_config_is_read():
-  read, named = _read_keys(), _named_in_loading()
+  read, named = _read_keys(), _named_in_base()
   unread = []
   for key, _ in config_lib.leaves(default.get_config()):
     *parents, name = key.split('.')
@@ -195,7 +176,7 @@ def test_public_functions_are_documented():
   assert not undocumented
 
 
-@pytest.mark.parametrize('name', _ENTRY_POINTS)
+@pytest.mark.parametrize('name', _COMMANDS)
 def test_help_is_quick_and_loads_no_model(name):
   before = resource.getrusage(resource.RUSAGE_CHILDREN)
   done = subprocess.run(

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_sft import blocks
 from gemma_sft import errors
-from gemma_sft import lora
 from gemma_sft import model as model_lib
+from gemma_sft.adapters import lora
+from gemma_sft.nn import blocks
 
 _B, _T = 2, 20  # The window of the local layers is 8.
 # More kinds: Gemma 1 7B fuses q, k and v; Gemma 4 E2B has inputs per layer and

@@ -4,7 +4,7 @@ import conftest
 import pytest
 
 from gemma_sft import plan
-from gemma_sft import slices
+from gemma_sft.planning import hardware
 
 
 @pytest.fixture(autouse=True)
@@ -13,7 +13,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 def _lines(config, topology='kaggle-tpu', **options):
-  place = slices.parse(topology)
+  place = hardware.parse(topology)
   options = {'analytic': True, 'search': False, **options}
   return '\n'.join(plan.render(plan.make_plan(config, place, **options)))
 

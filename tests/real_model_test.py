@@ -10,7 +10,7 @@ import sys
 import conftest
 import pytest
 
-from gemma_sft import metrics
+from gemma_sft.monitor import metrics
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _BASE_LOSS = 3.064

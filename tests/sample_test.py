@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from gemma_sft import errors
-from gemma_sft import generate
-from gemma_sft import inference
 from gemma_sft import sample
 from gemma_sft import train
+from gemma_sft.generation import generate
+from gemma_sft.run import restore
 
 
 @pytest.fixture(scope='module')
@@ -214,7 +214,7 @@ def test_the_answer_is_that_of_greedy_generation(trained, capsys):
   from gemma_sft import cli
 
   config = cli.load_run_config(trained)
-  served = inference.load_weights(config, trained, base=False, step=-1)
+  served = restore.load_weights(config, trained, base=False, step=-1)
   prompt = chat.render_prompt(
       [chat.Message('user', 'Blue?')], served.tokenizer)
   tokens = generate.generate(

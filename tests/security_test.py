@@ -19,19 +19,19 @@ import sys
 import time
 
 import conftest
+import local_server as serving
 import pytest
-import serving
 
 from gemma_sft import cli
 from gemma_sft import errors
 from gemma_sft import evaluate
-from gemma_sft import readers
-from gemma_sft import records as records_lib
 from gemma_sft import train
-from gemma_sft.tasks import _blop_run
-from gemma_sft.tasks import _sqlite_cage
-from gemma_sft.tasks import _sqlite_worker
-from gemma_sft.tasks import sql
+from gemma_sft.inputs import readers
+from gemma_sft.inputs import records as records_lib
+from gemma_sft.tasks.blop import run_js
+from gemma_sft.tasks.sql import cage
+from gemma_sft.tasks.sql import task
+from gemma_sft.tasks.sql import worker
 from gemma_sft.weights import safetensors_file
 
 # The code itself -------------------------------------------------------------
@@ -152,7 +152,7 @@ def test_a_database_lies_below_its_data(tmp_path, db_id):
     other.execute('CREATE TABLE t (a)')
   (tmp_path / 'data' / 'database').mkdir(parents=True)
   with pytest.raises(errors.UserError, match='train.jsonl:1'):
-    sql.to_messages(_sql_record(tmp_path / 'data', db_id))
+    task.to_messages(_sql_record(tmp_path / 'data', db_id))
 
 
 @pytest.mark.parametrize('ending, data', [
@@ -165,9 +165,9 @@ def test_a_database_that_is_none_is_named(tmp_path, ending, data):
   (folder / f'a.{ending}').write_bytes(data)
   if data:
     with pytest.raises(errors.UserError, match=r'train.jsonl:1|a\.sql:1'):
-      sql.to_messages(_sql_record(tmp_path, 'a'))
+      task.to_messages(_sql_record(tmp_path, 'a'))
   else:  # To SQLite that is a database without tables.
-    assert sql.to_messages(_sql_record(tmp_path, 'a'))
+    assert task.to_messages(_sql_record(tmp_path, 'a'))
 
 
 # Cages -----------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_the_schema_of_a_database_is_no_way_out(tmp_path):
       'WITH x AS (SELECT 1) INSERT INTO t VALUES (2)': 'not authorized',
       "SELECT * FROM pragma_database_list": 'not authorized',
       "SELECT format('%900000000d', 1)": 'format'}
-  answers = _sqlite_worker.run_all(
+  answers = worker.run_all(
       [{'path': str(path), 'query': query} for query in queries]
       + [{'path': str(path), 'query': 'SELECT a FROM t'}])
   for (query, reasons), answer in zip(queries.items(), answers):
@@ -212,7 +212,7 @@ def test_a_pragma_in_a_script_does_nothing(tmp_path):
   script = ("PRAGMA writable_schema = 1; CREATE TABLE t (a);"
             f"PRAGMA temp_store_directory = '{tmp_path}';"
             'PRAGMA hard_heap_limit = 0')
-  with contextlib.closing(_sqlite_cage.build(script)) as connection:
+  with contextlib.closing(cage.build(script)) as connection:
     with pytest.raises(sqlite3.DatabaseError, match='not authorized'):
       connection.execute('PRAGMA writable_schema')
     with pytest.raises(sqlite3.DatabaseError):
@@ -225,7 +225,7 @@ def test_a_script_cannot_compare_for_minutes():
   text = 'a' * 400_000
   start = time.process_time()
   with pytest.raises(sqlite3.Error, match='too big'):
-    _sqlite_cage.build(f"CREATE TABLE t (a); INSERT INTO t VALUES "
+    cage.build(f"CREATE TABLE t (a); INSERT INTO t VALUES "
                        f"(instr('{text}', '{text[1:]}b'))")
   assert time.process_time() - start < 1
 
@@ -262,8 +262,8 @@ def test_programs_that_look_for_the_host(monkeypatch, tmp_path):
       'js': "function Hi(a) { return blop.h('p', {}, [a.name]); }\n"
             'module.exports = { Hi };', 'names': ['Hi']}
   start = time.monotonic()
-  outcomes = _blop_run.run([
-      _blop_run.Pair(reference, {'js': _SHOWS.format(js), 'names': {}})
+  outcomes = run_js.run([
+      run_js.Pair(reference, {'js': _SHOWS.format(js), 'names': {}})
       for js in _PROGRAMS.values()])
   # The cage's own limits are 4 and 10 s of a processor, for one program each.
   assert time.monotonic() - start < 60 * len(_PROGRAMS)

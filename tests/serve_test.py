@@ -8,14 +8,14 @@ import signal
 
 import conftest
 from fastapi import testclient
+import local_server as serving
 import pytest
-import serving
 
 from gemma_sft import errors
-from gemma_sft import ratings
 from gemma_sft import serve
-from gemma_sft.web import guard
-from gemma_sft.web import pairs as pairs_lib
+from gemma_sft.serving import guard
+from gemma_sft.serving import pairs as pairs_lib
+from gemma_sft.serving import ratings
 
 # The guard -------------------------------------------------------------------
 

@@ -11,12 +11,12 @@ import numpy as np
 import optax
 import pytest
 
-from gemma_sft import blocks
 from gemma_sft import errors
-from gemma_sft import lora
 from gemma_sft import model as model_lib
 from gemma_sft import sharding
 from gemma_sft import state as state_lib
+from gemma_sft.adapters import lora
+from gemma_sft.nn import blocks
 
 # 31B has k_einsum, E2B per-layer inputs, 7B qkv_einsum.
 _NAMES = ('gemma1_2b', 'gemma1_7b', 'gemma2_2b', 'gemma2_9b', 'gemma3_1b',

@@ -7,10 +7,10 @@ import numpy as np
 import optax
 import pytest
 
-from gemma_sft import lora
 from gemma_sft import model as model_lib
 from gemma_sft import optimizer as optimizer_lib
 from gemma_sft import state as state_lib
+from gemma_sft.adapters import lora
 
 _MODEL = model_lib.make_model('custom', generation=3, **conftest.DIMENSIONS)
 

@@ -16,12 +16,12 @@ from configs import slang
 from configs import tiny
 from gemma_sft import config as config_lib
 from gemma_sft import errors
-from gemma_sft import loading
-from gemma_sft import metrics
 from gemma_sft import sweep as sweep_main
+from gemma_sft.monitor import metrics
+from gemma_sft.run import workdir as workdir_lib
 from gemma_sft.sweeping import grid
-from gemma_sft.sweeping import plan as plan_lib
 from gemma_sft.sweeping import processes
+from gemma_sft.sweeping import runs as runs_lib
 from gemma_sft.sweeping import search
 from gemma_sft.sweeping import source as source_lib
 
@@ -140,7 +140,7 @@ def test_slangs_attempts_are_one_comparison():
 def _plan(source, text, workdir, seeds=1):
   sweep = grid.make_sweep(
       source, source.load({}), grid=text, seeds=seeds)
-  return plan_lib.Planner(source, str(workdir), 'auto').plan(
+  return runs_lib.Planner(source, str(workdir), 'auto').plan(
       sweep.cells, sweep.seeds)
 
 
@@ -183,15 +183,15 @@ def test_a_cell_that_cannot_run_is_refused_before_any_run(
 
 def test_times_go_by_the_same_cell_or_by_updates(source, tmp_path):
   plan = _plan(source, 'lora.rank=4,8;train.epochs=1,4;train.steps=0', tmp_path)
-  timing = plan_lib.Timing(plan[0].cell.name, plan[0].leaves, 10, 20.0, 5.0)
-  assert plan_lib.estimate_seconds(plan[0], []) is None
-  assert plan_lib.estimate_seconds(plan[0], [timing]) == 25.0
-  assert plan_lib.estimate_seconds(plan[1], [timing]) == 5.0 + 4 * 20.0
+  timing = runs_lib.Timing(plan[0].cell.name, plan[0].leaves, 10, 20.0, 5.0)
+  assert runs_lib.estimate_seconds(plan[0], []) is None
+  assert runs_lib.estimate_seconds(plan[0], [timing]) == 25.0
+  assert runs_lib.estimate_seconds(plan[1], [timing]) == 5.0 + 4 * 20.0
   by_steps, other = (_plan(source, text, tmp_path)[0] for text in (
       'train.steps=30', 'data.batch_size=16;train.steps=0'))
-  assert plan_lib.estimate_seconds(by_steps, [timing]) == 5.0 + 3 * 20.0
+  assert runs_lib.estimate_seconds(by_steps, [timing]) == 5.0 + 3 * 20.0
   # How many updates other batches make is not known.
-  assert plan_lib.estimate_seconds(other, [timing]) is None
+  assert runs_lib.estimate_seconds(other, [timing]) is None
 
 
 def test_each_run_at_a_time_has_a_device(tmp_path):
@@ -358,7 +358,7 @@ def test_a_dry_run_before_any_other_reckons(source, tmp_path, capfd):
 
 
 def test_a_workdir_is_of_one_sweep_at_a_time(source, tmp_path):
-  with loading.lock_workdir(str(tmp_path / 'w')):
+  with workdir_lib.lock_workdir(str(tmp_path / 'w')):
     with pytest.raises(errors.UserError, match='is in use by process'):
       _compare(source, tmp_path / 'w', 'lora.rank=4')
 

@@ -13,16 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_sft import checkpoint
 from gemma_sft import errors
 from gemma_sft import evaluate
-from gemma_sft import loading
-from gemma_sft import metrics
-from gemma_sft import runs
 from gemma_sft import sample
-from gemma_sft import stopping
 from gemma_sft import tasks
 from gemma_sft import train
+from gemma_sft.inputs import splits
+from gemma_sft.monitor import metrics
+from gemma_sft.monitor import stop
+from gemma_sft.run import base
+from gemma_sft.run import checkpoint
+from gemma_sft.run import prepare as prepare_lib
+from gemma_sft.run import workdir as workdir_lib
 
 
 def _run(config, workdir, status=0) -> str:
@@ -127,7 +129,7 @@ def test_sigterm_saves_exits_cleanly_and_resumes(run_config, tmp_path):
   process.send_signal(signal.SIGTERM)
   process.send_signal(signal.SIGTERM)  # Launchers and systems send several.
   status, out, err = conftest.finish(process)
-  assert status == stopping.UNFINISHED, err
+  assert status == stop.UNFINISHED, err
   assert 'Traceback' not in err
   stopped_at = _checkpoints(workdir).steps()[-1]
   assert stopped_at < 30
@@ -142,7 +144,7 @@ def test_deadline_saves_and_resumes(finished, tmp_path, capsys):
   config, straight = finished
   config = config.copy_and_resolve_references()
   config.deadline_minutes = 1e-6  # Over when the first evaluation is.
-  workdir = _run(config, tmp_path / 'stopped', stopping.UNFINISHED)
+  workdir = _run(config, tmp_path / 'stopped', stop.UNFINISHED)
   assert 'stopped by the deadline (config.deadline_minutes) after 0 of 6' in (
       capsys.readouterr().out)
   assert _checkpoints(workdir).steps() == [0]
@@ -335,8 +337,8 @@ def test_base_weights_are_untouched_and_not_in_the_checkpoint(
     prepared.append((run, jax.tree.map(np.array, run.base)))
     return run
 
-  sound = runs.prepare
-  monkeypatch.setattr(runs, 'prepare', prepare)
+  sound = prepare_lib.prepare
+  monkeypatch.setattr(prepare_lib, 'prepare', prepare)
   _run(run_config, tmp_path)
   (run, before), = prepared
   assert len(jax.tree.leaves(before)) > 10
@@ -610,7 +612,7 @@ def test_values_outside_their_range_are_refused(run_config, tmp_path, changes):
 
 
 def test_workdir_in_use_is_refused_with_the_process(run_config, tmp_path):
-  held = loading.lock_workdir(str(tmp_path / 'w'))
+  held = workdir_lib.lock_workdir(str(tmp_path / 'w'))
   _refused(run_config, tmp_path / 'w', f'in use by process {os.getpid()}')
   held.close()
   run_config.train.steps = 1
@@ -667,9 +669,9 @@ def test_turn_tags_in_a_users_text_stay_text(run_config, tmp_path, capsys):
   _run(run_config, tmp_path / 'w')
   assert '2 with control-token text (kept as ordinary text)' in (
       capsys.readouterr().out)
-  tokenizer = loading.load_tokenizer(
+  tokenizer = base.load_tokenizer(
       run_config.model, weights_of(run_config), 3)
-  split = loading.load_splits(
+  split = splits.load_splits(
       run_config.data, ('train',), tasks.load('chat'), tokenizer)['train']
   for example in split.examples:
     tokens = example.tokens
@@ -678,7 +680,7 @@ def test_turn_tags_in_a_users_text_stay_text(run_config, tmp_path, capsys):
 
 
 def weights_of(config):
-  return loading.resolve_weights(config.model)
+  return base.resolve_weights(config.model)
 
 
 def test_a_step_that_is_not_finite_is_named(run_config, tmp_path):

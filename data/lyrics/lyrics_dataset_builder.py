@@ -10,13 +10,13 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from gemma_sft import dataset_builder
-from gemma_sft import records
+from gemma_sft.inputs import records
+from gemma_sft.inputs import tfds_builder
 
 _FOLDER = pathlib.Path(__file__).parent
 
 
-class Lyrics(dataset_builder.Builder):
+class Lyrics(tfds_builder.Builder):
   """Song lyrics, a line of verse an item, with their romanisation."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -45,7 +45,7 @@ def main() -> None:
   parser.add_argument('--out', type=pathlib.Path, default=_FOLDER / 'tfds')
   args = parser.parse_args()
   for config in Lyrics.builder_configs:
-    dataset_builder.prepare(Lyrics(
+    tfds_builder.prepare(Lyrics(
         source=args.source, config=config, data_dir=args.out,
         file_format='array_record'))
 

@@ -9,12 +9,12 @@ import pathlib
 
 import tensorflow_datasets as tfds
 
-from gemma_sft import dataset_builder
+from gemma_sft.inputs import tfds_builder
 
 _FOLDER = pathlib.Path(__file__).parent
 
 
-class Slang(dataset_builder.Builder):
+class Slang(tfds_builder.Builder):
   """Slang terms with what they mean, an example and a context."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -29,7 +29,7 @@ def main() -> None:
   parser.add_argument('--source', type=pathlib.Path, default=_FOLDER)
   parser.add_argument('--out', type=pathlib.Path, default=_FOLDER / 'tfds')
   args = parser.parse_args()
-  dataset_builder.prepare(Slang(
+  tfds_builder.prepare(Slang(
       source=args.source, data_dir=args.out, file_format='array_record'))
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from gemma_sft import dataset_builder
-from gemma_sft import records
+from gemma_sft.inputs import records
+from gemma_sft.inputs import tfds_builder
 
 _FOLDER = pathlib.Path(__file__).parent
 
 
-class Sql(dataset_builder.Builder):
+class Sql(tfds_builder.Builder):
   """Questions about eight databases with the queries that answer them."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -41,7 +41,7 @@ def main() -> None:
   parser.add_argument('--source', type=pathlib.Path, default=_FOLDER)
   parser.add_argument('--out', type=pathlib.Path, default=_FOLDER / 'tfds')
   args = parser.parse_args()
-  dataset_builder.prepare(Sql(
+  tfds_builder.prepare(Sql(
       source=args.source, data_dir=args.out, file_format='array_record'))
 
 

@@ -8,13 +8,13 @@ from typing import Any
 from typing import Mapping
 from typing import Sequence
 
-from gemma_sft import metrics
-from gemma_sft import report
-from gemma_sft.sweeping import comparison
+from gemma_sft.evaluation import report
+from gemma_sft.monitor import metrics
 from gemma_sft.sweeping import grid
 from gemma_sft.sweeping import pictures
-from gemma_sft.sweeping import plan as plan_lib
 from gemma_sft.sweeping import results as results_lib
+from gemma_sft.sweeping import runs
+from gemma_sft.sweeping import significance
 from gemma_sft.sweeping import wording
 
 _METHOD = (
@@ -56,7 +56,7 @@ class Block:
 
 def summarise(
     sweep: grid.Sweep,
-    plan: Sequence[plan_lib.Run],
+    plan: Sequence[runs.Run],
     found: Sequence[results_lib.Result],
     messages: Mapping[str, str],
     workdir: str,
@@ -70,20 +70,20 @@ def summarise(
     messages: {workdir: why a run is not finished}.
     workdir: Of the sweep.
   """
-  grouped = comparison.by_cell(found, sweep.cells)
+  grouped = significance.by_cell(found, sweep.cells)
   headline = found[0].headline if found else 'loss'
   lower = found[0].lower if found else results_lib.LOSSES
   names = dict.fromkeys((headline, 'loss', *(
       k for r in found for k in r.scores if k != 'judge/n')))
-  tables = {name: comparison.compare(grouped, name, sweep.baseline)
+  tables = {name: significance.compare(grouped, name, sweep.baseline)
             for name in names}
-  costs = comparison.costs(grouped, headline, headline in lower)
+  costs = significance.costs(grouped, headline, headline in lower)
   by_workdir = {r.run.workdir: r for r in found}
   missing = len(plan) - len(found)
   said = wording.sentences(
       grouped, tables[headline], headline, headline in lower, sweep.baseline,
       costs)
-  effects = comparison.effects(
+  effects = significance.effects(
       grouped, sweep.cells, sweep.factors, headline, sweep.baseline)
   said += wording.effects(effects, headline)
   if missing:
@@ -94,7 +94,7 @@ def summarise(
       'split': plan[0].split or 'validation', 'baseline': sweep.baseline,
       'factors': list(sweep.factors), 'seeds': list(sweep.seeds),
       'cells': {c.name: dict(c.changes) for c in sweep.cells},
-      'metrics': {name: [comparison.to_json(row) for row in rows]
+      'metrics': {name: [significance.to_json(row) for row in rows]
                   for name, rows in tables.items()},
       'effects': [dataclasses.asdict(e) for e in effects], 'costs': costs,
       'runs': [_run(run, by_workdir.get(run.workdir), messages, workdir)
@@ -117,7 +117,7 @@ def _run(run, result, messages, workdir):
 
 def write(
     sweep: grid.Sweep,
-    plan: Sequence[plan_lib.Run],
+    plan: Sequence[runs.Run],
     messages: Mapping[str, str],
     workdir: str,
     config: str,
@@ -133,9 +133,9 @@ def write(
   """
   found = [r for run in plan if (r := results_lib.read(run))]
   summary = summarise(sweep, plan, found, messages, workdir)
-  grouped = comparison.by_cell(found, sweep.cells)
+  grouped = significance.by_cell(found, sweep.cells)
   metric = summary['headline']
-  tables = {name: comparison.compare(grouped, name, sweep.baseline)
+  tables = {name: significance.compare(grouped, name, sweep.baseline)
             for name in (metric, 'loss')}
   blocks = [
       _table(tables, summary),
@@ -171,7 +171,7 @@ def _table(tables, summary):
              'p (Holm)']
   head += ['time a run', 'memory', 'trained weights']
   costs = {c['cell']: c for c in summary['costs']}
-  best = comparison.best_cell(
+  best = significance.best_cell(
       tables[metric], metric in summary['lower_is_better'])
   rows, classes = [], []
   for i, row in enumerate(tables[metric]):
@@ -200,7 +200,7 @@ def _effects(sweep, grouped, metric):
   rows = [[e.factor, grid.show_value(e.value), grid.show_value(e.than),
            wording.show_gain(metric, e.difference),
            wording.show_p(e.difference)]
-          for e in comparison.effects(
+          for e in significance.effects(
               grouped, sweep.cells, sweep.factors, metric, sweep.baseline)]
   return Block(
       'Effects of the factors', ['factor', 'value', 'against',

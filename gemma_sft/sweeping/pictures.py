@@ -66,7 +66,7 @@ def curves(grouped: Grouped) -> list[Picture]:
   """Draws training and validation loss of each cell: mean and range of seeds.
 
   Args:
-    grouped: Of `comparison.by_cell`.
+    grouped: Of `significance.by_cell`.
   """
   found = {name: rs for name, rs in grouped.items() if rs}
   chosen, pictures = colors(list(found)), []
@@ -103,7 +103,7 @@ def factors(
   """Draws a metric against each factor: a dot a run, a line a setting.
 
   Args:
-    grouped: Of `comparison.by_cell`.
+    grouped: Of `significance.by_cell`.
     names: The factors.
     metric: Such as judge/good.
 
@@ -168,7 +168,7 @@ def fronts(points: Sequence[Mapping[str, Any]], metric: str, lower: bool
   """Draws quality against time and against memory, the fronts as lines.
 
   Args:
-    points: Of `comparison.costs`.
+    points: Of `significance.costs`.
     metric: What quality is.
     lower: Whether less of it is better.
   """

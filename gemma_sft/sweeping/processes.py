@@ -13,10 +13,10 @@ from typing import Mapping
 from typing import Sequence
 
 from gemma_sft import errors
-from gemma_sft import loading
-from gemma_sft import provenance
-from gemma_sft import stopping
-from gemma_sft.sweeping import plan as plan_lib
+from gemma_sft.monitor import record as record_lib
+from gemma_sft.monitor import stop as stop_lib
+from gemma_sft.run import workdir
+from gemma_sft.sweeping import runs
 
 # Seconds between looks at the processes.
 _POLL = 0.2
@@ -64,7 +64,7 @@ class Outcome:
 class Process:
   """One run: training, then evaluation, each a process of its own."""
 
-  def __init__(self, run: plan_lib.Run, environment: Mapping[str, str]):
+  def __init__(self, run: runs.Run, environment: Mapping[str, str]):
     """Starts it, or waits where another process has its workdir.
 
     Args:
@@ -98,9 +98,9 @@ class Process:
     self._process = None
     stage = self._stages.pop(0)
     # One that stops by itself (a deadline, a signal) can go on.
-    if status not in (0, stopping.UNFINISHED) and not self._stopping:
+    if status not in (0, stop_lib.UNFINISHED) and not self._stopping:
       return self._outcome('failed', last_error(self.log, status))
-    record = provenance.read(self.run.workdir)
+    record = record_lib.read(self.run.workdir)
     if stage == 'train' and not self.run.is_trained(record):
       end = record and record['end'] or {}
       if end.get('finished'):
@@ -134,10 +134,10 @@ class Process:
 
   def _is_free(self):
     try:
-      loading.lock_workdir(self.run.workdir).close()
+      workdir.lock_workdir(self.run.workdir).close()
     except errors.UserError:
       return False
-    if self.run.is_trained(provenance.read(self.run.workdir)):
+    if self.run.is_trained(record_lib.read(self.run.workdir)):
       self._stages = [s for s in self._stages if s != 'train']
     return True
 
@@ -228,12 +228,12 @@ def make_slots(
 
 
 def run_all(
-    plan: Sequence[plan_lib.Run],
+    plan: Sequence[runs.Run],
     slots: Sequence[Mapping[str, str]],
     stop: Stop,
     *,
-    on_start: Callable[[plan_lib.Run], None],
-    on_end: Callable[[plan_lib.Run, Outcome], None],
+    on_start: Callable[[runs.Run], None],
+    on_end: Callable[[runs.Run, Outcome], None],
 ) -> dict[str, Outcome]:
   """Runs what is not finished; returns {workdir: outcome} of what was started.
 
@@ -246,7 +246,7 @@ def run_all(
     on_start: Called with each run.
     on_end: Called with each run and how it ended.
   """
-  waiting = [r for r in plan if r.state() != plan_lib.FINISHED]
+  waiting = [r for r in plan if r.state() != runs.FINISHED]
   free, going, outcomes = list(range(len(slots))), {}, {}
   while going or waiting and not stop.signal:
     while free and waiting and not stop.signal:

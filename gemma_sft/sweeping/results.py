@@ -6,10 +6,10 @@ import os
 from typing import Any
 from typing import Mapping
 
-from gemma_sft import metrics
-from gemma_sft import provenance
-from gemma_sft import report
-from gemma_sft.sweeping import plan as plan_lib
+from gemma_sft.evaluation import report
+from gemma_sft.monitor import metrics
+from gemma_sft.monitor import record as record_lib
+from gemma_sft.sweeping import runs
 
 LOSSES = frozenset(
     {'loss', 'perplexity', 'bits_per_byte', 'bits_per_character'})
@@ -36,7 +36,7 @@ class Result:
     starts: How often training was started.
   """
 
-  run: plan_lib.Run
+  run: runs.Run
   scores: Mapping[str, float]
   rows: Mapping[str, Mapping[str, float]]
   headline: str
@@ -52,18 +52,18 @@ class Result:
   starts: int
 
   @property
-  def timing(self) -> plan_lib.Timing:
+  def timing(self) -> runs.Timing:
     """For the estimates of runs to come."""
-    return plan_lib.Timing(
+    return runs.Timing(
         self.run.cell.name, self.run.leaves, self.steps, self.seconds,
         self.evaluating)
 
 
-def read(run: plan_lib.Run) -> Result | None:
+def read(run: runs.Run) -> Result | None:
   """Returns the result of a run, None unless it is finished."""
-  if run.state() != plan_lib.FINISHED:
+  if run.state() != runs.FINISHED:
     return None
-  record = provenance.read(run.workdir)
+  record = record_lib.read(run.workdir)
   lines = metrics.read_jsonl(os.path.join(run.workdir, 'metrics.jsonl'))
   rows, evaluating, lower = {}, 0.0, set(LOSSES)
   if run.split:
@@ -105,7 +105,7 @@ def best_scores(
     lines: list[dict[str, Any]], metric: str, mode: str) -> dict[str, float]:
   """Returns the validation scores of the best checkpoint that training found.
 
-  The untouched weights of step 0 are no checkpoint, as for `progress.Tracker`.
+  The untouched weights of step 0 are no checkpoint, as for `log.Tracker`.
 
   Args:
     lines: Of metrics.jsonl.

@@ -16,14 +16,14 @@ from typing import Sequence
 import warnings
 
 from gemma_sft import errors
-from gemma_sft import loading
-from gemma_sft import metrics
+from gemma_sft.monitor import metrics
+from gemma_sft.run import workdir as workdir_lib
 from gemma_sft.sweeping import grid
 from gemma_sft.sweeping import page
 from gemma_sft.sweeping import pictures
-from gemma_sft.sweeping import plan as plan_lib
 from gemma_sft.sweeping import processes
 from gemma_sft.sweeping import results as results_lib
+from gemma_sft.sweeping import runs
 from gemma_sft.sweeping import source as source_lib
 from gemma_sft.sweeping import wording
 
@@ -134,7 +134,7 @@ def run(
           ' started')
     return 0
   search = Search(source, config, space, workdir)
-  with loading.lock_workdir(workdir), processes.Stop() as stop:
+  with workdir_lib.lock_workdir(workdir), processes.Stop() as stop:
     failed = search.go_on(trials, slots, stop)
     summary = search.write(trials)
   print()
@@ -198,8 +198,8 @@ class Search:
     self._workdir = workdir
     self.metric, mode = config.eval.metric, config.eval.mode
     self.lower = mode == 'min'
-    self._planner = plan_lib.Planner(source, workdir, 'none')
-    plan_lib.choose_split(config, 'none')
+    self._planner = runs.Planner(source, workdir, 'none')
+    runs.choose_split(config, 'none')
     os.makedirs(workdir, exist_ok=True)
     path = _database(workdir)
     self.study = optuna.create_study(

@@ -5,10 +5,10 @@ from typing import Any
 from typing import Mapping
 from typing import Sequence
 
-from gemma_sft import metrics
-from gemma_sft.sweeping import comparison
+from gemma_sft.monitor import metrics
 from gemma_sft.sweeping import grid
 from gemma_sft.sweeping import pictures
+from gemma_sft.sweeping import significance
 
 
 def show(metric: str, value: float | None, digits: int = 4) -> str:
@@ -20,7 +20,7 @@ def show(metric: str, value: float | None, digits: int = 4) -> str:
   return f'{value:.{digits}g}'
 
 
-def show_gain(metric: str, d: comparison.Difference | None) -> str:
+def show_gain(metric: str, d: significance.Difference | None) -> str:
   """Returns '+5.1 (95 %: +1.2 to +9.0)', points for a judge's share."""
   if d is None:
     return '-'
@@ -32,7 +32,7 @@ def show_gain(metric: str, d: comparison.Difference | None) -> str:
           f' {format(factor * d.high, form)})')
 
 
-def show_p(d: comparison.Difference | None) -> str:
+def show_p(d: significance.Difference | None) -> str:
   """Returns the adjusted p and what it says."""
   if d is None or d.adjusted is None:
     return '-'
@@ -41,8 +41,8 @@ def show_p(d: comparison.Difference | None) -> str:
 
 
 def sentences(
-    grouped: Mapping[str, comparison.Results],
-    rows: Sequence[comparison.Row],
+    grouped: Mapping[str, significance.Results],
+    rows: Sequence[significance.Row],
     metric: str,
     lower: bool,
     baseline: str,
@@ -51,14 +51,14 @@ def sentences(
   """Says which cell is best, and whether that is beyond chance.
 
   Args:
-    grouped: Of `comparison.by_cell`.
-    rows: Of `comparison.compare`, of the metric.
+    grouped: Of `significance.by_cell`.
+    rows: Of `significance.compare`, of the metric.
     metric: The headline.
     lower: Whether less of it is better.
     baseline: Name of a cell.
-    costs: Of `comparison.costs`.
+    costs: Of `significance.costs`.
   """
-  best = comparison.best_cell(rows, lower)
+  best = significance.best_cell(rows, lower)
   if best is None:
     return ['No run is finished.']
   n = len(best.values)
@@ -92,7 +92,7 @@ def sentences(
   if n == 1 and (best.difference is None or best.difference.low is not None):
     said.append('Each cell has one seed: intervals speak of other questions,'
                 ' not of other seeds. Run more with --seeds=3.')
-  alike = comparison.alike(grouped, metric, best.cell)
+  alike = significance.alike(grouped, metric, best.cell)
   if alike and len(rows) > 2:
     cheap = min((c for c in costs if c['cell'] in (*alike, best.cell)),
                 key=lambda c: c['seconds'])
@@ -112,11 +112,11 @@ def _holm(compared):
   return f', adjusted for {n} comparisons' if n > 1 else ''
 
 
-def effects(found: Sequence[comparison.Effect], metric: str) -> list[str]:
+def effects(found: Sequence[significance.Effect], metric: str) -> list[str]:
   """Says which factors matter, whatever the others are.
 
   Args:
-    found: Of `comparison.effects`; none with one factor.
+    found: Of `significance.effects`; none with one factor.
     metric: What they are effects on.
   """
   sure = [e for e in found if e.difference.beyond_chance]

@@ -1,6 +1,6 @@
-"""One file a domain: how a record becomes messages, how an answer is judged.
+"""One folder a domain: how a record becomes messages, how an answer is judged.
 
-A task is a module of this folder with
+A task is the module `task` of a folder here, with
 
     HEADLINE: str
         The metric of `judge` that says in one number how good answers are.
@@ -61,13 +61,12 @@ class Judged:
 
 
 def names() -> list[str]:
-  """Returns the tasks there are; `_name.py` is a part of a judge."""
-  return sorted(m.name for m in pkgutil.iter_modules(__path__)
-                if not m.name.startswith('_'))
+  """Returns the names of the tasks, which are folders here."""
+  return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.ispkg)
 
 
 def load(name: str) -> types.ModuleType:
-  """Returns a task by the name of its file.
+  """Returns a task by the name of its folder.
 
   Raises:
     UserError: naming the nearest task.
@@ -75,6 +74,6 @@ def load(name: str) -> types.ModuleType:
   if name not in names():
     raise errors.UserError(
         f'config.task is {name!r}', f'one of {", ".join(names())}',
-        f'{errors.nearest(name, names())}A new domain is a new file in'
+        f'{errors.nearest(name, names())}A new domain is a new folder in'
         ' gemma_sft/tasks/.')
-  return importlib.import_module(f'gemma_sft.tasks.{name}')
+  return importlib.import_module(f'gemma_sft.tasks.{name}.task')

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from gemma_sft import errors
-from gemma_sft import quantize
+from gemma_sft.nn import quantize
 from gemma_sft.weights import names
 from gemma_sft.weights import safetensors_file
 
@@ -38,9 +38,9 @@ def open_arrays(
   """Returns a function from a library path to the array, in its own dtype.
 
   Args:
-    resolved: From `weights.resolve`.
+    resolved: From `load.resolve`.
     shapes: Library path -> shape that is wanted.
-    layout: For a Hugging Face folder only, from `weights.make_layout`.
+    layout: For a Hugging Face folder only, from `load.make_layout`.
     seed: For random weights only.
 
   Raises:

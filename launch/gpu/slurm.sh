@@ -63,7 +63,7 @@ while [ -n "$again" ]; do  # A signal interrupts `wait`.
   again=
   wait "$process" && status=0 || status=$?
 done
-if [ "$status" = 75 ]; then  # Saved, and not at its end (stopping.py).
+if [ "$status" = 75 ]; then  # Saved, and not at its end (stop.py).
   echo "saved; the job queues again"
   scontrol requeue "$SLURM_JOB_ID"
   status=0

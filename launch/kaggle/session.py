@@ -19,14 +19,16 @@ import sys
 import tempfile
 import time
 
-# What a version of a Kaggle notebook keeps; gemma_sft/slices.py has its source.
+# What a version of a Kaggle notebook keeps; gemma_sft/planning/hardware.py has
+# its source.
 KEPT_BYTES = 19.5e9
 _UV = 'uv==0.13.8'
 _ACCELERATORS = {'tpu': ['jax[tpu]'], 'gpu': ['jax[cuda12]'], 'cpu': []}
 # Of the kernel, and wrong for another Python: Kaggle's own modules, a backend
 # of matplotlib that draws into the notebook, the image's own libtpu.
 _NOT_INHERITED = ('PYTHONPATH', 'PYTHONHOME', 'MPLBACKEND', 'TPU_LIBRARY_PATH')
-# Of a training that has saved before its last update (gemma_sft/stopping.py).
+# Of a training that has saved before its last update
+# (gemma_sft/monitor/stop.py).
 UNFINISHED = 75
 _STARTED = time.time()
 

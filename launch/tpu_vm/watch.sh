@@ -71,7 +71,7 @@ while true; do
       stopped)
         echo "the run was stopped (launch/tpu_vm/stop.sh)"
         exit 0 ;;
-      'exit 0' | 'exit 75')  # 75: saved, and not at its end (stopping.py).
+      'exit 0' | 'exit 75')  # 75: saved, and not at its end (stop.py).
         if [ "$answer" = 'exit 0' ]; then
           echo "the run has ended; its workdir is $workdir"
         else

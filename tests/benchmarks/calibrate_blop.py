@@ -16,9 +16,9 @@ from absl import flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from gemma_sft import records as records_lib
-from gemma_sft.tasks import blop
-from gemma_sft.tasks import chat as chat_task
+from gemma_sft.inputs import records as records_lib
+from gemma_sft.tasks.blop import task
+from gemma_sft.tasks.chat import task as chat_task
 
 _DATA = flags.DEFINE_list(
     'data', [f'data/blop/{split}.txt' for split in
@@ -110,10 +110,10 @@ def _prompt(record):
 def main(argv):
   del argv
   rows = [r for path in _DATA.value for r in records_lib.read(path)
-          if blop.looks_like_code(chat_task.answer(r))]
-  codes = [blop.extract_code(chat_task.answer(r)) for r in rows]
+          if task.looks_like_code(chat_task.answer(r))]
+  codes = [task.extract_code(chat_task.answer(r)) for r in rows]
   if _DATA.default != _DATA.value:  # Others' answers need not compile.
-    good = [v['strict'] for v in blop.compile_snippets(codes)]
+    good = [v['strict'] for v in task.compile_snippets(codes)]
     rows = [r for r, ok in zip(rows, good) if ok]
     codes = [c for c, ok in zip(codes, good) if ok]
   variants = {
@@ -129,7 +129,7 @@ def main(argv):
   print(f'|---|---|{"---|" * len(_COLUMNS)}')
   for name, changed in variants.items():
     kept = [(r, c) for r, c in zip(rows, changed) if c is not None]
-    judged = blop.judge(*zip(*kept))
+    judged = task.judge(*zip(*kept))
     cells = []
     for column in _COLUMNS:
       values = [row[column] for row in judged.rows if column in row]

@@ -10,9 +10,9 @@ them, a column for each metric.
 import argparse
 import random
 
-from gemma_sft import records
-from gemma_sft.clean import romanise
-from gemma_sft.tasks import lyrics
+from gemma_sft.curation import romanise
+from gemma_sft.inputs import records
+from gemma_sft.tasks.lyrics import task
 
 
 def _shuffled(items: list[str], rng: random.Random) -> list[str]:
@@ -52,15 +52,15 @@ def main() -> None:
   training = records.read(args.train) if args.train else []
   openings, rests = [], []
   for song in songs:
-    lines = lyrics.song_lines(song)
-    rests.append(lyrics.to_messages(song)[-1].content.split('\n'))
+    lines = task.song_lines(song)
+    rests.append(task.to_messages(song)[-1].content.split('\n'))
     openings.append(lines[:len(lines) - len(rests[-1])])
   training_rests = [
-      lyrics.to_messages(song)[-1].content.split('\n') for song in training]
+      task.to_messages(song)[-1].content.split('\n') for song in training]
 
   names = []
   for what, completions in broken(openings, rests, training_rests).items():
-    judged = lyrics.judge(songs, ['\n'.join(c) for c in completions], training)
+    judged = task.judge(songs, ['\n'.join(c) for c in completions], training)
     if not names:
       names = [name for name in judged.metrics if name != 'n']
       print(f'{len(songs)} songs,'

@@ -5,8 +5,8 @@
 
 FILE: poems as `records` reads them, such as the JSON of
 github.com/chinese-poetry/chinese-poetry; poems of other shapes are left out.
-The second form prints gemma_sft/tasks/_rhyme_words.json: give it no poem that
-is to be tested on.
+The second form prints gemma_sft/tasks/poetry/rhyme_words.json: give it no poem
+that is to be tested on.
 """
 
 import argparse
@@ -16,15 +16,15 @@ import random
 
 import opencc
 
-from gemma_sft import records
-from gemma_sft.tasks import _pingshui as pingshui
-from gemma_sft.tasks import poetry
+from gemma_sft.inputs import records
+from gemma_sft.tasks.poetry import pingshui
+from gemma_sft.tasks.poetry import task
 
 _N_WORDS = 12
 
 
 def _rates(texts, form):
-  rows = poetry.judge(
+  rows = task.judge(
       [records.Record({'title': '題', 'form': form}, '') for _ in texts],
       texts).metrics
   return f'{rows["rhyme"]:.3f} / {rows["tone"]:.3f}'
@@ -41,8 +41,8 @@ def _rhyme_words(texts):
   """Returns {rhyme: its words}, both by how often poems rhyme so."""
   counts = {rhyme: collections.Counter() for rhyme in pingshui.level_book()}
   for text in texts:
-    lines = poetry.split_lines(poetry.to_traditional(text))
-    if poetry.form_of(text) and (rhyme := pingshui.rhyme_of(lines)):
+    lines = task.split_lines(task.to_traditional(text))
+    if task.form_of(text) and (rhyme := pingshui.rhyme_of(lines)):
       counts[rhyme].update(line[-1] for line in lines[1::2])
   words = {}
   for rhyme in sorted(counts, key=lambda r: -counts[r].total()):
@@ -58,7 +58,7 @@ def main() -> None:
   parser.add_argument('--data', action='append', required=True)
   parser.add_argument('--rhyme_words', action='store_true')
   args = parser.parse_args()
-  texts = [poetry.poem_text(r) for path in args.data
+  texts = [task.poem_text(r) for path in args.data
            for r in records.read(path)]
   if args.rhyme_words:
     print(json.dumps(_rhyme_words(texts), ensure_ascii=False, indent=1))
@@ -67,12 +67,12 @@ def main() -> None:
   simplify = opencc.OpenCC('t2s').convert
   print('| form | poems | real | real, simplified | characters shuffled |'
         ' lines of other poems |\n|---|---|---|---|---|---|')
-  for form in poetry.FORMS:
-    real = [t for t in texts if poetry.form_of(t) == form]
-    pool = [line for t in real for line in poetry.split_lines(t)]
+  for form in task.FORMS:
+    real = [t for t in texts if task.form_of(t) == form]
+    pool = [line for t in real for line in task.split_lines(t)]
     shuffled, mixed = [], []
     for text in real:
-      lines = poetry.split_lines(text)
+      lines = task.split_lines(text)
       characters = list(''.join(lines))
       rng.shuffle(characters)
       shuffled.append(_cut(characters, form))

@@ -12,8 +12,8 @@ import argparse
 import random
 import re
 
-from gemma_sft import records as records_lib
-from gemma_sft.tasks import slang
+from gemma_sft.inputs import records as records_lib
+from gemma_sft.tasks.slang import task
 
 _METRICS = ('good', 'format', 'in_example', 'novel', 'first', 'copied',
             'on_topic', 'spelled', 'acronym_gap', 'distinct1', 'distinct2')
@@ -90,17 +90,17 @@ def main() -> None:
   args = parser.parse_args()
   records = records_lib.read(args.data)
   training = records_lib.read(args.training) if args.training else []
-  rows = [slang.columns(r) for r in records]
-  kinds = answers(rows, [slang.columns(r) for r in training],
+  rows = [task.columns(r) for r in records]
+  kinds = answers(rows, [task.columns(r) for r in training],
                   random.Random(args.seed))
   n_with = {k: sum(bool(row[k]) for row in rows) for k in rows[0]}
   print(f'{len(rows)} records ({n_with["example"]} with an example,'
         f' {n_with["context"]} with a context), {len(training)} for training;'
-        f' check_answers finds {len(slang.check_answers(records))}\n')
+        f' check_answers finds {len(task.check_answers(records))}\n')
   print(f'| answers | {" | ".join(_METRICS)} |')
   print('|---' * (len(_METRICS) + 1) + '|')
   for name, texts in kinds.items():
-    metrics = slang.judge(records, texts, training).metrics
+    metrics = task.judge(records, texts, training).metrics
     cells = [f'{metrics[m]:.2f}' if m in metrics else '-' for m in _METRICS]
     print(f'| {name} | {" | ".join(cells)} |')
 

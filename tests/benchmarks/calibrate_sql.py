@@ -11,8 +11,8 @@ import argparse
 import random
 import re
 
-from gemma_sft import records as records_lib
-from gemma_sft.tasks import sql
+from gemma_sft.inputs import records as records_lib
+from gemma_sft.tasks.sql import task
 
 _SEED = 0
 _WORDS = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"|\w+(?:\.\w+)?|[^\w\s]+")
@@ -48,7 +48,7 @@ def _no_condition(record, records, rng):
 
 def _wrong_table(record, records, rng):
   del records
-  tables = re.findall(r'^(\w+)\(', sql.schema_text(record), re.MULTILINE)
+  tables = re.findall(r'^(\w+)\(', task.schema_text(record), re.MULTILINE)
   query = record.fields['query']
   used = [t for t in tables
           if re.search(rf'\b(?:from|join) {t}\b', query, re.IGNORECASE)]
@@ -83,7 +83,7 @@ def main() -> None:
     rng = random.Random(_SEED)
     pairs = [(r, answer) for r in records
              if (answer := broken(r, records, rng)) is not None]
-    judged = sql.judge(*zip(*pairs)) if pairs else sql.judge([], [])
+    judged = task.judge(*zip(*pairs)) if pairs else task.judge([], [])
     counted = [row['execution'] for row in judged.rows if 'execution' in row]
     right = f'{sum(counted)}/{len(counted)}'
     shares = ' | '.join(f'{judged.metrics.get(k, 0):.3f}'

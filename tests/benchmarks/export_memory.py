@@ -33,14 +33,14 @@ def main(_):
 
   from gemma_sft import cli
   from gemma_sft import export
-  from gemma_sft import inference
-  from gemma_sft import merging
-  from gemma_sft.artifacts import writer
+  from gemma_sft.exports import arrays
+  from gemma_sft.exports import writer
+  from gemma_sft.run import restore
 
   config = cli.load_run_config(_WORKDIR.value)
-  chosen = inference.choose_weights(config, _WORKDIR.value, base=False, step=-1)
+  chosen = restore.choose_weights(config, _WORKDIR.value, base=False, step=-1)
   source = writer.Source(
-      chosen.model, chosen.tokenizer, merging.open_arrays(chosen), 'benchmark',
+      chosen.model, chosen.tokenizer, arrays.open_arrays(chosen), 'benchmark',
       temperature=0.2, repetition_penalty=1.1)
   [job] = export.plan(source, [_FORMAT.value], 'bfloat16')
   largest = 4 * max(

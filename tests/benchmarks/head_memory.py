@@ -2,7 +2,7 @@
 
     python tests/benchmarks/head_memory.py --model=gemma2_2b --rows=8
 
-Compiles value and gradient of `loss.masked_nll` with every position trained, in
+Compiles value and gradient of `head.masked_nll` with every position trained, in
 bfloat16, for the device at hand, and prints the temporaries and outputs that
 the compiler asks for: what stands above the model. Nothing is run. Beside it
 the same for all logits at once, the plain way.
@@ -13,8 +13,8 @@ from absl import flags
 import jax
 import jax.numpy as jnp
 
-from gemma_sft import loss
 from gemma_sft import model as model_lib
+from gemma_sft.nn import head
 
 _MODEL = flags.DEFINE_string('model', 'gemma2_2b', 'A preset.')
 _ROWS = flags.DEFINE_integer('rows', 8, 'Rows.')
@@ -43,7 +43,7 @@ def main(argv):
   mask_BT = jax.ShapeDtypeStruct((B, T), jnp.bool)
 
   def ours(x, e, t, m, frozen_head):
-    return loss.masked_nll(
+    return head.masked_nll(
         x, e, t, m, max_trained=B * T, chunk_size=_CHUNK.value,
         softcap=softcap, frozen_head=frozen_head)[0]
 

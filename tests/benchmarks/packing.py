@@ -65,18 +65,18 @@ def _schema(folder):
 def _tokenizer(source):
   from gemma_sft import cache
   from gemma_sft import chat
-  from gemma_sft import weights
+  from gemma_sft.weights import load
 
   path = pathlib.Path(source)
   if not path.is_file():
-    path = weights.resolve(source, cache.folder('weights')).tokenizer_path
+    path = load.resolve(source, cache.folder('weights')).tokenizer_path
   return chat.Tokenizer(pathlib.Path(path).read_bytes(), generation=3)
 
 
 def _render(path, tokenizer):
   """Returns the rendered rows of a file, or of the files of a folder."""
   from gemma_sft import chat
-  from gemma_sft import records as records_lib
+  from gemma_sft.inputs import records as records_lib
 
   files = [path] if path.is_file() else sorted(
       p for p in path.iterdir() if p.suffix in _ENDINGS)
@@ -89,10 +89,10 @@ def _render(path, tokenizer):
 
 def _useful(examples, seed, **layout):
   """Returns (share of the places that hold a token, rows) of an epoch."""
-  from gemma_sft import data
+  from gemma_sft import batches
 
-  source = data.Batches(
-      examples, data.Layout(max_length=_MAX_LENGTH.value,
+  source = batches.Batches(
+      examples, batches.Layout(max_length=_MAX_LENGTH.value,
                             repeat=_REPEAT.value, **layout), seed=seed)
   tokens = places = rows = 0
   for batch in (source[i] for i in range(len(source))):

@@ -35,24 +35,23 @@ def _forget_peak() -> None:
 def main(_):
   import jax
 
-  from gemma_sft import ahead
-  from gemma_sft import compile_targets
   from gemma_sft import config as config_lib
-  from gemma_sft import estimate
-  from gemma_sft import runs
-  from gemma_sft import scoring
-  from gemma_sft import slices
+  from gemma_sft import sharding
   from gemma_sft import train
+  from gemma_sft.planning import compile_step
+  from gemma_sft.planning import estimate
+  from gemma_sft.planning import hardware
+  from gemma_sft.run import prepare
 
   config = _CONFIG.value
   config_lib.validate(config)
-  place = slices.parse('cpu')
-  devices = compile_targets.devices_of(place, analytic=False)
+  place = hardware.parse('cpu')
+  devices = hardware.devices_of(place, analytic=False)
   with tempfile.TemporaryDirectory() as folder:
-    run = runs.prepare(config, folder)
+    run = prepare.prepare(config, folder)
     batch = run.source[0]
     max_trained = int(batch['max_trained'])
-    arrays = scoring.put_batch(batch, run.mesh)
+    arrays = sharding.put_batch(batch, run.mesh)
     state = run.enter(run.initial_state)
     jax.block_until_ready((state, arrays, run.base))
     _forget_peak()
@@ -67,11 +66,11 @@ def main(_):
       state, _ = step(state, run.base, arrays)
     jax.block_until_ready(state)
     peak = _status('VmHWM')
-  program = ahead.make_program(config, devices, max_trained=max_trained)
-  planned = estimate.memory(program, 0, *ahead.cached(
+  program = compile_step.make_program(config, devices, max_trained=max_trained)
+  planned = estimate.memory(program, 0, *compile_step.cached(
       train.train_step, program, place, compiled=True))
   estimated = estimate.memory(
-      program, 0, ahead.trace(train.train_step, program)[1])
+      program, 0, compile_step.trace(train.train_step, program)[1])
   print(f'{config.model.name}, {config.data.batch_size} x'
         f' {config.data.max_length}, {jax.devices()[0].device_kind}')
   print('| | MB | plan is |')

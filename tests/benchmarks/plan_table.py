@@ -22,12 +22,11 @@ from absl import app
 from absl import flags
 
 from configs import default
-from gemma_sft import ahead
-from gemma_sft import compile_targets
-from gemma_sft import estimate
-from gemma_sft import fitting
-from gemma_sft import slices
 from gemma_sft import train
+from gemma_sft.planning import compile_step
+from gemma_sft.planning import estimate
+from gemma_sft.planning import hardware
+from gemma_sft.planning import suggest
 
 _COMPILE = flags.DEFINE_bool('compile', False, 'Compile what is not kept.')
 _ONLY = flags.DEFINE_list(
@@ -56,7 +55,7 @@ _COMPILED = frozenset(
 
 def _config(model: str, quantization: str, n_devices: int, fsdp: int):
   config = default.get_config()
-  return fitting.changed(config, {
+  return suggest.changed(config, {
       'model.name': model, 'model.weights': 'random',
       'model.quantization': quantization, 'data.train': 'none',
       'data.max_length': _LENGTH,
@@ -74,23 +73,23 @@ def _cell(model: str, method: str, name: str, beside: list[str]) -> str:
     name: Of `_PLACES`.
     beside: Gets a line if the cell was compiled.
   """
-  place = slices.parse(name)
+  place = hardware.parse(name)
   n, limit = place.n_devices, place.chip.memory
   max_trained = round(_LENGTH * _SHARE) * _ROWS.value
   memory = program = None
   for fsdp in (1, n) if n > 1 else (1,):
     config = _config(model, _METHODS[method], n, fsdp)
-    program = ahead.make_program(
-        config, slices.absent_devices(place), max_trained=max_trained)
+    program = compile_step.make_program(
+        config, hardware.absent_devices(place), max_trained=max_trained)
     memory = estimate.memory(program, limit)
     if memory.fits:
       break
   if (model, method, name) in _COMPILED:
-    program = ahead.make_program(
-        config, compile_targets.devices_of(place, analytic=False),
+    program = compile_step.make_program(
+        config, hardware.devices_of(place, analytic=False),
         max_trained=max_trained)
-    if _COMPILE.value or ahead.is_cached(program, place):
-      memory = estimate.memory(program, limit, *ahead.cached(
+    if _COMPILE.value or compile_step.is_cached(program, place):
+      memory = estimate.memory(program, limit, *compile_step.cached(
           train.train_step, program, place, compiled=True))
       estimated = estimate.memory(program, limit).peak
       beside.append(
@@ -101,12 +100,12 @@ def _cell(model: str, method: str, name: str, beside: list[str]) -> str:
   split = f', fsdp {fsdp}' if fsdp > 1 else ''
   if not memory.fits:
     return f'no: {mark}{memory.peak / 1e9:.1f} GB{split}'
-  rows = fitting.largest(program, memory, None).batch_size // n
+  rows = suggest.largest(program, memory, None).batch_size // n
   return f'{mark}{memory.peak / 1e9:.1f} GB{split}; ~{rows} rows'
 
 
 def main(_):
-  heads = [f'{name} ({slices.parse(name).chip.memory / 1e9:.1f} GB)'
+  heads = [f'{name} ({hardware.parse(name).chip.memory / 1e9:.1f} GB)'
            for name in _PLACES]
   print('| | ' + ' | '.join(heads) + ' |')
   print('|---' * (len(_PLACES) + 1) + '|', flush=True)

@@ -12,7 +12,7 @@ import argparse
 
 import numpy as np
 
-from gemma_sft.sweeping import comparison
+from gemma_sft.sweeping import significance
 
 _SEEDS = (1, 3, 5)
 _RECORDS = (24, 60, 120, 500)
@@ -31,7 +31,7 @@ def coverage(seeds: int, records: int, parts, repeats: int) -> float:
     d_SR = (by_seed * generator.standard_normal((seeds, 1))
             + by_record * generator.standard_normal((1, records))
             + rest * generator.standard_normal((seeds, records)))
-    difference = comparison.crossed(d_SR)
+    difference = significance.crossed(d_SR)
     covered += difference.low <= 0 <= difference.high
   return covered / repeats
 

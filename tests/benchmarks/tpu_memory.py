@@ -26,14 +26,14 @@ from jax.experimental import topologies
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_sft import blocks
-from gemma_sft import lora
 from gemma_sft import model as model_lib
 from gemma_sft import optimizer as optimizer_lib
-from gemma_sft import runs
 from gemma_sft import sharding
 from gemma_sft import state as state_lib
 from gemma_sft import train
+from gemma_sft.adapters import lora
+from gemma_sft.nn import blocks
+from gemma_sft.run import build
 
 _CASES = flags.DEFINE_list('cases', [
     'gemma3_1b:v5e:2x4:4:2048:block',
@@ -95,7 +95,7 @@ def compile_step(
                          ('positions', jnp.int32), ('segment_ids', jnp.int32),
                          ('loss_mask', jnp.bool))}
   arrays['rows'] = jax.ShapeDtypeStruct((1, B), jnp.int32, sharding=place)
-  settings = runs.StepSettings(
+  settings = build.StepSettings(
       lora_enabled=True, lora_scale=1.0, dropout=0.0, seed=0,
       compute_dtype=jnp.bfloat16, loss_chunk=1024, groups=groups, mesh=mesh,
       execution=blocks.Execution(

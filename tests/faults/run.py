@@ -34,8 +34,8 @@ sys.path[:0] = [str(_TESTS.parent), str(_TESTS)]
 import conftest
 import numpy as np
 
-from gemma_sft import checkpoint
-from gemma_sft import metrics
+from gemma_sft.monitor import metrics
+from gemma_sft.run import checkpoint
 
 _PHASES = ('starting', 'step', 'save', 'evaluation')
 _SAVE_EVERY, _EVALUATE_EVERY = 3, 6

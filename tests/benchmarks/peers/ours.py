@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import default
-from gemma_sft import blocks
-from gemma_sft import loading
-from gemma_sft import lora
 from gemma_sft import model as model_lib
 from gemma_sft import optimizer as optimizer_lib
-from gemma_sft import runs
 from gemma_sft import sharding
 from gemma_sft import state as state_lib
 from gemma_sft import train
+from gemma_sft.adapters import lora
+from gemma_sft.nn import blocks
+from gemma_sft.run import build
+from gemma_sft.run import devices
 from peers import common
 from peers import library_tree
 from peers import meter as meter_lib
@@ -41,8 +41,8 @@ def make_execution(
     spec: common.Spec, model: model_lib.Model, mesh: jax.sharding.Mesh
 ) -> blocks.Execution:
   """Returns what a run without further settings would choose here."""
-  layers, _ = loading.choose_layers(spec.layers, model)
-  kernel, _ = loading.choose_attention(
+  layers, _ = devices.choose_layers(spec.layers, model)
+  kernel, _ = devices.choose_attention(
       spec.kernel, model, mesh, dtype=jnp.dtype(spec.dtype),
       length=spec.length, packed=False)
   return blocks.Execution(
@@ -67,7 +67,7 @@ def make_adapters(spec: common.Spec, model: model_lib.Model):
 
 
 def make_batch(spec: common.Spec, ids_BT: np.ndarray) -> dict[str, np.ndarray]:
-  """Returns a batch as `data.Batches` gives it, of one microbatch."""
+  """Returns a batch as `batches.Batches` gives it, of one microbatch."""
   rows, length = ids_BT.shape
   targets = np.zeros_like(ids_BT)
   targets[:, :-1] = ids_BT[:, 1:]
@@ -83,7 +83,7 @@ def make_batch(spec: common.Spec, ids_BT: np.ndarray) -> dict[str, np.ndarray]:
 
 def own_step(spec, model, mesh, optimizer, execution):
   """Returns (state, base, batch) -> (state, loss)."""
-  settings = runs.StepSettings(
+  settings = build.StepSettings(
       lora_enabled=True,
       lora_scale=lora.scale(common.RANK, common.ALPHA, False),
       dropout=0.0, seed=0, compute_dtype=jnp.dtype(spec.dtype),
@@ -138,7 +138,7 @@ def main() -> None:
   """Trains and prints what was measured."""
   spec = common.read_spec()
   if spec.peer == 'ours':
-    loading.enable_compilation_cache()
+    devices.enable_compilation_cache()
   mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
   model = make_model(spec)
   execution = make_execution(spec, model, mesh)
@@ -151,7 +151,7 @@ def main() -> None:
       lambda step: common.OPTIMIZER['learning_rate'], clip_norm=0.0,
       **{k: v for k, v in common.OPTIMIZER.items() if k != 'learning_rate'})
   state = state_lib.make_state(make_adapters(spec, model), optimizer)
-  if execution.layers == 'scan':  # As `runs.Run.enter`.
+  if execution.layers == 'scan':  # As `prepare.Run.enter`.
     state = state_lib.stack_layers(state, model.config.num_layers)
   state = jax.device_put(state, sharding.tree_shardings(state, mesh))
   place = sharding.batch_sharding(mesh)

@@ -9,7 +9,7 @@ import shutil
 from hypothesis import strategies as st
 
 from fuzz import judging
-from gemma_sft.tasks import _blop_run
+from gemma_sft.tasks.blop import run_js
 
 SHARE = 0.0005
 GUIDED = False
@@ -28,7 +28,7 @@ def check(case: bytes, folder: str) -> None:
     return
   program = case.decode('utf-8', 'replace')
   os.environ['SECRET_OF_THE_HOST'] = _SENTINEL
-  lines = _blop_run.run([_blop_run.Pair(
+  lines = run_js.run([run_js.Pair(
       _REFERENCE, {'js': program, 'names': {}})])[0]
   if len(lines) < 2 or 'Hi' not in lines[1].get('traces', {}):
     raise judging.Loss('the reference has no trace of its own')

@@ -14,7 +14,7 @@ import sentencepiece
 from fuzz import judging
 from gemma_sft import chat
 from gemma_sft import errors
-from gemma_sft import templates
+from gemma_sft.exports import templates
 from gemma_sft.weights import tokenizer_file
 
 SHARE = 0.13

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from fuzz import judging
 from gemma_sft import errors
-from gemma_sft import ratings
+from gemma_sft.serving import ratings
 
 SHARE = 0.02
 GUIDED = True
 AS_JSON = False
-INCLUDE = ['gemma_sft.ratings']
+INCLUDE = ['gemma_sft.serving.ratings']
 
 _RUNS = ('w/a', 'w/b')
 _ITEMS = ('x', 'y')

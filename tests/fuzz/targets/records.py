@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fuzz import judging
 from gemma_sft import errors
-from gemma_sft import records
+from gemma_sft.inputs import records
 
 SHARE = 0.36
 GUIDED = True

@@ -9,8 +9,8 @@ import os
 from hypothesis import strategies as st
 
 from fuzz import judging
-from gemma_sft.tasks import _sql_text
-from gemma_sft.tasks import _sqlite_worker
+from gemma_sft.tasks.sql import text as text_lib
+from gemma_sft.tasks.sql import worker
 
 SHARE = 0.012
 GUIDED = False
@@ -29,7 +29,7 @@ def check(case: bytes, folder: str) -> None:
     return
   script, query = (str(text).replace('{folder}', folder)
                    for text in (script, query))
-  answers = _sqlite_worker.run_all(
+  answers = worker.run_all(
       [_CONTROL, {'script': script, 'query': query}, _CONTROL])
   for answer in (answers[0], answers[2]):
     if answer != {'rows': [[1], [2]], 'filled': True}:
@@ -42,9 +42,9 @@ def check(case: bytes, folder: str) -> None:
     raise judging.Loss(f'it wrote {os.listdir(folder)}')
   # What else reads a model's query: no process, but a parser.
   for text in (query, f'```sql\n{query}\n```'):
-    taken, _ = _sql_text.extract(text)
-    _sql_text.normal_form(taken, frozenset({'t', 'a', 'b'}))
-    _sql_text.hardness(taken)
+    taken, _ = text_lib.extract(text)
+    text_lib.normal_form(taken, frozenset({'t', 'a', 'b'}))
+    text_lib.hardness(taken)
 
 
 def _case(script, query):

@@ -16,23 +16,23 @@ import numpy as np
 
 from configs import tiny
 from fuzz import judging
-from gemma_sft import blocks
 from gemma_sft import chat
-from gemma_sft import inference
 from gemma_sft import model as model_lib
-from gemma_sft import ratings
-from gemma_sft import records
 from gemma_sft import tasks
-from gemma_sft.web import guard
-from gemma_sft.web import pairs as pairs_lib
-from gemma_sft.web import playground
-from gemma_sft.web import rating
+from gemma_sft.inputs import records
+from gemma_sft.nn import blocks
+from gemma_sft.run import restore
+from gemma_sft.serving import guard
+from gemma_sft.serving import pairs as pairs_lib
+from gemma_sft.serving import playground
+from gemma_sft.serving import rating
+from gemma_sft.serving import ratings
 from gemma_sft.weights import tokenizer_file
 
 SHARE = 0.13
 GUIDED = True
 AS_JSON = True
-INCLUDE = ['gemma_sft.web', 'gemma_sft.ratings', 'gemma_sft.config',
+INCLUDE = ['gemma_sft.serving', 'gemma_sft.serving.ratings', 'gemma_sft.config',
            'gemma_sft.chat']
 
 _TOKEN = 'secret-token-of-this-drill'
@@ -78,7 +78,7 @@ def _playground():
       'custom', generation=3, vocab_size=512, num_layers=2, embed_dim=8,
       hidden_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, sliding_window=4)
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ('data',))
-  served = inference.Served(
+  served = restore.Served(
       config, mesh, model,
       chat.Tokenizer(tokenizer_file.byte_tokenizer(3), 3), tasks.load('chat'),
       {}, blocks.Execution(), 'base', 'x')

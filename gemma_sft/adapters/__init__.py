@@ -1,0 +1,1 @@
+"""Adapters of the attention projections: one file an adapter kind."""

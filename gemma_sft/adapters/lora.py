@@ -1,0 +1,346 @@
+"""Low-rank adapters on the projections, as a tree of their own.
+
+A projection W is used as W + scale * A B, with A (in, R) random and B (R, out)
+zero at the start, so that the first step sees the base model exactly
+(Hu et al. 2021, arXiv 2106.09685). The base is never touched.
+
+The library fuses projections: one `kv_einsum` for k and v, one `qkv_einsum`
+where there are as many key-value heads as query heads, one `gating_einsum` for
+the MLP's gate and up. The adapters stay apart, each with an A of its own, as
+PEFT has them, so that they can be exported as PEFT adapters:
+
+    base                            adapters
+    layer_0/attn/q_einsum/w         layer_0/attn/q_einsum/q/{a_DR, b_RNH}
+    layer_0/attn/kv_einsum/w        layer_0/attn/kv_einsum/k/{a_DR, b_RKH}
+                                    layer_0/attn/kv_einsum/v/{a_DR, b_RKH}
+    layer_0/attn/attn_vec_einsum/w  layer_0/attn/attn_vec_einsum/o/{a_NHR, b_RD}
+    layer_0/mlp/gating_einsum       layer_0/mlp/gating_einsum/gate/{a_DR, b_RF}
+                                    layer_0/mlp/gating_einsum/up/{a_DR, b_RF}
+    layer_0/mlp/linear              layer_0/mlp/linear/down/{a_FR, b_RD}
+"""
+
+from collections.abc import Callable
+import dataclasses
+import math
+import re
+from typing import Any
+import zlib
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+
+from gemma_sft import errors
+from gemma_sft.adapters import dora
+from gemma_sft.adapters import projections
+
+Params = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+  """Dropout on the adapters' inputs.
+
+  Attributes:
+    rate: Share of inputs set to zero.
+    keys_B: One PRNG key a row, a function of (seed, step, global row), so that
+      the drawn mask depends neither on the mesh nor on the microbatches.
+    layer: Number of the layer at hand.
+  """
+
+  rate: float
+  keys_B: jax.Array
+  layer: int | jax.Array = 0
+
+
+def make_dropout(
+    rate: float, seed: int, step: jax.Array, rows_B: jax.Array
+) -> Dropout | None:
+  """Returns the dropout of a step, None at a rate of 0.
+
+  Args:
+    rate: Share of inputs set to zero.
+    seed: Of the run.
+    step: Updates before this one.
+    rows_B: Global number of each row of the batch.
+  """
+  if not rate:
+    return None
+  key = jax.random.fold_in(jax.random.key(seed), step)
+  return Dropout(rate, jax.vmap(jax.random.fold_in, (None, 0))(key, rows_B))
+
+
+def scale(rank: int, alpha: float, rank_stabilised: bool) -> float:
+  """Returns alpha / R, or alpha / sqrt(R) for rsLoRA (arXiv 2312.03732)."""
+  return alpha / (math.sqrt(rank) if rank_stabilised else rank)
+
+
+def _weights(params: Params) -> dict[tuple[str, ...], Any]:
+  """Returns {path without a trailing 'w': leaf} of the adaptable weights."""
+  flat = flax.traverse_util.flatten_dict(params)
+  named = {p[:-1] if p[-1] == 'w' else p: leaf for p, leaf in flat.items()}
+  return {p: leaf for p, leaf in named.items() if p[-1] in projections.BY_LAYER}
+
+
+def init_adapters(
+    params: Params,
+    *,
+    rank: int,
+    targets: str,
+    transposed_gating: bool,
+    seed: int,
+    unused: frozenset[str] = frozenset(),
+) -> Params:
+  """Returns fresh f32 adapters for the projections that `targets` matches.
+
+  A is uniform in +-1/sqrt(fan_in), PEFT's kaiming_uniform(a=sqrt(5)); B is
+  zero. Each A is a function of (seed, its path) alone.
+
+  Args:
+    params: The base weights, or their `jax.ShapeDtypeStruct`s.
+    rank: R.
+    targets: Regular expression searched for in paths such as
+      'layer_3/attn/kv_einsum/v'.
+    transposed_gating: `Model.transposed_gating`.
+    seed: Of the run.
+    unused: `Model.unused_weights`, which get none.
+
+  Raises:
+    UserError: if the rank is below 1 or no projection matches.
+  """
+  if rank < 1:
+    raise errors.UserError(
+        f'config.lora.rank is {rank}', 'a rank of at least 1',
+        'set --config.lora.rank=16, or --config.lora.enabled=false to train'
+        ' all weights')
+  pattern = re.compile(targets)
+  adapters, paths = {}, []
+  for path, weight in _weights(params).items():
+    if '/'.join(path) in unused:
+      continue
+    for projection in projections.BY_LAYER[path[-1]]:
+      full = (*path, projection.name)
+      paths.append('/'.join(full))
+      if not pattern.search(paths[-1]):
+        continue
+      shape = weight.shape if projection.index is None else weight.shape[1:]
+      a_shape, b_shape = _factor_shapes(
+          path[-1], shape, rank, transposed_gating)
+      bound = 1 / math.sqrt(math.prod(a_shape[:-1]))
+      key = jax.random.fold_in(
+          jax.random.key(seed), zlib.crc32(paths[-1].encode()))
+      adapters[(*full, 'a')] = jax.random.uniform(
+          key, a_shape, jnp.float32, -bound, bound)
+      adapters[(*full, 'b')] = jnp.zeros(b_shape, jnp.float32)
+  if not adapters:
+    raise errors.UserError(
+        f'config.lora.targets is {targets!r}, which matches no projection',
+        f'an expression found in one of: {", ".join(paths[:8])} ...',
+        "for example --config.lora.targets='attn/' or 'attn/|mlp/'")
+  return flax.traverse_util.unflatten_dict(adapters)
+
+
+def _factor_shapes(layer, shape, rank, transposed_gating):
+  if layer == 'attn_vec_einsum':  # (N, H, D)
+    return (*shape[:-1], rank), (rank, shape[-1])
+  if layer == 'linear':  # (F, D)
+    return (shape[0], rank), (rank, shape[1])
+  if layer == 'gating_einsum':
+    F, D = shape if transposed_gating else shape[::-1]
+    return (D, rank), (rank, F)
+  N, D, H = shape
+  return (D, rank), (rank, N, H)
+
+
+def stack(adapters: Params, num_layers: int) -> Params:
+  """Returns the adapters of all layers stacked along a leading axis L.
+
+  Layers without one that another layer has get zeros, which add nothing, and
+  NaN for DoRA's magnitude, which `dora.factor` knows.
+
+  Args:
+    adapters: From `init_adapters`: {'layer_0': {'attn': ...}, ...}. Of those
+      that are stacked already ({'layers': ...}) the stack is returned.
+    num_layers: L.
+  """
+  if 'layers' in adapters:
+    return adapters['layers']
+  layers = [
+      flax.traverse_util.flatten_dict(adapters.get(f'layer_{i}', {}))
+      for i in range(num_layers)]
+  like = {path: leaf for layer in layers for path, leaf in layer.items()}
+  return flax.traverse_util.unflatten_dict({
+      path: jnp.stack([
+          layer.get(path, jnp.full_like(
+              leaf, jnp.nan if path[-1] == 'm' else 0)) for layer in layers])
+      for path, leaf in like.items()})
+
+
+def unstack(stacked: Params, like: Params) -> Params:
+  """Returns the adapters per layer again, those that `like` has."""
+  flat = flax.traverse_util.flatten_dict(stacked)
+  return flax.traverse_util.unflatten_dict({
+      path: flat[path[1:]][int(path[0].removeprefix('layer_'))]
+      for path in flax.traverse_util.flatten_dict(like)})
+
+
+def _lookup(adapters: Params, path: tuple[str, ...]) -> Params:
+  for name in path:
+    adapters = adapters.get(name, {})
+  return adapters
+
+
+def add_update(
+    adapters: Params,
+    path: tuple[str, ...],
+    x: jax.Array,
+    y: jax.Array,
+    scaling: float,
+    dropout: Dropout | None,
+    *,
+    weight: Callable[[], jax.Array] | None = None,
+    transposed_gating: bool = True,
+    einsum: Callable[[str, jax.Array, jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+  """Returns a projection's output `y` of input `x` with its updates added.
+
+  Masters are f32; the products run in the dtype of `x`, so that the residual
+  stream keeps the base's dtype.
+
+  Args:
+    adapters: Of one layer: {'attn': {'q_einsum': {'q': {'a', 'b'}}}}.
+    path: The library weight in the layer, as ('attn', 'q_einsum', 'w').
+    x: The projection's input (B, T, ...).
+    y: Its output; fused slots lie on axis 0 (k, v) or -2 (gate, up).
+    scaling: From `scale`.
+    dropout: Or None.
+    weight: Returns the frozen weight; for DoRA only.
+    transposed_gating: `Model.transposed_gating`; for DoRA only.
+    einsum: Of inputs and a factor; in the dtype of `x` unless given.
+  """
+  einsum = einsum or _einsum
+  path = path[:-1] if path[-1] == 'w' else path
+  here = _lookup(adapters, path)
+  if not here:
+    return y
+  for projection in projections.BY_LAYER[path[-1]]:
+    factors = here.get(projection.name)
+    if factors is None:
+      continue
+    if projection.index is None:
+      slot = ...
+    elif path[-1] == 'gating_einsum':
+      slot = (..., projection.index, slice(None))
+    else:
+      slot = projection.index
+    inputs = x
+    if dropout is not None:
+      name = '/'.join((*path, projection.name))
+      inputs = _drop(x, dropout, zlib.crc32(name.encode()))
+    update = einsum(
+        projection.up, einsum(projection.down, inputs, factors['a']),
+        factors['b'])
+    update = (scaling * update).astype(y.dtype)
+    if 'm' in factors:
+      share = weight() if projection.index is None else (
+          weight()[projection.index])
+      factor = dora.factor(
+          projections.oriented(path[-1], projection, transposed_gating), share,
+          **factors, scaling=scaling).astype(y.dtype)
+      y = y.at[slot].set((y[slot] + update) * factor[None, None])
+    else:
+      y = y.at[slot].add(update)
+  return y
+
+
+def _einsum(equation, x, factor):
+  return jnp.einsum(equation, x, factor.astype(x.dtype))
+
+
+def _drop(x: jax.Array, dropout: Dropout, salt: int) -> jax.Array:
+  keep = 1 - dropout.rate
+
+  def draw(key):
+    key = jax.random.fold_in(jax.random.fold_in(key, salt), dropout.layer)
+    return jax.random.bernoulli(key, keep, x.shape[1:])
+
+  return jnp.where(jax.vmap(draw)(dropout.keys_B), x / keep, 0).astype(x.dtype)
+
+
+def merge(
+    params: Params,
+    adapters: Params,
+    scaling: float,
+    *,
+    transposed_gating: bool,
+) -> Params:
+  """Returns base weights with the updates added, in f32, then cast back.
+
+  Leaves without an adapter are the same arrays, not copies.
+
+  Args:
+    params: Per layer, or stacked (`blocks.stack`).
+    adapters: From `init_adapters`.
+    scaling: From `scale`.
+    transposed_gating: `Model.transposed_gating`.
+  """
+  flat = flax.traverse_util.flatten_dict(params)
+  merged = dict(flat)
+  stacked = {}
+  if 'layers' in params:
+    n_layers = jax.tree.leaves(params['layers'])[0].shape[0]
+    stacked = {'layers': stack(adapters, n_layers)}
+  for path, weight in flat.items():
+    short = path[:-1] if path[-1] == 'w' else path
+    here = _lookup(stacked or adapters, short)
+    if short[-1] not in projections.BY_LAYER or not here:
+      continue
+
+    def add(weight_and_factors, name=short[-1]):
+      return _add_to_weight(
+          *weight_and_factors, name, scaling, transposed_gating)
+
+    # One layer after the other: the f32 copy is of one.
+    merged[path] = (jax.lax.map(add, (weight, here)) if stacked
+                    else add((weight, here)))
+  return flax.traverse_util.unflatten_dict(merged)
+
+
+def _add_to_weight(weight, factors, name, scaling, transposed_gating):
+  """Returns one layer's library weight with its updates added."""
+  total = weight.astype(jnp.float32)
+  for projection in projections.BY_LAYER[name]:
+    if projection.name not in factors:
+      continue
+    here = factors[projection.name]
+    projection = projections.oriented(name, projection, transposed_gating)
+    slot = ... if projection.index is None else projection.index
+    share = total[slot] + projections.update(
+        projection, here['a'], here['b'], scaling)
+    if 'm' in here:
+      share = dora.rescale_weight(projection, share, here['m'])
+    total = total.at[slot].set(share)
+  return total.astype(weight.dtype)
+
+
+def add_magnitudes(
+    adapters: Params, params: Params, *, transposed_gating: bool) -> Params:
+  """Returns fresh adapters made DoRA's: with magnitudes 'm' of the base.
+
+  Args:
+    adapters: From `init_adapters`.
+    params: The base weights per layer; quantised ones dequantised.
+    transposed_gating: `Model.transposed_gating`.
+  """
+  flat = flax.traverse_util.flatten_dict(adapters)
+  weights_by_path = _weights(params)
+  for path in {p[:-1] for p in flat}:
+    *weight_path, name = path
+    weight = weights_by_path[tuple(weight_path)]
+    for projection in projections.BY_LAYER[weight_path[-1]]:
+      if projection.name == name:
+        share = weight if projection.index is None else (
+            weight[projection.index])
+        flat[(*path, 'm')] = dora.norm(projections.oriented(
+            weight_path[-1], projection, transposed_gating), share)
+  return flax.traverse_util.unflatten_dict(flat)

@@ -1,0 +1,419 @@
+"""Examples -> batches, in one global order that does not depend on hosts.
+
+Shuffling, packing and batching are functions of (seed, epoch, settings) over
+the whole data set, so batch number i is the same on one host and on many, and
+the whole state of the pipeline is the number of the next batch. Grain shuffles,
+prefetches and keeps that number.
+"""
+
+import bisect
+import dataclasses
+import hashlib
+from typing import Any
+from typing import Iterator
+from typing import Sequence
+
+import numpy as np
+
+from gemma_sft import chat
+from gemma_sft import errors
+from gemma_sft.inputs import token_cache
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How examples become batches.
+
+  Attributes:
+    batch_size: Rows of a global batch B, over all hosts and microbatches.
+    max_length: Tokens of the longest row.
+    packing: Whether rows hold several examples, each its own segment.
+    buckets: Row lengths to pad to when not packing; () pads to `max_length`.
+    repeat: Times that each example comes in an epoch.
+    microbatches: A; a batch has shape (A, B / A, T).
+    groups: Device shards of B / A, for the bound on trained tokens.
+  """
+
+  batch_size: int
+  max_length: int
+  packing: bool = True
+  buckets: tuple[int, ...] = ()
+  repeat: int = 1
+  microbatches: int = 1
+  groups: int = 1
+
+  def __post_init__(self):
+    shards = self.microbatches * self.groups
+    if self.batch_size < 1 or self.batch_size % shards:
+      raise errors.UserError(
+          f'config.data.batch_size is {self.batch_size}',
+          f'a multiple of {shards}: {self.microbatches} microbatches over'
+          f' {self.groups} device shards of the batch',
+          f'--config.data.batch_size={-(-self.batch_size // shards) * shards},'
+          ' or another mesh or number of microbatches')
+    if self.buckets and (max(self.buckets) < self.max_length
+                         or list(self.buckets) != sorted(set(self.buckets))):
+      raise errors.UserError(
+          f'config.data.buckets is {self.buckets}',
+          f'rising lengths up to {self.max_length} (config.data.max_length)',
+          f'for example --config.data.buckets="({self.max_length // 2},'
+          f' {self.max_length})"')
+
+
+def plan_epoch(
+    lengths: Sequence[int], layout: Layout, *, seed: int | None, epoch: int
+) -> list[tuple[int, list[list[int]]]]:
+  """Returns the batches of an epoch as (row length T, rows of example numbers).
+
+  Every example comes `repeat` times; the last batches are filled up with empty
+  rows, so nothing is dropped. All epochs have as many batches.
+
+  Args:
+    lengths: Input tokens of each example, none above `layout.max_length`.
+    layout: See `Layout`.
+    seed: Of the run; None keeps the order (evaluation).
+    epoch: 0, 1, ...
+  """
+  lengths = np.asarray(lengths).tolist()  # Python's numbers: faster one by one.
+  n = len(lengths) * layout.repeat
+  order = [i % len(lengths) for i in _permutation(n, seed, epoch, 'examples')]
+  batches = []
+  if layout.packing:
+    rows = _pack_batches(order, lengths, layout)
+    rows = [rows[i] for i in _permutation(len(rows), seed, epoch, 'rows')]
+    batches = [(layout.max_length, rows[i:i + layout.batch_size])
+               for i in range(0, len(rows), layout.batch_size)]
+  else:
+    buckets = layout.buckets or (layout.max_length,)
+    filling: dict[int, list[list[int]]] = {bucket: [] for bucket in buckets}
+    for i in order:
+      bucket = buckets[bisect.bisect_left(buckets, lengths[i])]
+      filling[bucket].append([i])
+      if len(filling[bucket]) == layout.batch_size:
+        batches.append((bucket, filling[bucket]))
+        filling[bucket] = []
+    batches += [(b, rows) for b, rows in filling.items() if rows]
+    if seed is not None:
+      batches = [batches[i] for i in _permutation(
+          len(batches), seed, epoch, 'batches')]
+  for _, rows in batches:
+    rows += [[]] * (layout.batch_size - len(rows))
+  return batches
+
+
+def _permutation(n, seed, epoch, purpose):
+  if seed is None:
+    return range(n)
+  import grain  # Not on GPU machines that only run a step on given batches.
+
+  digest = hashlib.sha256(f'{seed} {epoch} {purpose}'.encode()).digest()
+  shuffled = grain.MapDataset.range(n).shuffle(
+      seed=int.from_bytes(digest[:4], 'little'))
+  return [int(shuffled[i]) for i in range(n)]
+
+
+def _pack_batches(order, lengths, layout):
+  """Returns the rows of an epoch, for as many batches as any other epoch has.
+
+  How many rows `_pack` makes in the mixed order depends on that order. In the
+  order of lengths it depends on the lengths alone: that many batches there are.
+  Mixed rows are taken if they need no more; if they need fewer, rows of several
+  examples are parted until the last batch has one.
+  """
+  B = layout.batch_size
+  denser = _pack(order, lengths, layout.max_length, mixed=False)
+  n_batches = -(-len(denser) // B)
+  rows = _pack(order, lengths, layout.max_length, mixed=True)
+  if len(rows) > n_batches * B:
+    return denser
+  while len(rows) <= (n_batches - 1) * B:
+    row = max(rows, key=len)
+    half = len(row) // 2
+    rows.append(row[half:])
+    del row[half:]
+  return rows
+
+
+def _pack(order, lengths, capacity, *, mixed):
+  """Returns rows that are full to the last place where they can be.
+
+  A row begins with the longest example left, because its kind is the hardest
+  to place. Those that follow leave a rest that the lengths left add up to: the
+  next of them in shuffled order (mixed), or the longest. Best-fit decreasing
+  leaves more empty (poems of four lengths: 1.9 % against 0.2 %), and puts like
+  lengths, and so like examples, into one row: batches of few rows then differ
+  in kind.
+  """
+  n = len(order)
+  waiting = {}  # Length -> places in `order`, the next one last.
+  for at in reversed(range(n)):
+    waiting.setdefault(lengths[order[at]], []).append(at)
+  next_at = np.full(capacity + 1, n)
+  for length, places in waiting.items():
+    next_at[length] = places[-1]
+  is_sum, generators = _sums(waiting, capacity)
+  rows = []
+  longest = max(waiting)
+  while waiting:
+    while longest not in waiting:
+      longest -= 1
+    row, room, length = [], capacity, longest
+    while length:
+      places = waiting[length]
+      row.append(order[places.pop()])
+      next_at[length] = places[-1] if places else n
+      if not places:
+        del waiting[length]
+        if length in generators:
+          is_sum, generators = _sums(waiting, capacity)
+      room -= length
+      while not is_sum[room]:  # What cannot be filled stays empty.
+        room -= 1
+      # Of each length up to `room`: its next example, if the rest is a sum.
+      places = np.where(is_sum[room::-1], next_at[:room + 1], n)
+      if mixed:
+        length = int(places.argmin())
+      else:
+        length = int(np.flatnonzero(places < n).max(initial=0))
+      if places[length] == n:
+        length = 0
+    rows.append(row)
+  return rows
+
+
+def _sums(lengths, capacity):
+  """Returns which of 0, ..., capacity are sums of lengths, each any number of
+  times, and the lengths that are no sums of shorter ones: they alone decide."""
+  bits, generators = 1, set()
+  for length in sorted(lengths):
+    if bits >> length & 1:
+      continue
+    generators.add(length)
+    step = length
+    while step <= capacity:
+      bits |= bits << step
+      step *= 2
+    bits &= (1 << capacity + 1) - 1
+  octets = np.frombuffer(
+      bits.to_bytes(capacity // 8 + 1, 'little'), np.uint8)
+  is_sum = np.unpackbits(octets, bitorder='little')[:capacity + 1]
+  return is_sum.astype(bool), generators
+
+
+class Batches:
+  """A random-access source of global batches, this host's rows of each.
+
+  `batches[i]` is a function of i alone. Keys, with b the rows of B / A here:
+
+      tokens, targets, positions, segment_ids   int32 (A, b, T)
+      loss_mask                                 bool  (A, b, T)
+      rows            int32 (A, b)  number of the row in the whole run
+      max_trained     int32 ()      static bound for `head.masked_nll`
+      n_tokens        int32 ()      tokens of the global batch, padding aside
+      digest          uint8 (32,)   of the global batch
+  """
+
+  def __init__(
+      self,
+      examples: Sequence[chat.Example],
+      layout: Layout,
+      *,
+      seed: int | None,
+      epochs: int | None = 1,
+      shards: Sequence[int] | None = None,
+  ):
+    """Prepares the order.
+
+    Args:
+      examples: Rendered, none longer than `layout.max_length` + 1 tokens.
+      layout: See `Layout`.
+      seed: Of the run; None keeps the order.
+      epochs: Passes over the data; None for no end.
+      shards: Which of the `layout.groups` parts of B / A are read here (see
+        `sharding.local_shards`); None for all.
+    """
+    self._examples = token_cache.make(examples)
+    self._layout = layout
+    self._seed = seed
+    self._lengths = self._examples.lengths()
+    self._trained = self._examples.trained()
+    self._shards = list(range(layout.groups) if shards is None else shards)
+    self._plans: dict[int, _Plan] = {}
+    self._bounds: dict[tuple[int, int], int] = {}
+    self.batches_per_epoch = len(self._plan(0).row_lengths)
+    self._len = (self.batches_per_epoch * epochs if epochs is not None
+                 else 2**31 - 1)
+
+  def __len__(self) -> int:
+    return self._len
+
+  def _plan(self, epoch):
+    # Prefetching threads may be an epoch ahead: two plans are kept.
+    plan = self._plans.get(epoch)
+    if plan is None:
+      plan = _Plan.of(plan_epoch(
+          self._lengths, self._layout, seed=self._seed, epoch=epoch))
+      # Else examples would be left out, or asked for that are not there.
+      assert epoch == 0 or len(plan.row_lengths) == self.batches_per_epoch
+      self._plans = {
+          e: p for e, p in self._plans.items() if abs(e - epoch) < 2
+      } | {epoch: plan}
+    return plan
+
+  def _rows_of(self, index):
+    epoch, within = divmod(index, self.batches_per_epoch)
+    return self._plan(epoch).batch(within, self._layout.batch_size)
+
+  def _max_trained(self, epoch, T):
+    """Bound on the trained tokens of a device's share of a microbatch.
+
+    One for all batches of the epoch with rows of T, rounded up to a sixteenth
+    of the share, because each bound is a program to compile.
+    """
+    known = self._bounds.get((epoch, T))
+    if known is not None:
+      return known
+    layout = self._layout
+    shares = layout.microbatches * layout.groups
+    plan = self._plan(epoch)
+    by_row = _sums_of_runs(self._trained[plan.numbers], plan.starts)
+    by_share = by_row.reshape(len(plan.row_lengths), shares, -1).sum(axis=2)
+    most = int(by_share[plan.row_lengths == T].max())
+    step = max(1, layout.batch_size // shares * T // 16)
+    bound = max(1, -(-most // step)) * step
+    self._bounds = {**self._bounds, (epoch, T): bound}
+    return bound
+
+  def digest(self, index: int) -> bytes:
+    """Returns SHA-256 over the examples of batch `index` and their places."""
+    length, rows = self._rows_of(index)
+    sha = hashlib.sha256(str(length).encode())
+    for row in rows:
+      sha.update(b'row')
+      for i in row:
+        sha.update(self._examples.digest(i))
+    return sha.digest()
+
+  def __getitem__(self, index: int) -> Batch:
+    layout = self._layout
+    T, rows = self._rows_of(index)
+    A = layout.microbatches
+    numbers = np.arange(layout.batch_size, dtype=np.int32)
+    mine = numbers.reshape(A, layout.groups, -1)[:, self._shards].reshape(A, -1)
+    batch = _assemble(
+        [[self._examples[i] for i in rows[r]] for r in mine.ravel()], T)
+    batch = {k: v.reshape(A, -1, T) for k, v in batch.items()}
+    return batch | {
+        # Wraps after 2**31 rows; only dropout's randomness depends on it.
+        'rows': (index * layout.batch_size + mine.astype(np.int64)
+                 ).astype(np.int32),
+        'max_trained': np.int32(
+            self._max_trained(index // self.batches_per_epoch, T)),
+        'n_tokens': np.int32(sum(self._lengths[r].sum() for r in rows)),
+        'digest': np.frombuffer(self.digest(index), np.uint8),
+    }
+
+  def most_trained(self) -> int:
+    """Returns the largest bound on trained tokens of the first epoch."""
+    return max(self._max_trained(0, int(T))
+               for T in np.unique(self._plan(0).row_lengths))
+
+  def target_bytes(self) -> int:
+    """Returns the UTF-8 bytes of the trained text of one epoch."""
+    return self._examples.target_bytes() * self._layout.repeat
+
+  def target_characters(self) -> int:
+    """Returns the code points of the trained text of one epoch."""
+    return self._examples.target_characters() * self._layout.repeat
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  """`plan_epoch` as arrays: of a million examples megabytes, not hundreds.
+
+  Attributes:
+    row_lengths: (batches,) T of each.
+    numbers: Example numbers of all rows, one row after the other.
+    starts: (batches * batch size + 1,) where each row begins in `numbers`.
+  """
+
+  row_lengths: np.ndarray
+  numbers: np.ndarray
+  starts: np.ndarray
+
+  @classmethod
+  def of(cls, batches):
+    rows = [row for _, batch in batches for row in batch]
+    return cls(
+        np.asarray([T for T, _ in batches]),
+        np.asarray([i for row in rows for i in row], np.int32),
+        np.cumsum([0, *map(len, rows)]))
+
+  def batch(self, i, batch_size):
+    """Returns (T, the example numbers of each row) of a batch."""
+    edges = self.starts[i * batch_size:(i + 1) * batch_size + 1]
+    rows = [self.numbers[a:b] for a, b in zip(edges, edges[1:])]
+    return int(self.row_lengths[i]), rows
+
+
+def _sums_of_runs(values, starts):
+  """Returns the sum of each values[starts[i]:starts[i + 1]]."""
+  total = np.concatenate([np.zeros(1, np.int64), np.cumsum(values)])
+  return np.diff(total[starts])
+
+
+def _assemble(rows: list[list[chat.Example]], T: int) -> Batch:
+  """Returns the padded arrays (rows, T) of rows of examples."""
+  shape = (len(rows), T)
+  batch = {
+      name: np.zeros(shape, np.int32)
+      for name in ('tokens', 'targets', 'positions', 'segment_ids')}
+  batch['loss_mask'] = np.zeros(shape, bool)
+  for r, row in enumerate(rows):
+    start = 0
+    for segment, example in enumerate(row, 1):
+      n = len(example.tokens) - 1
+      span = (r, slice(start, start + n))
+      batch['tokens'][span] = example.tokens[:-1]
+      batch['targets'][span] = example.tokens[1:]
+      batch['loss_mask'][span] = example.loss_mask[1:]
+      batch['positions'][span] = np.arange(n)
+      batch['segment_ids'][span] = segment
+      start += n
+  return batch
+
+
+def make_iterator(
+    source: Batches, *, state: dict[str, Any] | None = None) -> Iterator[Batch]:
+  """Returns a prefetching Grain iterator.
+
+  Args:
+    source: The batches.
+    state: From the `get_state()` of an earlier one, to go on from there. It is
+      that of the batches consumed, not of those prefetched.
+  """
+  import grain
+
+  iterator = iter(grain.MapDataset.source(source).to_iter_dataset(
+      grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+  if state is not None:
+    iterator.set_state(state)
+  return iterator
+
+
+EMPTY_CHAIN = hashlib.sha256(b'gemma_sft').hexdigest()
+
+
+def extend_chain(chain: str, digest: bytes) -> str:
+  """Returns the hash chain over the batches consumed, one batch longer."""
+  return hashlib.sha256(bytes.fromhex(chain) + bytes(digest)).hexdigest()
+
+
+def chain_of(source: Batches, n: int) -> str:
+  """Returns the chain after the first `n` batches of a source."""
+  chain = EMPTY_CHAIN
+  for i in range(n):
+    chain = extend_chain(chain, source.digest(i))
+  return chain

@@ -1,0 +1,155 @@
+"""Rows -> train, validation and test: balanced, and no group in two of them."""
+
+import collections
+from collections.abc import Hashable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+
+import numpy as np
+
+from gemma_sft.curation import duplicates
+from gemma_sft.curation import table
+from gemma_sft.curation import words
+
+NAMES = ('train', 'validation', 'test')
+# An opening of fewer characters says too little: 'Oh, my love' opens many.
+_SHORT = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Leak:
+  """Two rows in different splits that should have been in one."""
+
+  where: str
+  split: str
+  other: str
+  other_split: str
+  why: str
+
+
+def opening(row: table.Row, names: Sequence[str], num_lines: int) -> str:
+  """Returns the first lines of a row's text; of one line, its first words.
+
+  A column of one line gives six words for each line asked for, and all of a
+  text no longer than that is its own opening. '' if it is very short.
+  """
+  text = '\n'.join(table.as_text(row.fields.get(name)) for name in names)
+  lines = [line for line in text.split('\n') if line.strip()]
+  if len(lines) == 1:
+    start = ' '.join(words.words(lines[0])[:6 * num_lines])
+  else:
+    start = '\n'.join(lines[:num_lines])
+  return start if len(words.aksharas(start)) >= _SHORT else ''
+
+
+def groups(
+    rows: Sequence[table.Row], columns: Sequence[str],
+    openings: Sequence[tuple[int, int, float]] = ()) -> list[list[int]]:
+  """Returns the rows that have to stay together, as lists of indices.
+
+  Two rows do if they share the value of a column (case and spaces aside), or
+  are one of the pairs `openings`, or are both together with a third.
+  """
+  parent = list(range(len(rows)))
+
+  def root(i):
+    while parent[i] != i:
+      parent[i] = parent[parent[i]]
+      i = parent[i]
+    return i
+
+  first: dict[Hashable, int] = {}
+  for i, row in enumerate(rows):
+    for column in columns:
+      if key := _key(row, column):
+        parent[root(i)] = root(first.setdefault((column, key), i))
+  for i, j, _ in openings:
+    parent[root(j)] = root(i)
+  members = collections.defaultdict(list)
+  for i in range(len(rows)):
+    members[root(i)].append(i)
+  return sorted(members.values())
+
+
+def split(
+    rows: Sequence[table.Row], members: Sequence[Sequence[int]],
+    fractions: Sequence[float], balance: str, seed: int
+) -> dict[str, list[int]]:
+  """Returns {'train': indices, ...}: whole groups, each style in proportion.
+
+  Groups are dealt out from the largest to the smallest, in an order that the
+  seed chooses among equals, each to the split that it brings nearest to its
+  share of every style and of the whole. A split whose fraction is not 0 gets a
+  group if there are enough of them.
+
+  Args:
+    rows: All rows.
+    members: From `groups`.
+    fractions: Of train, validation and test.
+    balance: The column of styles; '' for none.
+    seed: Of the order.
+  """
+  names = [name for name, part in zip(NAMES, fractions) if part > 0]
+  parts = np.array([part for part in fractions if part > 0])
+  styles = [_key(row, balance) if balance else '' for row in rows]
+  known = sorted(set(styles))
+  # The last column counts all rows; it weighs as much as all styles together.
+  counts = np.zeros((len(members), len(known) + 1))
+  for g, group in enumerate(members):
+    for i in group:
+      counts[g, known.index(styles[i])] += 1
+  counts[:, -1] = counts[:, :-1].sum(1)
+  total = counts.sum(0)
+  target = np.outer(parts, total)
+  weight = np.append(np.ones(len(known)), len(known)) / total
+  order = np.random.default_rng([seed, 0x5B117]).permutation(len(members))
+  order = sorted(order, key=lambda g: -counts[g, -1])
+  filled = np.zeros_like(target)
+  dealt: dict[str, list[int]] = {name: [] for name in names}
+  for left, g in zip(range(len(order), 0, -1), order):
+    change = (((filled + counts[g] - target) ** 2 - (filled - target) ** 2)
+              * weight).sum(1)
+    empty = [s for s, name in enumerate(names) if not dealt[name]]
+    choices = empty if left <= len(empty) else range(len(names))
+    best = min(choices, key=lambda s: (change[s], s))
+    filled[best] += counts[g]
+    dealt[names[best]].append(g)
+  result = {name: [] for name in NAMES}
+  for name, chosen in dealt.items():
+    result[name] = sorted(i for g in chosen for i in members[g])
+  return result
+
+
+def leaks(
+    parts: Mapping[str, Sequence[table.Row]], columns: Sequence[str],
+    names: Sequence[str], num_lines: int, threshold: float, n: int
+) -> list[Leak]:
+  """Returns what two splits share: a group's value, or an opening.
+
+  Reads the finished splits afresh, so that it also finds what `groups` missed.
+  """
+  placed = [(row, name) for name, rows in parts.items() for row in rows]
+  found = []
+  for column in columns:
+    seen: dict[str, dict[str, table.Row]] = collections.defaultdict(dict)
+    for row, name in placed:
+      if key := _key(row, column):
+        seen[key].setdefault(name, row)
+    for key, by_split in seen.items():
+      (name, row), *others = by_split.items()
+      found += [Leak(row.where, name, other.where, other_name,
+                     f'{column} is {key!r} in both')
+                for other_name, other in others]
+  if num_lines and threshold:
+    starts = [opening(row, names, num_lines) for row, _ in placed]
+    for i, j, likeness in duplicates.similar_pairs(starts, threshold, n):
+      (row, name), (other, other_name) = placed[i], placed[j]
+      if name != other_name:
+        found.append(Leak(row.where, name, other.where, other_name,
+                          f'openings are {likeness:.0%} the same'))
+  return found
+
+
+def _key(row: table.Row, column: str) -> str:
+  return ' '.join(table.as_text(row.fields.get(column)).casefold().split())

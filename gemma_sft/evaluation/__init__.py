@@ -1,0 +1,1 @@
+"""Scores of a set of weights, and the pages that show them."""

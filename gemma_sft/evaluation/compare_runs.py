@@ -1,0 +1,380 @@
+"""What differs between finished (or stopped) runs: config, origin, result."""
+
+import collections
+import dataclasses
+import json
+import os
+import statistics
+from typing import Any
+from typing import Mapping
+from typing import Sequence
+
+from gemma_sft import config as config_lib
+from gemma_sft import errors
+from gemma_sft.evaluation import report
+from gemma_sft.monitor import metrics
+from gemma_sft.monitor import record as record_lib
+
+_SPLITS = ('test', 'validation', 'train')
+# Only answers decoded alike are paired, see `report.gains`.
+_DECODING = ('temperature', 'repetition_penalty', 'max_new_tokens')
+# Names to which `report` gives a meaning of its own.
+_RESERVED = ('base', 'tuned', 'llama.cpp')
+UNKNOWN = '-'
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What a workdir says of itself; whatever is missing is empty or None.
+
+  Attributes:
+    name: For people; no other run of the comparison has it.
+    flat: The flat config, what it lacks filled in from the defaults.
+    record: From `record.read`.
+    rows: Of metrics.jsonl.
+    scores: Split -> the tuned model's entry of `report.read_results`.
+  """
+
+  name: str
+  flat: dict[str, Any]
+  record: dict[str, Any] | None
+  rows: list[dict[str, Any]]
+  scores: dict[str, dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """Tables whose first column names a row; the others are of the runs.
+
+  Attributes:
+    names: Of the runs; the first is what the others are compared with.
+    sentences: What differs, and whether the result does; one for each of the
+      other runs.
+    notes: What could not be compared and why.
+    config: Keys that decide the result and differ.
+    free: Keys that differ and do not decide it.
+    origin: Data, base, code, packages and devices that differ.
+    results: Updates, losses, time and memory.
+    split: Of the scores, or ''.
+    scores: Cells of `report.cells`, or [].
+    gains: Of each other run over the first: 'run' and the keys of
+      `report.gains`.
+  """
+
+  names: list[str]
+  sentences: list[str]
+  notes: list[str]
+  config: list[list[str]]
+  free: list[list[str]]
+  origin: list[list[str]]
+  results: list[list[str]]
+  split: str
+  scores: list[list[str]]
+  gains: list[dict[str, Any]]
+
+
+def names(workdirs: Sequence[str]) -> list[str]:
+  """Returns the folders' last names, or their paths where those are alike."""
+  last = [os.path.basename(os.path.abspath(path)) for path in workdirs]
+  return [name if last.count(name) == 1 and name not in _RESERVED
+          else os.path.join('.', path) for name, path in zip(last, workdirs)]
+
+
+def load(workdir: str, name: str, defaults: Mapping[str, Any]) -> Run:
+  """Reads a workdir.
+
+  Args:
+    workdir: Of a run.
+    name: From `names`.
+    defaults: Flat config; keys that were added since a run was made.
+
+  Raises:
+    UserError: if it is no workdir of a training run, or cannot be read.
+  """
+  record = record_lib.read(workdir)
+  rows = metrics.read_jsonl(os.path.join(workdir, 'metrics.jsonl'))
+  saved = record['config'] if record else {}
+  path = os.path.join(workdir, 'config.json')
+  if os.path.exists(path):
+    with open(path, encoding='utf-8') as file:
+      try:
+        saved = json.load(file)
+      except ValueError as error:
+        raise errors.UserError(
+            f'{path}: {error}', 'the config that training wrote',
+            'start the run again: it writes its config anew') from None
+  if not saved:
+    what = ('has no config.json' if os.path.isdir(workdir)
+            else 'is no folder')
+    raise errors.UserError(
+        f'{workdir} {what}', 'the workdir of a training run',
+        'name the folder that was given to gemma_sft.train as --workdir')
+  scores = {}
+  for split in _SPLITS:
+    results = report.read_results(os.path.join(workdir, 'evaluation'), split)
+    if 'tuned' in results:
+      scores[split] = results['tuned']
+  flat = {key: list(value) if isinstance(value, tuple) else value
+          for key, value in {**defaults, **saved}.items()}
+  return Run(name, flat, record, rows, scores)
+
+
+def compare(runs: Sequence[Run]) -> Comparison:
+  """Compares runs with the first of them."""
+  decisive, free = _config_rows(runs)
+  origin = _origin_rows(runs)
+  split = _shared_split(runs)
+  gains, notes = [], [
+      f'{run.name} has no run.json, being older: its data, base, code,'
+      ' packages and devices are not known'
+      for run in runs if run.record is None]
+  notes += [f'{run.name} has not ended, or was killed: what is shown is so far'
+            for run in runs if run.record and not run.record['end']]
+  sentences = []
+  for other in runs[1:]:
+    paired, note = _pair(runs[0], other, split)
+    gains += [{'run': other.name, **row} for row in paired]
+    if note:
+      notes.append(note)
+    sentences.append(
+        f'{_what_differs(runs[0], other)} {_outcome(runs[0], other, paired)}')
+  scored = {run.name: run.scores[split] for run in runs
+            if split in run.scores} if split else {}
+  return Comparison(
+      [run.name for run in runs], sentences, notes, decisive, free, origin,
+      _result_rows(runs), split,
+      report.cells(scored, split) if scored else [], gains)
+
+
+# What differs ----------------------------------------------------------------
+
+
+def _config_rows(runs):
+  """Returns the keys that differ: (those that decide the result, the rest)."""
+  keys = sorted({key for run in runs for key in run.flat})
+  differing = {key: [run.flat.get(key) for run in runs] for key in keys}
+  differing = {key: values for key, values in differing.items()
+               if any(value != values[0] for value in values)}
+  decides = set(config_lib.result_leaves(differing))
+  if any(run.record is None for run in runs):
+    # Without hashes, another name may be other data.
+    decides |= {key for key in differing
+                if key.startswith(('data.', 'model.weights'))}
+  rows = {key: [key, *map(_value, values)]
+          for key, values in differing.items()}
+  return ([row for key, row in rows.items() if key in decides],
+          [row for key, row in rows.items() if key not in decides])
+
+
+def _value(value):
+  if value is None:
+    return UNKNOWN
+  return json.dumps(value, ensure_ascii=False) if value == '' or isinstance(
+      value, (list, bool)) else str(value)
+
+
+def _origin(run):
+  """Returns {what: value} of a record; of several starts all, in order."""
+  if run.record is None:
+    return {}
+  starts = run.record['starts']
+
+  def of_starts(read):
+    return ', then '.join(dict.fromkeys(filter(None, map(read, starts))))
+
+  facts = {f'data: {split}': value[:16]
+           for split, value in run.record['data'].items()}
+  facts |= {'base': run.record['base'] if ' ' in run.record['base']
+            else run.record['base'][:16]}
+  facts |= {'code': of_starts(lambda s: s['commit'][:12] + (
+      ' with changes' if s['dirty'] else ''))}
+  facts |= {'python': of_starts(lambda s: s['python'])}
+  facts |= {
+      'devices': of_starts(lambda s: '{count} x {kind}'.format(**s['devices'])),
+      'hosts': of_starts(lambda s: str(s['hosts']))}
+  for name in dict.fromkeys(n for s in starts for n in s['packages']):
+    facts[name] = of_starts(lambda s, name=name: s['packages'].get(name, ''))
+  return facts
+
+
+def _origin_rows(runs):
+  facts = [_origin(run) for run in runs]
+  known = [fact for fact in facts if fact]
+  return [
+      [key, *(fact.get(key) or UNKNOWN for fact in facts)]
+      for key in dict.fromkeys(k for fact in known for k in fact)
+      if len({fact.get(key) for fact in known}) > 1]
+
+
+_NAMED = 4
+
+
+def _what_differs(first, other):
+  decisive, free = _config_rows([first, other])
+  origin = [(key, a, b) for key, a, b in _origin_rows([first, other])]
+  parts = [f'{key} ({a} -> {b})' for key, a, b in decisive[:_NAMED]]
+  if len(decisive) > _NAMED:
+    parts.append(f'{len(decisive) - _NAMED} more keys of the config')
+  parts += [key for key, _, _ in origin[:_NAMED]]
+  if len(origin) > _NAMED:
+    parts.append(f'{len(origin) - _NAMED} more of code and devices')
+  if parts:
+    return f'{other.name} differs from {first.name} in {_list(parts)}.'
+  if first.record is None or other.record is None:
+    return (f'{other.name} and {first.name} have one config; their data, base'
+            ' and code are not known.')
+  alike = f'{other.name} is the same training as {first.name}'
+  if free:
+    return (f'{alike}: only {_list([row[0] for row in free[:_NAMED]])}'
+            f'{" and more" if len(free) > _NAMED else ""} differ'
+            f'{"s" if len(free) == 1 else ""}, which decides no number.')
+  return f'{alike}.'
+
+
+def _list(parts):
+  return ', '.join(parts[:-1]) + (' and ' if len(parts) > 1 else '') + parts[-1]
+
+
+# Results ---------------------------------------------------------------------
+
+
+def _result_rows(runs):
+  rows = collections.defaultdict(list)
+  for run in runs:
+    record = run.record or {}
+    end = record.get('end') or {}
+    steps = max((row['step'] for row in run.rows), default=None)
+    total = record.get('total_steps')
+    rows['updates'].append(UNKNOWN if steps is None else (
+        f'{steps} of {total}' if total else str(steps)))
+    rows['ended by'].append(end.get('reason', UNKNOWN))
+    best = best_of(run)
+    rows['best'].append(UNKNOWN if best is None else
+                        '{metric} {value:.4g} after {step}'.format(**best))
+    for label, key in (('last loss, train', 'loss'),
+                       ('last loss, validation', 'eval/loss')):
+      last = [row[key] for row in run.rows if key in row][-1:]
+      rows[label].append(f'{last[0]:.4f}' if last else UNKNOWN)
+    rows['time'].append(_time(run))
+    speed = _speed(run)
+    rows['tokens/s, median'].append(f'{speed:,.0f}' if speed else UNKNOWN)
+    peak = end.get('peak_bytes')
+    rows['peak memory'].append(f'{peak / 1e9:.2f} GB' if peak else UNKNOWN)
+    trained = record.get('trained_weights')
+    rows['trained weights'].append(f'{trained:,}' if trained else UNKNOWN)
+  return [[key, *values] for key, values in rows.items()]
+
+
+def best_of(run: Run) -> dict[str, Any] | None:
+  """Returns {'metric', 'value', 'step'} of the best evaluation, or None.
+
+  Of equal ones the later, as `log.Tracker` has it.
+  """
+  metric = run.flat['eval.metric']
+  sign = 1 if run.flat['eval.mode'] == 'max' else -1
+  scored = [(sign * row[f'eval/{metric}'], row['step']) for row in run.rows
+            if f'eval/{metric}' in row]
+  if not scored:
+    return None
+  value, step = max(scored)
+  return {'metric': metric, 'value': sign * value, 'step': step}
+
+
+def _time(run):
+  if run.record and run.record['end']:
+    return metrics.duration(run.record['end']['seconds'])
+  times = [row['time'] for row in run.rows if 'time' in row]
+  # From the first line to the last: without loading and compiling, and with
+  # what lay between two starts.
+  return f'about {metrics.duration(max(times) - min(times))}' if (
+      times) else UNKNOWN
+
+
+def _speed(run):
+  if run.record and run.record['end']:
+    return run.record['end']['tokens_per_second']
+  speeds = [row['tokens_per_second'] for row in run.rows
+            if 'tokens_per_second' in row]
+  return statistics.median(speeds) if speeds else None
+
+
+def _shared_split(runs):
+  """Returns the split that most runs have scores of; the first such one."""
+  counts = {split: sum(split in run.scores for run in runs)
+            for split in _SPLITS}
+  best = max(counts, key=counts.get)
+  return best if counts[best] else ''
+
+
+def _pair(first, other, split):
+  """Returns (rows of `report.gains`, why there are none or fewer)."""
+  a, b = (run.scores.get(split) for run in (first, other))
+  both = f'{other.name} and {first.name}'
+  if a is None or b is None:
+    missing = ' and '.join(
+        run.name for run, has in ((first, a), (other, b)) if has is None)
+    return [], (
+        f'{both} are not paired: no scores of {split or "any split"} of'
+        f' {missing}; python -m gemma_sft.evaluate --workdir=... makes them')
+  unlike = [f'{key} {a.get(key)} and {b.get(key)}' for key in _DECODING
+            if a.get(key) != b.get(key)]
+  if unlike:
+    return [], (f'{both} are not paired: their answers were decoded unlike'
+                f' ({", ".join(unlike)}); evaluate one of them again')
+  a, b = _by_content(a), _by_content(b)
+  where = [{row['where'] for row in result['answers']} for result in (a, b)]
+  shared = len(where[0] & where[1])
+  rows = report.gains({'tuned': b, 'other': a})
+  if where[0] == where[1] and shared or not (where[0] or where[1]) and (
+      _same_records(first, other, split, a, b)):
+    return rows, ''
+  # Means over different records say nothing of the runs.
+  return [row for row in rows if 'low' in row], (
+      f'{both}: {shared} records of {split} are in both'
+      f' ({len(where[0])} and {len(where[1])}); only these are paired')
+
+
+def _same_records(first, other, split, a, b):
+  hashes = [run.record['data'].get(split) if run.record else None
+            for run in (first, other)]
+  return hashes[0] is not None and hashes[0] == hashes[1] and (
+      a['records'] == b['records'])
+
+
+def _by_content(result):
+  """Returns a result whose answers go by what was asked, not by file and line.
+
+  So records are the same wherever the file lies, and others are others even
+  where their place is the same.
+  """
+  seen, answers = collections.Counter(), []
+  for row in result.get('answers', ()):
+    key = json.dumps([row.get('prompt'), row.get('reference')])
+    seen[key] += 1
+    answers.append({**row, 'where': f'{key} {seen[key]}'})
+  return {**result, 'answers': answers}
+
+
+def _outcome(first, other, paired):
+  """Says whether a result differs beyond chance."""
+  headline = next((run.scores[s]['headline'] for run in (first, other)
+                   for s in _SPLITS if run.scores.get(s, {}).get('headline')),
+                  '')
+  row = next((row for row in paired if row['metric'] == f'judge/{headline}'
+              and 'low' in row), None)
+  if row is None:
+    a, b = (best_of(run) for run in (first, other))
+    text = 'Whether the results differ beyond chance cannot be said: no judged'
+    text += ' answers to the same records.'
+    if a and b and a['metric'] == b['metric']:
+      text += (f' Best {a["metric"]} of validation: {b["value"]:.4g} against'
+               f' {a["value"]:.4g}.')
+    return text
+  gain, low, high = (100 * row[key] for key in ('gain', 'low', 'high'))
+  numbers = (f'{headline.replace("_", " ")} {gain:+.1f} points (95 %:'
+             f' {low:+.1f} to {high:+.1f}; {row["n"]} records)')
+  if low > 0:
+    return f'Its result is better beyond chance: {numbers}.'
+  if high < 0:
+    return f'Its result is worse beyond chance: {numbers}.'
+  return f'Their results cannot be told apart: {numbers}.'

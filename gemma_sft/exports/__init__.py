@@ -1,0 +1,1 @@
+"""What an export writes, and the proof that it is the tuned model."""

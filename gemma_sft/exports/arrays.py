@@ -1,0 +1,118 @@
+"""The weights of a run one array at a time, adapters merged in.
+
+An export of a model that fits on a slice has to be written on a host that the
+model does not fit in: nothing here holds more than one array.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_sft import errors
+from gemma_sft.adapters import lora
+from gemma_sft.nn import quantize
+from gemma_sft.run import build
+from gemma_sft.run import checkpoint as checkpoint_lib
+from gemma_sft.run import restore
+from gemma_sft.weights import arrays as arrays_lib
+from gemma_sft.weights import convert
+from gemma_sft.weights import load
+from gemma_sft.weights import names
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+  """A model to be written.
+
+  Attributes:
+    layout: Its names and shapes; `file_vocab` is that of the tokenizer.
+    read: Library path -> the array as trained, float32 where adapters were
+      merged in or the base was quantised, else in the dtype of its source.
+    read_base: The same of the untouched base, of a quantised one the weights
+      that it stands for.
+    adapters: The trained tree, or None.
+  """
+
+  layout: names.Layout
+  read: Callable[[str], np.ndarray]
+  read_base: Callable[[str], np.ndarray]
+  adapters: Any
+
+
+def open_arrays(chosen: restore.Chosen) -> Arrays:
+  """Opens what `restore.choose_weights` has found.
+
+  Raises:
+    UserError: if the base or the checkpoint is damaged or of another shape.
+  """
+  config, model = chosen.config, chosen.model
+  layout = load.make_layout(
+      model, file_vocab=chosen.tokenizer.vocab_size)
+  load.check_config(chosen.resolved, model)
+  read_base = arrays_lib.open_arrays(
+      chosen.resolved, layout.shapes, layout=layout, seed=config.seed)
+  if config.model.quantization:
+    read_base = _as_quantized(read_base, config.model.quantization)
+  if chosen.checkpoints is None:
+    return Arrays(layout, read_base, read_base, None)
+  if not config.lora.enabled:
+    return Arrays(layout, _open_trained(chosen, layout), read_base, None)
+  adapters, _ = chosen.checkpoints.restore_trainable(chosen.step)
+  scale = build.lora_scale(config)
+
+  def read(path):
+    with _on_host():
+      merged = lora.merge(
+          convert.unflatten(
+              {path: jnp.asarray(read_base(path), jnp.float32)}),
+          adapters, scale, transposed_gating=model.transposed_gating)
+    return np.asarray(convert.flatten(merged)[path])
+
+  adapted = _adapted(layout, adapters)
+  return Arrays(
+      layout, lambda path: read(path) if path in adapted else read_base(path),
+      read_base, adapters)
+
+
+def _on_host():
+  # Not on an accelerator, whose memory may not hold the embedding.
+  return jax.default_device(jax.local_devices(backend='cpu')[0])
+
+
+def _as_quantized(read, kind):
+  """Returns what reads the base that was trained on: rounded, in float32."""
+  dequantize = jax.jit(quantize.dequantize, static_argnums=1)
+
+  def read_rounded(path):
+    array = read(path)
+    if not quantize.is_quantized(path):
+      return array
+    with _on_host():
+      return np.asarray(
+          dequantize(quantize.quantize(array, kind), jnp.float32))
+
+  return read_rounded
+
+
+def _adapted(layout, adapters):
+  """Returns the library paths of the weights that have an adapter."""
+  heads = {path.rpartition('/')[0].rpartition('/')[0]
+           for path in convert.flatten(adapters)}
+  return {path for path in layout.shapes if path.removesuffix('/w') in heads}
+
+
+def _open_trained(chosen, layout):
+  read = arrays_lib.open_checkpoint(
+      chosen.checkpoints.state_path(chosen.step), layout.shapes,
+      ('trainable',))
+  tree = convert.unflatten({
+      path: lambda path=path: read(path) for path in layout.shapes})
+  if checkpoint_lib.tree_digest(tree) != chosen.meta.trainable_digest:
+    raise errors.UserError(
+        f'checkpoint {chosen.step}: its bytes have changed on disk',
+        'the checkpoint as it was saved', 'choose another with --step')
+  return read

@@ -1,0 +1,1 @@
+"""Prompts, decoding, and answers kept from earlier runs."""

@@ -1,0 +1,1 @@
+"""What a run says, writes and watches; how it stops."""

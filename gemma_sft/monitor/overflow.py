@@ -1,0 +1,133 @@
+"""Where a step in float16 overflowed: its batch once more, watched.
+
+Only a step that has failed is looked into, so the check costs a run nothing.
+The forward pass tells the largest magnitude of each tensor in it, in the order
+of computation; where all of it is finite, the gradient tells how far the
+backward pass has come from the last layer down.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_sft import model as model_lib
+from gemma_sft import sharding
+from gemma_sft import state as state_lib
+from gemma_sft.adapters import lora
+from gemma_sft.nn import blocks
+from gemma_sft.nn import float16
+from gemma_sft.nn import loss_scale as loss_scale_lib
+from gemma_sft.run import build
+from gemma_sft.run import prepare
+
+
+def explain(
+    run: prepare.Run,
+    gradient_sums: Callable[..., Any],
+    state: state_lib.TrainState,
+    step: int,
+    batch: Any,
+) -> str:
+  """Returns a clause that names the first tensor that was not finite.
+
+  Args:
+    run: Prepared.
+    gradient_sums: `train.gradient_sums`.
+    state: With the weights before the step: an update that is not finite, and
+      all after one that stops the run, are left out.
+    step: Updates before this one.
+    batch: Of `batches.Batches`.
+  """
+  arrays = sharding.put_batch(batch, run.mesh)
+  base, trainable = run.base, state.trainable
+  largest = magnitudes(
+      run.model, base, trainable, arrays, step, run.settings)
+  for name, value in largest.items():
+    limit = float16.LARGEST if name.endswith(blocks.IN_FLOAT16) else np.inf
+    if not value < limit:
+      return (f'the first tensor of the forward pass beyond its numbers is'
+              f' {name}: {value:.4g}')
+  gradient, nll, _ = jax.jit(
+      gradient_sums, static_argnames=('model', 'settings', 'max_trained'))(
+          trainable, base, arrays, jnp.int32(step),
+          loss_scale_lib.make_loss_scale().replace(
+              scale=jnp.float32(loss_scale_lib.SMALLEST)),
+          model=run.model, settings=run.settings,
+          max_trained=int(batch['max_trained']))
+  if not np.isfinite(float(nll)):
+    return 'the forward pass is finite up to the head, the loss is not'
+  name = _last_not_finite(gradient, run)
+  if name:
+    return ('the forward pass is finite; the first gradient of the backward'
+            f' pass that is not is that of {name}')
+  return 'computed once more, the batch gives finite numbers'
+
+
+def magnitudes(
+    model: model_lib.Model,
+    base: Any,
+    trainable: Any,
+    arrays: dict[str, jax.Array],
+    step: int,
+    settings: build.StepSettings,
+) -> dict[str, float]:
+  """Returns the largest magnitude of each tensor, in the order of computation.
+
+  Args:
+    model: From `make_model`.
+    base: The frozen weights, None when all are trained.
+    trainable: Adapters, or all weights.
+    arrays: From `sharding.put_batch`.
+    step: Updates before this one.
+    settings: Of the run.
+  """
+  names = []
+
+  @functools.partial(
+      jax.jit, out_shardings=sharding.replicated(settings.mesh))
+  def of_batch(base, trainable, arrays, step):
+    params, adapters = (base, trainable) if settings.lora_enabled else (
+        jax.tree.map(lambda leaf: leaf.astype(settings.compute_dtype),
+                     trainable), None)
+
+    def of_microbatch(microbatch):
+      watch = {}
+      model_lib.hidden_states(
+          model, params, microbatch['tokens'], microbatch['positions'],
+          microbatch['segment_ids'], adapters=adapters,
+          lora_scale=settings.lora_scale, dropout=lora.make_dropout(
+              settings.dropout, settings.seed, step, microbatch['rows']),
+          execution=dataclasses.replace(settings.execution, remat='none'),
+          watch=watch)
+      names[:] = watch
+      return jnp.stack(list(watch.values()))
+
+    return jax.lax.map(of_microbatch, arrays).max(axis=0)
+
+  values = of_batch(base, trainable, arrays, jnp.int32(step))
+  return dict(zip(names, map(float, np.asarray(jax.device_get(values)))))
+
+
+def _last_not_finite(gradient, run):
+  """Returns what is nearest to the loss of all whose gradient is not finite."""
+  @functools.partial(jax.jit, out_shardings=sharding.replicated(run.mesh))
+  def finite(gradient):
+    if 'layers' in gradient:
+      gradient = lora.unstack(gradient['layers'], run.initial_state.trainable)
+    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), gradient)
+
+  def order(name):
+    parts = name.split('/')
+    return int(parts[0].removeprefix('layer_')) if (
+        parts[0].startswith('layer_')) else -1
+
+  bad = [
+      '/'.join(str(getattr(p, 'key', p)) for p in path)
+      for path, fine in jax.tree_util.tree_leaves_with_path(finite(gradient))
+      if not fine]
+  return max(bad, key=order, default='')

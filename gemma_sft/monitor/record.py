@@ -1,0 +1,274 @@
+"""workdir/run.json: what a run was made of, what made it, and how it ended.
+
+    identity        hash of all that decides the result, see `identity`
+    config, seed    flat config
+    base, data      content hashes: of the base, of the records of each split
+    total_steps, trained_weights, base_weights
+    starts          one a start or resume: identity, time, step, seconds,
+                    command, commit, dirty, packages, python, devices, hosts
+    end             null while it runs (or after a kill): time, step, reason
+                    (finished, patience, deadline or signal), finished, seconds
+                    of all starts, tokens_per_second (median), peak_bytes
+
+Paths in it are those of the machine; what is exported is made elsewhere
+(`artifacts/summary.py`).
+"""
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+from typing import Mapping
+from typing import Sequence
+
+import jax
+
+from gemma_sft import config as config_lib
+from gemma_sft import errors
+from gemma_sft.inputs import records as records_lib
+from gemma_sft.monitor import metrics
+from gemma_sft.monitor import scrub
+
+# Whose versions may change what a training computes.
+PACKAGES = (
+    'gemma_sft', 'jax', 'jaxlib', 'jax-cuda12-plugin', 'jax-cuda13-plugin',
+    'libtpu', 'numpy', 'flax', 'optax', 'gemma', 'grain', 'orbax-checkpoint',
+    'sentencepiece')
+_FILE = 'run.json'
+
+
+def identity(
+    config_leaves: Mapping[str, Any],
+    base_hash: str,
+    data_hashes: Mapping[str, str],
+) -> str:
+  """Returns 16 hex digits of all that decides a run's result.
+
+  Two runs of one identity differ by rounding at most (another mesh, another
+  device); logging, checkpoints, deadlines and the places of files do not count.
+
+  Args:
+    config_leaves: `dict(config.leaves(config))`.
+    base_hash: From `base.base_hash`.
+    data_hashes: Split -> `records.content_hash`, of the splits that are set.
+  """
+  text = json.dumps(
+      [config_lib.result_leaves(config_leaves), base_hash, dict(data_hashes)],
+      sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read(workdir: str) -> dict[str, Any] | None:
+  """Returns a run's record; None of a run that has none, being older.
+
+  Raises:
+    UserError: if the file is there and is not one.
+  """
+  path = os.path.join(workdir, _FILE)
+  try:
+    with open(path, encoding='utf-8') as file:
+      record = json.load(file)
+    record['identity'], record['starts'], record['end']
+  except FileNotFoundError:
+    return None
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise errors.UserError(
+        f'{path} cannot be read: {error!r}', 'the record that training wrote',
+        'move it away: the run then goes on without its earlier starts'
+    ) from None
+  return record
+
+
+class Record:
+  """Keeps workdir/run.json, and config.json, of a run under way.
+
+  Attributes:
+    workdir: Of the run.
+    name: Its last name.
+    active: Whether this is the first host, and the run goes on: elsewhere
+      there are no contents, and nothing is written.
+    contents: What run.json holds.
+  """
+
+  def __init__(self, run: Any, step: int, *, resumed: bool):
+    """Notes a start.
+
+    Where the run has ended before and would end so again, this says so and
+    leaves run.json as it is, as does `end`.
+
+    Args:
+      run: `prepare.Run`, known to be that of the workdir's checkpoints.
+      step: Updates applied before this start.
+      resumed: Whether a checkpoint was restored.
+    """
+    self._run = run
+    self.workdir = run.workdir
+    self.name = os.path.basename(os.path.abspath(run.workdir))
+    self.active = jax.process_index() == 0
+    if not self.active:
+      return
+    hashes = {name: records_lib.content_hash(split.records)
+              for name, split in run.splits.items()}
+    leaves = dict(config_lib.leaves(run.config))
+    trained, base = run.initial_state.trainable, run.base
+    # Not above: records are read and compared without the library.
+    from gemma_sft import model as model_lib
+
+    self.contents = {
+        'identity': identity(leaves, run.base_hash, hashes),
+        'config': leaves, 'seed': run.config.seed, 'base': run.base_hash,
+        'data': hashes, 'total_steps': run.total_steps,
+        'trained_weights': model_lib.count_params(trained),
+        'base_weights': model_lib.count_params(
+            trained if base is None else base),
+        'starts': [], 'end': None}
+    before = read(run.workdir)
+    _write(run.workdir, 'config.json', config_lib.to_json(run.config))
+    same = before and before['identity'] == self.contents['identity']
+    if same and resumed and _is_over(before, step):
+      self.active = False
+      print(f'{_FILE}: this run ended on {before["end"]["time"]}'
+            f' ({before["end"]["reason"]}); its record stays', flush=True)
+      return
+    self._peak = 0
+    if before and (resumed or same and not before['end']):
+      self.contents['starts'] = before['starts']
+      self._peak = (before['end'] or {}).get('peak_bytes', 0)
+      _time_killed(before['starts'], run.workdir)
+    self.contents['starts'].append({
+        'identity': self.contents['identity'],
+        **_start(step, run.started)})
+    self._save()
+
+  def end(self, step: int, reason: str) -> None:
+    """Notes the end of a start.
+
+    Args:
+      step: Updates applied.
+      reason: finished, patience, deadline or signal.
+    """
+    if not self.active:
+      return
+    starts = self.contents['starts']
+    starts[-1]['seconds'] = round(time.time() - self._run.started, 1)
+    speeds = [row['tokens_per_second'] for row in _rows(self._run.workdir)
+              if 'tokens_per_second' in row]
+    self.contents['end'] = {
+        'time': _iso(time.time()), 'step': step, 'reason': reason,
+        'finished': reason in ('finished', 'patience'),
+        # Older starts, or such as were killed at once, may have none.
+        'seconds': round(sum(start['seconds'] or 0 for start in starts), 1),
+        'tokens_per_second': statistics.median(speeds) if speeds else None,
+        'peak_bytes': max(self._peak, _peak_bytes())}
+    self._save()
+
+  def _save(self):
+    _write(self._run.workdir, _FILE, json.dumps(
+        scrub.remove_secrets(self.contents), indent=1, ensure_ascii=False))
+
+
+def _is_over(record, step):
+  end = record['end']
+  return bool(end) and end['finished'] and end['step'] == step
+
+
+def _start(step, began):
+  revision, dirty = commit()
+  device = jax.devices()[0]
+  return {
+      'time': _iso(began), 'step': step, 'seconds': None,
+      'command': _command(), 'commit': revision, 'dirty': dirty,
+      'packages': packages(), 'python': platform.python_version(),
+      'devices': {'platform': device.platform, 'kind': device.device_kind,
+                  'count': jax.device_count()},
+      'hosts': jax.process_count()}
+
+
+def _time_killed(starts, workdir):
+  """Fills in how long a start ran that could not say it: to its last line."""
+  if not starts or starts[-1]['seconds'] is not None:
+    return
+  began = datetime.datetime.fromisoformat(starts[-1]['time']).timestamp()
+  last = max((row['time'] for row in _rows(workdir)), default=began)
+  starts[-1]['seconds'] = round(max(0.0, last - began), 1)
+
+
+def _rows(workdir):
+  return metrics.read_jsonl(os.path.join(workdir, 'metrics.jsonl'))
+
+
+def _iso(seconds):
+  return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(
+      timespec='milliseconds')
+
+
+def _command():
+  # `python -m` puts the file's path in the place of the module's name.
+  spec = getattr(sys.modules['__main__'], '__spec__', None)
+  head = ['python', '-m', spec.name] if spec else [
+      'python', os.path.basename(sys.argv[0])]
+  return [*head, *sys.argv[1:]]
+
+
+def _peak_bytes():
+  """Returns the most memory of a device here, or of the process on a CPU."""
+  peaks = [(device.memory_stats() or {}).get('peak_bytes_in_use', 0)
+           for device in jax.local_devices()]
+  if max(peaks):
+    return max(peaks)
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == 'darwin' else 1024 * peak
+
+
+def _write(workdir, name, text):
+  path = os.path.join(workdir, name)
+  try:
+    with open(path + '.tmp', 'w', encoding='utf-8') as file:
+      file.write(text)
+    os.replace(path + '.tmp', path)
+  except OSError as error:
+    raise errors.UserError(
+        f'{path} cannot be written: {error.strerror}', 'room on the disk',
+        'make room and start the same command again: it resumes from the last'
+        ' checkpoint') from error
+
+
+def commit() -> tuple[str, bool]:
+  """Returns the commit of this code and whether its files differ from it.
+
+  ('', False) without git, and where this package is no part of a clone, such as
+  in an environment that lies inside another project's.
+  """
+  try:
+    _git('ls-files', '--error-unmatch', '__init__.py')
+    changed = _git('status', '--porcelain', '--', '.')
+    return _git('rev-parse', 'HEAD'), bool(changed)
+  except (OSError, subprocess.SubprocessError):
+    return '', False
+
+
+def _git(*arguments):
+  package = pathlib.Path(__file__).parents[1]
+  return subprocess.run(
+      ['git', '--no-optional-locks', '-C', str(package), *arguments],
+      capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+
+def packages(names: Sequence[str] = PACKAGES) -> dict[str, str]:
+  """Returns the versions of those packages that are installed."""
+  versions = {}
+  for name in names:
+    try:
+      versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return versions

@@ -1,0 +1,136 @@
+"""Does this run's gradient depend on how the batch is cut? It must not.
+
+One global batch, its gradient computed as one microbatch and as many, packed
+and padded, on the mesh and on one device. All of them are the same sum.
+"""
+
+import dataclasses
+import json
+import os
+from typing import Any
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_sft import batches
+from gemma_sft import errors
+from gemma_sft import sharding
+from gemma_sft.run import hosts
+from gemma_sft.run import prepare
+
+# Norm of the difference of a leaf's gradient relative to the leaf's norm:
+# float32 sums in another order; bfloat16 has 8 bits of mantissa. By norm, since
+# single entries of a bfloat16 gradient are off by more. float16 has 11 bits,
+# fewer in its smallest numbers.
+LIMITS = {'float32': 1e-5, 'bfloat16': 2e-2, 'float16': 1e-2}
+
+
+def check(
+    run: prepare.Run, gradient_sums: Callable[..., Any]) -> dict[str, float]:
+  """Runs the comparison, prints and records it, and stops the run beyond.
+
+  Dropout is off: its masks are drawn per row, and packing changes rows.
+
+  Args:
+    run: Prepared.
+    gradient_sums: `train.gradient_sums`.
+
+  Returns:
+    {variant: largest relative difference}.
+
+  Raises:
+    UserError: if a variant differs by more than the limit of its dtype.
+  """
+  if jax.process_count() > 1:
+    raise errors.UserError(
+        f'--self_test in a run of {jax.process_count()} processes',
+        'one process, which sees all gradients',
+        'start it on one host with JAX_NUM_PROCESSES=1, and then without it')
+  groups = run.settings.groups
+  rows = _batch_rows(run)
+  trainable = _perturbed(run.initial_state.trainable)
+  layouts = {
+      f'1x{rows}, packed': (1, True, run.mesh),
+      f'8x{groups}, packed': (8, True, run.mesh),
+      f'1x{rows}, padded': (1, False, run.mesh),
+  }
+  if jax.device_count() > 1:
+    layouts[f'1x{rows}, packed, one device'] = (
+        1, True, sharding.single_device_mesh())
+  n_examples = min(rows, len(run.splits['train'].examples))
+  examples = run.splits['train'].examples[:n_examples]
+  results = {}
+  for name, (microbatches, packing, mesh) in layouts.items():
+    results[name] = _gradient(
+        run, gradient_sums, trainable, examples, rows, microbatches, packing,
+        mesh)
+  reference_name = next(iter(results))
+  reference, n_reference = results[reference_name]
+  largest = {
+      name: _difference(reference, gradient)
+      for name, (gradient, n) in results.items() if name != reference_name}
+  counts = {name: n for name, (_, n) in results.items()}
+  limit = LIMITS[run.settings.compute_dtype.name]
+  for name, difference in largest.items():
+    hosts.say(f'self-test: gradient of {name} differs from {reference_name} by'
+             f' {difference:.2e} (limit {limit:.0e})')
+  with open(os.path.join(run.workdir, 'self_test.json'), 'w',
+            encoding='utf-8') as file:
+    json.dump({'limit': limit, 'largest_difference': largest,
+               'trained_tokens': counts}, file, indent=2)
+  if len(set(counts.values())) > 1 or not all(
+      d <= limit for d in largest.values()):
+    raise errors.UserError(
+        f'self-test: the gradient depends on how the batch is cut: {largest},'
+        f' trained tokens {counts}',
+        f'differences of at most {limit:.0e} and equal counts',
+        'nothing was trained; report this with self_test.json from the'
+        ' workdir')
+  return largest
+
+
+def _batch_rows(run):
+  """Eight rows a device shard, to be cut into eight microbatches."""
+  return 8 * run.settings.groups
+
+
+def _perturbed(trainable):
+  """Moves zero leaves (B) off zero, so that every leaf has a gradient."""
+  leaves, tree = jax.tree.flatten(trainable)
+  keys = jax.random.split(jax.random.key(0), len(leaves))
+  return tree.unflatten([
+      leaf + 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
+      for key, leaf in zip(keys, leaves)])
+
+
+def _gradient(
+    run, gradient_sums, trainable, examples, rows, microbatches, packing, mesh):
+  layout = batches.Layout(
+      batch_size=rows, max_length=run.config.data.max_length, packing=packing,
+      microbatches=microbatches, groups=sharding.batch_groups(mesh))
+  source = batches.Batches(examples, layout, seed=None)
+  assert source.batches_per_epoch == 1  # As many rows as examples, or more.
+  batch = source[0]
+  settings = dataclasses.replace(
+      run.settings, dropout=0.0, groups=layout.groups, mesh=mesh,
+      execution=dataclasses.replace(run.settings.execution, mesh=mesh))
+  base, loss_scale = run.base, run.initial_state.loss_scale
+  if mesh is not run.mesh:
+    one = sharding.replicated(mesh)
+    trainable, base, loss_scale = jax.device_put(
+        (trainable, base, loss_scale), one)
+  gradient, _, n = jax.jit(
+      gradient_sums, static_argnames=('model', 'settings', 'max_trained'))(
+          trainable, base, sharding.put_batch(batch, mesh), jnp.int32(0),
+          loss_scale, model=run.model, settings=settings,
+          max_trained=int(batch['max_trained']))
+  return jax.tree.map(np.asarray, jax.device_get(gradient)), float(n)
+
+
+def _difference(reference, gradient):
+  """Norm of the difference over the leaf's norm, the largest of all leaves."""
+  return max(
+      float(np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-30))
+      for a, b in zip(jax.tree.leaves(reference), jax.tree.leaves(gradient)))

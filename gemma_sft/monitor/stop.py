@@ -1,0 +1,99 @@
+"""When a run ends before its last step."""
+
+import signal
+import threading
+import time
+from typing import Any
+
+from gemma_sft.run import hosts
+
+# Exit status of a run that is not over: the same command goes on (sysexits.h:
+# EX_TEMPFAIL).
+UNFINISHED = 75
+_GO_ON, _DEADLINE, _SIGNAL = range(3)
+_SECONDS = 5.0
+
+
+class StopRequest:
+  """SIGTERM, SIGINT or the deadline: save and end after the step at hand.
+
+  A context manager: it takes the signals while it is entered. One that reaches
+  one process of several stops all of them, after the same step.
+  """
+
+  def __init__(self, deadline_minutes: float):
+    """Starts the clock.
+
+    Args:
+      deadline_minutes: From now; 0 for none.
+    """
+    self._signal: str | None = None
+    self._interrupts = 0
+    self._agreed = _GO_ON
+    self._calls = 0  # Since the last agreement, and until the next.
+    self._interval = 1
+    self._looked = time.monotonic()
+    self._before: dict[int, Any] = {}
+    self._deadline = (
+        time.monotonic() + 60 * deadline_minutes if deadline_minutes else None)
+
+  def __enter__(self) -> 'StopRequest':
+    # Python takes signals in the main thread alone; a notebook may run us in
+    # another, which then has the deadline.
+    if threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGTERM, signal.SIGINT):
+        self._before[number] = signal.signal(number, self._on_signal)
+    return self
+
+  def __exit__(self, *exception: Any) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def _on_signal(self, number, frame):
+    del frame
+    # A second SIGTERM does not: launchers send one to each process, the system
+    # another, and the first save must not be lost to it.
+    self._interrupts += number == signal.SIGINT
+    if self._interrupts > 1:  # A person who means now.
+      raise KeyboardInterrupt
+    self._signal = self._signal or signal.Signals(number).name
+
+  def requested(self) -> bool:
+    """Whether any process is asked to stop; all call it at the same step.
+
+    Several ask one another every `_SECONDS` or so, since those that are ahead
+    wait. After how many calls is agreed too, so that all do it at once.
+    """
+    if hosts.count() == 1:
+      self._agreed = self._here()
+      return self._agreed != _GO_ON
+    self._calls += 1
+    if self._agreed == _GO_ON and self._calls >= self._interval:
+      now = time.monotonic()
+      answers = hosts.gather(
+          [self._here(), (now - self._looked) / self._calls])
+      self._agreed = max(cause for cause, _ in answers)
+      slowest = max(seconds for _, seconds in answers)
+      self._interval = max(1, min(
+          2 * self._interval, int(_SECONDS / max(slowest, 1e-6))))
+      self._calls, self._looked = 0, time.monotonic()
+    return self._agreed != _GO_ON
+
+  def _here(self):
+    if self._signal is not None:
+      return _SIGNAL
+    late = self._deadline is not None and time.monotonic() > self._deadline
+    return _DEADLINE if late else _GO_ON
+
+  @property
+  def cause(self) -> str:
+    """'signal', to any process, or 'deadline'."""
+    return 'deadline' if self._agreed == _DEADLINE else 'signal'
+
+  def reason(self, step: int, total: int) -> str:
+    """Returns why the run ended before its last step."""
+    cause = ('the deadline (config.deadline_minutes)'
+             if self.cause == 'deadline' else
+             self._signal or 'a signal to another process')
+    return (f'stopped by {cause} after {step} of {total} updates; the same'
+            ' command goes on from here')

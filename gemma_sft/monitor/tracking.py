@@ -1,0 +1,173 @@
+"""A copy of a run's metrics, config and record at Weights & Biases.
+
+config.track.wandb names the project. The package is an extra (`pip install
+gemma_sft[wandb]`); its login and its variables (WANDB_MODE=offline,
+WANDB_BASE_URL, ...) are its own. Numbers and the record are sent, no files, no
+code, no host's name; a network that fails never stops a training.
+"""
+
+import hashlib
+from typing import Any
+from typing import Mapping
+
+import jax
+
+from gemma_sft import errors
+from gemma_sft.monitor import scrub
+
+_INSTALL = 'pip install wandb, or set --config.track.wandb='
+# Seconds. A run that cannot be announced is kept on the disk, and so is what
+# has not been sent when a training ends.
+_INIT_TIMEOUT = 30.0
+_FINISH_TIMEOUT = 60.0
+
+
+def check(target: str) -> None:
+  """Raises, without asking anything, where a run could not be tracked.
+
+  Args:
+    target: 'project', 'entity/project', or '' for none.
+
+  Raises:
+    UserError: if the package is missing or nobody is logged in.
+  """
+  if not target or jax.process_index() != 0:
+    return
+  wandb = _import(target)
+  wandb.setup(settings=_settings(wandb))
+  if wandb.setup().settings.mode != 'online':
+    return
+  try:
+    # From the environment or .netrc; no prompt, and no request to a server.
+    there = wandb.login(prompt=False, verify=False)
+  except wandb.Error as error:
+    raise _no_login(target, scrub.remove_secrets(str(error))) from None
+  if not there:
+    raise _no_login(target, 'no login of Weights & Biases was found')
+
+
+def start(target: str, record: Any) -> 'Mirror | None':
+  """Returns where the metrics of a run go besides the disk, or None.
+
+  Args:
+    target: As for `check`, which was called.
+    record: `record.Record`. A run that goes on is the same run there too.
+
+  Raises:
+    UserError: if the login is refused.
+  """
+  if not target or not record.active:
+    return None
+  wandb = _import(target)
+  contents = record.contents
+  first = contents['starts'][0]
+  entity, _, project = target.rpartition('/')
+  shown = scrub.scrub(contents)
+  options = dict(
+      project=project, entity=entity or None, dir=record.workdir,
+      id=hashlib.sha256(
+          f'{first["time"]} {first["identity"]}'.encode()).hexdigest()[:16],
+      name=record.name, config=_nested(shown.pop('config')) | {'run': shown},
+      resume='allow', allow_val_change=True, settings=_settings(wandb))
+  try:
+    run = wandb.init(**options)
+  except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
+    raise _no_login(target, scrub.remove_secrets(str(error))) from None
+  except Exception as error:  # Whatever a network leads to.
+    _say(f'warning: Weights & Biases: {_short(error)}')
+    run = _start_offline(wandb, options)
+  if run is None:
+    _say('the run is not tracked at Weights & Biases; metrics.jsonl has all')
+    return None
+  _say('tracked on the disk; to send it: wandb sync '
+       + run.settings.sync_dir if run.offline else f'tracked: {run.url}')
+  return Mirror(run, record)
+
+
+def _start_offline(wandb, options):
+  """Returns a run on the disk, whose resume is settled when it is sent."""
+  try:
+    wandb.teardown()  # It still holds the id.
+    return wandb.init(**options | {'mode': 'offline'})
+  except Exception as error:  # A disk, or its own process.
+    _say(f'warning: Weights & Biases: {_short(error)}')
+    return None
+
+
+class Mirror:
+  """Sends what `metrics.Writer` writes to a started run."""
+
+  def __init__(self, run: Any, record: Any):
+    """Takes a run of `wandb.init` and the `record.Record` of it."""
+    self._run, self._record = run, record
+    self._failed = False
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """Sends the numbers of a step; those that it has already are passed over,
+    as after a kill, when the same numbers come again."""
+    self._attempt(lambda: self._run.log(dict(values), step=step))
+
+  def close(self) -> None:
+    """Sends how the run ended and waits, not for ever, until all is sent."""
+    end = scrub.scrub(self._record.contents['end'] or {})
+    self._attempt(lambda: self._run.summary.update({'end': end}))
+    self._attempt(self._run.finish)
+
+  def _attempt(self, send):
+    try:
+      send()
+    except Exception as error:  # It must not end a training.
+      if not self._failed:
+        self._failed = True
+        _say(f'warning: Weights & Biases: {_short(error)}; the training goes'
+             ' on, metrics.jsonl has everything')
+
+
+def _import(target):
+  try:
+    import wandb
+  except ImportError as error:
+    raise errors.UserError(
+        f'config.track.wandb is {target!r}, but wandb cannot be imported'
+        f' ({error})', 'the package wandb', _INSTALL) from None
+  if not hasattr(wandb, 'init'):  # A folder of that name, such as it makes.
+    raise errors.UserError(
+        f'config.track.wandb is {target!r}, but the package wandb is not'
+        ' installed', 'the package wandb', _INSTALL)
+  return wandb
+
+
+def _settings(wandb):
+  return wandb.Settings(
+      silent=True, console='off', host='', init_timeout=_INIT_TIMEOUT,
+      finish_timeout=_FINISH_TIMEOUT, disable_git=True, disable_code=True,
+      save_code=False, x_disable_meta=True, x_disable_machine_info=True,
+      x_save_requirements=False)
+
+
+def _no_login(target, got):
+  return errors.UserError(
+      f'config.track.wandb is {target!r}: {got}', 'a login, or offline mode',
+      'run `wandb login` or set WANDB_API_KEY; WANDB_MODE=offline keeps the run'
+      ' on the disk; --config.track.wandb= tracks nothing there')
+
+
+def _nested(flat):
+  """Returns {'lora': {'rank': 8}} of {'lora.rank': 8}, as its tables want."""
+  tree: dict[str, Any] = {}
+  for key, value in flat.items():
+    *parents, name = key.split('.')
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = value
+  return tree
+
+
+def _short(error):
+  text = scrub.remove_secrets(str(error) or repr(error))
+  return ' '.join(text.split())[:200]
+
+
+def _say(text):
+  print(text, flush=True)

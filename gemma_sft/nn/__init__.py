@@ -1,0 +1,1 @@
+"""What runs inside the forward and backward pass: blocks, attention, head."""

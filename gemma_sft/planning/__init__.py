@@ -1,0 +1,1 @@
+"""Predicts whether a run fits and how long it takes."""

@@ -1,0 +1,1 @@
+"""Builds a run from its config, prepares it, saves it and resumes it."""

@@ -1,0 +1,343 @@
+"""Orbax checkpoints: adapters, optimizer, data position, config, proof.
+
+    workdir/checkpoints/<step>/state      TrainState
+                              /meta       JSON, see `Meta`
+
+The frozen base is not in a checkpoint; `Meta.base` names it by content.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import hashlib
+import os
+import shutil
+from typing import Any
+
+from absl import logging
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from gemma_sft import errors
+from gemma_sft import state as state_lib
+from gemma_sft.run import hosts
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+  """What a checkpoint says besides its arrays.
+
+  Attributes:
+    step: Updates applied.
+    data: State of the data iterator: of the batches consumed.
+    chain: Hash chain over those batches (`batches.extend_chain`).
+    config: The flat config of the run.
+    base: Content hash of the base weights.
+    data_hash: Content hash of the training records.
+    digest: SHA-256 of the state's bytes; '' where hosts hold parts of it.
+    trainable_digest: The same of what is trained alone, for serving.
+    metrics: Of the evaluation at this step, or {}.
+    best: {'step', 'value'} of the best evaluation so far, or {}.
+    stale: Evaluations since that one.
+  """
+
+  step: int
+  data: dict[str, Any]
+  chain: str
+  config: dict[str, Any]
+  base: str
+  data_hash: str
+  digest: str = ''
+  trainable_digest: str = ''
+  metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+  best: dict[str, Any] = dataclasses.field(default_factory=dict)
+  stale: int = 0
+
+
+def tree_digest(tree: Any) -> str:
+  """Returns SHA-256 over a tree's paths and bytes.
+
+  '' if parts of it lie on other hosts, since none sees the whole. A leaf may be
+  a function that reads the array: then only one is held at a time.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  if any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+         and not leaf.is_fully_replicated for _, leaf in leaves):
+    return ''
+  sha = hashlib.sha256()
+  for path, leaf in leaves:
+    sha.update(jax.tree_util.keystr(path).encode())
+    array = leaf() if callable(leaf) else jax.device_get(leaf)
+    sha.update(np.ascontiguousarray(array).tobytes())
+  return sha.hexdigest()
+
+
+class Checkpoints:
+  """The checkpoints of a run: the newest few and the best."""
+
+  def __init__(
+      self,
+      workdir: str,
+      *,
+      keep: int = 1,
+      metric: str = '',
+      mode: str = 'min',
+      read_only: bool = False,
+  ):
+    """Opens workdir/checkpoints, making it if need be.
+
+    Args:
+      workdir: Of the run.
+      keep: Number of newest ones to keep.
+      metric: Key in `Meta.metrics` that makes one the best.
+      mode: 'min' or 'max' of it.
+      read_only: Neither save nor delete: for another run's checkpoints.
+    """
+    self._metric = metric
+    self._dir = os.path.join(os.path.abspath(workdir), 'checkpoints')
+    policies = ocp.checkpoint_managers
+    if not read_only:
+      hosts.barrier()  # Orbax has a collective, see `from_first`.
+    if read_only and not os.path.isdir(self._dir):
+      raise errors.UserError(
+          f'no checkpoints in {workdir}', 'the workdir of a training run',
+          'train first: python -m gemma_sft.train --config=... --workdir=...')
+    self._manager = ocp.CheckpointManager(
+        self._dir,
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([
+                policies.LatestN(keep),
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics[metric], n=1,
+                    # It keeps the last of the sorted ones.
+                    reverse=mode == 'min',
+                    keep_checkpoints_without_metrics=False)]),
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only))
+
+  def steps(self) -> list[int]:
+    """Returns the steps that have a checkpoint, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def save(self, state: state_lib.TrainState, meta: Meta) -> None:
+    """Begins to save; the arrays are copied before it returns.
+
+    Raises:
+      UserError: if the disk is full or cannot be written.
+    """
+    meta = dataclasses.replace(
+        meta, digest=tree_digest(state),
+        trainable_digest=tree_digest(state.trainable))
+    with _disk_errors(self._dir):
+      self._manager.save(
+          meta.step,
+          args=ocp.args.Composite(
+              state=ocp.args.StandardSave(state),
+              meta=ocp.args.JsonSave(dataclasses.asdict(meta))),
+          metrics=meta.metrics if self._metric in meta.metrics else None,
+          force=True)
+
+  def wait(self) -> None:
+    """Waits for the last save, raising what went wrong in it."""
+    with _disk_errors(self._dir):
+      self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    with _disk_errors(self._dir):
+      self._manager.close()
+
+  def read_meta(self, step: int) -> Meta:
+    """Returns a checkpoint's `Meta`."""
+    restored = self._manager.restore(
+        step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+    return Meta(**restored['meta'])
+
+  def read_metas(self) -> dict[int, Meta]:
+    """Returns {step: Meta} of the checkpoints whose `Meta` can be read."""
+    metas = {}
+    for step in self.steps():
+      try:
+        metas[step] = self.read_meta(step)
+      except Exception as error:  # Whatever a damaged file leads to.
+        logging.warning('checkpoint %d cannot be read: %s', step, error)
+    return metas
+
+  def restore(
+      self, step: int, abstract_state: Any
+  ) -> tuple[state_lib.TrainState, Meta]:
+    """Returns a checkpoint, its arrays placed as `abstract_state` says.
+
+    Raises:
+      ValueError: if its bytes are not those that were saved.
+    """
+    # A run that goes on on another card may have begun in another dtype.
+    scaled = abstract_state.loss_scale is not None
+    with ocp.PyTreeCheckpointer() as reader:
+      saved = reader.metadata(self.state_path(step)).item_metadata.tree
+    abstract_state = state_lib.with_scale(
+        abstract_state, 'loss_scale' in saved)
+    restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract_state),
+            meta=ocp.args.JsonRestore()))
+    state, meta = restored['state'], Meta(**restored['meta'])
+    digest = tree_digest(state)
+    if digest and meta.digest and digest != meta.digest:
+      raise ValueError(f'the bytes of checkpoint {step} have changed on disk')
+    return state_lib.with_scale(state, scaled), meta
+
+  def restore_trainable(self, step: int) -> tuple[Any, Meta]:
+    """Returns a checkpoint's adapters (or weights) on this host, and `Meta`.
+
+    Raises:
+      UserError: if the checkpoint cannot be read.
+    """
+    try:
+      # On the host: where the arrays lay when they were saved says nothing
+      # about here. What eight devices trained, one may serve.
+      with ocp.PyTreeCheckpointer() as reader:
+        saved = reader.metadata(self.state_path(step)).item_metadata.tree
+        restored = reader.restore(
+            self.state_path(step), restore_args=jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved))
+      trainable = restored['trainable']
+      meta = self.read_meta(step)
+      digest = tree_digest(trainable)
+      if digest and meta.trainable_digest not in ('', digest):
+        raise ValueError('its bytes have changed on disk')
+    except Exception as error:
+      raise self._unreadable(step, error) from error
+    return trainable, meta
+
+  def state_path(self, step: int) -> str:
+    """Returns the folder of a state, for reading it leaf by leaf."""
+    return os.path.join(self._dir, str(step), 'state')
+
+  def explained_meta(self, step: int) -> Meta:
+    """Returns a checkpoint's `Meta`, which a person has asked for.
+
+    Raises:
+      UserError: if it cannot be read.
+    """
+    try:
+      return self.read_meta(step)
+    except Exception as error:
+      raise self._unreadable(step, error) from error
+
+  def _unreadable(self, step, error):
+    return errors.UserError(
+        f'checkpoint {step} in {self._dir} cannot be read: {error}',
+        f'a whole checkpoint, one of {self.steps()}',
+        'choose another with --step')
+
+  def restore_latest(
+      self, abstract_state: Any, check: Callable[[Meta], None]
+  ) -> tuple[state_lib.TrainState, Meta] | None:
+    """Returns the newest checkpoint that is whole, or None without any.
+
+    A damaged one is passed over with a warning and moved aside, so that the
+    run can save that step again.
+
+    Args:
+      abstract_state: Shapes and shardings.
+      check: Raises `UserError` for a checkpoint that is not this run's, before
+        its arrays are read: of other shapes, they would seem damaged.
+
+    Raises:
+      UserError: if there are checkpoints and none of them can be read.
+    """
+    steps, damaged, newest = self.steps(), [], None
+    for step in reversed(steps):
+      try:
+        check(self.read_meta(step))
+        newest = self.restore(step, abstract_state)
+        break
+      except errors.UserError:
+        raise
+      except Exception as error:  # Whatever a damaged file leads to.
+        logging.warning(
+            'checkpoint %d cannot be read and is passed over: %s', step,
+            str(error).splitlines()[0] if str(error) else repr(error))
+        damaged.append(step)
+    hosts.check_same(
+        'the newest whole checkpoint', newest and newest[1].step,
+        f'the same one everywhere, of {self._dir}',
+        'put --workdir on a disk that all hosts share')
+    if newest:
+      for step in damaged:
+        self._set_aside(step)
+    elif steps:
+      raise errors.UserError(
+          f'none of the checkpoints {steps} in {self._dir} can be read',
+          'at least one whole checkpoint',
+          'begin again in a new --workdir; what is damaged was left there')
+    return newest
+
+  def _set_aside(self, step: int) -> None:
+    if jax.process_index() == 0:
+      target = os.path.join(os.path.dirname(self._dir), f'damaged-{step}')
+      shutil.rmtree(target, ignore_errors=True)
+      shutil.move(os.path.join(self._dir, str(step)), target)
+    hosts.barrier()
+    self._manager.reload()
+
+
+def choose_step(checkpoints: Checkpoints, step: int) -> int:
+  """Returns a step for evaluation, sampling or export.
+
+  Args:
+    checkpoints: Of a run.
+    step: A step, -1 for the best (the latest if nothing was evaluated), -2
+      for the latest.
+
+  Raises:
+    UserError: if there is no such checkpoint.
+  """
+  steps = checkpoints.steps()
+  if not steps:
+    raise errors.UserError(
+        'the workdir has no checkpoints', 'a run that has saved one',
+        'train first: python -m gemma_sft.train --config=... --workdir=...')
+  if step in (-1, -2):
+    metas = checkpoints.read_metas()
+    if not metas:
+      raise errors.UserError(
+          f'none of the checkpoints {steps} can be read',
+          'at least one whole checkpoint', 'train again in a new --workdir')
+    latest = max(metas)
+    metric = metas[latest].config['eval.metric']
+    scored = {s: m.metrics[metric] for s, m in metas.items()
+              if metric in m.metrics}
+    if step == -2 or not scored:
+      return latest
+    sign = 1 if metas[latest].config['eval.mode'] == 'max' else -1
+    # Of equals the later one.
+    return max(scored, key=lambda s: (sign * scored[s], s))
+  if step not in steps:
+    raise errors.UserError(
+        f'no checkpoint of step {step}', f'one of {steps}',
+        '--step=-1 takes the best, --step=-2 the latest')
+  return step
+
+
+_FULL = ('No space left', 'File too large', 'Disk quota exceeded')
+
+
+@contextlib.contextmanager
+def _disk_errors(path: str) -> Iterator[None]:
+  """Turns a full disk into a message."""
+  try:
+    yield
+  except Exception as error:  # TensorStore raises ValueError for it.
+    if not any(text in repr(error) for text in _FULL):
+      raise
+    free = shutil.disk_usage(os.path.dirname(path)).free / 1e9
+    raise errors.UserError(
+        f'the disk is full: a checkpoint could not be saved in {path}'
+        f' ({free:.1f} GB free)',
+        'room for one more checkpoint',
+        'make room and start the same command again: it resumes from the'
+        ' last whole checkpoint') from error

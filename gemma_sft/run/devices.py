@@ -1,0 +1,126 @@
+"""What the devices at hand decide: dtype, loop or scan, attention kernel."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gemma_sft import cache
+from gemma_sft import errors
+from gemma_sft import model as model_lib
+from gemma_sft.nn import attention_choice
+
+
+def enable_compilation_cache() -> None:
+  """Keeps compiled programs between runs."""
+  folder = cache.folder('compiled')
+  jax.config.update('jax_compilation_cache_dir', str(folder))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
+
+
+def choose_dtype(name: str, device: Any = None) -> tuple[Any, str]:
+  """Returns the dtype of the frozen base and of compute, and why.
+
+  Args:
+    name: 'auto', 'bfloat16', 'float16' (see the module) or 'float32'.
+    device: What to compute on; the first local device unless given.
+
+  Raises:
+    UserError: if bfloat16 is asked of a card that has none.
+  """
+  device = device or jax.local_devices()[0]
+  # By the card: libraries may call bfloat16 supported where it is emulated.
+  capability = compute_capability(device)
+  without = 0 < capability < 8.0
+  if name == 'bfloat16' and without:
+    raise errors.UserError(
+        f'config.model.dtype is bfloat16 on {device.device_kind}, whose compute'
+        f' capability {capability} has none: it would be computed as float32,'
+        ' eight times slower than float16', 'float16 or float32 there',
+        'set --config.model.dtype=auto, which takes float16')
+  if name == 'bfloat16' and device.platform == 'cpu':
+    return jnp.dtype(name), (
+        'config.model.dtype says so; float32 is no slower on a CPU, and exact')
+  if name != 'auto':
+    return jnp.dtype(name), 'config.model.dtype says so'
+  if device.platform == 'cpu':
+    return jnp.dtype('float32'), 'a CPU: bfloat16 is no faster there'
+  if without:
+    return jnp.dtype('float16'), (
+        f'compute capability {capability} has no bfloat16: products in float16,'
+        ' all else in float32')
+  if device.platform == 'gpu' and not capability:
+    return jnp.dtype('float32'), 'its compute capability is not known'
+  return jnp.dtype('bfloat16'), f'{device.device_kind} has it'
+
+
+def choose_layers(name: str, model: model_lib.Model) -> tuple[str, str]:
+  """Returns 'scan' or 'loop' for `blocks.Execution`, and why.
+
+  Args:
+    name: 'auto', 'scan' or 'loop'.
+    model: From `make_model`.
+
+  Raises:
+    UserError: if a Gemma 4 is to be scanned.
+  """
+  if model.generation == 4:
+    if name == 'scan':
+      raise errors.UserError(
+          'config.model.layers is scan for a Gemma 4',
+          'loop: its layers differ in the width of their heads and share keys,'
+          ' so they cannot be stacked', 'set --config.model.layers=auto')
+    return 'loop', "Gemma 4's layers differ in shape"
+  if name != 'auto':
+    return name, 'config.model.layers says so'
+  return 'scan', 'one block is compiled for all layers'
+
+
+def choose_attention(
+    name: str,
+    model: model_lib.Model,
+    mesh: jax.sharding.Mesh,
+    *,
+    dtype: Any,
+    length: int,
+    packed: bool,
+    tried: bool = True,
+) -> tuple[str, str]:
+  """Returns a kernel of `attention.KERNELS` for the mesh's devices, and why.
+
+  Args:
+    name: 'auto' or a kernel.
+    model: From `make_model`.
+    mesh: Of the run.
+    dtype: Of compute.
+    length: Tokens of the longest row.
+    packed: Whether rows hold several examples.
+    tried: Run the kernel before it is taken; not where the devices are absent.
+
+  Raises:
+    UserError: if the device lacks the kernel, or it computes something else.
+  """
+  if model.generation == 4:
+    if name not in ('auto', 'einsum'):
+      raise errors.UserError(
+          f'config.model.attention is {name} for a Gemma 4',
+          "einsum: Gemma 4 runs the library's own attention",
+          'set --config.model.attention=auto')
+    return 'einsum', "the library's own"
+  config, device = model.config, mesh.devices.flat[0]
+  softcap = config.attn_logits_soft_cap
+  check = functools.partial(
+      attention_choice.check, N=config.num_heads, K=config.num_kv_heads,
+      H=config.head_dim, window=config.sliding_window_size, softcap=softcap,
+      dtype=dtype, T=length, mesh=mesh)
+  return attention_choice.choose(
+      name, check=check if tried else None, platform=device.platform,
+      device_kind=device.device_kind,
+      compute_capability=compute_capability(device),
+      head_dim=config.head_dim, softcap=softcap, packed=packed, dtype=dtype)
+
+
+def compute_capability(device: jax.Device) -> float:
+  """Returns that of an NVIDIA GPU, such as 9.0, and 0 for other devices."""
+  return float(getattr(device, 'compute_capability', 0) or 0)

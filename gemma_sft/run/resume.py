@@ -1,0 +1,102 @@
+"""Where a run starts from: its own checkpoint, or another run's adapters."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from gemma_sft import batches
+from gemma_sft import config as config_lib
+from gemma_sft import errors
+from gemma_sft import state as state_lib
+from gemma_sft.run import checkpoint as checkpoint_lib
+from gemma_sft.run import hosts
+from gemma_sft.run import prepare as prepare_lib
+
+
+def abstract_state(run: prepare_lib.Run) -> Any:
+  """Returns shapes and shardings of the state, for restoring."""
+  return jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(
+          leaf.shape, leaf.dtype, sharding=leaf.sharding), run.initial_state)
+
+
+def check_resume(run: prepare_lib.Run, meta: checkpoint_lib.Meta) -> None:
+  """Refuses to go on where the checkpoint's run was another.
+
+  Raises:
+    UserError: naming what differs: config, base weights, data or batches.
+  """
+  saved = meta.config
+  different = config_lib.differences(saved, dict(
+      config_lib.leaves(run.config)))
+  if different:
+    raise errors.UserError(
+        f'the checkpoint in {run.workdir} is of another config: '
+        + '; '.join(different),
+        'the config that the run began with',
+        'undo the change, or choose another --workdir')
+  if meta.base != run.base_hash:
+    raise errors.UserError(
+        f'the base weights have hash {run.base_hash[:16]}, the checkpoint was'
+        f' trained on {meta.base[:16]}', 'the same base weights',
+        'point --config.model.weights at those, or choose another --workdir')
+  if meta.data_hash != run.data_hash:
+    raise errors.UserError(
+        f'the training records ({run.config.data.train}) have hash'
+        f' {run.data_hash[:16]}, the checkpoint was trained on'
+        f' {meta.data_hash[:16]}', 'unchanged training data',
+        'restore the file, or choose another --workdir')
+  if meta.chain != batches.chain_of(run.source, meta.step):
+    raise errors.UserError(
+        f'the {meta.step} batches before this checkpoint cannot be made again',
+        f'hash chain {meta.chain[:16]}',
+        'the tokenizer or the packing has changed since; choose another'
+        ' --workdir')
+  hosts.say(f'resuming after {meta.step} updates; batches {meta.chain[:16]}'
+            ' verified')
+
+
+def init_from(run: prepare_lib.Run, workdir: str) -> state_lib.TrainState:
+  """Returns the fresh state with another run's best adapters in it.
+
+  Raises:
+    UserError: if that run is of another base, scale or shape of adapters.
+  """
+  checkpoints = checkpoint_lib.Checkpoints(workdir, read_only=True)
+  step = checkpoint_lib.choose_step(checkpoints, -1)
+  trainable, meta = checkpoints.restore_trainable(step)
+  check_weights(run.config, run.base_hash, meta, f'config.init_from: {workdir}')
+  hosts.say(f'starting from {workdir}, step {step}')
+  fresh = run.initial_state.trainable
+  return dataclasses.replace(
+      run.initial_state, trainable=jax.tree.map(
+          lambda leaf, like: jax.device_put(leaf, like.sharding),
+          trainable, fresh))
+
+
+def check_weights(
+    config: Any, base: str, meta: checkpoint_lib.Meta, what: str) -> None:
+  """Refuses weights that would mean something else under this config.
+
+  Args:
+    config: The config at hand.
+    base: From `base_hash`.
+    meta: Of the checkpoint.
+    what: Begins the message.
+
+  Raises:
+    UserError: naming what differs.
+  """
+  different = [
+      line for line in config_lib.differences(
+          meta.config, dict(config_lib.leaves(config)))
+      if line.startswith(('model.', 'lora.'))
+      and not line.startswith('lora.dropout')]
+  if meta.base != base:
+    different.append(f'base weights: {meta.base[:40]} -> {base[:40]}')
+  if different:
+    raise errors.UserError(
+        f'{what} cannot be taken over: ' + '; '.join(different),
+        'the model, the adapters and the base weights that it was trained with',
+        "undo the change; without --config the run's own config is taken")

@@ -1,0 +1,122 @@
+"""Answers of two evaluations, put side by side for people to judge."""
+
+import dataclasses
+import hashlib
+import os
+from typing import Any
+
+from gemma_sft import cli
+from gemma_sft import errors
+from gemma_sft.evaluation import report
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """One prompt with two answers.
+
+  Attributes:
+    item: A hash of all else: other answers to the same prompt are another item,
+      so that no rating is counted for an answer that nobody saw.
+    place: The record that asked, such as test.csv:12.
+    prompt: What was asked.
+    a: The first run's answer.
+    b: The second run's.
+  """
+
+  item: str
+  place: str
+  prompt: str
+  a: str
+  b: str
+
+
+def parse_run(text: str) -> tuple[str, str]:
+  """Returns (workdir, name of the result) of 'W', 'W:base' or 'W:few:4'."""
+  if os.path.isdir(text):
+    return text, 'tuned'
+  workdir, _, name = text.partition(':')
+  return workdir, name or 'tuned'
+
+
+def labels(runs: tuple[str, str]) -> tuple[str, str]:
+  """Returns the runs' names without their folders, if they differ so."""
+  short = []
+  for run in runs:
+    workdir, name = parse_run(run)
+    folder = os.path.basename(os.path.normpath(workdir))
+    short.append(folder if name == 'tuned' else f'{folder}:{name}')
+  return (short[0], short[1]) if short[0] != short[1] else runs
+
+
+def read(runs: tuple[str, str], split: str) -> list[Pair]:
+  """Returns the pairs of two runs, in an order that is no file's.
+
+  All raters see the same order: one that stops early has then rated a random
+  part, and the same part as the others, which agreement needs.
+
+  Args:
+    runs: Two of what `parse_run` takes.
+    split: Of the evaluations.
+
+  Raises:
+    UserError: if there is no such evaluation, or they share no record.
+  """
+  a, b = (_read_answers(run, split) for run in runs)
+  shared = [place for place in a if place in b]
+  if not shared:
+    raise errors.UserError(
+        f'{runs[0]} and {runs[1]} have answered none of the same records of'
+        f' {split}', 'two evaluations of the same file',
+        'evaluate both with the same --config.data.' + split)
+  if all('prompt' in a[place] for place in shared):
+    prompts = {place: a[place]['prompt'] for place in shared}
+  else:
+    prompts = _read_prompts(runs[0], split)
+  pairs = [
+      make_pair(place, prompts[place], a[place]['answer'], b[place]['answer'])
+      for place in shared if place in prompts]
+  return sorted(pairs, key=lambda pair: pair.item)
+
+
+def make_pair(place: str, prompt: str, a: str, b: str) -> Pair:
+  """Returns a pair with its hash."""
+  parts = '\0'.join((place, prompt, a, b))
+  item = hashlib.sha256(parts.encode()).hexdigest()[:24]
+  return Pair(item, place, prompt, a, b)
+
+
+def shown_first(rater: str, item: str) -> str:
+  """Returns 'a' or 'b', by a coin that falls the same for (rater, item)."""
+  digest = hashlib.sha256('\0'.join((rater, item)).encode()).digest()
+  return 'ab'[digest[0] & 1]
+
+
+def _read_answers(run: str, split: str) -> dict[str, Any]:
+  workdir, name = parse_run(run)
+  results = report.read_results(os.path.join(workdir, 'evaluation'), split)
+  if name not in results:
+    base = ' --base' if name == 'base' else ''
+    raise errors.UserError(
+        f'{run}: no answers of {name!r} to {split} in'
+        f' {os.path.join(workdir, "evaluation")}',
+        f'one of {", ".join(results)}' if results else 'an evaluated run',
+        f'python -m gemma_sft.evaluate --workdir={workdir} --split={split}'
+        f'{base}')
+  return {row['where']: row for row in results[name]['answers']}
+
+
+def _read_prompts(run: str, split: str) -> dict[str, str]:
+  """Words the prompts anew, for evaluations that have not kept them."""
+  # They bring JAX along, which rating does without.
+  from gemma_sft import tasks
+  from gemma_sft.inputs import splits
+
+  config = cli.load_run_config(parse_run(run)[0])
+  task = tasks.load(config.task)
+  prompts = {}
+  for record in splits.read_split(config.data, split):
+    conversation = task.to_messages(record)
+    prompts[record.where] = (
+        conversation.partition('\n')[0] if isinstance(conversation, str)
+        else '\n\n'.join(m.content for m in conversation[:-1]))
+  return prompts

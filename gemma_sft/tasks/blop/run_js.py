@@ -1,0 +1,153 @@
+"""Runs compiled Blop in a cage: what a program does with made-up inputs.
+
+The programs are a model's, so they run in a Node process of their own that has
+no files, network, child processes or workers and little time and memory, and
+there in a context without any of Node (cage.js). What they do comes back
+as JSON.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import importlib.resources
+import json
+import os
+import re
+import subprocess
+import tempfile
+from typing import Any
+from typing import Sequence
+
+_SECONDS = 4  # Of the processor.
+_MEGABYTES = 96
+# Limits of the shell: CPU seconds, no file may grow, no core, few files open.
+# The heap is bounded by Node; all that it maps by the kilobytes of -v.
+_LIMITS = ('ulimit -t 10; ulimit -f 0; ulimit -c 0; ulimit -n 64;'
+           ' ulimit -v 4000000')
+
+Program = dict[str, Any]  # {'js': ..., 'names': [...]}.
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """A reference and an answer: programs, and what to call things by.
+
+  Attributes:
+    reference: {'js', 'names'}: the names to look at.
+    answer: {'js', 'names'}: what the answer calls them, by the reference's
+      names. None runs the reference alone.
+    aliases: What an answer calls fields of its inputs: {path: {its: ours}}.
+    examples: Texts to try functions on.
+  """
+
+  reference: Program
+  answer: Program | None
+  aliases: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+  examples: tuple[str, ...] = ()
+
+
+class CageError(RuntimeError):
+  """The cage does not start."""
+
+
+def run(pairs: Sequence[Pair]) -> list[list[dict[str, Any]]]:
+  """Returns [plan, the reference's trace, the answer's trace] of each pair.
+
+  Fewer where a program brought its process down; {'problem': why} in the place
+  of one that ran out of time or memory, or would not load.
+
+  Raises:
+    CageError: if the cage does not start.
+  """
+  if not pairs:
+    return []
+  flags = permission_flags()
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    return list(pool.map(lambda pair: _run(pair, flags), pairs))
+
+
+def _run(pair, flags):
+  job = {
+      'inside': _inside(), 'reference': pair.reference,
+      'answer': pair.answer, 'aliases': pair.aliases, 'seconds': _SECONDS,
+      'literals': literals(pair.reference['js'])
+                  | {'examples': pair.examples[:6]}}
+  with tempfile.TemporaryDirectory() as nowhere:
+    try:
+      done = subprocess.run(
+          command(_source('cage.js'), flags),
+          input=json.dumps(job).encode(), capture_output=True, check=False,
+          cwd=nowhere, timeout=15 * _SECONDS,
+          env={'PATH': os.environ.get('PATH', ''), 'TZ': 'UTC', 'LANG': 'C'})
+      output, message = done.stdout, done.stderr
+    except subprocess.TimeoutExpired as error:
+      output, message = error.stdout or b'', b'it ran out of time'
+    except OSError as error:
+      raise CageError(f'the cage for Blop failed: {error}') from error
+  lines = []
+  for line in output.decode('utf-8', 'replace').split('\n')[:4]:
+    try:
+      found = json.loads(line)
+    except ValueError:
+      break
+    lines.append(found if isinstance(found, dict)
+                 else {'problem': 'the program breaks its harness'})
+  if not lines or 'cage' not in lines[0]:
+    raise CageError('the cage for Blop failed: '
+                    f'{message.decode("utf-8", "replace")[-500:]}')
+  return lines[1:]
+
+
+def command(script: str, flags: Sequence[str]) -> list[str]:
+  """Returns the command that runs a script in a Node process without rights."""
+  return ['sh', '-c', f'{_LIMITS}; exec "$@"', 'sh', 'node', *flags,
+          f'--max-old-space-size={_MEGABYTES}', '--no-warnings',
+          '--disallow-code-generation-from-strings', '--no-addons',
+          '-e', script]
+
+
+@functools.lru_cache
+def _source(name):
+  folder = importlib.resources.files('gemma_sft.tasks.blop')
+  return (folder / name).read_text(encoding='utf-8')
+
+
+@functools.lru_cache
+def _inside():
+  parts = map(_source, ('world.js', 'inputs.js', 'trace.js'))
+  return ('const blopCage__ = (() => {\n' + '\n'.join(parts)
+          + '\nreturn blopCage;\n})();')
+
+
+@functools.lru_cache
+def permission_flags() -> tuple[str, ...]:
+  """Returns the strictest that this Node knows: 18 has no permissions."""
+  for flag in ('--permission', '--experimental-permission'):
+    done = subprocess.run(
+        ['node', flag, '--no-warnings', '-e', '0'], capture_output=True,
+        check=False, timeout=60)
+    if done.returncode == 0:
+      return (flag,)
+  return ()
+
+
+def literals(js: str) -> dict[str, list]:
+  """Returns what a program compares its inputs with, to try it on.
+
+  Without them `kind == 'sun'` would hold for no made-up input.
+  """
+  texts = re.findall(r"[=!]== '([^'\n]{0,40})'", js)
+  if re.search(r'\w\[[a-z]\w*(?:\.\w+)*\]', js):  # A table is looked up.
+    texts += re.findall(r"[{,]\s*'?(\w+)'?: ['\d]", js)[:3]
+  for words in re.findall(r"\[('[^\]\n]*')\]\.(?:includes|indexOf)", js):
+    texts += re.findall(r"'([^']*)'", words)[:2]
+  numbers = []
+  for text in re.findall(r'(?:[<>]=?|[=!]==) (\d+(?:\.\d+)?)', js):
+    number = float(text)
+    numbers += [number, number - 1, number + 1]
+  keys = re.findall(r"\.(?:key|code) [=!]== '([^']*)'", js)
+  return {
+      'texts': list(dict.fromkeys(texts))[:6],
+      'numbers': [int(n) if n == int(n) else n
+                  for n in dict.fromkeys(numbers) if n >= 0][:9],
+      'keyNames': list(dict.fromkeys([*keys, 'Enter', 'Escape', 'a']))[:6]}

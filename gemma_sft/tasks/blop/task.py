@@ -1,0 +1,299 @@
+"""Blop, a small language for the web, judged by its own compiler.
+
+The compiler (npm `blop-language` 0.9.19; `bash launch/blop_compiler.sh`
+installs it) compiles all answers in one Node process and runs none. What
+compiles is then run in a cage, each beside its reference, for what it renders
+and does (`_blop_run`, `_blop_compare`).
+"""
+
+import dataclasses
+import importlib.resources
+import json
+import re
+import shutil
+import subprocess
+from typing import Any
+from typing import Sequence
+
+from gemma_sft import cache
+from gemma_sft import tasks
+from gemma_sft.inputs import records as records_lib
+from gemma_sft.tasks.blop import compare
+from gemma_sft.tasks.blop import run_js
+from gemma_sft.tasks.blop import text as text_lib
+from gemma_sft.tasks.chat import task as chat_task
+
+HEADLINE = 'strict'
+LOWER_IS_BETTER = frozenset({'fallback', 'invented'})
+FIELDS = ('prompt',)
+to_messages = chat_task.to_messages
+to_form = chat_task.to_form
+
+_FENCE = re.compile(r'```[\w-]*[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)', re.DOTALL)
+# A line that only code begins with. Prose about Blop names tags and keywords
+# inside its sentences.
+_CODE_LINE = re.compile(
+    r'^\s*(?:(?:async )?def \w*\(|class \w+ (?:extends|\{)|import [\'"{\w]'
+    r'|(?:for|if|while) .*\{\s*$|try \{|<[\w/]|[\w.]+(?:: \w+)? :?= \S'
+    r'|\{ [\w, ]+ \} = |(?:async )?\([\w, :=\'"]*\) =>|return\b|//)',
+    re.MULTILINE)
+_SECONDS_PER_SNIPPET = 0.5
+
+
+class CompilerError(RuntimeError):
+  """The compiler is missing or does not run."""
+
+
+def looks_like_code(text: str) -> bool:
+  """Whether an answer is Blop rather than prose about it."""
+  return bool(_FENCE.search(text) or _CODE_LINE.search(text))
+
+
+def extract_code(completion: str) -> str:
+  """Returns the code of an answer: its first fenced block, else all of it.
+
+  The compiler takes a fenced answer for one back-ticked string and accepts it,
+  so the fence has to go.
+  """
+  fenced = _FENCE.search(completion)
+  return (fenced.group(1) if fenced else completion).strip()
+
+
+def compiler_problem() -> str:
+  """Returns why the compiler cannot be used here, or ''."""
+  if shutil.which('node') is None:
+    return 'no Node.js on the PATH, so nothing was compiled'
+  if not _compiler_dir().joinpath('node_modules', 'blop-language').is_dir():
+    return ('the Blop compiler is not installed, so nothing was compiled: run'
+            ' bash launch/blop_compiler.sh')
+  return ''
+
+
+def _compiler_dir():
+  return cache.folder('blop')
+
+
+def compile_snippets(snippets: Sequence[str]) -> list[dict[str, Any]]:
+  """Returns the compiler's verdict on each snippet.
+
+  Keys: strict, wrapped, parses (bool), stage ('ok', 'tokenize', 'parse',
+  'semantic', 'empty'), line, column (from 1; 0 if unknown), message; js, names:
+  the JavaScript and the names it exports, where strict.
+
+  Raises:
+    CompilerError: if the compiler is not there or its process fails.
+  """
+  if problem := compiler_problem():
+    raise CompilerError(problem)
+  if not snippets:
+    return []
+  lines = [json.dumps({'id': i, 'code': code})
+           for i, code in enumerate(snippets)]
+  with importlib.resources.as_file(
+      importlib.resources.files('gemma_sft.tasks.blop') / 'check.js') as script:
+    try:
+      done = subprocess.run(
+          ['node', str(script), str(_compiler_dir())],
+          input='\n'.join(lines), capture_output=True, text=True, check=False,
+          # The compiler reads extra globals from a blop.config.js above it.
+          cwd=_compiler_dir(),
+          timeout=30 + _SECONDS_PER_SNIPPET * len(snippets))
+    except (OSError, subprocess.TimeoutExpired) as error:
+      raise CompilerError(f'the Blop compiler failed: {error}') from error
+  # Not splitlines: messages repeat odd line breaks of the code.
+  rows = [json.loads(line) for line in done.stdout.split('\n') if line]
+  if done.returncode or len(rows) != len(snippets):
+    raise CompilerError(f'the Blop compiler failed: {done.stderr[-500:]}')
+  return rows
+
+
+def judge(
+    records: Sequence[records_lib.Record],
+    completions: Sequence[str],
+    training: Sequence[records_lib.Record] = (),
+) -> tasks.Judged:
+  """Compiles and runs the answers to the prompts that ask for code.
+
+  Metrics, as shares of those prompts: `strict` (accepted as a whole file),
+  `wrapped` (as a file or as the body of a function), `parses` (the grammar
+  accepts it; names may be undefined). `reach` is the mean share of an answer's
+  lines before the compiler's first error: on a few dozen answers it tells two
+  checkpoints apart with less noise than a rate of yes and no. `fallback`: with
+  habits of JavaScript, JSX or Python, which the row lists.
+
+  Of those where the reference can be tried: `component`, what was asked for is
+  defined by the name that the prompt gives it and renders, or can be called;
+  `right`, it does what the reference does on made-up inputs; `same_tags`, its
+  trees of tags are the reference's. `why` in the row is what differs.
+
+  `knows`, of questions about the language whose key facts are known: the share
+  that the answer states, 0 with a contradiction. Other questions are shown.
+  """
+  del training
+  references = [chat_task.answer(r) for r in records]
+  asks_code = [looks_like_code(r) for r in references]
+  pairs = [(extract_code(c), extract_code(r)) for c, r, code in zip(
+      completions, references, asks_code) if code]
+  try:
+    verdicts = compile_snippets([code for pair in pairs for code in pair])
+    answers, models = verdicts[::2], verdicts[1::2]
+    done = iter(_tried(
+        [_prompt(r) for r, code in zip(records, asks_code) if code], pairs,
+        answers, models))
+  except (CompilerError, run_js.CageError) as error:
+    return tasks.Judged({}, [{} for _ in records], str(error))
+  answers = iter(answers)
+  rows = []
+  for record, completion, code in zip(records, completions, asks_code):
+    if not code:
+      rows.append(text_lib.knowledge(_prompt(record), completion) or {})
+      continue
+    verdict = next(answers)
+    text = extract_code(completion)
+    habits = text_lib.habits(text)
+    rows.append({
+        **{k: v for k, v in verdict.items() if k not in ('js', 'names')},
+        'reach': _reach(verdict, text), 'fallback': bool(habits),
+        'habits': ', '.join(habits), **next(done)})
+  metrics = {name: _mean(rows, name) for name in
+             ('strict', 'wrapped', 'parses', 'reach', 'fallback')}
+  for name in ('component', 'right', 'same_tags', 'knows'):
+    if any(name in row for row in rows):
+      metrics[name] = _mean(rows, name)
+  return tasks.Judged(metrics | {'n': len(pairs)}, rows)
+
+
+def judge_prompts(
+    prompts: Sequence[str], completions: Sequence[str]) -> tasks.Judged:
+  """Scores answers to free prompts: what they know of Blop, how they compile.
+
+  `knows` is the share of the key facts in the answers to questions such as
+  "What is Blop?", 0 where one contradicts them; `invented` the share of those
+  that do. Answers with code have the compiler's verdict in their rows alone.
+  """
+  rows = [text_lib.knowledge(p, c) or {}
+          for p, c in zip(prompts, completions)]
+  note = ''
+  code = [i for i, row in enumerate(rows)
+          if not row and looks_like_code(completions[i])]
+  try:
+    verdicts = compile_snippets([extract_code(completions[i]) for i in code])
+  except CompilerError as error:
+    verdicts, note = [], str(error)
+  for i, verdict in zip(code, verdicts):
+    habits = text_lib.habits(extract_code(completions[i]))
+    rows[i] = {k: v for k, v in verdict.items() if k not in ('js', 'names')} | {
+        'fallback': bool(habits), 'habits': ', '.join(habits)}
+  for row in rows:
+    if 'knows' in row:
+      row['invented'] = bool(row['wrong'])
+  metrics = {name: _mean(rows, name)
+             for name in ('knows', 'invented')
+             if any(name in row for row in rows)}
+  return tasks.Judged(metrics | {'n': len(rows)}, rows, note)
+
+
+def _mean(rows, name):
+  values = [row[name] for row in rows if name in row]
+  return sum(values) / max(1, len(values))
+
+
+def _prompt(record):
+  messages = to_messages(record)
+  return '' if isinstance(messages, str) else messages[-2].content
+
+
+def _reach(verdict, code):
+  n_lines = code.count('\n') + 1
+  if verdict['strict']:
+    return 1.0
+  if verdict['line']:
+    return min(1.0, (verdict['line'] - 1) / n_lines)
+  # Without a place: the code ended too early, or there was none.
+  at_end = 'End Of Stream' in verdict['message']
+  return (n_lines - 1) / n_lines if at_end else 0.0
+
+
+def check_answers(records: Sequence[records_lib.Record]) -> list[str]:
+  """Returns a line for each training answer that the compiler refuses."""
+  code = [(r, extract_code(chat_task.answer(r))) for r in records
+          if looks_like_code(chat_task.answer(r))]
+  try:
+    verdicts = compile_snippets([text for _, text in code])
+  except CompilerError:
+    return []  # The judge's note says so.
+  return [
+      f'{record.where}: the answer does not compile ({row["stage"]}, line'
+      f' {row["line"]} column {row["column"]}: {row["message"]})'
+      for (record, _), row in zip(code, verdicts) if not row['strict']]
+
+
+def _tried(prompts, pairs, answers, models):
+  """Returns {component, right, same_tags, why} of each pair, if decidable."""
+  jobs = [_job(*row) for row in zip(prompts, pairs, answers, models)]
+  asked = [i for i, job in enumerate(jobs) if job]
+  rows = [{} for _ in jobs]
+  again = []
+  for i, lines in zip(asked, run_js.run([jobs[i] for i in asked])):
+    rows[i] = _compared(prompts[i], answers[i], lines)
+    if rows[i].get('right') is False and len(lines) == 3 and all(
+        'reads' in line for line in lines[1:]):
+      aliases = compare.open_names(
+          lines[1], lines[2], compare.read_prompt(prompts[i]))
+      if aliases:
+        again.append((i, dataclasses.replace(jobs[i], aliases=aliases)))
+  # The same with the names that the prompt leaves open read as the answer's.
+  for (i, _), lines in zip(again, run_js.run([job for _, job in again])):
+    renamed = _compared(prompts[i], answers[i], lines)
+    if renamed.get('right'):
+      rows[i] = renamed
+  return rows
+
+
+def _job(prompt, codes, answer, model):
+  """Returns what to run, None if the reference has nothing to run."""
+  names = _defined(codes[1], model)
+  asked = [n for n in names if re.search(rf'\b{re.escape(n)}\b', prompt)]
+  if not model['strict']:
+    return None
+  if not asked and names:
+    # The prompt leaves the name open: the last definition is the whole of it.
+    asked = names[-1:]
+    others = _defined(codes[0], answer)
+    mine = {asked[0]: others[-1]} if others else {}
+  else:
+    mine = {}
+  return run_js.Pair(
+      {'js': model['js'], 'names': asked},
+      {'js': answer['js'], 'names': mine} if answer['strict'] else None,
+      examples=compare.read_prompt(prompt).quoted)
+
+
+def _defined(code, verdict):
+  """Returns the names that a file defines and does not import."""
+  own = re.findall(
+      r'^(?:async )?(?:(?:def|class) (\w+)|(\w+)(?:: [\w\[\]]+)? = )', code,
+      re.MULTILINE)
+  return [n for pair in own if (n := ''.join(pair)) in verdict['names']]
+
+
+def _compared(prompt, answer, lines):
+  if len(lines) < 2 or 'problem' in lines[0] or 'problem' in lines[1]:
+    return {}  # The reference itself cannot be tried.
+  reference = lines[1]
+  got = lines[2] if len(lines) == 3 else {}
+  why = ''
+  if not answer['strict']:
+    why = 'does not compile'
+  elif not got:
+    why = 'takes too much memory'
+  elif 'problem' in got:
+    why = got['problem']
+  if why:
+    got = {'load': [], 'traces': {}, 'reads': {}}
+  asked = compare.read_prompt(prompt)
+  row = {'component': compare.defined(reference, got)}
+  row['right'], difference = compare.same_behaviour(reference, got, asked)
+  row['same_tags'] = compare.same_tags(reference, got)
+  row = {k: v for k, v in row.items() if v is not None}
+  return row | ({'why': why or difference} if row else {})

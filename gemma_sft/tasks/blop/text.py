@@ -1,0 +1,84 @@
+"""What an answer's text tells: facts about Blop, habits of other languages."""
+
+import functools
+import importlib.resources
+import json
+import re
+from typing import Any
+
+_STRING = re.compile(r"'(?:\\.|[^'\\\n])*'|\"(?:\\.|[^\"\\\n])*\"|`[^`]*`")
+_COMMENT = re.compile(r'(?<!:)//[^\n]*|/\*.*?\*/', re.DOTALL)
+
+# What no Blop program has, looked for outside strings and comments. House style
+# and compiler agree on blanks inside the braces of an object, so `={x` is JSX.
+_HABITS = {name: re.compile(pattern, re.MULTILINE) for name, pattern in {
+    'semicolons': r';[ \t]*$',
+    'const, let, var': r'(?:^|[({])\s*(?:export )?(?:const|let|var) [\w{\[]',
+    'function': r'\bfunction\b\s*\w*\s*\(',
+    'export': r'^\s*export\b',
+    '===': r'[=!]==',
+    '? :': r' \?\s[^:\n]*\s?:\s',
+    '?. ??': r'\w\?\.\w|\s\?\?\s',
+    '++ --': r'\w\+\+|\w--(?!\w)|\+\+\w',
+    'else if': r'\}\s*else if\b',
+    'for (...)': r'\bfor (?:await )?\((?:const|let|var)?\s*\w+\s*(?:=|of|in)\b',
+    'switch': r'\bswitch \(',
+    'JSX attributes': r'\w=\{[^\s}]|\w=\{\{',
+    'JSX braces': r'(?<![=-])>\s*\{[^\s{]|^\s*\{[\w.]+(?:\}|\.map\(| && | \?)',
+    'JSX words': r'(?<![=-])>\s*[A-Z][a-z]*(?: [A-Za-z]\w*)+[.!?]?\s*</',
+    'className': r'\bclassName=|\bhtmlFor=',
+    'return (': r'\breturn \(\s*(?:<|$)|=> \(\s*(?:<|$)',
+    'def ... :': r'^\s*(?:async )?def \w+\(.*\)(?:\s*->\s*[\w\[\]]+)?:\s*$',
+    'if ... :': r'^\s*(?:if|elif|for|while|with|except|class)\b[^{\n]*:\s*$'
+                r'|^\s*(?:else|try|finally):\s*$',
+    'elif': r'\belif\b',
+    'None, True, False': r'\b(?:None|True|False)\b',
+    'self': r'\bself\b(?!\s*=)',
+    '# comments': r'^\s*#(?!\w*\d)',
+    'print': r'(?<![.\w])(?<!def )print\(',
+    'and, or, not': r'\bif not \w|\b\w+ (?:and|or) \w+.*[:{]\s*$',
+}.items()}
+# Within back-ticks, and before a quote.
+_RAW_HABITS = {'${...}': re.compile(r'`[^`]*\$\{'),
+               'f-strings': re.compile(r"(?<![\w'])f['\"]\w*[^'\"\n]*\{\w")}
+
+
+def habits(code: str) -> list[str]:
+  """Returns the habits of JavaScript, JSX and Python in an answer's code."""
+  found = [name for name, pattern in _RAW_HABITS.items()
+           if pattern.search(code)]
+  bare = _COMMENT.sub(' ', _STRING.sub("''", code))
+  return found + [name for name, pattern in _HABITS.items()
+                  if pattern.search(bare)]
+
+
+@functools.lru_cache
+def _facts() -> dict[str, Any]:
+  source = importlib.resources.files('gemma_sft.tasks.blop') / 'facts.json'
+  return json.loads(source.read_text(encoding='utf-8'))
+
+
+def knowledge(prompt: str, answer: str) -> dict[str, Any] | None:
+  """Returns what an answer knows about Blop: {knows, facts, wrong}.
+
+  `knows` is the share of the key facts, 0 if it says something wrong; `facts`
+  and `wrong` list them. None if no key facts are known for the question.
+  """
+  facts = _facts()
+  asked = facts['questions'].get(prompt.strip())
+  if asked is None:
+    if not re.fullmatch(
+        facts['general']['asks'], prompt.strip(), re.IGNORECASE):
+      return None
+    asked = 'general'
+  general = facts['general']
+  asked = general if asked == 'general' else asked
+  wrong = {**asked['wrong'], **(general['wrong'] if asked is general else {})}
+  stated = [name for name, pattern in asked['facts'].items()
+            if re.search(pattern, answer, re.IGNORECASE)]
+  mistaken = [name for name, pattern in wrong.items()
+              if re.search(pattern, answer, re.IGNORECASE if name != (
+                  'made by somebody else') else 0)]
+  share = 0.0 if mistaken else len(stated) / len(asked['facts'])
+  return {'knows': share, 'facts': ', '.join(stated),
+          'wrong': ', '.join(mistaken)}

@@ -1,0 +1,355 @@
+"""Classical Chinese poems, judged by form, rhyme book and tone pattern.
+
+The judge is strict where the genre is: rhymes are those of the Pingshui book,
+tone patterns those of regulated verse. Real poems do not always pass (many are
+in the older, free style), so each rate also stands relative to theirs.
+"""
+
+import collections
+import functools
+import hashlib
+import importlib.resources
+import itertools
+import json
+import re
+from typing import Any
+from typing import Sequence
+
+from gemma_sft import chat
+from gemma_sft import errors
+from gemma_sft import tasks
+from gemma_sft.inputs import records as records_lib
+from gemma_sft.tasks.poetry import pingshui
+
+HEADLINE = 'rhyme'
+LOWER_IS_BETTER = frozenset({'copied', 'repeated'})
+FIELDS = ('title', 'form', 'rhyme')
+
+# Characters a line x lines: (traditional, simplified) names.
+FORMS = {
+    '5x4': ('五言絕句', '五言绝句'),
+    '7x4': ('七言絕句', '七言绝句'),
+    '5x8': ('五言律詩', '五言律诗'),
+    '7x8': ('七言律詩', '七言律诗'),
+}
+# What share of real poems rhymes, and follows a tone pattern, by this judge:
+# tests/benchmarks/calibrate_poetry.py on 3,300 poems (790, 825, 835 and 850) by
+# Tang poets in github.com/chinese-poetry/chinese-poetry, old style and new.
+REAL_RHYME = {'5x4': 0.759, '7x4': 0.952, '5x8': 0.911, '7x8': 0.929}
+REAL_TONE = {'5x4': 0.549, '7x4': 0.862, '5x8': 0.775, '7x8': 0.847}
+
+_PROMPT = ('請以《{title}》為題，寫一首{form}{rhyme}。',
+           '请以《{title}》为题，写一首{form}{rhyme}。')
+# The rhyme and its commonest words: a poet writes with the rhyme book at hand.
+_RHYME = ('，押「{name}」韻（{words}）', '，押「{name}」韵（{words}）')
+_DEFAULT_FORM = '7x4'
+# Of a question that names no rhyme: among those that poets use most.
+_N_COMMON_RHYMES = 10
+_NAMES = {name: form for form, names in FORMS.items() for name in names} | {
+    '五絕': '5x4', '五绝': '5x4', '七絕': '7x4', '七绝': '7x4',
+    '五律': '5x8', '七律': '7x8'}
+_BREAK = re.compile(r'[，。！？；：、,.!?;\s]+')
+_HAN = re.compile('[\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]+')
+_MEANS = ('form', 'rhyme', 'asked_rhyme', 'tone', 'rhyme_of_real',
+          'tone_of_real', 'sentence_bleu4', 'copied', 'repeated')
+
+
+def to_messages(record: records_lib.Record) -> Sequence[chat.Message] | str:
+  """Returns a request for the poem by title, form and rhyme, and the poem.
+
+  Takes {title, text, form, rhyme} or chinese-poetry's {title, paragraphs}; text
+  without a title is trained as plain text. A title alone, or with a form, is a
+  question: the answer is ''. The request names the rhyme and twelve of its
+  words, see `asked_rhyme`; that of a poem without a level rhyme names none.
+
+  Raises:
+    UserError: if there is no poem, none of the four forms, or no such rhyme.
+  """
+  title = record.fields.get('title')
+  text = poem_text(record) if has_poem(record) else ''
+  if not title and text:
+    return text
+  if not title:
+    raise errors.UserError(
+        f'{record.where}: no title', 'what the poem is to be about',
+        'fill in the title')
+  form = asked_form(record)
+  if form not in FORMS:
+    raise errors.UserError(
+        f'{record.where}: the form is {form or "none that is known"!r}',
+        ', '.join(f'{k} {v[0]}' for k, v in FORMS.items()),
+        'remove the row, or mend its lines')
+  simplified = is_simplified(title + text + (
+      str(record.fields.get('form') or '')))
+  rhyme = ''
+  if asked := asked_rhyme(record):
+    rhyme = _RHYME[simplified].format(
+        name=asked[-1], words=rhyme_words()[asked])
+    rhyme = _converter('t2s').convert(rhyme) if simplified else rhyme
+  return [
+      chat.Message('user', _PROMPT[simplified].format(
+          title=title, form=FORMS[form][simplified], rhyme=rhyme)),
+      chat.Message('model', text)]
+
+
+def to_form(record: records_lib.Record) -> dict[str, str]:
+  """Returns what the request names; nothing of a poem without a title."""
+  title = record.fields.get('title')
+  return {'title': title, 'form': asked_form(record),
+          'rhyme': asked_rhyme(record)[-1:]} if title else {}
+
+
+def has_poem(record: records_lib.Record) -> bool:
+  """Whether a record has an answer, not the prompt alone."""
+  return not record.fields.keys() <= set(FIELDS)
+
+
+def poem_text(record: records_lib.Record) -> str:
+  """Returns the poem, a couplet a line."""
+  fields = record.fields
+  lines: Any = fields.get('paragraphs', fields.get('text'))
+  text = '\n'.join(lines) if isinstance(lines, list) else lines
+  if not isinstance(text, str) or not text.strip():
+    raise errors.UserError(
+        f'{record.where}: columns {", ".join(fields)}',
+        'text, or paragraphs as chinese-poetry has them',
+        "name your column: --config.data.columns='text=poem'")
+  return text.strip()
+
+
+def asked_form(record: records_lib.Record) -> str:
+  """Returns the form that a record asks for, as '5x4', or what it says."""
+  if form := record.fields.get('form'):
+    form = str(form).strip()
+    return _NAMES.get(form, form.lower().replace('×', 'x'))
+  return form_of(poem_text(record)) if has_poem(record) else _DEFAULT_FORM
+
+
+def asked_rhyme(record: records_lib.Record) -> str:
+  """Returns the rhyme that a record asks for, such as '下平八庚'.
+
+  That of its column `rhyme` (庚, 八庚 or 下平八庚); else that of its poem, ''
+  where the even lines share no level rhyme; else, for a question, one of the
+  commonest, by the title, the same each time.
+
+  Raises:
+    UserError: if the book has no such rhyme.
+  """
+  if asked := str(record.fields.get('rhyme') or '').strip():
+    for rhyme in rhyme_words():
+      if rhyme.endswith(to_traditional(asked)):
+        return rhyme
+    raise errors.UserError(
+        f'{record.where}: the rhyme is {asked!r}',
+        'a level rhyme of the Pingshui book: '
+        + ''.join(rhyme[-1] for rhyme in rhyme_words()),
+        'name one of these, or none')
+  if has_poem(record):
+    return pingshui.rhyme_of(split_lines(to_traditional(poem_text(record))))
+  common = list(rhyme_words())[:_N_COMMON_RHYMES]
+  title = str(record.fields.get('title'))
+  digest = hashlib.sha256(title.encode()).digest()
+  return common[digest[0] % len(common)]
+
+
+@functools.cache
+def rhyme_words() -> dict[str, str]:
+  """Returns the level rhymes, the commonest first, each with twelve words.
+
+  Rhymes and words by how often 2,653 rhyming Tang poems of the four forms
+  end a line in them (`calibrate_poetry.py --rhyme_words`); where those have
+  fewer than twelve, the book's first ones.
+  """
+  folder = importlib.resources.files('gemma_sft.tasks.poetry')
+  return json.loads((folder / 'rhyme_words.json').read_text(encoding='utf-8'))
+
+
+def form_of(text: str) -> str:
+  """Returns '5x4' and so on; '' for any other shape."""
+  lines = split_lines(text)
+  lengths = {len(line) for line in lines}
+  form = f'{lengths.pop()}x{len(lines)}' if len(lengths) == 1 else ''
+  return form if form in FORMS else ''
+
+
+def split_lines(text: str) -> list[str]:
+  """Returns the lines of a poem without punctuation, two of them a couplet."""
+  return [line for line in _BREAK.split(text) if line]
+
+
+def is_simplified(text: str) -> bool:
+  """Whether a text is written in simplified characters.
+
+  Characters of both scripts, such as 松, 里 or 峰, may be converted either way:
+  what no conversion to simplified changes, and one to traditional does, is
+  simplified.
+  """
+  return (_converter('t2s').convert(text) == text
+          and _converter('s2t').convert(text) != text)
+
+
+@functools.cache
+def _converter(name):
+  import opencc
+
+  return opencc.OpenCC(name)
+
+
+def to_traditional(text: str) -> str:
+  """Returns text in the script of the rhyme book.
+
+  Traditional text has characters that a conversion takes for simplified ones
+  (里, 松), so only text without a character of traditional script alone is
+  converted as a whole, else those that the book lacks.
+  """
+  to_t = _converter('s2t')
+  if _converter('t2s').convert(text) == text:
+    return to_t.convert(text)
+  return ''.join(c if pingshui.is_known(c) else to_t.convert(c) for c in text)
+
+
+def judge(
+    records: Sequence[records_lib.Record],
+    completions: Sequence[str],
+    training: Sequence[records_lib.Record] = (),
+) -> tasks.Judged:
+  """Scores poems; plain text is the poem that continues its first line.
+
+  Metrics, as shares of the poems: `form` (exactly the lines and characters
+  asked for, all Chinese), `rhyme` and `tone` (of those in form: see
+  `pingshui`), `asked_rhyme` (that of the request), `rhyme_of_real` and
+  `tone_of_real` (divided by the rate of real poems of the form, at most 1).
+  `bleu4` is the corpus BLEU-4 of characters with punctuation (sacrebleu,
+  tokenize='char') against the record's own poem, `sentence_bleu4` the mean over
+  poems. `distinct1` and `distinct2` are the
+  different characters and pairs of them, within lines, over all. Lower is
+  better: `copied` (share of a poem's lines that stand in a training poem; only
+  with `training`) and `repeated` (that stood in it before).
+  """
+  known = {line for record in training if has_poem(record)
+           for line in split_lines(to_traditional(poem_text(record)))}
+  rows, pairs = [], []
+  for record, completion in zip(records, completions, strict=True):
+    reference, head = _reference(record)
+    if head and not reference:
+      rows.append({})
+      continue
+    row = _judge_poem(asked_form(record), head, completion)
+    asked = asked_rhyme(record) if record.fields.get('title') else ''
+    if asked and 'rhyme' in row:
+      ends = [x[-1] for x in split_lines(to_traditional(completion))[1::2]]
+      row['asked_rhyme'] = row['rhyme'] and all(
+          asked in pingshui.level_rhymes(end) for end in ends)
+    if training:
+      lines = split_lines(to_traditional(completion))
+      row['copied'] = sum(x in known for x in lines) / max(1, len(lines))
+    if reference:
+      pairs.append((completion.strip(), reference))
+      row['sentence_bleu4'] = _sentence_bleu(*pairs[-1])
+    rows.append(row)
+  n_left_out = rows.count({})
+  metrics = {
+      name: min(1.0, sum(values) / max(1, len(values)))
+      for name in _MEANS
+      if (values := [row[name] for row in rows if name in row])
+      or name in ('form', 'rhyme', 'tone')}
+  if pairs:
+    metrics['bleu4'] = _corpus_bleu(pairs)
+  for size in (1, 2):
+    metrics[f'distinct{size}'] = _distinct(completions, size)
+  return tasks.Judged(
+      metrics | {'n': len(rows) - n_left_out}, rows,
+      f'{n_left_out} poems of plain text are one line of the file each, with'
+      ' nothing left to write: break them into couplets' if n_left_out else '')
+
+
+def _reference(record):
+  """Returns (what the model should write, what it was given of the poem)."""
+  if not has_poem(record):
+    return '', ''
+  text = poem_text(record)
+  if record.fields.get('title'):
+    return text, ''
+  head, _, rest = text.partition('\n')
+  return rest.strip(), head
+
+
+def _judge_poem(form, head, completion):
+  lines = split_lines(to_traditional(f'{head}\n{completion}'))
+  seen = collections.Counter(split_lines(completion))
+  row: dict[str, Any] = {
+      'repeated': sum(k - 1 for k in seen.values()) / max(1, seen.total())}
+  if form not in FORMS:
+    return row
+  fits = in_form(lines, form)
+  rhyme = pingshui.rhyme_of(lines) if fits else ''
+  faults = pingshui.tone_faults(lines) if fits else []
+  row |= {'form': fits, 'rhyme': bool(rhyme), 'tone': fits and not faults}
+  row['rhyme_of_real'] = row['rhyme'] / REAL_RHYME[form]
+  row['tone_of_real'] = row['tone'] / REAL_TONE[form]
+  return row | {'rhymes': rhyme, 'tone_faults': describe(lines, faults)}
+
+
+def in_form(lines: Sequence[str], form: str) -> bool:
+  """Whether these are the lines of a form such as '5x4', in Chinese."""
+  width, count = map(int, form.split('x'))
+  return len(lines) == count and all(
+      len(line) == width and _HAN.fullmatch(line) for line in lines)
+
+
+def describe(lines: Sequence[str], faults: Sequence[tuple]) -> str:
+  """Returns 'line 2 character 4 (風) wants 仄' and so on."""
+  return '; '.join(f'line {i} character {at} ({lines[i - 1][at - 1]}) wants'
+                   f' {tone}' for i, at, tone in faults)
+
+
+def _corpus_bleu(pairs):
+  from sacrebleu.metrics import bleu
+
+  answers, references = zip(*pairs)
+  score = bleu.BLEU(tokenize='char').corpus_score(answers, [references]).score
+  return min(1.0, score / 100)  # Rounding can leave it a hair above.
+
+
+def _sentence_bleu(answer, reference):
+  from sacrebleu.metrics import bleu
+
+  # Of a poem with fewer than four characters, the orders that it has.
+  metric = bleu.BLEU(tokenize='char', effective_order=True)
+  return min(1.0, metric.sentence_score(answer, [reference]).score / 100)
+
+
+def _distinct(completions, size):
+  grams = [line[i:i + size]
+           for c in completions for line in _HAN.findall(c)
+           for i in range(len(line) - size + 1)]
+  return len(set(grams)) / max(1, len(grams))
+
+
+def check_answers(records: Sequence[records_lib.Record]) -> list[str]:
+  """Returns a line for each training poem that its own judge would fail."""
+  problems = []
+  for record in records:
+    if not has_poem(record):
+      continue
+    text, form = poem_text(record), asked_form(record)
+    lines = split_lines(to_traditional(text))
+    if not form or not in_form(lines, form):
+      found = ', '.join(f'{len(list(same))} of {length} characters' for
+                        length, same in itertools.groupby(lines, len))
+      wrong = [f'lines: {found[:80]}; wanted: {form or ", ".join(FORMS)}'
+               ' (in a text file a blank line parts two poems)']
+    else:
+      faults = pingshui.tone_faults(lines)
+      wrong = [] if pingshui.rhyme_of(lines) else [
+          'the even lines have no rhyme in common ('
+          + ''.join(line[-1] for line in lines[1::2]) + ')']
+      asked = asked_rhyme(record)
+      if not wrong and not all(asked in pingshui.level_rhymes(line[-1])
+                               for line in lines[1::2]):
+        wrong = [f'it rhymes in {pingshui.rhyme_of(lines)}, and its column'
+                 f' rhyme asks for {asked}']
+      wrong += [describe(lines, faults[:2])] if faults else []
+    if wrong:
+      problems.append(f'{record.where}: {"; ".join(wrong)}')
+  return problems

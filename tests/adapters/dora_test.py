@@ -1,0 +1,160 @@
+"""DoRA: what defines it (arXiv 2402.09353), and that all of the code agrees."""
+
+import functools
+
+import conftest
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_sft import model as model_lib
+from gemma_sft.adapters import dora
+from gemma_sft.adapters import lora
+from gemma_sft.adapters import projections
+from gemma_sft.nn import blocks
+from gemma_sft.nn import quantize
+
+_SCALE, _T = 2.0, 12
+_KINDS = {
+    '1_fused': dict(generation=1, num_kv_heads=4),
+    '2': dict(generation=2),  # Its gating is not transposed.
+    '3': dict(generation=3),
+    '4': dict(generation=4),
+}
+
+
+@functools.cache
+def _model(kind):
+  return model_lib.make_model('custom', **conftest.DIMENSIONS | _KINDS[kind])
+
+
+@functools.cache
+def _params(kind):
+  return conftest.make_params(_model(kind))
+
+
+def _fresh(kind, targets='attn/|mlp/', params=None):
+  transposed = _model(kind).transposed_gating
+  adapters = lora.init_adapters(
+      _params(kind), rank=3, targets=targets, seed=0,
+      transposed_gating=transposed)
+  return lora.add_magnitudes(
+      adapters, params or _params(kind), transposed_gating=transposed)
+
+
+def _trained(kind, targets='attn/|mlp/'):
+  rng = np.random.default_rng(1)
+  return jax.tree.map(
+      lambda leaf: leaf + jnp.asarray(
+          rng.normal(0, 0.2, leaf.shape), jnp.float32), _fresh(kind, targets))
+
+
+@functools.partial(jax.jit, static_argnames=('kind', 'layers'))
+def _hidden(kind, params, adapters=None, layers='scan'):
+  tokens_BT = jnp.asarray(
+      np.random.default_rng(0).integers(3, 512, (2, _T)), jnp.int32)
+  return model_lib.hidden_states(
+      _model(kind), params, tokens_BT,
+      jnp.broadcast_to(jnp.arange(_T)[None], (2, _T)),
+      jnp.ones_like(tokens_BT), adapters=adapters, lora_scale=_SCALE,
+      execution=blocks.Execution(layers=layers))
+
+
+def _assert_close(got, wanted, tolerance=1e-5):  # f32 sums in another order.
+  np.testing.assert_allclose(
+      got, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+
+
+def test_by_hand():
+  # One output, two inputs: W + s B A = (3, 4), whose norm is 5.
+  projection = projections.BY_LAYER['linear'][0]
+  weight_FD = jnp.asarray([[1.0], [4.0]])
+  a_FR, b_RD = jnp.asarray([[1.0], [0.0]]), jnp.asarray([[1.0]])
+  m_D = jnp.asarray([10.0])
+  factor_D = dora.factor(projection, weight_FD, a_FR, b_RD, m_D, 2.0)
+  np.testing.assert_allclose(factor_D, [2.0], rtol=1e-6)  # f32.
+  total_FD = weight_FD + projections.update(projection, a_FR, b_RD, 2.0)
+  np.testing.assert_allclose(
+      dora.rescale_weight(projection, total_FD, m_D), [[6.0], [8.0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize('kind', _KINDS)
+def test_it_begins_as_the_untouched_model(kind):
+  _assert_close(
+      _hidden(kind, _params(kind), _fresh(kind)), _hidden(kind, _params(kind)))
+
+
+@pytest.mark.parametrize('layers', ('loop', 'scan'))
+@pytest.mark.parametrize('kind', _KINDS)
+def test_merged_weights_compute_the_same(kind, layers):
+  adapters = _trained(kind)
+  merged = lora.merge(_params(kind), adapters, _SCALE,
+                      transposed_gating=_model(kind).transposed_gating)
+  got = _hidden(kind, _params(kind), adapters, layers)
+  _assert_close(got, _hidden(kind, merged), 1e-4)  # Merging rounds, in f32.
+  # The magnitudes did something.
+  plain = jax.tree_util.tree_map_with_path(
+      lambda path, leaf, fresh: fresh if path[-1].key == 'm' else leaf,
+      adapters, _fresh(kind))
+  assert np.abs(got - _hidden(kind, _params(kind), plain)).max() > 0.05
+
+
+def test_the_columns_of_a_merged_weight_have_the_trained_magnitudes():
+  adapters = _trained('3')
+  merged = lora.merge(_params('3'), adapters, _SCALE, transposed_gating=True)
+  layer = merged['layer_1']
+  magnitude = {k: v for k, v in adapters['layer_1']['attn'][
+      'kv_einsum'].items()}
+  kv_CKDH = layer['attn']['kv_einsum']['w']
+  for slot, name in enumerate('kv'):
+    _assert_close(np.linalg.norm(kv_CKDH[slot], axis=1),
+                  np.abs(magnitude[name]['m']))
+  down_FD = layer['mlp']['linear']
+  _assert_close(np.linalg.norm(down_FD, axis=0),
+                np.abs(adapters['layer_1']['mlp']['linear']['down']['m']))
+
+
+def test_the_norm_is_a_constant_of_the_gradient():
+  # Then the gradient of B is m / ||.|| times that of plain LoRA, section 4.3.
+  rng = np.random.default_rng(0)
+  weight_FD, a_FR, b_RD, x_BTF = (
+      jnp.asarray(rng.normal(0, 1, shape), jnp.float32)
+      for shape in ((6, 5), (6, 2), (2, 5), (1, 3, 6)))
+  m_D = jnp.arange(1.0, 6.0)
+  y_BTD = jnp.einsum('BTF,FD->BTD', x_BTF, weight_FD)
+
+  def out(b_RD, factors):
+    here = {'mlp': {'linear': {'down': {'a': a_FR, 'b': b_RD, **factors}}}}
+    return jnp.sum(lora.add_update(
+        here, ('mlp', 'linear'), x_BTF, y_BTD, 2.0, None,
+        weight=lambda: weight_FD)[..., 3])
+
+  plain = jax.grad(out)(b_RD, {})
+  got = jax.grad(out)(b_RD, {'m': m_D})
+  norm = np.linalg.norm(weight_FD + 2.0 * a_FR @ b_RD, axis=0)
+  np.testing.assert_allclose(got, plain * (m_D / norm)[None], rtol=1e-5)
+
+
+@pytest.mark.parametrize('layers', ('loop', 'scan'))
+def test_layers_without_an_adapter_stay_as_they_are(layers):
+  adapters = _trained('3', 'layer_1/')
+  assert list(adapters) == ['layer_1']
+  merged = lora.merge(_params('3'), adapters, _SCALE, transposed_gating=True)
+  got = _hidden('3', _params('3'), adapters, layers)
+  _assert_close(got, _hidden('3', merged), 1e-4)  # Merging rounds, in f32.
+  stacked = lora.merge(
+      blocks.stack(_params('3')), adapters, _SCALE, transposed_gating=True)
+  _assert_close(_hidden('3', stacked), _hidden('3', merged), 1e-5)
+  grads = jax.grad(lambda a: _hidden('3', _params('3'), a, layers).sum())(
+      adapters)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+def test_magnitudes_of_a_quantised_base_are_those_it_dequantises_to():
+  quantised = jax.tree_util.tree_map_with_path(
+      lambda path, leaf: quantize.quantize(np.asarray(leaf), 'int4')
+      if quantize.is_quantized('/'.join(k.key for k in path)) else leaf,
+      _params('3'))
+  adapters = _fresh('3', params=model_lib.dense(quantised))
+  _assert_close(_hidden('3', quantised, adapters), _hidden('3', quantised))

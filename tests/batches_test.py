@@ -1,0 +1,427 @@
+"""One order of batches: every example, everywhere, after every resume."""
+
+import collections
+import dataclasses
+
+import hypothesis
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+
+from gemma_sft import batches as batches_lib
+from gemma_sft import chat
+from gemma_sft import errors
+
+_KEYS = ('tokens', 'targets', 'positions', 'segment_ids', 'loss_mask')
+
+
+def _example(number, length):
+  """An example of `length` input tokens that all tell its number."""
+  tokens = np.full(length + 1, 10 + number, np.int32)
+  tokens[0], tokens[-1] = 2, 1
+  mask = np.arange(length + 1) >= (length + 2) // 2
+  return chat.Example(
+      tokens, mask, target_bytes=length, target_characters=length,
+      where=f'f:{number}')
+
+
+def _examples(lengths):
+  return [_example(i, length) for i, length in enumerate(lengths)]
+
+
+def _layout(**changes):
+  return batches_lib.Layout(**dict(batch_size=4, max_length=16) | changes)
+
+
+def _assert_equal(one, other):
+  assert one.keys() == other.keys()
+  for key in one:
+    np.testing.assert_array_equal(one[key], other[key], err_msg=key)
+
+
+@st.composite
+def _settings(draw):
+  microbatches, groups = draw(st.sampled_from(
+      [(1, 1), (2, 1), (1, 2), (2, 2)]))
+  packing = draw(st.booleans())
+  layout = _layout(
+      batch_size=microbatches * groups * draw(st.integers(1, 3)),
+      packing=packing, repeat=draw(st.integers(1, 3)),
+      buckets=() if packing else draw(st.sampled_from(
+          [(), (16,), (4, 9, 16), (5, 40)])),
+      microbatches=microbatches, groups=groups)
+  lengths = draw(st.lists(st.integers(2, 16), min_size=1, max_size=20))
+  return layout, lengths, draw(st.one_of(st.none(), st.integers(0, 99)))
+
+
+_MANY = hypothesis.settings(max_examples=60, deadline=None)
+
+
+# The plan ---------------------------------------------------------------------
+
+
+@_MANY
+@hypothesis.given(_settings(), st.integers(0, 3))
+def test_an_epoch_holds_every_example_and_no_row_is_over_full(settings, epoch):
+  layout, lengths, seed = settings
+  plan = batches_lib.plan_epoch(lengths, layout, seed=seed, epoch=epoch)
+  seen = collections.Counter(i for _, rows in plan for row in rows for i in row)
+  assert seen == {i: layout.repeat for i in range(len(lengths))}
+  for T, rows in plan:
+    assert len(rows) == layout.batch_size
+    assert T in (layout.buckets or (layout.max_length,))
+    assert any(rows), 'a batch of padding alone'
+    for row in rows:
+      assert sum(lengths[i] for i in row) <= T
+      assert layout.packing or len(row) <= 1
+
+
+@_MANY
+@hypothesis.given(_settings(), st.integers(0, 3))
+def test_the_order_is_a_function_of_seed_and_epoch(settings, epoch):
+  layout, lengths, seed = settings
+  again = batches_lib.plan_epoch(lengths, layout, seed=seed, epoch=epoch)
+  assert again == batches_lib.plan_epoch(
+      lengths, layout, seed=seed, epoch=epoch)
+
+
+@pytest.mark.parametrize('packing', (True, False))
+@pytest.mark.parametrize('same_length', (True, False))
+def test_epochs_and_seeds_differ(packing, same_length):
+  lengths = [8] * 40 if same_length else [3 + i % 9 for i in range(40)]
+  layout = _layout(packing=packing)
+  plans = [str(batches_lib.plan_epoch(lengths, layout, seed=seed, epoch=epoch))
+           for seed in (0, 1, None) for epoch in (0, 1)]
+  assert len(set(plans)) == 5
+  assert plans[4] == plans[5]  # Without a seed there is no shuffling.
+
+
+def test_without_packing_or_seed_the_order_is_that_of_the_data():
+  plan = batches_lib.plan_epoch(
+      [3, 4, 5], _layout(packing=False, batch_size=2), seed=None, epoch=0)
+  assert plan == [(16, [[0], [1]]), (16, [[2], []])]
+
+
+def test_an_example_goes_to_the_smallest_bucket_that_holds_it():
+  plan = batches_lib.plan_epoch(
+      [4, 5, 8, 9, 1], _layout(packing=False, batch_size=1, buckets=(4, 8, 16)),
+      seed=None, epoch=0)
+  assert {rows[0][0]: T for T, rows in plan} == {0: 4, 1: 8, 2: 8, 3: 16, 4: 4}
+
+
+# Lengths in tokens like those of public data, rendered for Gemma 3.
+_REAL = {
+    'code, 98 pairs in five passes': lambda rng: 5 * [290, *np.clip(
+        rng.lognormal(4.1, 0.5, 97), 18, 280).astype(int).tolist()],
+    'poems of four forms': lambda rng: [
+        int(n) for mean in (46, 54, 70, 88)
+        for n in rng.normal(mean, 4, 400).clip(40, 183)],
+    'questions with the tables of ten databases': lambda rng: [
+        int(n) for base in (90, 100, 130, 150, 180, 210, 230, 250, 340, 355)
+        for n in base + rng.integers(0, 30, 60)],
+    'any up to 200': lambda rng: rng.integers(30, 201, 300).tolist(),
+}
+
+
+def _share(lengths, plan):
+  places = sum(T * len(rows) for T, rows in plan)
+  return sum(lengths[i] for _, rows in plan for r in rows for i in r) / places
+
+
+@pytest.mark.parametrize('kind', _REAL)
+@pytest.mark.parametrize('batch_size', (2, 8))
+def test_packing_fills_at_least_97_percent(kind, batch_size):
+  lengths = _REAL[kind](np.random.default_rng(0))
+  layout = _layout(max_length=512, batch_size=batch_size, repeat=2)
+  for seed in range(3):
+    plan = batches_lib.plan_epoch(lengths, layout, seed=seed, epoch=0)
+    assert _share(lengths, plan) >= 0.97
+    seen = collections.Counter(
+        i for _, rows in plan for row in rows for i in row)
+    assert seen == {i: 2 for i in range(len(lengths))}
+
+
+def test_rows_are_as_few_as_the_tokens_need():
+  lengths = _REAL['poems of four forms'](np.random.default_rng(0))
+  plan = batches_lib.plan_epoch(
+      lengths, _layout(max_length=512, batch_size=1), seed=0, epoch=0)
+  # One more at most: all epochs have as many as the order of lengths needs.
+  assert 0 <= len(plan) - -(-sum(lengths) // 512) <= 1
+
+
+def test_rows_mix_lengths():
+  lengths = _REAL['poems of four forms'](np.random.default_rng(0))
+  plan = batches_lib.plan_epoch(
+      lengths, _layout(max_length=512, batch_size=1), seed=0, epoch=0)
+  means = [np.mean([lengths[i] for i in row]) for _, [row] in plan]
+  # Seven lengths drawn at random have means that scatter by std / sqrt(7).
+  assert np.std(means) < 1.5 * np.std(lengths) / 7**0.5
+
+
+def test_the_order_of_lengths_comes_where_it_saves_a_batch():
+  lengths = _REAL['questions with the tables of ten databases'](
+      np.random.default_rng(1))
+  layout = _layout(max_length=512, batch_size=1)
+  order = list(range(len(lengths)))
+  mixed, dense = (
+      batches_lib._pack(order, lengths, 512, mixed=mixed)
+      for mixed in (True, False))
+  assert len(dense) < len(mixed)
+  assert batches_lib._pack_batches(order, lengths, layout) == dense
+  # Not where the batches are as many.
+  assert batches_lib._pack_batches(
+      order, lengths, _layout(max_length=512, batch_size=1000)) == mixed
+
+
+@pytest.mark.parametrize('lengths', ([], [7], [3, 5], [4, 6, 9], [1], [40, 2]))
+def test_sums_of_lengths(lengths):
+  is_sum, generators = batches_lib._sums(lengths, 30)
+  wanted = {0}
+  for _ in range(30):
+    wanted |= {a + b for a in wanted for b in lengths if a + b <= 30}
+  assert set(np.flatnonzero(is_sum).tolist()) == wanted
+  assert generators <= set(lengths)
+  assert batches_lib._sums(generators, 30)[0].tolist() == is_sum.tolist()
+
+
+@pytest.mark.parametrize('changes, got', (
+    (dict(batch_size=6, microbatches=2, groups=2), 'batch_size is 6'),
+    (dict(batch_size=0), 'batch_size is 0'),
+    (dict(packing=False, buckets=(4, 8)), r'buckets is \(4, 8\)'),
+    (dict(packing=False, buckets=(16, 8)), r'buckets is \(16, 8\)'),
+    (dict(packing=False, buckets=(8, 8, 16)), r'buckets is \(8, 8, 16\)'),
+))
+def test_a_layout_that_does_not_work_out_is_refused(changes, got):
+  with pytest.raises(errors.UserError, match=got):
+    _layout(**changes)
+
+
+def test_the_fix_of_a_batch_size_works():
+  with pytest.raises(errors.UserError, match='batch_size=8'):
+    _layout(batch_size=6, microbatches=2, groups=2)
+  _layout(batch_size=8, microbatches=2, groups=2)
+
+
+# The batches ------------------------------------------------------------------
+
+
+def test_a_packed_row_token_by_token():
+  examples = [_example(0, 4), _example(1, 3)]
+  batch = batches_lib.Batches(
+      examples, _layout(max_length=8, batch_size=1), seed=None)[0]
+  expected = dict(
+      #            first           second      padding
+      tokens=     [2, 10, 10, 10,  2, 11, 11,  0],
+      targets=    [10, 10, 10, 1,  11, 11, 1,  0],
+      positions=  [0, 1, 2, 3,     0, 1, 2,    0],
+      segment_ids=[1, 1, 1, 1,     2, 2, 2,    0],
+      loss_mask=  [0, 0, 1, 1,     0, 1, 1,    0])
+  for key, value in expected.items():
+    np.testing.assert_array_equal(batch[key], [[value]], err_msg=key)
+    assert batch[key].dtype == (bool if key == 'loss_mask' else np.int32)
+  np.testing.assert_array_equal(batch['rows'], [[0]])
+  assert batch['n_tokens'] == 7
+  # 4 trained, of a share of 8: a multiple of its eighth.
+  assert batch['max_trained'] == 4
+
+
+def _segments(batch):
+  """Returns (tokens and last target, loss mask) of each segment."""
+  found = []
+  T = batch['tokens'].shape[-1]
+  flat = {key: batch[key].reshape(-1, T) for key in _KEYS}
+  for r in range(len(flat['tokens'])):
+    ids = flat['segment_ids'][r]
+    for segment in range(1, ids.max() + 1):
+      at = np.flatnonzero(ids == segment)
+      assert (np.diff(at) == 1).all()
+      np.testing.assert_array_equal(flat['positions'][r][at],
+                                    np.arange(len(at)))
+      tokens, targets = flat['tokens'][r][at], flat['targets'][r][at]
+      np.testing.assert_array_equal(tokens[1:], targets[:-1])
+      found.append(((*tokens.tolist(), int(targets[-1])),
+                    tuple(flat['loss_mask'][r][at].tolist())))
+    padding = ids == 0
+    for key in _KEYS:
+      assert not flat[key][r][padding].any(), key
+  return found
+
+
+@_MANY
+@hypothesis.given(_settings())
+def test_batches_hold_the_examples_whole_and_alone(settings):
+  layout, lengths, seed = settings
+  examples = _examples(lengths)
+  source = batches_lib.Batches(examples, layout, seed=seed)
+  batches = [source[i] for i in range(len(source))]
+  found = collections.Counter(s for b in batches for s in _segments(b))
+  assert found == collections.Counter({
+      (tuple(e.tokens.tolist()), tuple(e.loss_mask[1:].tolist())):
+      layout.repeat for e in examples})
+  assert sum(b['n_tokens'] for b in batches) == sum(lengths) * layout.repeat
+  assert source.target_bytes() == sum(lengths) * layout.repeat
+
+
+@_MANY
+@hypothesis.given(_settings())
+def test_no_device_share_trains_more_than_the_bound(settings):
+  layout, lengths, seed = settings
+  source = batches_lib.Batches(_examples(lengths), layout, seed=seed)
+  bounds = collections.defaultdict(set)
+  for i in range(len(source)):
+    batch = source[i]
+    shares = batch['loss_mask'].reshape(
+        layout.microbatches * layout.groups, -1).sum(axis=1)
+    assert 1 <= shares.max() <= batch['max_trained']
+    bounds[batch['tokens'].shape[-1]].add(int(batch['max_trained']))
+  # Each bound is a program to compile.
+  assert all(len(b) == 1 for b in bounds.values())
+
+
+@pytest.mark.parametrize('packing', (True, False))
+@pytest.mark.parametrize('n_hosts', (2, 4))
+def test_hosts_share_one_global_batch(packing, n_hosts):
+  examples = _examples([3 + i % 9 for i in range(30)])
+  layout = _layout(batch_size=16, microbatches=2, groups=4, packing=packing)
+  whole = batches_lib.Batches(examples, layout, seed=3)
+  hosts = [batches_lib.Batches(examples, layout, seed=3, shards=shards)
+           for shards in np.split(np.arange(4), n_hosts)]
+  for i in range(len(whole)):
+    parts = [host[i] for host in hosts]
+    for key in (*_KEYS, 'rows'):
+      assert {p[key].shape[1] for p in parts} == {8 // n_hosts}
+      np.testing.assert_array_equal(
+          np.concatenate([p[key] for p in parts], axis=1), whole[i][key])
+    for key in ('max_trained', 'n_tokens', 'digest'):
+      for part in parts:
+        np.testing.assert_array_equal(part[key], whole[i][key])
+
+
+def test_a_host_may_hold_any_shards():
+  # On a torus of chips those of one host do not follow each other.
+  layout = _layout(batch_size=8, groups=4)
+  examples = _examples([3 + i % 9 for i in range(30)])
+  whole = batches_lib.Batches(examples, layout, seed=3)[1]
+  part = batches_lib.Batches(examples, layout, seed=3, shards=(1, 3))[1]
+  for key in (*_KEYS, 'rows'):
+    np.testing.assert_array_equal(part[key], whole[key][:, [2, 3, 6, 7]])
+
+
+def test_rows_are_numbered_through_the_run():
+  source = batches_lib.Batches(
+      _examples([5] * 8), _layout(packing=False, microbatches=2), seed=0,
+      epochs=2)
+  rows = [source[i]['rows'] for i in range(len(source))]
+  np.testing.assert_array_equal(rows, np.arange(16).reshape(4, 2, 2))
+
+
+def test_epochs_follow_one_another():
+  source = batches_lib.Batches(
+      _examples([5] * 8), _layout(packing=False), seed=0, epochs=3)
+  assert (source.batches_per_epoch, len(source)) == (2, 6)
+  orders = [source[2 * e]['tokens'].tobytes() + source[2 * e + 1]['tokens']
+            .tobytes() for e in range(3)]
+  assert len(set(orders)) == 3
+  endless = batches_lib.Batches(
+      _examples([5] * 8), _layout(packing=False), seed=0, epochs=None)
+  assert len(endless) > 10**9
+  # In any order of access.
+  _assert_equal(endless[5], source[5])
+  _assert_equal(endless[0], source[0])
+
+
+# Resume -----------------------------------------------------------------------
+
+
+def _source(packing=True, **changes):
+  lengths = np.random.default_rng(1).integers(2, 17, 40).tolist()
+  return batches_lib.Batches(
+      _examples(lengths), _layout(packing=packing, repeat=2, groups=2), seed=7,
+      epochs=None, **changes)
+
+
+@pytest.mark.parametrize('packing', (True, False))
+@pytest.mark.parametrize('k', (0, 1, 7, 25))
+def test_an_iterator_goes_on_where_its_state_was_taken(packing, k):
+  iterator = batches_lib.make_iterator(_source(packing))
+  for _ in range(k):
+    next(iterator)
+  # The threads have fetched more by now than were consumed.
+  state = iterator.get_state()
+  resumed = batches_lib.make_iterator(_source(packing), state=state)
+  source = _source(packing)
+  for i in range(k, k + 12):
+    wanted = source[i]
+    _assert_equal(next(resumed), wanted)
+    _assert_equal(next(iterator), wanted)
+
+
+def test_the_state_does_not_know_the_number_of_hosts():
+  one = batches_lib.make_iterator(_source())
+  second = batches_lib.make_iterator(_source(shards=(1,)))
+  for _ in range(5):
+    next(one), next(second)
+  assert one.get_state() == second.get_state()
+  # And either goes on from the other's.
+  resumed = batches_lib.make_iterator(_source(), state=second.get_state())
+  _assert_equal(next(resumed), next(one))
+
+
+def test_the_chain_grows_with_the_batches_consumed():
+  source = _source()
+  iterator = batches_lib.make_iterator(source)
+  chain = batches_lib.EMPTY_CHAIN
+  for n in range(1, 13):
+    chain = batches_lib.extend_chain(chain, next(iterator)['digest'].tobytes())
+    assert chain == batches_lib.chain_of(source, n)
+  assert batches_lib.chain_of(source, 0) == batches_lib.EMPTY_CHAIN
+  assert batches_lib.chain_of(_source(shards=(1,)), 12) == chain
+
+
+def _chain(examples, layout=None, seed=0):
+  return batches_lib.chain_of(
+      batches_lib.Batches(
+          examples, layout or _layout(), seed=seed, epochs=None), 4)
+
+
+def test_the_chain_changes_with_what_reaches_the_model():
+  examples = _examples([3 + i % 9 for i in range(20)])
+  chains = {'as it was': _chain(examples)}
+  tokens = examples[3].tokens.copy()
+  tokens[1] += 1
+  mask = examples[3].loss_mask.copy()
+  mask[-2] = ~mask[-2]
+  for name, changes in (('token', dict(tokens=tokens)),
+                        ('mask', dict(loss_mask=mask))):
+    changed = list(examples)
+    changed[3] = dataclasses.replace(examples[3], **changes)
+    chains[name] = _chain(changed)
+  chains['example less'] = _chain(examples[:-1])
+  chains['order'] = _chain(examples[::-1])
+  chains['seed'] = _chain(examples, seed=1)
+  chains['batch size'] = _chain(examples, _layout(batch_size=2))
+  chains['row length'] = _chain(examples, _layout(max_length=17))
+  chains['packing'] = _chain(examples, _layout(packing=False))
+  chains['repeat'] = _chain(examples, _layout(repeat=2))
+  assert len(set(chains.values())) == len(chains)
+  # Names of files are not data.
+  renamed = [dataclasses.replace(e, where='other') for e in examples]
+  assert _chain(renamed) == chains['as it was']
+
+
+@pytest.mark.parametrize('batch_size', (1, 2, 8))
+@pytest.mark.parametrize('seed', range(6))
+def test_every_epoch_has_as_many_batches_and_every_example(seed, batch_size):
+  # Lengths at which the order decides how many rows are needed.
+  lengths = np.random.default_rng(seed).integers(40, 130, 90).tolist()
+  layout = batches_lib.Layout(
+      batch_size=batch_size, max_length=256, packing=True)
+  counts = set()
+  for epoch in range(8):
+    plan = batches_lib.plan_epoch(lengths, layout, seed=seed, epoch=epoch)
+    counts.add(len(plan))
+    rows = [row for _, batch in plan for row in batch]
+    assert sorted(i for row in rows for i in row) == list(range(90))
+    assert all(sum(lengths[i] for i in row) <= 256 for row in rows)
+    assert all(any(batch) for _, batch in plan)  # None is empty.
+  assert len(counts) == 1

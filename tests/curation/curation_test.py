@@ -1,0 +1,536 @@
+"""Cleaning: what is repaired, what is left alone, and the traps of scripts."""
+
+import re
+import unicodedata
+
+import hypothesis
+from hypothesis import strategies as st
+import pytest
+
+from gemma_sft import errors
+from gemma_sft.curation import augment
+from gemma_sft.curation import characters
+from gemma_sft.curation import duplicates
+from gemma_sft.curation import report
+from gemma_sft.curation import romanise
+from gemma_sft.curation import splits
+from gemma_sft.curation import table
+from gemma_sft.curation import words
+
+_FEW = hypothesis.settings(
+    max_examples=150, deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow])
+# Letters, marks, joiners, spaces and markup of the scripts that matter here.
+_TEXTS = st.text(
+    st.sampled_from('aZé 3<>&;/bp\n\t\u00a0\u200b\u200c\u200d"।,，“'
+                    'कजाि़्ंআযড়়র্য春眠❤👩♪'), max_size=24)
+_NAMES = st.sampled_from(
+    ['&amp;', '&lt;', '&#39;', '&nbsp;', '<br>', '<b>', '</b>', '<p>', '</p>',
+     '<', '>', '&', 'a', ' ', '\n', '3', 'â€™', 'ज़', '<div class="x">'])
+_MARKUP = st.lists(_NAMES, max_size=10).map(''.join)
+_STEPS = (characters.strip_html, characters.repair_encoding,
+          characters.remove_invisible, characters.compose_nukta,
+          characters.regular_whitespace, characters.lower)
+
+
+def _rows(*fields, start=1):
+  return [table.Row(f'f:{i}', f) for i, f in enumerate(fields, start)]
+
+
+# Characters -------------------------------------------------------------------
+
+
+@_FEW
+@hypothesis.given(text=_TEXTS | _MARKUP)
+@pytest.mark.parametrize('step', _STEPS, ids=lambda f: f.__name__)
+def test_a_clean_text_stays_as_it_is(step, text):
+  once = step(text)
+  assert step(once) == once
+
+
+@_FEW
+@hypothesis.given(text=_TEXTS | _MARKUP)
+def test_the_steps_together_leave_a_clean_text(text):
+  def clean(text):
+    for step in _STEPS:
+      text = step(text)
+    return text
+
+  # A second pass may find a tag or an entity that an invisible character
+  # divided (&am\u200bp;), a third never has work.
+  twice = clean(clean(text))
+  assert clean(twice) == twice
+
+
+@pytest.mark.parametrize('text', (
+    'I <3 you & 3 > 2', 'x<y and y>z', 'if a <b and c> d', 'R&D, ?a=1&copy=2',
+    'तुझे देखा तो ये', '春眠不覺曉，處處聞啼鳥。', '“a” ‘b’', 'a <x1> b',
+    'র‍্যাব', 'क्‌ष', 'می‌خواهم', '👩‍👩‍👧', 'naïve café', 'एक।\nदो॥\n\nतीन'))
+def test_what_is_right_is_not_touched(text):
+  for step in _STEPS[:-1]:
+    assert step(text) == text
+
+
+@pytest.mark.parametrize('raw, text', (
+    ('a<br />\nb<br>c', 'a\nb\nc'),
+    ('<div class="x">one</div><div>two</div>three', 'one\ntwo\nthree'),
+    ('<p>a</p><p>b</p>', 'a\n\nb'),
+    ('it&#39;s &lt;3&nbsp;me', "it's <3\u00a0me"),
+    ('a &amp;amp; b &lt;br&gt; c', 'a & b \nc'),
+    ('x<script>alert("<b>")</script><style>b{}</style>y', 'xy'),
+    ('<html><head><title>T</title></head><body>hi <b>you</b>', 'hi you'),
+    ('x<y <b>and</b> z', 'x<y and z'),
+    ('?a&copy=1 &amp; <b>x', '?a&copy=1 & x'), ('a<!-- <b> -->b', 'ab'),
+    ('<i title="a>b">x</i>', 'x'),
+    ('I <3 <b>you</b> & 3 > 2', 'I <3 you & 3 > 2')))
+def test_html_is_what_a_browser_shows(raw, text):
+  assert characters.strip_html(raw).strip('\n') == text
+
+
+def test_unicode_repair():
+  def repair(text):
+    return characters.compose_nukta(
+        characters.remove_invisible(characters.repair_encoding(text)))
+
+  assert repair('modelâ€™s ðŸ‘‰') == 'model’s 👉'
+  # The default of ftfy makes a comma and straight quotes of these.
+  assert repair('春，“眠”') == '春，“眠”'
+  assert repair('e\u0301 \ufeffa\u200bb\u00ad \ufb01') == 'é ab fi'
+
+
+@pytest.mark.parametrize('text, kept', (
+    ('ক\u200dখ', True), ('क्\u200dष', True), ('क्\u200c', True),
+    ('می\u200cخواهم', True), ('👩\u200d👧', True), ('a\u200db', False),
+    ('क \u200dख', False), ('क\u200c', False), ('\u200dक', False),
+    ('春\u200c眠', False), ('👩\u200c👧', False)))
+def test_joiners_stay_where_they_mean_something(text, kept):
+  bare = re.sub('[\u200c\u200d]', '', text)
+  assert characters.remove_invisible(text) == (text if kept else bare)
+
+
+def test_nukta_letters_are_one_character():
+  for pair, letter in (('ज\u093c', '\u095b'), ('য\u09bc', '\u09df'),
+                       ('ড\u09bc', '\u09dc'), ('ঢ\u09bc', '\u09dd')):
+    # NFC alone takes them apart.
+    assert unicodedata.normalize('NFC', letter) == pair
+    assert characters.compose_nukta(pair) == letter
+    assert characters.compose_nukta(letter) == letter
+  # After the vowel sign, and twice.
+  assert characters.compose_nukta('ग\u0948\u093cब') == '\u095a\u0948ब'
+  assert characters.compose_nukta('ज\u093cि\u093c') == '\u095bि'
+  # A letter that Unicode has not with a nukta keeps it.
+  assert characters.compose_nukta('अ\u093c') == 'अ\u093c'
+
+
+def test_whitespace():
+  assert characters.regular_whitespace(
+      ' a\u00a0\t b \r\n\r\n\n\u3000c\u2028d \n') == 'a b\n\nc\nd'
+
+
+def test_capitals_inside_words_tell_romanisation_from_english():
+  share = characters.capitals_inside
+  assert share('tujhe dekhA to ye jAnA sanam') == pytest.approx(1 / 3)
+  assert share('My iPhone and YOU. Mr. Jones') < 0.2
+  assert share('tujhe dekhā to ye jānā') == share('तुझे देखा') == 0
+
+
+# Words ------------------------------------------------------------------------
+
+
+def test_words_keep_vowel_signs():
+  # What the standard library makes of it.
+  assert re.findall(r'\w+', 'तुझे') == ['त', 'झ']
+  assert words.words('तुझे देखा, तो ये!') == ['तुझे', 'देखा', 'तो', 'ये']
+  assert words.words('র‍্যাব এলো') == ['র‍্যাব', 'এলো']
+  assert words.words("Don't rock-n-roll, it’s 3") == [
+      "Don't", 'rock', 'n', 'roll', 'it’s', '3']
+  assert words.words('春眠 ok。曉') == ['春', '眠', 'ok', '曉']
+
+
+def test_aksharas():
+  assert words.aksharas('क्षत्रिय हिन्दी') == ['क्ष', 'त्रि', 'य', 'हि', 'न्दी']
+  assert words.aksharas('春 眠') == ['春', '眠']
+
+
+def test_script():
+  assert words.script('तुझे ok देखा।') == 'Devanagari'
+  assert words.script('ভালো') == 'Bengali'
+  assert words.script('12 !') == ''
+
+
+def test_shingles_ignore_case_punctuation_and_lines():
+  same = words.shingles('Abc, d\nE!', 2)
+  assert same == {'ab', 'bc', 'cd', 'de'} == words.shingles('abcde', 2)
+  assert words.shingles('a', 3) == {'a'}
+  assert words.shingles('?!', 3) == {'?!'}
+  assert words.shingles(' ', 3) == set()
+  assert 'क्षत्रि' in words.shingles('क्षत्रिय', 2)
+
+
+def test_lists(tmp_path):
+  path = tmp_path / 'mine.txt'
+  path.write_text('# mine\nबुरा  # comment\nspill the tea\nज़ह*\n', 'utf-8')
+  entries = words.load_list(str(path))
+
+  def found(text):
+    return [' '.join(e.words) for e in words.find_listed(text, entries)]
+
+  assert found('यह बुरा है') == ['बुरा']
+  assert found('बुराई') == []  # Whole words.
+  assert found('Spill THE tea, ज\u093cहर') == [
+      'spill the tea', '\u095bह']
+  assert found('spill tea') == []
+  with pytest.raises(errors.UserError, match="no list 'hindu'.*\n.*\n.*hindi"):
+    words.load_list('hindu')
+  for name in words.builtin_lists():
+    assert len(words.load_list(name)) > 10
+  assert {'bengali', 'english', 'hindi'} <= set(words.builtin_lists())
+
+
+# Romanisation -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize('native, latin', (
+    ('क\u093cदम', 'qadama'), ('\u0958दम', 'qadama'), ('कॉफ़ी', 'kôfī'),
+    ('ऑफ', 'ôpha'), ('हँसी', 'ham̐sī'), ('पढ़ना', 'par̤hanā'),
+    ('আমায\u09bc', 'āmāẏa'), ('আমা\u09df', 'āmāẏa'), ('ভালোবাসা', 'bhālobāsā'),
+    ('স্বপ্ন', 'svapna'), ('র\u200d্যাব', 'ryāba'), ('হঠাৎ', 'haṭhāt'),
+    ('दिल। love 春', 'dila| love 春'), ('گل', 'گل'), ('', '')))
+def test_romanise(native, latin):
+  assert romanise.romanise(native) == latin
+
+
+@pytest.mark.parametrize('scheme', romanise.SCHEMES)
+def test_no_letter_of_hindi_or_bengali_is_left(scheme):
+  for text in ('क़ख़ग़ज़ड़ढ़फ़ ऑफ कॉफ़ी हँसी दुःख नहीं १२३।',
+               'আমায় বড় গাঢ় হঠাৎ দুঃখ চাঁদ রং ১২।'):
+    assert romanise.leftover(romanise.romanise(text, scheme)) == []
+    apart = unicodedata.normalize('NFD', text)
+    assert romanise.romanise(apart, scheme) == romanise.romanise(text, scheme)
+
+
+def test_romanised_nukta_letters_come_back():
+  from indic_transliteration import sanscript
+  for native, name in (('क़दम ज़रा बड़ा ग़म', sanscript.DEVANAGARI),
+                       ('আমায় বড় ভালো', sanscript.BENGALI)):
+    latin = romanise.romanise(native, 'iso')
+    back = sanscript.transliterate(latin, sanscript.ISO, name)
+    assert characters.compose_nukta(back) == characters.compose_nukta(native)
+
+
+def test_an_unknown_scheme_is_refused():
+  with pytest.raises(errors.UserError, match="Did you mean 'itrans'"):
+    romanise.romanise('क', 'itran')
+
+
+# Rows -------------------------------------------------------------------------
+
+
+def test_lists_of_lines_stay_lists():
+  account = table.Account()
+  rows = _rows({'lines': ['a<br>b', 'c']}, {'lines': 'a<br>b'}, {'lines': 7},
+               {'lines': []}, {'lines': None})
+  table.apply_text(
+      rows, account, 'html', ['lines'], characters.strip_html, 'why')
+  assert [row.fields['lines'] for row in rows] == [
+      ['a', 'b', 'c'], 'a\nb', 7, [], None]
+  assert rows[0].read == {'lines': ['a<br>b', 'c']}
+  assert [(c.where, c.before, c.after) for c in account.changes] == [
+      ('f:1', ['a<br>b', 'c'], ['a', 'b', 'c']), ('f:2', 'a<br>b', 'a\nb')]
+
+
+def test_missing_cells_are_filled_from_their_group():
+  account = table.Account()
+  rows = _rows(
+      {'song': 'Rain', 'poet': 'Ada'}, {'song': ' rain ', 'poet': '  '},
+      {'song': 'Sun', 'poet': None}, {'song': 'Fog', 'poet': 'A'},
+      {'song': 'Fog', 'poet': 'B'}, {'song': 'Fog', 'poet': ''},
+      {'song': '', 'poet': 'C'}, {'song': '', 'poet': ''})
+  table.fill_missing(rows, account, {'poet': 'song'})
+  assert [row.fields['poet'] for row in rows] == [
+      'Ada', 'Ada', None, 'A', 'B', '', 'C', '']
+  assert [(c.where, c.before, c.why) for c in account.changes] == [
+      ('f:2', '  ', 'from f:1, of the same song')]
+  assert account.notes == [
+      'fill: f:6 has no poet, and the rows of its song disagree: A, B']
+
+
+def test_rows_that_lack_too_much_are_removed():
+  account = table.Account()
+  rows = _rows(
+      {'text': 'a\nb', 'poet': 'p', 'year': 1}, {'text': ' \n', 'poet': 'p'},
+      {'text': 'a\n\nb', 'poet': ''}, {'text': 'a\n \n', 'poet': 'p', 'year': 0}
+  )
+  kept = table.remove_incomplete(
+      rows, account, required=['text'], max_missing=0.5, min_lines=2,
+      text=['text'], known=['text', 'poet', 'year'])
+  assert [row.where for row in kept] == ['f:1']
+  assert [(r.where, r.why) for r in account.removals] == [
+      ('f:2', 'no text'), ('f:3', '2 of 3 columns are missing'),
+      ('f:4', '1 lines, fewer than 2')]
+
+
+def _punctuated(*texts, share=0.5):
+  account = table.Account()
+  rows = _rows(*({'text': text} for text in texts))
+  table.repair_punctuation(rows, account, ['text'], share)
+  return [row.fields['text'] for row in rows], account
+
+
+def test_a_couplet_gets_the_marks_of_the_other_couplets():
+  song = 'एक,\nदो।\n' * 3 + 'तीन\nचार\n\nपाँच,\nछह॥'
+  (text,), account = _punctuated(song)
+  assert text == 'एक,\nदो।\n' * 3 + 'तीन,\nचार।\n\nपाँच,\nछह॥'
+  assert account.changes[0].why == (
+      '4 of 4 lines of the text in this place end with a mark')
+  # Only the second lines have marks: the first ones stay without.
+  (text,), _ = _punctuated('एक\nदो।\n' * 4 + 'तीन\nचार')
+  assert text == 'एक\nदो।\n' * 4 + 'तीन\nचार।'
+  (lines,), _ = _punctuated(['春眠。'] * 7 + ['夜來'])
+  assert lines == ['春眠。'] * 7 + ['夜來。']
+
+
+def test_a_text_gets_the_mark_of_the_column():
+  whole = ['It is one.'] * 9 + ['Is it?']
+  texts, account = _punctuated(
+      *whole, 'It is two', 'It goes on:', 'It “ends”', 'दिल', share=0.7)
+  assert texts == [*whole, 'It is two.', 'It goes on:', 'It “ends”.', 'दिल']
+  assert [(c.where, c.why) for c in account.changes] == [
+      (where, '10 of 13 such lines of the column end with a mark')
+      for where in ('f:11', 'f:13')]
+  assert not _punctuated(*whole, 'It is two', 'a', 'b', share=0.8)[1].changes
+
+
+def test_verse_without_marks_stays_without():
+  texts = ['एक दिल\nदो दिल।\nतीन दिल\nचार दिल'] * 9
+  assert _punctuated(*texts)[0] == texts
+  assert _punctuated('a.\nb.\nc.\nd.\ne')[0] == ['a.\nb.\nc.\nd.\ne']
+
+
+# Duplicates -------------------------------------------------------------------
+
+_VERSE = 'the river carries every lamp that we forgot to light'
+
+
+def test_the_fuller_of_two_stays_and_is_named():
+  account = table.Account()
+  rows = _rows(
+      {'text': _VERSE, 'poet': ''}, {'text': _VERSE.upper() + '!', 'poet': 'p'},
+      {'text': 'quite another song about winter', 'poet': 'p'},
+      {'text': '', 'poet': 'p'}, {'text': '', 'poet': 'p'})
+  kept = duplicates.remove_duplicates(rows, account, ['text'], 0.7, 3)
+  assert [row.where for row in kept] == ['f:2', 'f:3', 'f:4', 'f:5']
+  (removal,) = account.removals
+  assert removal.where == 'f:1' and removal.why == '100% the same as f:2'
+  assert removal.fields == {'text': _VERSE, 'poet': ''}
+
+
+def test_what_a_row_duplicates_is_kept():
+  # b is like a and c, which are less like one another.
+  a, c = 'abcdefghijkl', 'defghijklmno'
+  b = 'abcdefghijklmno'
+  account = table.Account()
+  kept = duplicates.remove_duplicates(
+      _rows({'t': a}, {'t': b}, {'t': c}), account, ['t'], 0.75, 2)
+  assert [row.where for row in kept] == ['f:2']
+  assert all('f:2' in removal.why for removal in account.removals)
+
+
+def test_similar_pairs_are_exact():
+  texts = [f'{_VERSE} {end}' for end in ('now', 'today', 'and there it is')]
+  pairs = duplicates.similar_pairs([*texts, 'x y z', ''], 0.5, 3)
+  sets = [words.shingles(text, 3) for text in texts]
+  for i, j, likeness in pairs:
+    assert likeness == len(sets[i] & sets[j]) / len(sets[i] | sets[j])
+  assert {(i, j) for i, j, _ in pairs} == {(0, 1), (0, 2), (1, 2)}
+  assert duplicates.similar_pairs(texts, 0.99, 3) == []
+
+
+def test_a_romanised_copy_is_a_duplicate_and_the_native_text_stays():
+  native = 'कागा रे, मायके जा कह देना, झूला मैं भी डालूँगी'
+  account = table.Account()
+  kept = duplicates.remove_duplicates(
+      _rows({'t': romanise.romanise(native)}, {'t': native},
+            {'t': 'kaga re, mayake ja kaha dena, jhula maim bhi dalumgi'},
+            {'t': 'an English song of another kind'}),
+      account, ['t'], 0.7, 3)
+  assert [row.where for row in kept] == ['f:2', 'f:4']
+  assert account.removals[0].why == '100% the same as f:2'
+
+
+# Splits -----------------------------------------------------------------------
+
+
+def test_groups_join_over_all_columns_and_openings():
+  rows = _rows(
+      {'song': 'A', 'poet': 'p'}, {'song': 'a ', 'poet': 'q'},
+      {'song': 'B', 'poet': 'Q'}, {'song': 'C', 'poet': ''},
+      {'song': 'D', 'poet': ''}, {'song': 'E', 'poet': 'r'})
+  assert splits.groups(rows, ['song', 'poet']) == [[0, 1, 2], [3], [4], [5]]
+  assert splits.groups(rows, ['song'], [(3, 5, 1.0)]) == [
+      [0, 1], [2], [3, 5], [4]]
+  assert splits.groups(rows, []) == [[i] for i in range(6)]
+
+
+@_FEW
+@hypothesis.given(
+    cells=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 3)),
+                   min_size=1, max_size=40),
+    fractions=st.sampled_from([(.8, .1, .1), (1., 0., 0.), (.5, .5, 0.),
+                               (0.34, 0.33, 0.33)]),
+    seed=st.integers(0, 9))
+def test_every_row_is_in_one_split_with_its_group(cells, fractions, seed):
+  rows = _rows(*({'song': f's{s}', 'style': f't{t}'} for s, t in cells))
+  members = splits.groups(rows, ['song'])
+  parts = splits.split(rows, members, fractions, 'style', seed)
+  assert sorted(i for part in parts.values() for i in part) == list(
+      range(len(rows)))
+  for group in members:
+    assert sum(bool(set(group) & set(part)) for part in parts.values()) == 1
+  used = [bool(part) for part in parts.values()]
+  assert used == [f > 0 for f in fractions] or len(members) < sum(
+      f > 0 for f in fractions)
+  assert parts == splits.split(rows, members, fractions, 'style', seed)
+
+
+def test_styles_are_in_proportion():
+  rows = _rows(*({'style': 'big'},) * 80, *({'style': 'small'},) * 20)
+  members = splits.groups(rows, [])
+  parts = splits.split(rows, members, (0.8, 0.1, 0.1), 'style', 0)
+  for name, big, small in (
+      ('train', 64, 16), ('validation', 8, 2), ('test', 8, 2)):
+    styles = [rows[i].fields['style'] for i in parts[name]]
+    assert (styles.count('big'), styles.count('small')) == (big, small)
+  assert parts != splits.split(rows, members, (0.8, 0.1, 0.1), 'style', 1)
+
+
+def test_leaks_are_found():
+  first = 'a long and winding opening of a song'
+  parts = {
+      'train': _rows({'song': 'A', 'text': f'{first}\nx\ny'},
+                     {'song': 'B', 'text': 'other words altogether\nz'}),
+      'test': _rows({'song': 'a', 'text': 'nothing of this is there\nw'},
+                    {'song': 'C', 'text': f'{first.upper()}\nu\nv'}, start=3)}
+  found = splits.leaks(parts, ['song'], ['text'], 1, 0.7, 3)
+  assert [(leak.where, leak.other) for leak in found] == [
+      ('f:1', 'f:3'), ('f:1', 'f:4')]
+  assert found[0].why == "song is 'a' in both"
+  assert (found[0].split, found[0].other_split) == ('train', 'test')
+
+
+def test_openings():
+  row = table.Row('f:1', {'text': 'one long line\nsecond long line\nthird'})
+  assert splits.opening(row, ['text'], 2) == 'one long line\nsecond long line'
+  prose = table.Row('f:2', {'text': ' '.join(f'word{i}' for i in range(20))})
+  assert splits.opening(prose, ['text'], 1).split() == [
+      f'word{i}' for i in range(6)]
+  short = table.Row('f:3', {'text': 'oh my\nlove'})
+  assert splits.opening(short, ['text'], 2) == ''
+
+
+# Augmentation -----------------------------------------------------------------
+
+_SONG = [f'line {i}' for i in range(10)]
+
+
+def _augmented(method, fields, **kwargs):
+  arguments = dict(share=1.0, names=['text'], templates=(), keep=(), seed=0)
+  return augment.augment(
+      _rows(*fields), table.Account(), methods=[method],
+      **(arguments | kwargs))
+
+
+def test_couplets_change_places_between_the_first_and_the_last():
+  (row,) = _augmented('line_order', [{'text': _SONG}])
+  lines = row.fields['text']
+  assert sorted(lines) == sorted(_SONG) and lines != _SONG
+  assert lines[:2] == _SONG[:2] and lines[-2:] == _SONG[-2:]
+  for i in range(0, 10, 2):  # Couplets stay whole.
+    assert lines.index(f'line {i + 1}') == lines.index(f'line {i}') + 1
+  assert row.fields['augmented'] == 'line_order'
+  assert row.fields['augmented_from'] == 'f:1'
+
+
+def test_stanzas_change_places_where_there_are_some():
+  text = '\n\n'.join(f'a{i}\nb{i}\nc{i}' for i in range(5))
+  (row,) = _augmented('line_order', [{'text': text}])
+  assert sorted(row.fields['text'].split('\n\n')) == text.split('\n\n')
+  assert row.fields['text'] != text
+
+
+def test_a_span_is_left_out():
+  (row,) = _augmented('span_dropout', [{'text': _SONG}])
+  assert len(row.fields['text']) == 8
+  assert [x for x in _SONG if x in row.fields['text']] == row.fields['text']
+  words_ = [f'w{i}' for i in range(20)]
+  (row,) = _augmented('span_dropout', [{'text': ' '.join(words_)}])
+  left = row.fields['text'].split()
+  assert len(left) == 17 and (left[0], left[-1]) == ('w0', 'w19')
+
+
+def test_kept_phrases_are_not_moved_or_left_out():
+  keep = [f'line {i}' for i in (2, 4, 6)]
+  for method in ('line_order', 'span_dropout'):
+    assert _augmented(method, [{'text': _SONG}], keep=keep) == []
+  for seed in range(20):
+    (row,) = _augmented('span_dropout', [{'text': ' '.join(_SONG)}],
+                        keep=['4 line 5'], seed=seed)
+    assert '4 line 5' in row.fields['text']
+
+
+def test_paraphrase_by_template():
+  (row,) = _augmented(
+      'paraphrase', [{'text': 'x', 'term': 'rizz'}],
+      templates=['text={term} stands for {text}{gone}'])
+  assert row.fields['text'] == 'rizz stands for x'
+  augment.check_templates(['text={term}'], ['text', 'term'])
+  for bad in ('text', 'nope={text}', 'text={nope}', 'text={', 'text={}'):
+    with pytest.raises(errors.UserError, match='augment_templates'):
+      augment.check_templates([bad], ['text', 'term'])
+
+
+def test_augmentation_is_a_function_of_the_seed():
+  fields = [{'text': [f'{j} {i}' for i in range(12)]} for j in range(30)]
+
+  def made(seed):
+    rows = _augmented('line_order', fields, share=0.5, seed=seed)
+    return [row.fields for row in rows]
+
+  assert made(3) == made(3) != made(4)
+  assert 5 < len(made(3)) < 25
+  # The source rows are not written to.
+  assert fields[0] == {'text': [f'0 {i}' for i in range(12)]}
+
+
+def test_what_cannot_be_augmented_is_noted():
+  account = table.Account()
+  assert augment.augment(
+      _rows({'text': 'a\nb\nc'}), account, methods=['line_order'], share=1.0,
+      names=['text'], templates=(), keep=(), seed=0) == []
+  assert account.notes == [
+      'augment: line_order had nothing to do in 1 of 1 rows']
+
+
+# Report -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('before, after, shown', (
+    ('a  b\nc', 'a b\nc', ('a␣␣b⏎c', 'a␣b⏎c')),
+    ('ज\u093cरा', '\u095bरा', ('⟨U+091C U+093C⟩रा', '⟨U+095B⟩रा')),
+    ('a\u200bb c', 'ab c', ('a⟨U+200B⟩b c', 'ab c')),
+    (None, ['x', 'y'], ('', 'x⏎y')),
+    ('x. ' * 20 + 'a<b', 'x. ' * 20 + 'ab',
+     ('…' + 'x. ' * 8 + 'a<b', '…' + 'x. ' * 8 + 'ab')),
+    ('a  b  c', 'a b c', ('a␣␣b␣␣c', 'a␣b c (and in 1 more places)'))))
+def test_a_difference_can_be_seen(before, after, shown):
+  assert report.difference(before, after) == shown
+
+
+def test_the_report_is_escaped():
+  found = [report.Heading('T'), 'a <b> | *c*',
+           report.Table(('h', 'i'), [('<script>', 'x|y')])]
+  page = report.to_html(found)
+  assert '<script>' not in page and '&lt;script&gt;' in page
+  markdown = report.to_markdown(found)
+  assert markdown.splitlines()[-1] == r'| \<script\> | x\|y |'
+  assert r'a \<b\> \| \*c\*' in markdown

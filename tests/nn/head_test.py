@@ -1,0 +1,331 @@
+"""The gathered, chunked loss is the plain one, and never loses a token."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from gemma_sft import sharding
+from gemma_sft.nn import head
+
+_B, _T, _D, _V = 8, 6, 16, 40
+# Compiled whole: faster than operation by operation.
+_masked_nll = jax.jit(head.masked_nll, static_argnames=(
+    'max_trained', 'groups', 'chunk_size', 'softcap', 'frozen_head'))
+
+
+def _inputs(seed=0, share=0.4, dtype=jnp.float32):
+  rng = np.random.default_rng(seed)
+  x_BTD = jnp.asarray(rng.normal(0, 1, (_B, _T, _D)), dtype)
+  embedding_VD = jnp.asarray(rng.normal(0, 1, (_V, _D)), dtype)
+  targets_BT = jnp.asarray(rng.integers(0, _V, (_B, _T)), jnp.int32)
+  mask_BT = jnp.asarray(rng.random((_B, _T)) < share)
+  return x_BTD, embedding_VD, targets_BT, mask_BT
+
+
+def _plain(x_BTD, embedding_VD, targets_BT, mask_BT, softcap=None):
+  """All logits at once."""
+  logits_BTV = jnp.einsum('BTD,VD->BTV', x_BTD, embedding_VD)
+  if softcap is not None:
+    logits_BTV = softcap * jnp.tanh(logits_BTV / softcap)
+  log_BTV = jax.nn.log_softmax(logits_BTV)
+  picked_BT = jnp.take_along_axis(log_BTV, targets_BT[..., None], axis=2)[
+      ..., 0]
+  return -jnp.sum(jnp.where(mask_BT, picked_BT, 0))
+
+
+_plain_value_and_grads = jax.jit(
+    jax.value_and_grad(_plain, argnums=(0, 1)), static_argnames='softcap')
+
+
+def _value_and_grads(fn, x_BTD, embedding_VD, *rest):
+  return jax.jit(jax.value_and_grad(
+      lambda x, e: fn(x, e, *rest), argnums=(0, 1)))(x_BTD, embedding_VD)
+
+
+def _assert_close(got, wanted, tolerance):
+  """Compares trees, each leaf relative to its largest entry."""
+  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+    largest = np.abs(w).max()
+    np.testing.assert_allclose(g, w, rtol=0, atol=tolerance * max(1, largest))
+
+
+@pytest.mark.parametrize('softcap', (None, 5.0))
+@pytest.mark.parametrize('groups, chunk_size', (
+    (1, 3), (1, 64), (2, 3), (8, 2), (8, 64)))
+def test_value_and_gradients_are_those_of_all_logits(
+    softcap, groups, chunk_size):
+  inputs = _inputs()
+  # One group of the eight, and the first half of a pair, trains nothing.
+  mask_BT = inputs[3].at[:_B // groups if groups > 1 else 1].set(False)
+  inputs = (*inputs[:3], mask_BT)
+  most = int(mask_BT.reshape(groups, -1).sum(axis=1).max())
+  fn = functools.partial(
+      _masked_nll, max_trained=most + 1, groups=groups,
+      chunk_size=chunk_size, softcap=softcap)
+  n = fn(*inputs)[1]
+  assert n == mask_BT.sum() and n.dtype == jnp.float32
+  got = _value_and_grads(lambda *a: fn(*a)[0], *inputs)
+  wanted = _plain_value_and_grads(*inputs, softcap=softcap)
+  _assert_close(got, wanted, 1e-5)  # f32 sums in another order.
+
+
+def test_a_number_by_hand():
+  # Two tokens of probability 1/2 each over a vocabulary of two; one trained.
+  nll, n = _masked_nll(
+      jnp.zeros((1, 2, 3)), jnp.ones((2, 3)), jnp.zeros((1, 2), jnp.int32),
+      jnp.asarray([[False, True]]), max_trained=2)
+  assert (float(n), nll.dtype) == (1.0, jnp.float32)
+  np.testing.assert_allclose(nll, np.log(2), rtol=1e-6)  # f32.
+
+
+def test_untrained_positions_do_not_count():
+  x_BTD, embedding_VD, targets_BT, mask_BT = _inputs()
+  other_BTD = jnp.where(mask_BT[..., None], x_BTD, 100.0)
+  other_BT = jnp.where(mask_BT, targets_BT, 0)
+  one, other = (
+      _masked_nll(x, embedding_VD, t, mask_BT, max_trained=48)[0]
+      for x, t in ((x_BTD, targets_BT), (other_BTD, other_BT)))
+  assert one == other  # The same numbers in the same order.
+
+
+@pytest.mark.parametrize('chunk_size', (1, 64))
+def test_nothing_trained_is_zero(chunk_size):
+  x_BTD, embedding_VD, targets_BT, mask_BT = _inputs()
+  nothing = jnp.zeros_like(mask_BT)
+
+  def fn(*arrays):
+    return _masked_nll(
+        *arrays, max_trained=4, groups=2, chunk_size=chunk_size)
+
+  assert fn(x_BTD, embedding_VD, targets_BT, nothing) == (0.0, 0.0)
+  _, grads = _value_and_grads(
+      lambda *a: fn(*a)[0], x_BTD, embedding_VD, targets_BT, nothing)
+  assert all(not np.any(g) for g in grads)
+
+
+@pytest.mark.parametrize('chunk_size', (1, 64))
+def test_everything_trained_at_the_bound(chunk_size):
+  x_BTD, embedding_VD, targets_BT, mask_BT = _inputs()
+  all_BT = jnp.ones_like(mask_BT)
+  nll, n = _masked_nll(
+      x_BTD, embedding_VD, targets_BT, all_BT, max_trained=_T, groups=8,
+      chunk_size=chunk_size)
+  assert n == _B * _T
+  wanted, _ = _plain_value_and_grads(x_BTD, embedding_VD, targets_BT, all_BT)
+  _assert_close(nll, wanted, 1e-5)  # f32 sums in another order.
+
+
+# Chunks whose last one has room to spare, and one chunk.
+@pytest.mark.parametrize('groups, chunk_size', ((1, 4), (2, 64)))
+def test_more_trained_tokens_than_the_bound_are_not_lost_unseen(
+    groups, chunk_size):
+  x_BTD, embedding_VD, targets_BT, mask_BT = _inputs()
+  most = int(mask_BT.reshape(groups, -1).sum(axis=1).max())
+  for bound, is_whole in ((most, True), (most - 1, False)):
+    nll, n = _masked_nll(
+        x_BTD, embedding_VD, targets_BT, mask_BT, max_trained=bound,
+        groups=groups, chunk_size=chunk_size)
+    assert np.isfinite(nll) == is_whole
+    assert n == mask_BT.sum()
+
+
+@pytest.mark.parametrize('position', ((0, 0), (0, 1), (5, 3)))
+@pytest.mark.parametrize('chunk_size', (4, 64))
+def test_not_a_number_in_an_untrained_position_stays_there(
+    position, chunk_size):
+  x_BTD, embedding_VD, targets_BT, mask_BT = _inputs()
+  mask_BT = mask_BT.at[position].set(False)
+  x_BTD = x_BTD.at[position].set(jnp.nan)
+  value, grads = _value_and_grads(
+      lambda *a: _masked_nll(
+          *a, max_trained=48, chunk_size=chunk_size)[0],
+      x_BTD, embedding_VD, targets_BT, mask_BT)
+  assert np.isfinite(value)
+  assert all(np.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize('chunk_size', (4, 64))
+def test_not_a_number_in_a_trained_position_is_seen(chunk_size):
+  x_BTD, embedding_VD, targets_BT, mask_BT = _inputs()
+  mask_BT = mask_BT.at[3, 3].set(True)
+  nll, _ = _masked_nll(
+      x_BTD.at[3, 3].set(jnp.nan), embedding_VD, targets_BT, mask_BT,
+      max_trained=48, chunk_size=chunk_size)
+  assert np.isnan(nll)
+
+
+def test_bfloat16_inputs_are_summed_in_f32():
+  wide = _inputs()
+  narrow = _inputs(dtype=jnp.bfloat16)
+
+  def fn(*arrays):
+    return _masked_nll(*arrays, max_trained=48, chunk_size=4)[0]
+
+  value, grads = _value_and_grads(fn, *narrow)
+  assert value.dtype == jnp.float32
+  assert all(g.dtype == jnp.bfloat16 for g in grads)
+  # Of bfloat16's 8 bits of mantissa; the sums add nothing to that.
+  _assert_close((value, *(g.astype(jnp.float32) for g in grads)),
+                jax.tree.leaves(_value_and_grads(fn, *wide)), 2e-2)
+  exact = _value_and_grads(fn, *(a.astype(jnp.float32) for a in narrow[:2]),
+                           *narrow[2:])[0]
+  np.testing.assert_allclose(value, exact, rtol=1e-5)  # Products are exact.
+
+
+def test_only_a_chunk_of_logits_exists():
+  inputs = _inputs(share=1.0)
+
+  def fn(*arrays):
+    return _masked_nll(*arrays, max_trained=48, chunk_size=4)[0]
+
+  program = str(jax.make_jaxpr(jax.grad(fn, argnums=(0, 1)))(*inputs))
+  assert f'f32[1,4,{_V}]' in program
+  assert f'48,{_V}]' not in program
+
+
+@pytest.mark.parametrize('wrong', (0, 2, 3))
+def test_shapes_that_do_not_belong_together_are_refused(wrong):
+  inputs = list(_inputs())
+  inputs[wrong] = inputs[wrong][:4]
+  with pytest.raises(Exception, match='B T|shape'):
+    head.masked_nll(*inputs, max_trained=48)
+
+
+# The frozen head --------------------------------------------------------------
+
+
+@pytest.fixture
+def _small_blocks(monkeypatch):
+  """The vocabulary of 40 in five blocks."""
+  monkeypatch.setattr(head, '_BLOCK', 8)
+
+
+def _frozen(groups=1, softcap=None, max_trained=48, chunk_size=1024):
+  # Not `_masked_nll`, whose programs do not know the size of blocks.
+  return jax.jit(functools.partial(
+      head.masked_nll, max_trained=max_trained, groups=groups,
+      softcap=softcap, frozen_head=True, chunk_size=chunk_size))
+
+
+@pytest.mark.usefixtures('_small_blocks')
+@pytest.mark.parametrize('softcap, groups, chunk_size, scale, tolerance', (
+    # f32 sums in another order.
+    (None, 1, 64, 1.0, 1e-5), (5.0, 8, 64, 1.0, 1e-5), (5.0, 2, 5, 1.0, 1e-5),
+    # The running maximum has to rescale what came before. Logits of 1,500 are
+    # rounded by 1e-4, and so are the logarithms of the softmax.
+    (None, 8, 64, 100.0, 1e-4), (5.0, 1, 7, 100.0, 1e-4)))
+def test_a_frozen_head_gives_the_same_value_and_gradient(
+    softcap, groups, chunk_size, scale, tolerance):
+  x_BTD, *rest = _inputs()
+  inputs = (scale * x_BTD, *rest[:2], rest[2].at[:1].set(False))
+  fn = _frozen(groups, softcap, chunk_size=chunk_size)
+  nll, n = fn(*inputs)
+  assert n == inputs[3].sum()
+  value, (dx_BTD, dembedding_VD) = _value_and_grads(
+      lambda *a: 3 * fn(*a)[0], *inputs)
+  wanted, (wanted_dx_BTD, _) = _plain_value_and_grads(*inputs, softcap=softcap)
+  _assert_close(nll, wanted, tolerance)
+  _assert_close((value, dx_BTD), (3 * wanted, 3 * wanted_dx_BTD), tolerance)
+  assert not dembedding_VD.any()
+
+
+@pytest.mark.usefixtures('_small_blocks')
+def test_a_frozen_head_holds_one_block_of_logits_of_one_chunk():
+  inputs = _inputs()
+  program = str(jax.make_jaxpr(jax.grad(
+      lambda *a: _frozen(chunk_size=12)(*a)[0]))(*inputs))
+  assert 'f32[1,1,12,8]' in program
+  assert f'12,{_V}]' not in program and '48,8]' not in program
+
+
+@pytest.mark.parametrize('frozen_head', (True, False))
+@pytest.mark.parametrize('softcap', (None, 5.0))
+def test_a_vocabulary_in_shards_gives_the_same(frozen_head, softcap):
+  mesh = sharding.make_mesh(data=2, fsdp=1, tensor=4)
+  inputs = _inputs()
+  x_BTD, embedding_VD, targets_BT, mask_BT = inputs
+  wanted, (wanted_dx_BTD, wanted_de_VD) = _plain_value_and_grads(
+      *inputs, softcap=softcap)
+  rows = NamedSharding(mesh, P('data'))
+  fn = jax.jit(jax.value_and_grad(
+      lambda x, e, t, m: head.masked_nll(
+          x, e, t, m, max_trained=24, groups=2, chunk_size=5, softcap=softcap,
+          frozen_head=frozen_head, mesh=mesh)[0], argnums=(0, 1)),
+      in_shardings=(rows, NamedSharding(mesh, P('tensor')), rows, rows))
+  value, (dx_BTD, de_VD) = fn(*inputs)
+  _assert_close((value, dx_BTD), (wanted, wanted_dx_BTD), 1e-5)  # f32 sums.
+  if not frozen_head:
+    _assert_close(de_VD, wanted_de_VD, 1e-5)
+    return
+  # No device sees another's part of the embedding but the targets' rows.
+  program = fn.lower(*inputs).compile().as_text()
+  gathered = [line for line in program.splitlines() if 'all-gather' in line]
+  assert not [line for line in gathered if f'[{_V},{_D}]' in line]
+
+
+@pytest.mark.usefixtures('_small_blocks')
+def test_the_bounds_of_a_frozen_head():
+  x_BTD, embedding_VD, targets_BT, mask_BT = _inputs()
+  nothing = jnp.zeros_like(mask_BT)
+  assert _frozen()(x_BTD, embedding_VD, targets_BT, nothing) == (0.0, 0.0)
+  most = int(mask_BT.sum())
+  for bound, is_whole in ((most, True), (most - 1, False)):
+    nll, _ = _frozen(max_trained=bound)(
+        x_BTD, embedding_VD, targets_BT, mask_BT)
+    assert np.isfinite(nll) == is_whole
+
+
+@pytest.mark.usefixtures('_small_blocks')
+def test_a_frozen_head_in_bfloat16():
+  value, (dx_BTD, _) = _value_and_grads(
+      lambda *a: _frozen()(*a)[0], *_inputs(dtype=jnp.bfloat16))
+  wanted, (wanted_dx_BTD, _) = _plain_value_and_grads(*_inputs())
+  assert (value.dtype, dx_BTD.dtype) == (jnp.float32, jnp.bfloat16)
+  # bfloat16 has 8 bits of mantissa.
+  _assert_close((value, dx_BTD.astype(jnp.float32)),
+                (wanted, wanted_dx_BTD), 2e-2)
+
+
+@pytest.mark.parametrize('position', (
+    (0, 0), (5, 3)))
+def test_not_a_number_stays_in_its_position_with_a_frozen_head(position):
+  x_BTD, embedding_VD, targets_BT, mask_BT = _inputs()
+  mask_BT = mask_BT.at[position].set(False)
+  value, grads = _value_and_grads(
+      lambda *a: _frozen()(*a)[0], x_BTD.at[position].set(jnp.nan),
+      embedding_VD, targets_BT, mask_BT)
+  assert np.isfinite(value)
+  assert all(np.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize('vocabulary, blocks', (
+    (512, 1), (262_144, 32), (256_000, 32), (256_128, 32),
+    (262_147, 1)))  # A prime.
+def test_blocks_of_gemmas_vocabularies(vocabulary, blocks):
+  assert head._n_blocks(vocabulary) == blocks
+
+
+@pytest.mark.parametrize('groups, chunk_size', ((1, 3), (1, 64), (8, 2)))
+def test_hits_are_the_likeliest_tokens_where_trained(groups, chunk_size):
+  x_BTD, embedding_VD, targets_BT, mask_BT = _inputs(seed=3)
+  best_BT = np.einsum('BTD,VD->BTV', x_BTD, embedding_VD).argmax(axis=2)
+  # Half of all positions right, trained or not.
+  right_BT = np.random.default_rng(4).random((_B, _T)) < 0.5
+  targets_BT = jnp.asarray(np.where(right_BT, best_BT, (best_BT + 1) % _V))
+  hits = head.masked_hits(
+      x_BTD, embedding_VD, targets_BT, mask_BT, max_trained=_B * _T // groups,
+      groups=groups, chunk_size=chunk_size)
+  expected = int((right_BT & np.asarray(mask_BT)).sum())
+  assert 0 < expected < int(mask_BT.sum())
+  assert int(hits) == expected
+
+
+def test_hits_are_never_left_out_unseen():
+  x_BTD, embedding_VD, targets_BT, mask_BT = _inputs(share=1.0)
+  assert np.isnan(head.masked_hits(
+      x_BTD, embedding_VD, targets_BT, mask_BT, max_trained=_T))

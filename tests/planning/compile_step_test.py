@@ -1,0 +1,117 @@
+"""The abstract step is the step that training runs."""
+
+import conftest
+import jax
+import pytest
+
+from gemma_sft import errors
+from gemma_sft import sharding
+from gemma_sft import train
+from gemma_sft.planning import compile_step
+from gemma_sft.planning import hardware
+from gemma_sft.run import prepare
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+  monkeypatch.setenv('GEMMA_SFT_CACHE', str(tmp_path / 'cache'))
+
+
+@pytest.mark.parametrize('changes', [
+    {'train.microbatches': 2, 'data.batch_size': 16},
+    {'model.quantization': 'nf4', 'mesh.fsdp': 4, 'mesh.data': 2},
+    {'lora.enabled': False, 'mesh.tensor': 2},
+], ids=['lora', 'quantised', 'all weights'])
+def test_the_program_is_that_of_a_run(run_config, tmp_path, changes):
+  # As many updates as `make_program` assumes: they are in the schedule.
+  run_config.train.steps = 1000
+  run_config.update_from_flattened_dict(changes)
+  run = prepare.prepare(run_config, str(tmp_path / 'w'))
+  batch = run.source[0]
+  static = dict(model=run.model, optimizer=run.optimizer, settings=run.settings,
+                max_trained=int(batch['max_trained']))
+  real = train.train_step.trace(
+      run.enter(run.initial_state), run.base,
+      sharding.put_batch(batch, run.mesh), **static).lower().as_text()
+  program = compile_step.make_program(
+      run_config, jax.devices(), max_trained=static['max_trained'])
+  assert program.settings == run.settings
+  traced, _ = compile_step.trace(train.train_step, program)
+  assert traced.lower().as_text() == real
+
+
+def test_nothing_of_the_largest_is_allocated(config):
+  config.model.update(name='gemma3_12b', weights='random')
+  config.data.max_length = 512
+  program = compile_step.make_program(
+      config, hardware.absent_devices(hardware.parse('v5e-8')), max_trained=64)
+  assert program.settings.execution.attention == 'splash'
+  # 11.77 G weights in bfloat16, on every device.
+  assert compile_step.local_bytes(program.base) == pytest.approx(
+      23.5e9, rel=0.01)
+  assert not jax.live_arrays() or max(
+      a.nbytes for a in jax.live_arrays()) < 1e8
+
+
+def test_a_quantised_base_has_the_bytes_of_its_kind(config):
+  config.model.update(name='gemma3_1b', weights='random')
+  devices = hardware.absent_devices(hardware.parse('v5e-1'))
+
+  def body(kind):
+    config.model.quantization = kind
+    program = compile_step.make_program(config, devices, max_trained=64)
+    return compile_step.local_bytes(program.base['layers'])
+
+  dense = body('')
+  # Bits a weight, from quantize's table.
+  assert body('int8') == pytest.approx(dense * 8.125 / 16, rel=1e-3)
+  assert body('nf4') == pytest.approx(dense * 4.25 / 16, rel=1e-3)
+
+
+def test_results_are_kept_and_a_change_is_seen(config, monkeypatch):
+  config.data.batch_size = 8
+  place = hardware.parse('cpu')
+
+  def program_of(**changes):
+    config.update_from_flattened_dict(changes)
+    return compile_step.make_program(config, jax.devices()[:1], max_trained=64)
+
+  program = program_of()
+  assert not compile_step.is_cached(program, place)
+  first = compile_step.cached(train.train_step, program, place, compiled=True)
+  assert first[1].peak > first[1].arguments > 0
+  assert compile_step.is_cached(program, place)
+  # From the cache: there is no step to compile any more.
+  assert compile_step.cached(None, program, place, compiled=True) == first
+  # What changes no program is no new one; what does is.
+  assert compile_step.is_cached(program_of(**{'train.log_every': 7}), place)
+  assert not compile_step.is_cached(program_of(**{'lora.rank': 2}), place)
+
+
+def test_a_refusal_is_a_result():
+  # Word for word libtpu 0.0.50.1's.
+  message = (
+      'RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM,'
+      ' the total memory required for HLO temporaries (18.00G) exceeds'
+      ' available HBM (15.75G). HLO module: jit_f.')
+  assert compile_step._overflow(message) == (18 * 2**30, int(15.75 * 2**30))
+  with pytest.raises(errors.UserError, match='refuses the step'):
+    compile_step._overflow('INTERNAL: Mosaic failed to compile TPU kernel')
+
+
+def test_a_missing_libtpu_says_how_to_get_it(monkeypatch):
+  monkeypatch.delenv('TPU_LIBRARY_PATH', raising=False)
+  monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+  with pytest.raises(errors.UserError) as caught:
+    hardware.devices_of(hardware.parse('v5e-16'), analytic=False)
+  assert 'launch/libtpu.sh' in caught.value.fix
+
+
+def test_no_gpu_is_told():
+  with pytest.raises(errors.UserError, match='--topology=gpu'):
+    hardware.devices_of(hardware.parse('gpu'), analytic=False)
+
+
+def test_the_pin_of_libtpu_stands_once():
+  setup = (conftest.ROOT / 'setup.py').read_text()
+  assert f"PLAN = ['{hardware.LIBTPU}']" in setup

@@ -1,0 +1,427 @@
+"""The cage of Blop programs, and what is told of two that ran in it."""
+
+import shutil
+import subprocess
+
+import pytest
+
+from gemma_sft.evaluation import judge
+from gemma_sft.inputs import records
+from gemma_sft.tasks.blop import run_js
+from gemma_sft.tasks.blop import task
+from gemma_sft.tasks.blop import text
+
+needs_node = pytest.mark.skipif(
+    shutil.which('node') is None, reason='no Node.js')
+needs_compiler = pytest.mark.skipif(
+    bool(task.compiler_problem()), reason=task.compiler_problem())
+
+_REFERENCE = {
+    'js': "function Hi(a) { return blop.h('p', {}, [a.name]); }\n"
+          'module.exports = { Hi };', 'names': ['Hi']}
+_SHOWS = "return blop.h('p', {}, ['fine', '' + found])"
+
+# What a hostile program does, and what it comes to: 'fails' is a component that
+# does not render, 'stopped' a program or a process that was ended, other words
+# are what it shows.
+_HOSTILE = {
+    'endless loop': ('function Hi(a) { while (true) {} }', 'fails'),
+    'endless loop on loading': ('while (true) {}', 'stopped'),
+    'endless promises': (
+        '(async () => { for (;;) await 0 })(); function Hi(a) {}', 'stopped'),
+    'promises after the result': (
+        'function Hi(a) { (async () => { for (;;) await 0 })();'
+        "return blop.h('p', {}, ['fine']) }", 'fine'),
+    'a timer': (
+        'function Hi(a) { setInterval(() => { while (true) {} }, 1);'
+        "return blop.h('p', {}, ['fine']) }", 'fine'),
+    'slow regular expression': (
+        "function Hi(a) { return /(a+)+$/.test('a'.repeat(40) + 'b') }",
+        'fails'),
+    'memory': ('function Hi(a) { const x = []; for (;;)'
+               # By the clock or by the heap, whichever is first.
+               'x.push(new Array(1e6).fill(1.5)) }', 'stopped or fails'),
+    'memory outside the heap': (
+        'function Hi(a) { new Uint8Array(1e8) }', 'fails'),
+    'deep recursion': ('function Hi(a) { return Hi(a) }', 'fails'),
+    'require': ("const found = require('fs').readFileSync('/etc/passwd');"
+                f'function Hi(a) {{ {_SHOWS} }}',
+                'finefs.readFileSync(/etc/passwd)'),
+    'import': ("let found = 'none'; import('fs').then(() => { found = 'fs' },"
+               " () => { found = 'refused' });"
+               f'function Hi(a) {{ {_SHOWS} }}', 'finerefused'),
+    'the constructor of an error of Node': (
+        "let found = 'none'; import('fs').catch((e) => { try { found ="
+        " e.constructor.constructor('return process')().pid }"
+        " catch (x) { found = 'refused' } });"
+        f'function Hi(a) {{ {_SHOWS} }}', 'finerefused'),
+    'the constructor of the global': (
+        "function Hi(a) { this.constructor.constructor('return process')() }",
+        'fails'),
+    'the constructor of the harness': (
+        "function Hi(a) { blopCage__.step.constructor('return 7')() }",
+        'fails'),
+    'eval': ("function Hi(a) { eval('1') }", 'fails'),
+    'process.exit': ('function Hi(a) { process.exit(0) }', 'fails'),
+    'the network': (
+        "const found = typeof fetch('http://127.0.0.1/').then"
+        ' + typeof XMLHttpRequest'
+        f'; function Hi(a) {{ {_SHOWS} }}', 'finefunctionundefined'),
+    'changed prototypes': (
+        "Object.prototype.toJSON = () => 'forged'; Array.prototype.push = null;"
+        "JSON.stringify = () => '7'; String.prototype.slice = () => 'forged';"
+        "function Hi(a) { return blop.h('p', {}, ['fine']) }", 'fine'),
+    'names of the harness': (
+        'let Object = 1; class Map {} let Promise = 2; const JSON = 3;'
+        "function Hi(a) { return blop.h('p', {}, ['fine']) }", 'fine'),
+    'a huge page': (
+        'function Hi(a) { const c = []; for (let i = 0; i < 1e5; i++)'
+        " c.push(blop.h('p', {}, ['x'])); return blop.h('p', {}, c) }",
+        'fails'),
+    'a page within itself': (
+        "function Hi(a) { const n = blop.h('p', {}, []); n.children.push(n);"
+        ' return n }', 'fails'),
+    'a thrown trap': (
+        'throw new Proxy({}, { get() { while (true) {} },'
+        ' getPrototypeOf() { while (true) {} } })', 'stopped'),
+    'a getter that throws': (
+        "function Hi(a) { return blop.h('p', { get id() { throw 1 } }, []) }",
+        'fails'),
+    'a proxy that traps': (
+        "function Hi(a) { return blop.h('p', { id: new Proxy({}, { ownKeys() {"
+        ' throw 1 } }) }, [\'fine\']) }', 'fine'),
+    'exports that trap': (
+        'module.exports = { get Hi() { while (true) {} } }', 'stopped'),
+    'lines that look like answers': (
+        'function Hi(a) { return'
+        ' blop.h(\'p\', {}, [\'fine\\n{"traces": {}}\\n\']) }',
+        'fine\n{"traces": {}}\n'),
+}
+
+
+def _outcome(lines):
+  if len(lines) < 3 or 'Hi' not in lines[2].get('traces', {}):
+    return 'stopped'
+  first = lines[2]['traces']['Hi']['runs'][0]
+  if 'tree' not in first or not first['tree']:
+    return 'fails'
+  return ''.join(first['tree'][3])
+
+
+@pytest.fixture(scope='module')
+def hostile():
+  pairs = [
+      run_js.Pair(_REFERENCE, {
+          'js': js if 'module.exports' in js
+                else f'{js}\nmodule.exports = {{ Hi }};', 'names': {}})
+      for js, _ in _HOSTILE.values()]
+  return dict(zip(_HOSTILE, run_js.run(pairs)))
+
+
+@needs_node
+@pytest.mark.parametrize('name', _HOSTILE)
+def test_what_a_hostile_program_comes_to(hostile, name):
+  assert _outcome(hostile[name]) in _HOSTILE[name][1].split(' or ')
+  # Whatever it does, the reference's trace was made before and is out.
+  trace = hostile[name][1]['traces']['Hi']
+  assert [run['tree'][3] for run in trace['runs']][:3] == [
+      ['name_1'], ['name_1'], ['same_0']]
+
+
+# The second wall: what a program could do if it got out of its context.
+@needs_node
+@pytest.mark.parametrize('script', [
+    "require('fs').readFileSync('/etc/passwd')",
+    "require('fs').writeFileSync('/tmp/blop_cage_was_here', 'x')",
+    "require('child_process').execSync('true')",
+    "new (require('worker_threads').Worker)('1', { eval: true })",
+    "Function('return 1')()", "eval('1')",
+    'const x = []; for (;;) x.push(new Array(1e6).fill(1.5))',
+    'const x = []; for (let i = 0; i < 200; i++) x.push(Buffer.alloc(1e8, 1))'])
+def test_the_process_has_no_rights(script):
+  flags = run_js.permission_flags()
+  if not flags and 'require' in script:
+    pytest.skip('this Node has no permissions')
+  done = subprocess.run(
+      run_js.command(f"{script}; console.log('done')", flags),
+      capture_output=True, text=True, check=False, timeout=60)
+  assert done.returncode and 'done' not in done.stdout
+
+
+@needs_node
+def test_a_cage_that_does_not_start_is_an_error(monkeypatch):
+  monkeypatch.setattr(run_js, '_inside', lambda: 'throw 1')
+  with pytest.raises(run_js.CageError):
+    run_js.run([run_js.Pair(_REFERENCE, None)])
+
+
+@needs_node
+def test_inputs_have_the_shapes_that_the_reference_reads():
+  js = ('function Hi(a) { let items = a.items.map((i) => i.label);'
+        ' let keys = Object.keys(a.prices);'
+        ' return blop.h("p", { on: { click: () => a.go(a.user.id) } },'
+        ' [`${a.total.toFixed(2)} ${items} ${keys} ${a.user.name}`]) }\n'
+        'module.exports = { Hi };')
+  plan, trace = run_js.run(
+      [run_js.Pair({'js': js, 'names': ['Hi']}, None)])[0]
+  fields = plan['plan']['Hi']['shapes'][0]['shape']['fields']
+  assert {name: shape['t'] for name, shape in fields.items()} == {
+      'items': 'list', 'prices': 'map', 'total': 'number', 'user': 'object',
+      'go': 'function'}
+  assert fields['items']['of']['fields'] == {'label': {'t': 'text'}}
+  first = trace['traces']['Hi']['runs'][0]
+  assert 'undefined' not in str(first) and 'NaN' not in str(first)
+  assert first['events'][0]['turns'][0]['effects'][0][0] == 'call'
+
+
+def test_literals_are_what_a_program_compares_with():
+  found = run_js.literals(
+      "if (a.kind === 'sun') {} else if (a.points >= 50 && a.x % 2 === 0) {}"
+      " event.key === 'Tab'; c = ({ low: 'green' }); c[a.b]")
+  assert 'sun' in found['texts'] and 'low' in found['texts']
+  assert {50, 49, 51} <= set(found['numbers'])
+  assert 'Tab' in found['keyNames']
+
+
+_LIST = """def UserList(attributes) {
+  <ul class='users'>
+    for user in attributes.users {
+      <li>user.name</li>
+    }
+  </ul>
+}"""
+_BUTTON = """def LikeButton(attributes) {
+  { song, onLike } = attributes
+  <button on={ click: () => onLike(song.id) }>song.title</button>
+}"""
+_STEPS = """def Steps(_attributes, _children, node) {
+  { value as count, setState } = node.useState('count', 0)
+  <div>
+    <span>count</span>
+    <button on={ click: () => setState(count + 1) }>'More'</button>
+  </div>
+}"""
+_SUM = """def total(prices) {
+  sum = 0
+  for price in prices {
+    sum := sum + price
+  }
+  return sum
+}"""
+_ACCOUNT = """class Account {
+  def constructor(balance) {
+    this.balance = balance
+  }
+  def deposit(amount) {
+    this.balance = this.balance + amount
+    return this.balance
+  }
+}"""
+_MARK = """def Mark(attributes) {
+  { points } = attributes
+  <li class=if points > 50 => 'passed' else 'failed'>points</li>
+}"""
+_LIST_PROMPT = 'Write UserList in Blop: a list item with the name of each user.'
+_LIKE_PROMPT = 'Write LikeButton: takes `song` and `onLike`, shows the title.'
+_MARK_PROMPT = "Write Mark: class 'passed' above 50 points, else 'failed'."
+
+# prompt, reference, answer, (component, right, same_tags).
+_PAIRS = {
+    'the same': (_LIST_PROMPT, _LIST, _LIST, (True, True, True)),
+    'another wrapper, class and variable': (
+        _LIST_PROMPT, _LIST, _LIST.replace("<ul class='users'>", '<div><ul>')
+        .replace('</ul>', '</ul></div>').replace('for user', 'for one')
+        .replace('user.name', 'one.name'), (True, True, False)),
+    'another name': (
+        _LIST_PROMPT, _LIST, _LIST.replace('UserList', 'Users'),
+        (False, False, False)),
+    'a name that the prompt leaves open': (
+        'Write a Blop component with a list item for the name of each user.',
+        _LIST, _LIST.replace('UserList', 'Users'), (True, True, True)),
+    'another tag': (
+        _LIST_PROMPT, _LIST, _LIST.replace('li>', 'td>'), (True, False, False)),
+    'a field that the prompt names': (
+        _LIST_PROMPT, _LIST, _LIST.replace('user.name', 'user.email'),
+        (True, False, True)),
+    'a field that it leaves open': (
+        'Write UserList in Blop: a list item for each user.', _LIST,
+        _LIST.replace('user.name', 'user.email'), (True, True, True)),
+    'only the first': (
+        _LIST_PROMPT, _LIST, 'def UserList(attributes) {\n  <ul>\n    '
+        '<li>attributes.users[0].name</li>\n  </ul>\n}', (True, False, False)),
+    'does not compile': (_LIST_PROMPT, _LIST, _LIST + ';', (False,) * 3),
+    'throws': (
+        _LIST_PROMPT, _LIST,
+        _LIST.replace('attributes.users', 'attributes.a.b'),
+        (False, False, False)),
+    'the same call': (
+        _LIKE_PROMPT, _BUTTON, _BUTTON.replace(
+            'on={ click: () => onLike(song.id) }', 'on={ click }').replace(
+                '  <button', '  click = () => {\n    onLike(song.id)\n  }\n'
+                            '  <button'), (True, True, True)),
+    'a call with something else': (
+        _LIKE_PROMPT, _BUTTON, _BUTTON.replace('song.id', 'song.title'),
+        (True, False, True)),
+    'no handler': (
+        _LIKE_PROMPT, _BUTTON,
+        _BUTTON.replace(' on={ click: () => onLike(song.id) }', '').replace(
+            ', onLike', ''), (True, False, True)),
+    'another event': (
+        _LIKE_PROMPT, _BUTTON, _BUTTON.replace('click', 'mouseenter'),
+        (True, False, True)),
+    'state that counts by two': (
+        'Write Steps: a number, and a button More that adds one.', _STEPS,
+        _STEPS.replace('count + 1', 'count + 2'), (True, False, True)),
+    'state in a class': (
+        'Write Steps: a number, and a button More that adds one.', _STEPS,
+        """import { Component } from 'blop'
+
+class Steps extends Component {
+  def render() {
+    this.count = this.count || 0
+    more = () => {
+      this.count = this.count + 1
+      this.refresh()
+    }
+    <p>
+      = this.count
+      <button on={ click: more }>'More'</button>
+    </p>
+  }
+}""", (True, True, False)),
+    'a class the other way round': (
+        _MARK_PROMPT, _MARK, _MARK.replace('> 50', '<= 50'),
+        (True, False, True)),
+    'a limit off by one': (
+        _MARK_PROMPT, _MARK, _MARK.replace('> 50', '>= 50'),
+        (True, False, True)),
+    'another way to the same result': (
+        'Write total(prices) in Blop.', _SUM,
+        'def total(prices) {\n  return prices.reduce((a, b) => a + b, 0)\n}',
+        (True, True, None)),
+    'a wrong start': (
+        'Write total(prices) in Blop.', _SUM,
+        _SUM.replace('sum = 0', 'sum = 1'),
+        (True, False, None)),
+    'a class': (
+        'Write the class Account with deposit(amount).', _ACCOUNT,
+        _ACCOUNT.replace('this.balance', 'this.money'), (True, True, None)),
+    'a class that forgets': (
+        'Write the class Account with deposit(amount).', _ACCOUNT,
+        _ACCOUNT.replace('this.balance = this.balance + amount\n    ', ''),
+        (True, False, None)),
+    'a promise': (
+        'Write the async function later(x).',
+        'async def later(x) {\n  return x * 2\n}',
+        'def later(x) {\n  return new Promise((done) => done(x + x))\n}',
+        (True, True, None)),
+    'output': ('Log hello in Blop.', "x = 1\nconsole.log('hello')",
+               "x = 1\nconsole.log('bye')", (None, False, None)),
+    # Nothing to tell it by: its words are its author's.
+    'a static page': (
+        'Write Empty, a friendly message.', "def Empty() {\n  <p>'None'</p>\n}",
+        "def Empty() {\n  <p>'Nothing here'</p>\n}", (True, None, True)),
+}
+
+
+@pytest.fixture(scope='module')
+def judged():
+  rows = [records.Record({'prompt': prompt, 'completion': reference}, 'x:1')
+          for prompt, reference, _, _ in _PAIRS.values()]
+  return task.judge(rows, [answer for _, _, answer, _ in _PAIRS.values()])
+
+
+@needs_compiler
+@pytest.mark.parametrize('name', _PAIRS)
+def test_the_verdict_on_an_answer(judged, name):
+  row = judged.rows[list(_PAIRS).index(name)]
+  expected = _PAIRS[name][3]
+  assert tuple(row.get(k) for k in ('component', 'right', 'same_tags')) == (
+      expected), row.get('why')
+  assert bool(row['why']) == (expected[1] is False)
+
+
+@needs_compiler
+def test_totals_are_means_of_the_rows_that_can_be_told(judged):
+  for name in ('component', 'right', 'same_tags'):
+    told = [row[name] for row in judged.rows if name in row]
+    assert 0 < len(told) < len(_PAIRS) + (name == 'component')
+    assert judged.metrics[name] == sum(told) / len(told)
+
+
+@pytest.mark.parametrize('code, habits', [
+    ('x = 1;', ['semicolons']), ('const x = 1', ['const, let, var']),
+    ('function A() {\n}', ['function']),
+    ('export x = 1', ['export']), ('if a === b {\n}', ['===']),
+    ('x = a ? b : c', ['? :']), ('x = a?.b', ['?. ??']), ('i++', ['++ --']),
+    ('} else if a {', ['else if']), ('for (a of b) {', ['for (...)']),
+    ('<p id={name}>', ['JSX attributes']),
+    ('<p style={{ a: 1 }}>', ['JSX attributes']),
+    ('<p>{name}</p>', ['JSX braces']),
+    ('<ul>\n  {items.map((i) => i)}\n</ul>', ['JSX braces']),
+    ('<p>Hello my friend</p>', ['JSX words']),
+    ("<p className='a'>", ['className']),
+    ('return (\n  <p></p>\n)', ['return (']), ('x = `a ${b}`', ['${...}']),
+    ('def a(b):\n  return b', ['def ... :']), ('if a > b:\n  c', ['if ... :']),
+    ('x = None', ['None, True, False']), ('self.x = 1', ['self']),
+    ('# a comment', ['# comments']), ("print('x')", ['print']),
+    ("x = f'a {b}'", ['f-strings'])])
+def test_habits_of_other_languages(code, habits):
+  assert text.habits(code) == habits
+
+
+@pytest.mark.parametrize('code', [
+    _LIST, _BUTTON, _STEPS, _ACCOUNT, _MARK, "x = 'a; b'  // const y = 1;",
+    'def f(a: number, b=1): string {\n}',
+    "<p style={ color: 'red' }>'None; #1'</p>",
+    'return if a => 1 else if b => 2 else 3', 'x = (a) => {\n}',
+    "{ a as b } = c", 'console.log(1)', 'window.print()', "f''a' b'"])
+def test_blop_has_none(code):
+  assert text.habits(code) == []
+
+
+_GOOD_ANSWER = ('Blop is a language for the web with HTML-like tags in code.'
+                ' It compiles to ES6 JavaScript and renders a virtual DOM.')
+
+
+@pytest.mark.parametrize('answer, knows', [
+    (_GOOD_ANSWER, 1.0),
+    ('Blop is a programming language for building user interfaces.', 0.4),
+    ('I do not know.', 0.0),
+    # One false word takes the rest back.
+    (_GOOD_ANSWER + ' It was developed by Google.', 0.0),
+    ('Blop is a board game in which virtual DOM tags of a language...', 0.0),
+    ('Blop is a dialect of Python, a language for the web.', 0.0),
+    ('Blop stands for Basic Language of Programs.', 0.0),
+    ('Blop is a small fish, a person or a company.', 0.0),
+    (_GOOD_ANSWER.replace('ES6 JavaScript', 'machine code'), 0.0)])
+def test_what_an_answer_knows(answer, knows):
+  assert text.knowledge('What is Blop?', answer)['knows'] == knows
+
+
+def test_questions_without_key_facts_are_not_judged():
+  for prompt in ('How do I sort a list in Blop?', 'Write a Blop component.',
+                 'What is Blop used for?', 'What is React?'):
+    assert text.knowledge(prompt, _GOOD_ANSWER) is None
+
+
+@needs_compiler
+def test_free_prompts():
+  judged = task.judge_prompts(
+      ['What is Blop?', 'What is Blop?', 'Write a list.', 'Sing.'],
+      [_GOOD_ANSWER, 'Blop is a band.', _LIST + ';', 'La.'])
+  assert judged.metrics == {'knows': 0.5, 'invented': 0.5, 'n': 4}
+  assert judged.rows[1]['wrong'] and judged.rows[3] == {}
+  assert judged.rows[2]['habits'] == 'semicolons'
+  assert judged.rows[2]['strict'] is False
+
+
+@needs_compiler
+def test_free_prompts_leave_the_rates_over_records_alone():
+  row = records.Record({'prompt': _LIST_PROMPT, 'completion': _LIST}, 'x:1')
+  judged = judge.judge_answers(
+      task, [row] * 4, [_LIST, 'def', 'def', 'def'],
+      prompts=[_LIST_PROMPT, 'What is Blop?'], free=[_LIST, _GOOD_ANSWER],
+      training=())
+  assert judged.metrics['strict'] == judged.metrics['component'] == 0.25
+  assert judged.metrics['knows'] == 1 and len(judged.free_rows) == 2

@@ -1,0 +1,379 @@
+"""The judge of poetry, on poems that every schoolchild knows."""
+
+import json
+
+import pytest
+
+from gemma_sft import errors
+from gemma_sft.inputs import records
+from gemma_sft.tasks.poetry import pingshui
+from gemma_sft.tasks.poetry import task
+
+_STORKS = '白日依山盡，黃河入海流。\n欲窮千里目，更上一層樓。'  # 王之渙
+_STORKS_SIMPLIFIED = '白日依山尽，黄河入海流。\n欲穷千里目，更上一层楼。'
+_GORGES = ('朝辭白帝彩雲間，千里江陵一日還。\n'
+           '兩岸猿聲啼不住，輕舟已過萬重山。')  # 李白
+_QUIET = '床前明月光，疑是地上霜。\n舉頭望明月，低頭思故鄉。'  # 李白
+_GRASS = ('離離原上草，一歲一枯榮。\n野火燒不盡，春風吹又生。\n'
+          '遠芳侵古道，晴翠接荒城。\n又送王孫去，萋萋滿別情。')  # 白居易
+_HOPE = ('國破山河在，城春草木深。\n感時花濺淚，恨別鳥驚心。\n'
+         '烽火連三月，家書抵萬金。\n白頭搔更短，渾欲不勝簪。')  # 杜甫
+_BROCADE = ('錦瑟無端五十絃，一絃一柱思華年。\n'
+            '莊生曉夢迷蝴蝶，望帝春心託杜鵑。\n'
+            '滄海月明珠有淚，藍田日暖玉生煙。\n'
+            '此情可待成追憶，只是當時已惘然。')  # 李商隱
+
+
+def _record(text=_STORKS, **fields):
+  return records.Record({'title': '題', 'text': text} | fields, 'x.jsonl:1')
+
+
+def _question(form):
+  return records.Record({'title': '題', 'form': form}, 'x')
+
+
+def _row(completion, form='5x4'):
+  return task.judge([_question(form)], [completion]).rows[0]
+
+
+def _verdict(completion, form='5x4'):
+  row = _row(completion, form)
+  return row['form'], row['rhyme'], row['tone']
+
+
+@pytest.mark.parametrize('character, level, oblique', [
+    ('東', True, False), ('董', False, True), ('送', False, True),
+    ('屋', False, True), ('先', True, True), ('看', True, True),
+    # Level in Mandarin, but of the entering tone.
+    ('白', False, True), ('竹', False, True), ('一', False, True),
+    # A variant and a character newer than the book.
+    ('峯', True, False), ('她', True, False),
+    ('x', False, False), ('，', False, False)])
+def test_tones(character, level, oblique):
+  assert pingshui.can_be(character, '平') == level
+  assert pingshui.can_be(character, '仄') == oblique
+  assert pingshui.can_be(character, '中')
+
+
+def test_rhymes_of_the_book():
+  assert pingshui.level_rhymes('東') == {'上平一東'}
+  assert pingshui.level_rhymes('冬') == {'上平二冬'}
+  assert pingshui.level_rhymes('涯') >= {'上平九佳', '下平六麻'}
+  assert pingshui.level_rhymes('日') == frozenset()
+  assert not any(pingshui.is_known(c) for c in 'Publicdomainfalse')
+
+
+def _ends(*characters):
+  return [c if i % 2 else '仄' for c in characters for i in range(2)]
+
+
+@pytest.mark.parametrize('ends, rhyme', [
+    ('流樓', '下平十一尤'), ('東風', '上平一東'),
+    ('東冬', ''),  # The same to an ear of today.
+    ('流流', ''),  # A word is no rhyme of itself.
+    ('日出', ''),  # Oblique.
+    ('東風空同', '上平一東'), ('東風空冬', ''), ('東風空東', ''),
+    ('看難', '上平十四寒'), ('流x', '')])
+def test_rhyme_of(ends, rhyme):
+  assert pingshui.rhyme_of(_ends(*ends)) == rhyme
+
+
+@pytest.mark.parametrize('text, form', [
+    (_STORKS, '5x4'), (_GORGES, '7x4'), (_GRASS, '5x8'), (_HOPE, '5x8'),
+    (_BROCADE, '7x8'), (_STORKS_SIMPLIFIED, '5x4'),
+    (_STORKS.replace('\n', ''), '5x4'), (_STORKS + '\n\n', '5x4'),
+    ('白日依山盡 黃河入海流\n欲窮千里目 更上一層樓', '5x4')])
+def test_regulated_poems_pass(text, form):
+  assert _verdict(text, form) == (True, True, True)
+
+
+def test_a_free_poem_rhymes_and_has_no_tone_pattern():
+  assert _verdict(_QUIET) == (True, True, False)
+  assert 'line 2 character' in _row(_QUIET)['tone_faults']
+
+
+@pytest.mark.parametrize('old, new, place', [
+    ('依', '落', ''),  # The third of five is free,
+    ('黃', '濁', 'line 2 character 1 (濁) wants 平'),  # but for 孤平.
+    ('千', '百', ''),
+    ('一層', '高層', 'line 4 character 3 (高) wants 仄'),  # 三平尾.
+    ('海', '江', 'line 2 character 4 (江) wants 仄'),
+    ('盡', '窮', 'line 1 character 5 (窮) wants 仄'),
+    ('欲窮千里目', '將窮目千里', ''),  # 平平仄平仄 is a rescue,
+    # but not after an oblique first.
+    ('千里目', '目千里', 'line 3 character 4 (千) wants 仄'),
+    ('窮千里', '盡千里', 'line 3 character 2 (盡) wants 平'),
+])
+def test_tone_faults(old, new, place):
+  text = _STORKS.replace(old, new, 1)
+  assert text != _STORKS
+  assert _row(text)['tone_faults'] == place
+  assert _row(text)['tone'] == (not place)
+
+
+def test_a_rescue_needs_its_other_half():
+  # 未 is oblique where 不 may be level; 吹 in the next line makes up for it.
+  text = _GRASS.replace('不盡', '未盡')
+  assert _row(text, '5x8')['tone']
+  assert not _row(text.replace('吹又', '起又'), '5x8')['tone']
+
+
+def test_couplets_have_an_order():
+  first, second = _STORKS.split('\n')
+  assert _verdict(f'{second}\n{first}') == (True, True, True)
+  couplets = _HOPE.split('\n')
+  couplets[0], couplets[1] = couplets[1], couplets[0]
+  assert _verdict('\n'.join(couplets), '5x8') == (True, True, False)
+
+
+@pytest.mark.parametrize('completion', [
+    '', ' \n', _GORGES, _STORKS.split('\n')[0], _STORKS + '\n白日依山盡。',
+    f'《登樓》\n{_STORKS}', f'好的：{_STORKS}', f'{_STORKS}\n<end_of_turn>',
+    'abcde, abcde. abcde, abcde.', _STORKS.replace('日', ''),
+    _STORKS.replace('日', 'x')])
+def test_other_shapes_have_no_form_and_so_no_rhyme(completion):
+  assert _verdict(completion) == (False, False, False)
+
+
+def test_one_line_four_times_is_no_poem():
+  row = _row('，'.join(['黃河入海流'] * 4))
+  assert row['form'] and not row['rhyme'] and row['repeated'] == 0.75
+
+
+def test_simplified_and_mixed_script_read_alike():
+  # A converter makes 鬆 and 裏 of 松 and 里, words of their own in this script.
+  for text in (_STORKS, '一松獨釣玉虹蟠', '萬里無聲去'):
+    assert task.to_traditional(text) == text
+  assert task.to_traditional(_STORKS_SIMPLIFIED) == _STORKS
+  mixed = _STORKS.replace('樓', '楼').replace('層', '层')
+  assert task.to_traditional(mixed) == _STORKS
+
+
+def test_rates_are_relative_to_real_poems():
+  rows = [_question('5x4'), _question('7x8')]
+  judged = task.judge(rows, [_STORKS, 'x'])
+  assert judged.metrics['rhyme'] == 0.5
+  assert judged.metrics['rhyme_of_real'] == pytest.approx(
+      0.5 / task.REAL_RHYME['5x4'])
+  assert judged.metrics['tone_of_real'] == pytest.approx(
+      0.5 / task.REAL_TONE['5x4'])
+  best = task.judge(rows, [_STORKS, _BROCADE]).metrics
+  assert best['rhyme_of_real'] == best['tone_of_real'] == 1
+
+
+def test_bleu_is_of_characters():
+  own = task.judge([_record()], [_STORKS]).metrics
+  assert own['bleu4'] == own['sentence_bleu4'] == pytest.approx(1)
+  # Of 24 characters two are others, each in two of the longer n-grams.
+  changed = _STORKS.replace('日', '月').replace('樓', '臺')
+  expected = (22 / 24 * 19 / 23 * 18 / 22 * 17 / 21) ** 0.25
+  close = task.judge([_record()], [changed])
+  assert close.metrics['bleu4'] == pytest.approx(expected, abs=1e-4)
+  assert close.rows[0]['sentence_bleu4'] == pytest.approx(expected, abs=1e-4)
+  other = task.judge([_record()], [_QUIET]).metrics
+  assert other['bleu4'] < 0.1
+  assert 'bleu4' not in task.judge([_question('5x4')], [_STORKS]).metrics
+
+
+def test_corpus_bleu_weighs_poems_by_length():
+  judged = task.judge([_record(), _record(_BROCADE)], [_STORKS, 'x'])
+  assert judged.metrics['sentence_bleu4'] == pytest.approx(0.5, abs=0.01)
+  assert judged.metrics['bleu4'] < 0.2  # The brevity of 25 for 88.
+
+
+def test_copied_lines_in_either_script():
+  training = [_record(_STORKS_SIMPLIFIED),
+              records.Record({'text': _GORGES}, 'y')]
+  text = ('白日依山尽，輕舟已過萬重山。\n'
+          '春風不相識，更上一层楼。')
+  judged = task.judge([_question('5x4')] * 2, [text, ''], training)
+  assert [row['copied'] for row in judged.rows] == [0.75, 0]
+  assert judged.metrics['copied'] == 0.375
+  assert 'copied' not in task.judge([_question('5x4')], [text]).metrics
+
+
+def test_distinct_counts_over_all_poems():
+  judged = task.judge([_question('5x4')] * 2, ['春春，夏夏。', '春夏，夏'])
+  # 春夏 of 7 characters; pairs in lines: 春春 夏夏 春夏.
+  assert judged.metrics['distinct1'] == pytest.approx(2 / 7)
+  assert judged.metrics['distinct2'] == 1
+  again = task.judge([_question('5x4')] * 2, [_STORKS, _STORKS]).metrics
+  assert again['distinct2'] == 0.5
+
+
+def test_totals_are_means_of_rows():
+  rows = [_record(), _record(_GORGES), _record(_HOPE), _record(_QUIET)]
+  answers = [_STORKS, _STORKS, _HOPE, '，'.join(['低頭思故鄉'] * 4)]
+  judged = task.judge(rows, answers, rows)
+  assert judged.metrics['n'] == 4
+  assert [r['form'] for r in judged.rows] == [True, False, True, True]
+  assert judged.metrics['rhyme'] == 0.5
+  for name in task.LOWER_IS_BETTER | {'form', 'tone', 'sentence_bleu4'}:
+    assert judged.metrics[name] == pytest.approx(
+        sum(row[name] for row in judged.rows) / 4)
+
+
+def test_plain_text_continues_its_first_line():
+  plain = records.Record({'text': _STORKS}, 'train.txt:1')
+  rest = _STORKS.split('\n')[1]
+  judged = task.judge([plain], [rest])
+  row, = judged.rows
+  assert (row['form'], row['rhyme'], row['tone']) == (True, True, True)
+  assert judged.metrics['bleu4'] == pytest.approx(1)
+  # Prose has no form to keep; what it repeats still counts.
+  prose = records.Record({'text': '一二三\n四五'}, 'train.txt:9')
+  assert 'form' not in task.judge([prose], [rest]).rows[0]
+
+
+def test_plain_text_of_one_line_is_left_out_and_said():
+  one = records.Record({'text': _STORKS.replace('\n', '')}, 'train.txt:1')
+  judged = task.judge([one, _record()], ['', _STORKS])
+  assert judged.rows[0] == {} and judged.metrics['n'] == 1
+  assert judged.metrics['rhyme'] == 1
+  assert '1 poems of plain text' in judged.note
+
+
+def test_no_records():
+  metrics = task.judge([], []).metrics
+  assert metrics['n'] == 0 and metrics[task.HEADLINE] == 0
+
+
+def test_prompts():
+  user, model = task.to_messages(_record(title='登鸛雀樓'))
+  assert user.content == (
+      '請以《登鸛雀樓》為題，寫一首五言絕句，押「尤」韻（秋流遊愁頭樓休州舟留侯憂）。')
+  assert (model.role, model.content) == ('model', _STORKS)
+  user, _ = task.to_messages(_record(_STORKS_SIMPLIFIED, title='登楼'))
+  assert user.content == (
+      '请以《登楼》为题，写一首五言绝句，押「尤」韵（秋流游愁头楼休州舟留侯忧）。')
+  assert task.to_messages(records.Record({'text': _QUIET}, 'x')) == _QUIET
+
+
+@pytest.mark.parametrize('form, asked', [
+    ({}, '七言絕句'), ({'form': None}, '七言絕句'),
+    ({'form': '5x8'}, '五言律詩'), ({'form': '七言律詩'}, '七言律詩'),
+    ({'form': ' 五絕 '}, '五言絕句'),
+    ({'form': '5X4'}, '五言絕句'), ({'form': '7×8'}, '七言律詩'),
+    ({'form': '五言律诗'}, '五言律诗')])
+def test_a_title_is_a_question(form, asked):
+  record = records.Record({'title': '春雨'} | form, 'x')
+  user, model = task.to_messages(record)
+  assert asked in user.content and '《春雨》' in user.content
+  assert (model.role, model.content) == ('model', '')
+
+
+@pytest.mark.parametrize('fields, rhyme', [
+    ({'rhyme': '庚'}, '下平八庚'), ({'rhyme': ' 八庚 '}, '下平八庚'),
+    ({'rhyme': '下平八庚', 'text': _STORKS}, '下平八庚'),
+    ({'rhyme': '东'}, '上平一東'),  # Simplified.
+    ({'text': _STORKS}, '下平十一尤'), ({'text': _STORKS_SIMPLIFIED},
+                                        '下平十一尤'),
+    # Old style: the even lines share no level rhyme, and none is asked for.
+    ({'text': _STORKS.replace('樓', '日')}, '')])
+def test_which_rhyme_is_asked_for(fields, rhyme):
+  record = records.Record({'title': '題', 'form': '5x4'} | fields, 'x')
+  assert task.asked_rhyme(record) == rhyme
+  assert ('押' in task.to_messages(record)[0].content) == bool(rhyme)
+  assert task.to_form(record)['rhyme'] == rhyme[-1:]
+
+
+def test_a_question_without_a_rhyme_gets_a_common_one_by_its_title():
+  asked = [task.asked_rhyme(records.Record({'title': f'題{i}'}, 'x'))
+           for i in range(60)]
+  assert len(set(asked)) == 10 and '下平三肴' not in asked
+  assert asked == [task.asked_rhyme(records.Record({'title': f'題{i}'}, 'y'))
+                   for i in range(60)]
+
+
+def test_rhyme_words_are_of_their_rhyme():
+  words = task.rhyme_words()
+  assert set(words) == set(pingshui.level_book())
+  assert all(len(w) == len(set(w)) == 12 for w in words.values())
+  assert all(rhyme in pingshui.level_rhymes(c)
+             for rhyme, w in words.items() for c in w)
+  # Each is named by its last character alone.
+  assert len({rhyme[-1] for rhyme in words}) == 30
+
+
+@pytest.mark.parametrize('asked, as_asked', [('尤', True), ('東', False)])
+def test_the_rhyme_asked_for_is_judged_apart(asked, as_asked):
+  question = _question('5x4')
+  question.fields['rhyme'] = asked
+  row = task.judge([question], [_STORKS]).rows[0]
+  assert row['rhyme'] and row['asked_rhyme'] == as_asked
+
+
+@pytest.mark.parametrize('fields, got', [
+    ({'title': '題', 'form': '5x4', 'rhyme': '日'}, "'日'"),
+    ({'title': '題', 'form': '9x9', 'text': _STORKS}, "'9x9'"),
+    ({'title': '題', 'form': 'sonnet'}, "'sonnet'"),
+    ({'title': '題', 'text': '一二三'}, 'none that is known'),
+    ({'title': '', 'form': '5x4'}, 'no title'),
+    # No answer is not an empty answer: the column may have another name.
+    ({'title': '題', 'poem': _STORKS}, 'columns title, poem'),
+    ({'title': '題', 'text': ' '}, 'columns title, text')])
+def test_mistakes_are_said(fields, got):
+  with pytest.raises(errors.UserError, match=got) as error:
+    task.to_messages(records.Record(fields, 'x.jsonl:7'))
+  assert 'x.jsonl:7' in str(error.value)
+
+
+def test_reads_chinese_poetry_json(tmp_path):
+  path = tmp_path / 'poet.tang.0.json'
+  path.write_text(json.dumps([
+      {'author': '王之渙', 'paragraphs': _STORKS.split('\n'),
+       'title': '登鸛雀樓', 'id': '3ad6d468'},
+      {'author': '李白', 'paragraphs': _GORGES.split('\n'),
+       'title': '早發白帝城', 'id': '0b1d6f34'}], ensure_ascii=False), 'utf-8')
+  rows = records.read(str(path))
+  conversations = [task.to_messages(r) for r in rows]
+  assert [c[0].content for c in conversations] == [
+      '請以《登鸛雀樓》為題，寫一首五言絕句，押「尤」韻（秋流遊愁頭樓休州舟留侯憂）。',
+      '請以《早發白帝城》為題，寫一首七言絕句，押「刪」韻（山閑間還關攀顏斑環潺寰灣）。']
+  answers = [c[1].content for c in conversations]
+  assert answers == [_STORKS, _GORGES]
+  assert task.judge(rows, answers).metrics['tone'] == 1
+  assert task.check_answers(rows) == []
+
+
+def test_reads_text_files(tmp_path):
+  path = tmp_path / 'train.txt'
+  path.write_text(f'{_STORKS}\n\n{_GORGES}\n', 'utf-8')
+  rows = records.read(str(path))
+  assert [task.to_messages(r) for r in rows] == [_STORKS, _GORGES]
+  judged = task.judge(rows, [t.split('\n')[1] for t in (_STORKS, _GORGES)])
+  assert judged.metrics['tone'] == judged.metrics['rhyme'] == 1
+  # Without blank lines between them poems run together, which is reported.
+  path.write_text(f'{_STORKS}\n{_GORGES}\n', 'utf-8')
+  problem, = task.check_answers(records.read(str(path)))
+  assert '4 of 5 characters, 4 of 7 characters' in problem
+  assert 'blank line' in problem
+
+
+def test_check_answers_says_what_is_wrong():
+  rows = [
+      _record(), _record(_STORKS_SIMPLIFIED), _question('5x4'), _record(_QUIET),
+      _record(_STORKS.replace('樓', '堂')), _record(form='7x4'),
+      _record(rhyme='東'), _record(rhyme='尤'),
+      records.Record({'text': _STORKS}, 'x')]
+  tone, rhyme, form, asked = task.check_answers(rows)
+  assert tone.startswith('x.jsonl:1: line ') and 'wants' in tone
+  assert rhyme == 'x.jsonl:1: the even lines have no rhyme in common (流堂)'
+  assert 'lines: 4 of 5 characters; wanted: 7x4' in form
+  assert asked.endswith(
+      'it rhymes in 下平十一尤, and its column rhyme asks for 上平一東')
+
+
+def test_real_rates_are_those_of_every_form():
+  for rates in (task.REAL_RHYME, task.REAL_TONE):
+    assert rates.keys() == task.FORMS.keys()
+    assert all(0.5 < rate < 1 for rate in rates.values())
+
+
+@pytest.mark.parametrize('text, simplified', [
+    ('登高望遠', False), ('登高望远', True), ('萬里松峰群山背', False),
+    ('松下问童子', True), ('春眠不覺曉', False),
+    # Written alike in both: the prompt of the rhyme book's script.
+    ('白日依山', False)])
+def test_the_script_of_a_prompt(text, simplified):
+  assert task.is_simplified(text) == simplified

