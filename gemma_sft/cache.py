@@ -1,7 +1,9 @@
 """Where downloads and conversions are kept between runs."""
 
+import contextlib
 import os
 import pathlib
+from typing import Iterator
 
 
 def folder(*names: str) -> pathlib.Path:
@@ -9,3 +11,20 @@ def folder(*names: str) -> pathlib.Path:
   root = os.environ.get('GEMMA_SFT_CACHE') or os.path.join(
       os.path.expanduser('~'), '.cache', 'gemma_sft')
   return pathlib.Path(root, *names)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Yields a path to write to, which takes the name `path` at the end.
+
+  A reader of `path` sees the old content or the new one, never a part of it.
+  After an error the old content stays and what was written is removed. Several
+  processes may write the same path; the last one wins.
+  """
+  path = pathlib.Path(path)
+  partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
+  try:
+    yield partial
+    os.replace(partial, path)
+  finally:
+    partial.unlink(missing_ok=True)
