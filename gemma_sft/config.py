@@ -14,6 +14,9 @@ _WITHOUT_RESULT = (
     'deadline_minutes', 'checkpoint.', 'mesh.', 'sampling.', 'curate.',
     'track.', 'train.log_every', 'train.remat', 'model.layers',
     'model.attention', 'eval.batch_size')
+# Sections that a config.json may still have from before they left the config of
+# training: `gemma_sft.curate` now has a config of its own.
+_FORMER_SECTIONS = ('curate.',)
 # Say where records and weights lie and how they are read: what comes of it is
 # compared by its content hash.
 _BY_CONTENT = (
@@ -52,6 +55,8 @@ def from_json(text: str, template: Any) -> Any:
   config = template.copy_and_resolve_references()
   with config.unlocked():
     for path, value in json.loads(text).items():
+      if path.startswith(_FORMER_SECTIONS):
+        continue
       *parents, name = path.split('.')
       node = config
       for parent in parents:

@@ -47,6 +47,14 @@ def test_a_saved_config_lacks_keys_that_were_added_since(valid):
   assert template.data.train == ''  # The template is not written to.
 
 
+def test_a_saved_config_may_have_keys_of_curation(valid):
+  # Until curation had a config of its own, a run saved its settings too.
+  saved = json.loads(config_lib.to_json(valid))
+  saved |= {'curate.source': 'raw.csv', 'curate.text': ['text']}
+  back = config_lib.from_json(json.dumps(saved), default.get_config())
+  assert config_lib.differences(saved, back) == []
+
+
 @pytest.mark.parametrize('key, value', (
     ('lora.rank', 8), ('seed', 1), ('data.train', 'other'), ('train.steps', 5),
     ('optimizer.learning_rate', 1.0), ('data.buckets', (8, 512)),
