@@ -39,7 +39,6 @@ from gemma_sft.evaluation import validation
 from gemma_sft.exports import llama_runtime
 from gemma_sft.generation import answers as answers_lib
 from gemma_sft.generation import prompting
-from gemma_sft.inputs import records as records_lib
 from gemma_sft.inputs import splits as splits_lib
 from gemma_sft.monitor import log
 from gemma_sft.run import restore
@@ -126,7 +125,9 @@ def _score(config, workdir, base, step, folder, split, limit, baselines):
   results = []
   for baseline in baselines:
     name = 'tuned' if not base else 'base' if not baseline.n else str(baseline)
-    identity = _identity(served.identity, records, config.eval, baseline)
+    identity = _identity(
+        served.identity, splits_lib.data_hash(records, served.task),
+        config.eval, baseline)
     print(f'scoring {name} ({served.description}) on {len(records)} records of'
           f' {split}', flush=True)
     scores = {}
@@ -195,7 +196,8 @@ def _score_gguf(config, gguf, llama_server, folder, split, limit):
   records = records[:limit] if limit else records
   weights = convert.file_sha256(gguf)
   identity = _identity(
-      weights, records, config.eval, prompting.Baseline('zero', 0))
+      weights, splits_lib.data_hash(records, task), config.eval,
+      prompting.Baseline('zero', 0))
   print(f'scoring llama.cpp ({gguf}) on {len(records)} records of {split}',
         flush=True)
   # What is judged is as in JAX; what is shown is as it is served.
@@ -278,10 +280,10 @@ def _result(config, split, name, identity, served, records, scores, judged,
   }
 
 
-def _identity(weights, records, section, baseline) -> str:
+def _identity(weights, data_hash, section, baseline) -> str:
   """Returns what an earlier loss has to share to stand for this one."""
   return ' '.join([
-      weights, records_lib.content_hash(records), str(baseline),
+      weights, data_hash, str(baseline),
       str(section.max_new_tokens), ' '.join(section.prompts)])
 
 

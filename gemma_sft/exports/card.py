@@ -43,7 +43,7 @@ class Base(TypedDict):
 
 
 class Split(TypedDict):
-  """One split of the data; sha256 is `records.content_hash`."""
+  """One split of the data; sha256 is `splits.data_hash`."""
 
   split: str
   files: Sequence[str]

@@ -11,7 +11,6 @@ from gemma_sft.evaluation import report
 from gemma_sft.exports import card
 from gemma_sft.exports import divergence
 from gemma_sft.exports import verify
-from gemma_sft.inputs import records as records_lib
 from gemma_sft.inputs import splits as splits_lib
 from gemma_sft.monitor import record
 from gemma_sft.run import base
@@ -111,7 +110,7 @@ def _data(chosen, tuned):
     records = splits_lib.read_split(section, split)
     splits.append(card.Split(
         split=split, files=[section[split]], records=len(records),
-        sha256=records_lib.content_hash(records), origin=''))
+        sha256=splits_lib.data_hash(records, chosen.task), origin=''))
   return splits
 
 

@@ -161,16 +161,21 @@ def validate(record: Record) -> Record:
   return Record(fields, record.where)
 
 
-def content_hash(records: Iterable[Record]) -> str:
+def content_hash(
+    records: Iterable[Record], files: Iterable[str] = ()) -> str:
   """Returns the SHA-256 (hex) of the records' fields, in record order.
 
   Neither the place of a record nor the order of its fields changes it, so the
-  same records in another format have the same hash.
+  same records in another format have the same hash. The content of `files`
+  follows; see `splits.data_hash`.
   """
   digest = hashlib.sha256()
   for record in records:
     line = json.dumps(record.fields, sort_keys=True, default=str)
     digest.update(line.encode() + b'\n')
+  for path in files:
+    with open(path, 'rb') as file:
+      digest.update(hashlib.file_digest(file, 'sha256').digest())
   return digest.hexdigest()
 
 

@@ -28,6 +28,7 @@ class Split:
   records: list[records_lib.Record]
   examples: Sequence[chat.Example]
   report: audit.Report
+  data_hash: str
 
 
 def read_split(section: Any, name: str) -> list[records_lib.Record]:
@@ -44,6 +45,17 @@ def read_split(section: Any, name: str) -> list[records_lib.Record]:
   if section.fields:
     records = [records_lib.keep_fields(r, section.fields) for r in records]
   return records
+
+
+def data_hash(records: Sequence[records_lib.Record], task: Any) -> str:
+  """Returns the hash of the records and of the files that they refer to.
+
+  A question about a database names the database, and its prompt shows the
+  schema: another schema is other data.
+  """
+  files = (task.referenced_files(records)
+           if hasattr(task, 'referenced_files') else ())
+  return records_lib.content_hash(records, files)
 
 
 def load_splits(
@@ -65,7 +77,8 @@ def load_splits(
       continue
     records = read_split(section, name)
     folder = cache.folder('tokens')
-    key = _tokens_key(name, section, records, task, tokenizer)
+    content = data_hash(records, task)
+    key = _tokens_key(name, section, records, content, task, tokenizer)
     kept = token_cache.load(folder, key)
     if kept is None:
       start = time.monotonic()
@@ -73,17 +86,16 @@ def load_splits(
       if time.monotonic() - start > _PAYS:
         token_cache.save(folder, key, kept)
     splits[name] = Split(
-        records, kept.examples, audit.Report(**kept.facts))
+        records, kept.examples, audit.Report(**kept.facts), content)
   _check_leakage(splits, task)
   return splits
 
 
-def _tokens_key(split, section, records, task, tokenizer):
+def _tokens_key(split, section, records, content, task, tokenizer):
   """Returns a hash over all that decides what `_render_split` returns."""
   package = pathlib.Path(__file__).parents[1]
   return token_cache.make_key(
-      split, records_lib.content_hash(records),
-      '\n'.join(r.where for r in records), tokenizer.proto,
+      split, content, '\n'.join(r.where for r in records), tokenizer.proto,
       tokenizer.generation, task.__name__, section.max_length,
       section.max_cut_share,
       sources=[package / 'chat.py',

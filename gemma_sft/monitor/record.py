@@ -34,7 +34,6 @@ import jax
 
 from gemma_sft import config as config_lib
 from gemma_sft import errors
-from gemma_sft.inputs import records as records_lib
 from gemma_sft.monitor import metrics
 from gemma_sft.monitor import scrub
 
@@ -59,7 +58,7 @@ def identity(
   Args:
     config_leaves: `dict(config.leaves(config))`.
     base_hash: From `base.base_hash`.
-    data_hashes: Split -> `records.content_hash`, of the splits that are set.
+    data_hashes: Split -> `splits.data_hash`, of the splits that are set.
   """
   text = json.dumps(
       [config_lib.result_leaves(config_leaves), base_hash, dict(data_hashes)],
@@ -116,8 +115,7 @@ class Record:
     self.active = jax.process_index() == 0
     if not self.active:
       return
-    hashes = {name: records_lib.content_hash(split.records)
-              for name, split in run.splits.items()}
+    hashes = {name: split.data_hash for name, split in run.splits.items()}
     leaves = dict(config_lib.leaves(run.config))
     trained, base = run.initial_state.trainable, run.base
     # Not above: records are read and compared without the library.

@@ -17,7 +17,6 @@ from gemma_sft import model as model_lib
 from gemma_sft import sharding
 from gemma_sft import state as state_lib
 from gemma_sft import tasks
-from gemma_sft.inputs import records as records_lib
 from gemma_sft.inputs import splits as splits_lib
 from gemma_sft.run import base as base_lib
 from gemma_sft.run import build
@@ -167,7 +166,7 @@ def prepare(config: Any, workdir: str, *, data_only: bool = False
          f'config.train.loss_chunk is {chunk}'))
   if data_only:
     return None
-  data_hash = records_lib.content_hash(splits['train'].records)
+  data_hash = splits['train'].data_hash
   hosts.check_same(
       'the hash of base weights and training records',
       [base_lib.base_hash(resolved, config.seed), data_hash],

@@ -9,6 +9,7 @@ from gemma_sft import batches
 from gemma_sft import config as config_lib
 from gemma_sft import errors
 from gemma_sft import state as state_lib
+from gemma_sft.inputs import records as records_lib
 from gemma_sft.run import checkpoint as checkpoint_lib
 from gemma_sft.run import hosts
 from gemma_sft.run import prepare as prepare_lib
@@ -41,10 +42,14 @@ def check_resume(run: prepare_lib.Run, meta: checkpoint_lib.Meta) -> None:
         f'the base weights have hash {run.base_hash[:16]}, the checkpoint was'
         f' trained on {meta.base[:16]}', 'the same base weights',
         'point --config.model.weights at those, or choose another --workdir')
-  if meta.data_hash != run.data_hash:
+  # Older checkpoints have the hash of the records alone, without the files that
+  # these refer to; the chain below is over the tokens themselves.
+  if meta.data_hash != run.data_hash and (
+      meta.data_hash != records_lib.content_hash(run.splits['train'].records)):
     raise errors.UserError(
-        f'the training records ({run.config.data.train}) have hash'
-        f' {run.data_hash[:16]}, the checkpoint was trained on'
+        f'the training records ({run.config.data.train}) with the files that'
+        f' they refer to have hash {run.data_hash[:16]}, the checkpoint was'
+        ' trained on'
         f' {meta.data_hash[:16]}', 'unchanged training data',
         'restore the file, or choose another --workdir')
   if meta.chain != batches.chain_of(run.source, meta.step):

@@ -10,7 +10,6 @@ from typing import Sequence
 from gemma_sft import config as config_lib
 from gemma_sft import errors
 from gemma_sft import tasks
-from gemma_sft.inputs import records as records_lib
 from gemma_sft.inputs import splits
 from gemma_sft.monitor import metrics
 from gemma_sft.monitor import record as record_lib
@@ -124,7 +123,6 @@ class Planner:
     """
     leaves = dict(config_lib.leaves(config)) | {'seed': seed}
     try:
-      tasks.load(config.task)
       identity = record_lib.identity(
           leaves, self._base_hash(config, seed), self._data_hashes(config))
       split = choose_split(config, self._evaluate)
@@ -152,15 +150,15 @@ class Planner:
     return base.base_hash(self._base[key], seed)
 
   def _data_hashes(self, config):
-    section, hashes = config.data, {}
+    task, section, hashes = tasks.load(config.task), config.data, {}
     for name in ('train', 'validation', 'test'):
       if not section[name]:
         continue
-      key = (name, section[name], section.format, section.columns,
+      key = (name, config.task, section[name], section.format, section.columns,
              section.limit, tuple(section.fields))
       if key not in self._records:
-        self._records[key] = records_lib.content_hash(
-            splits.read_split(section, name))
+        self._records[key] = splits.data_hash(
+            splits.read_split(section, name), task)
       hashes[name] = self._records[key]
     return hashes
 

@@ -24,6 +24,11 @@ A task is the module `task` of a folder here, with
         Those fields of a record of the data, as a person would fill them in;
         without what it has none of.
 
+and, where records name files that prompts or verdicts depend on (databases),
+
+    referenced_files(records) -> list[str]
+        Their paths, each once: their content is part of the data's hash.
+
 and, where a domain has questions about itself (Blop: "What is Blop?"),
 
     judge_prompts(prompts, completions) -> Judged

@@ -11,7 +11,9 @@ import conftest
 import pytest
 
 from gemma_sft import errors
+from gemma_sft import train
 from gemma_sft.inputs import records as records_lib
+from gemma_sft.inputs import splits
 from gemma_sft.tasks.sql import cage
 from gemma_sft.tasks.sql import result
 from gemma_sft.tasks.sql import task
@@ -89,6 +91,52 @@ def test_a_changed_script_is_read_again(folder):
   path = folder / 'database' / 'text' / 'text.sql'
   path.write_text('CREATE TABLE other (x INT);')
   assert task.schema_text(record) == 'other(x int)' != before
+
+
+def test_the_hash_of_the_data_covers_the_databases_it_names(folder):
+  where = str(folder / 'a.jsonl:1')
+  named = [_record(where=where, db_id=name)
+           for name in ('text', 'binary', 'text', 'missing')]
+  assert task.referenced_files(named) == [
+      str(folder / 'database' / 'text' / 'text.sql'),
+      str(folder / 'database' / 'binary' / 'binary.sqlite')]
+  before = splits.data_hash(named, task)
+  path = folder / 'database' / 'text' / 'text.sql'
+  path.write_text(_SCRIPT.replace('age INTEGER', 'age TEXT'))
+  assert splits.data_hash(named, task) != before
+  # A database in the record itself is part of its fields already.
+  inside = [_record(where=where, db_id='text', context=_SCRIPT)]
+  assert splits.data_hash(inside, task) == records_lib.content_hash(inside)
+
+
+def test_a_changed_table_is_other_data(
+    run_config, folder, tokenizer, tmp_path, monkeypatch):
+  rows = [{'question': f'Which {i}?', 'query': f'SELECT {i}', 'db_id': 'text'}
+          for i in range(4)]
+  path = folder / 'train.jsonl'
+  path.write_text('\n'.join(map(json.dumps, rows)))
+  run_config.task = 'sql'
+  run_config.data.update(train=str(path), validation='', max_length=256)
+  run_config.eval.every = 0
+  run_config.train.steps = 1
+  with monkeypatch.context() as patch:  # As a run began before.
+    patch.setattr(splits, 'data_hash',
+                  lambda records, task: records_lib.content_hash(records))
+    assert train.main(run_config, str(tmp_path / 'old'), False) == 0
+  assert train.main(run_config, str(tmp_path / 'old'), False) == 0
+  assert train.main(run_config, str(tmp_path / 'new'), False) == 0
+
+  monkeypatch.setenv('GEMMA_SFT_CACHE', str(tmp_path / 'cache'))
+  monkeypatch.setattr(splits, '_PAYS', -1.0)
+  for n_files in (1, 2):
+    splits.load_splits(run_config.data, ('train',), task, tokenizer)
+    assert len(list((tmp_path / 'cache' / 'tokens').iterdir())) == n_files
+    script = folder / 'database' / 'text' / 'text.sql'
+    script.write_text(_SCRIPT.replace('age INTEGER', 'age TEXT'))
+  for workdir, message in (('new', 'the training records'),
+                           ('old', 'cannot be made again')):
+    with pytest.raises(errors.UserError, match=message):
+      train.main(run_config, str(tmp_path / workdir), False)
 
 
 def test_a_form_has_no_query():

@@ -143,20 +143,44 @@ def _has_database(record):
   return any(record.fields.get(name) for name in ('context', 'schema', 'db_id'))
 
 
+def referenced_files(records: Sequence[records_lib.Record]) -> list[str]:
+  """Returns the files of the databases that records name by their db_id."""
+  paths = dict.fromkeys(
+      _database_file(r) for r in records
+      if not r.fields.get('context') and not r.fields.get('schema'))
+  return [path for path in paths if path]
+
+
+def _database_file(record):
+  """Returns the path of the database that a db_id names, '' if there is none.
+  """
+  name = str(record.fields.get('db_id', ''))
+  path = _database_path(record, name)
+  if re.fullmatch(r'\w+', name):
+    for ending in ('.sqlite', '.sql'):
+      if os.path.isfile(path + ending):
+        return path + ending
+  return ''
+
+
+def _database_path(record, name):
+  folder = os.path.dirname(re.sub(r'(:\d+|\[\d+\])$', '', record.where))
+  return os.path.join(folder, 'database', name, name)
+
+
 def _database(record):
   """Returns (path of a database, '') or ('', script that makes one)."""
   fields = record.fields
   for name in ('context', 'schema'):
     if fields.get(name):
       return '', fields[name]
+  path = _database_file(record)
+  if path.endswith('.sqlite'):
+    return path, ''
+  if path:
+    return '', _script(path, os.stat(path).st_mtime_ns)
   name = str(fields.get('db_id', ''))
-  folder = os.path.dirname(re.sub(r'(:\d+|\[\d+\])$', '', record.where))
-  path = os.path.join(folder, 'database', name, name)
-  if re.fullmatch(r'\w+', name):
-    if os.path.isfile(f'{path}.sqlite'):
-      return f'{path}.sqlite', ''
-    if os.path.isfile(f'{path}.sql'):
-      return '', _script(f'{path}.sql', os.stat(f'{path}.sql').st_mtime_ns)
+  path = _database_path(record, name)
   raise errors.UserError(
       f'{record.where}: db_id is {name!r}, and there is no {path}.sqlite'
       ' nor .sql',
