@@ -31,7 +31,7 @@ KERNELS = ('einsum', 'chunked', 'splash', 'cudnn', 'tokamax')
 _MASKED = -2.3819763e38
 # Queries at a time. On a CPU 128 saves up to a fifth of the attention and 512
 # costs up to twice as much; accelerators would rather have fewer, larger steps.
-_CHUNK = 256
+QUERY_CHUNK = 256
 # Global layers: keys up to the end of a query's quarter of the row, 5/8 of the
 # square. Each part is compiled on its own, so there are few.
 _PARTS = 4
@@ -158,7 +158,7 @@ def _chunked(q, k, v, positions_BT, segment_ids_BT, window, softcap, mesh):
   """
   del positions_BT, mesh
   T = q.shape[1]
-  C = min(_CHUNK, T)
+  C = min(QUERY_CHUNK, T)
   n = -(-T // C)
   q_BTKGH, k, v, segment_ids_BT = (
       _pad(x, n * C) for x in (_group(q, k), k, v, segment_ids_BT))

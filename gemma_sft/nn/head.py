@@ -216,7 +216,8 @@ def _frozen_head(
 _frozen_head_nll.defvjp(_frozen_head, _frozen_head_bwd)
 
 
-_BLOCK = 8192  # Rows of the vocabulary at a time; 1,024 tokens' logits: 32 MB.
+# Rows of the vocabulary at a time; the logits of 1,024 tokens are 32 MB.
+VOCABULARY_BLOCK = 8192
 
 
 def _stream_vocabulary(
@@ -274,11 +275,11 @@ def _stream_vocabulary(
 
 
 def _n_blocks(V: int) -> int:
-  """Returns the least divisor of V that makes blocks of at most `_BLOCK`.
+  """Returns the least divisor of V with blocks of at most `VOCABULARY_BLOCK`.
 
   Or 1 where V has no divisor near (Gemma's are 32 blocks of 8,192 or 8,004).
   """
-  least = -(-V // _BLOCK)
+  least = -(-V // VOCABULARY_BLOCK)
   return next((n for n in range(least, 4 * least + 1) if V % n == 0), 1)
 
 

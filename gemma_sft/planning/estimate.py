@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from gemma_sft import errors
 from gemma_sft import model as model_lib
 from gemma_sft.monitor import metrics
+from gemma_sft.nn import attention
+from gemma_sft.nn import head
 from gemma_sft.planning import compile_step
 from gemma_sft.planning import hardware
 from gemma_sft.weights import gguf_writer
@@ -28,8 +30,6 @@ from gemma_sft.weights import safetensors_file
 # By which the estimate may be off: a step that is nearer to the limit is said
 # to be uncertain.
 MARGIN = 0.15
-# Rows of the vocabulary whose logits a frozen head makes at a time (`loss`).
-_VOCABULARY_BLOCK = 8192
 # Arrays of the MLP's and of the model's width that live while one block's
 # gradient is made: gate, up, their product and the cotangents of each.
 _OF_MLP, _OF_WIDTH = 6, 4
@@ -144,7 +144,7 @@ def _logits(program):
   rows = -(-program.max_trained // chunks)
   V = program.model.config.num_embed
   if program.settings.lora_enabled:
-    V = min(V, _VOCABULARY_BLOCK)
+    V = min(V, head.VOCABULARY_BLOCK)
   return 4.0 * rows * V
 
 
@@ -155,12 +155,12 @@ def _working(program):
   block = tokens * width * (
       _OF_MLP * config.hidden_dim + _OF_WIDTH * config.embed_dim)
   N, T = config.num_heads, program.length
-  keys = {'einsum': T * T, 'chunked': min(T, 256) * T}.get(
+  keys = {'einsum': T * T, 'chunked': min(T, attention.QUERY_CHUNK) * T}.get(
       settings.execution.attention, 0)
-  attention = 3 * 4.0 * program.rows * N * keys
+  scores = 3 * 4.0 * program.rows * N * keys
   trained = compile_step.local_bytes(program.state.trainable)
   # The sum over microbatches and the gradient of one.
-  total = block + attention + 2 * trained
+  total = block + scores + 2 * trained
   if not settings.lora_enabled:
     # The copy to compute with, stacked, and its gradient, stacked.
     total += 2 * trained * width / 4 + program.n_embedding * 4

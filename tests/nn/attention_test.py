@@ -32,7 +32,7 @@ _SHAPES = {
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
   """Seven chunks and blocks of the least size, instead of one of each."""
-  monkeypatch.setattr(attention, '_CHUNK', 16)
+  monkeypatch.setattr(attention, 'QUERY_CHUNK', 16)
   monkeypatch.setattr(attention, '_SPLASH_BLOCK', 128)
 
 

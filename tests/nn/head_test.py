@@ -202,7 +202,7 @@ def test_shapes_that_do_not_belong_together_are_refused(wrong):
 @pytest.fixture
 def _small_blocks(monkeypatch):
   """The vocabulary of 40 in five blocks."""
-  monkeypatch.setattr(head, '_BLOCK', 8)
+  monkeypatch.setattr(head, 'VOCABULARY_BLOCK', 8)
 
 
 def _frozen(groups=1, softcap=None, max_trained=48, chunk_size=1024):
