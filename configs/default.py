@@ -93,24 +93,24 @@ def get_config() -> config_dict.ConfigDict:
   lora.rank = 16
   # The update is scaled by alpha / rank, with rsLoRA by alpha / sqrt(rank).
   lora.alpha = 16.0
-  lora.rank_stabilised = False
+  lora.use_rslora = False
   lora.dropout = 0.0
   # Searched for in paths like layer_3/attn/kv_einsum/v: 'attn/' is q, k, v
   # and o; 'attn/|mlp/' adds gate, up and down; '/(q|v)$' those two alone.
   lora.targets = 'attn/'
   # DoRA: the magnitude of each output's weights is trained apart from their
   # direction (gemma_sft/adapters/dora.py).
-  lora.dora = False
+  lora.use_dora = False
   # LoRA+ (arXiv 2402.12354): B learns at this multiple of A's rate; 1 is plain
   # LoRA, 16 what its authors recommend.
-  lora.plus_ratio = 1.0
+  lora.loraplus_lr_ratio = 1.0
 
   config.train = train = config_dict.ConfigDict()
   train.epochs = 3
   # If above 0, this many updates instead of the epochs.
   train.steps = 0
   # Microbatches of a step; exact in tokens whatever their number.
-  train.microbatches = 1
+  train.gradient_accumulation_steps = 1
   # What the backward pass makes again instead of keeping: none; elementwise,
   # all but the results of the base's matrix products and of attention; block,
   # each whole block from its input. Gemma 3 270M, 2 rows of 256 tokens, f32 on
@@ -127,14 +127,14 @@ def get_config() -> config_dict.ConfigDict:
   optimizer.learning_rate = 2e-4
   # constant, linear or cosine, to final_share of the peak.
   optimizer.schedule = 'cosine'
-  optimizer.warmup_share = 0.05
+  optimizer.warmup_ratio = 0.05
   optimizer.final_share = 0.0
   optimizer.weight_decay = 0.0
   optimizer.b1 = 0.9
   optimizer.b2 = 0.999
   optimizer.eps = 1e-8
   # Global norm; 0 for no clipping.
-  optimizer.clip_norm = 1.0
+  optimizer.max_grad_norm = 1.0
 
   config.eval = evaluation = config_dict.ConfigDict()
   # In steps; 0 is once an epoch. The first is before the first update.

@@ -42,7 +42,7 @@ def get_config(arg: str = '270m') -> config_dict.ConfigDict:
     config.data.update(batch_size=16, packing=False, buckets=(64, 128, 256))
     config.lora.update(targets='attn/')
     config.optimizer.update(learning_rate=5e-5, schedule='linear',
-                            warmup_share=0.0, weight_decay=0.01)
+                            warmup_ratio=0.0, weight_decay=0.01)
     # "Save every 500": it had about 1,900 updates.
     config.checkpoint.every = 500
   if arg == 'seed_model':

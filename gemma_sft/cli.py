@@ -269,6 +269,8 @@ def check_key(key: str, shown: str) -> None:
   if key not in known:
     name = key.rpartition('.')[2]
     same_name = [k for k in known if k.rpartition('.')[2] == name]
+    if key in config_lib.RENAMED:
+      same_name = [config_lib.RENAMED[key]]
     raise errors.UserError(
         shown, 'a key of configs/default.py',
         (f'Did you mean {same_name[0]!r}?' if same_name else

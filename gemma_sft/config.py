@@ -14,9 +14,6 @@ _WITHOUT_RESULT = (
     'deadline_minutes', 'checkpoint.', 'mesh.', 'sampling.', 'curate.',
     'track.', 'train.log_every', 'train.remat', 'model.layers',
     'model.attention', 'eval.batch_size')
-# Sections that a config.json may still have from before they left the config of
-# training: `gemma_sft.curate` now has a config of its own.
-_FORMER_SECTIONS = ('curate.',)
 # Say where records and weights lie and how they are read: what comes of it is
 # compared by its content hash.
 _BY_CONTENT = (
@@ -26,6 +23,26 @@ _BY_CONTENT = (
 # changes a number that training computes.
 _FREE_ON_RESUME = (
     *_WITHOUT_RESULT, 'eval.', 'data.test', 'model.weights', 'model.tokenizer')
+
+
+# Keys of configs up to commit a7e8de7, under which old workdirs have them.
+RENAMED = {
+    'lora.dora': 'lora.use_dora',
+    'lora.plus_ratio': 'lora.loraplus_lr_ratio',
+    'lora.rank_stabilised': 'lora.use_rslora',
+    'optimizer.clip_norm': 'optimizer.max_grad_norm',
+    'optimizer.warmup_share': 'optimizer.warmup_ratio',
+    'train.microbatches': 'train.gradient_accumulation_steps',
+}
+
+
+def with_current_names(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a flat config of any age under the keys of today.
+
+  Keys of curation, which once stood in the config of a run, are left out.
+  """
+  return {RENAMED.get(key, key): value for key, value in flat.items()
+          if not key.startswith('curate.')}
 
 
 def leaves(config: Mapping[str, Any], prefix: str = ''
@@ -54,9 +71,7 @@ def from_json(text: str, template: Any) -> Any:
   """
   config = template.copy_and_resolve_references()
   with config.unlocked():
-    for path, value in json.loads(text).items():
-      if path.startswith(_FORMER_SECTIONS):
-        continue
+    for path, value in with_current_names(json.loads(text)).items():
       *parents, name = path.split('.')
       node = config
       for parent in parents:
@@ -68,7 +83,8 @@ def from_json(text: str, template: Any) -> Any:
 def differences(
     saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
   """Returns 'key: saved -> current' for what a resume may not change."""
-  saved, current = dict(leaves(saved)), dict(leaves(current))
+  saved = with_current_names(dict(leaves(saved)))
+  current = with_current_names(dict(leaves(current)))
   return [
       f'{key}: {saved.get(key)!r} -> {current.get(key)!r}'
       for key in sorted(saved.keys() | current.keys())
@@ -78,10 +94,10 @@ def differences(
 
 
 def result_leaves(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns those of a flat config's values that decide the result.
+  """Returns the values of a flat config that decide the result.
 
-  Left out are what changes no number but by rounding, and the names of data
-  and weights, which go by the hash of their content.
+  Left out are keys that change no number beyond rounding, and the names of data
+  and weights, which a run identifies by the hash of their content.
   """
   return {key: value for key, value in flat.items()
           if not key.startswith(_WITHOUT_RESULT + _BY_CONTENT)}
@@ -152,11 +168,12 @@ def validate(config: Any) -> None:
           'set --config.lora.rank=16, or --config.lora.enabled=false to train'
           ' all weights')
     check('lora.alpha', positive, 'a number above 0')
-    check('lora.plus_ratio', lambda v: 0 < v < math.inf, 'a number above 0')
+    check('lora.loraplus_lr_ratio', lambda v: 0 < v < math.inf,
+          'a number above 0')
     check('lora.dropout', lambda v: 0 <= v < 1, 'a rate from 0 to below 1')
   check('train.epochs', positive, 'at least 1')
   check('train.steps', not_negative, '0 for epochs, or a number of updates')
-  check('train.microbatches', positive, 'at least 1')
+  check('train.gradient_accumulation_steps', positive, 'at least 1')
   check('train.loss_chunk', positive, 'at least 1')
   check('train.log_every', positive, 'at least 1')
   one_of('train.remat', ('none', 'elementwise', 'block'))
@@ -180,9 +197,9 @@ def validate(config: Any) -> None:
         'lengths in tokens')
   check('optimizer.schedule', lambda v: v in ('constant', 'linear', 'cosine'),
         'constant, linear or cosine')
-  check('optimizer.warmup_share', share, 'a share from 0 to 1')
+  check('optimizer.warmup_ratio', share, 'a share from 0 to 1')
   check('optimizer.final_share', share, 'a share from 0 to 1')
-  check('optimizer.clip_norm', not_negative, '0 for none, or a norm')
+  check('optimizer.max_grad_norm', not_negative, '0 for none, or a norm')
   check('optimizer.weight_decay', not_negative, 'at least 0')
   check('eval.mode', lambda v: v in ('min', 'max'), 'min or max')
   if config.eval.metric.startswith('judge/'):

@@ -125,7 +125,7 @@ def main(
   formats = list(dict.fromkeys(formats)) or [
       'hf', *(['peft'] if has_adapters else []), 'gguf-q8_0']
   writer.check_formats(formats, has_adapters=has_adapters,
-                       has_magnitudes=has_adapters and config.lora.dora)
+                       has_magnitudes=has_adapters and config.lora.use_dora)
   final = pathlib.Path(out)
   chosen = restore.choose_weights(config, workdir, base=base, step=step)
   identity = ' '.join(filter(None, [
@@ -254,7 +254,7 @@ def write(
 
 def _adapter(config):
   return writer.Adapter(
-      config.lora.rank, config.lora.alpha, config.lora.rank_stabilised,
+      config.lora.rank, config.lora.alpha, config.lora.use_rslora,
       config.lora.dropout, build.lora_scale(config))
 
 

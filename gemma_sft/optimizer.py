@@ -10,7 +10,7 @@ def make_schedule(
     *,
     learning_rate: float,
     schedule: str,
-    warmup_share: float,
+    warmup_ratio: float,
     final_share: float,
     total_steps: int,
 ) -> optax.Schedule:
@@ -19,11 +19,11 @@ def make_schedule(
   Args:
     learning_rate: The peak.
     schedule: 'constant', 'linear' or 'cosine' after the warm-up.
-    warmup_share: Share of the steps that rise linearly from 0 to the peak.
+    warmup_ratio: Share of the steps that rise linearly from 0 to the peak.
     final_share: What is left of the peak after the last step.
     total_steps: Number of updates.
   """
-  warmup = round(warmup_share * total_steps)
+  warmup = round(warmup_ratio * total_steps)
   decay = max(1, total_steps - warmup)
   if schedule == 'constant':
     after = optax.constant_schedule(learning_rate)
@@ -47,7 +47,7 @@ def make_optimizer(
     b2: float,
     eps: float,
     weight_decay: float,
-    clip_norm: float,
+    max_grad_norm: float,
     b_ratio: float = 1.0,
 ) -> optax.GradientTransformation:
   """Returns AdamW (arXiv 1711.05101) after clipping by the global norm.
@@ -58,11 +58,13 @@ def make_optimizer(
     b2: Decay of the second moment.
     eps: Added to the root of the second moment.
     weight_decay: Decoupled; on every trained leaf.
-    clip_norm: Largest global norm of a gradient; 0 leaves it alone.
+    max_grad_norm: Largest global norm of a gradient; 0 leaves it alone.
     b_ratio: LoRA+ (arXiv 2402.12354): the learning rate of adapters' B over
       that of the rest.
   """
-  steps: list[Any] = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+  steps: list[Any] = []
+  if max_grad_norm:
+    steps.append(optax.clip_by_global_norm(max_grad_norm))
   steps.append(optax.adamw(
       schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay))
   if b_ratio != 1:

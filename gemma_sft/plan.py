@@ -109,7 +109,8 @@ def make_plan(
       devices=devices)
   work = count_work(config, mesh, max_trained)
   limit = place.chip.memory if place.chip else hardware.local_memory()
-  shares = sharding.batch_groups(mesh) * config.train.microbatches
+  shares = (sharding.batch_groups(mesh)
+            * config.train.gradient_accumulation_steps)
   share = work.max_trained / (
       config.data.batch_size // shares * compile_step.row_length(config))
 
@@ -375,7 +376,7 @@ def _on_disk(plan):
 
 
 def _rows(program):
-  A = program.config.train.microbatches
+  A = program.config.train.gradient_accumulation_steps
   parts = f' in {A} microbatches' if A > 1 else ''
   return (f'{program.config.data.batch_size} rows of {program.length}'
           f' tokens{parts}, {program.rows} at a time on a device')

@@ -16,7 +16,7 @@ file="$1"
 shift
 port="${PORT:-8080}"
 server="${LLAMA_SERVER:-$(cd "$here" && .venv/bin/python -c '
-from gemma_sft.artifacts import llama_runtime
+from gemma_sft.exports import llama_runtime
 print(llama_runtime.find_server(None))')}"
 command=("$server" -m "$file" --host 127.0.0.1 --port "$port" --jinja -c 4096)
 if [ $# -eq 0 ]; then

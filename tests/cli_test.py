@@ -44,6 +44,9 @@ _TINY = ('--config=configs/tiny.py', '--workdir=/nowhere/w')
 @pytest.mark.parametrize('arguments, parts', [
     (('--config.lora.rnk=3',), ['--config.lora.rnk', "mean 'lora.rank'"]),
     (('--config.rank=3',), ["Did you mean 'lora.rank'?"]),
+    (('--config.lora.dora=true',), ["Did you mean 'lora.use_dora'?"]),
+    (('--config.optimizer.clip_norm=1',),
+     ["Did you mean 'optimizer.max_grad_norm'?"]),
     (('--config.lora.rank=many',), ['config.lora.rank=many', 'int']),
     (('--config.data.packing=maybe',), ['config.data.packing=maybe']),
     (('--workdr=w',), ["'workdr'", 'workdir']),

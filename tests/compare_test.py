@@ -202,7 +202,7 @@ def test_an_older_run_is_shown_with_what_it_has(tmp_path):
   assert ['best', 'loss 1 after 10', 'loss 1 after 10'] in found.results
   # A config that lacks a key has its default.
   saved = json.loads((tmp_path / 'b' / 'config.json').read_text())
-  del saved['lora.dora']
+  del saved['lora.use_dora']
   (tmp_path / 'b' / 'config.json').write_text(json.dumps(saved))
   assert _compare(a, b).config == found.config
   (tmp_path / 'b' / 'metrics.jsonl').unlink()

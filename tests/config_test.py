@@ -58,7 +58,8 @@ def test_a_saved_config_may_have_keys_of_curation(valid):
 @pytest.mark.parametrize('key, value', (
     ('lora.rank', 8), ('seed', 1), ('data.train', 'other'), ('train.steps', 5),
     ('optimizer.learning_rate', 1.0), ('data.buckets', (8, 512)),
-    ('data.repeat', 2), ('train.microbatches', 2), ('model.dtype', 'float32'),
+    ('data.repeat', 2), ('train.gradient_accumulation_steps', 2),
+    ('model.dtype', 'float32'),
     ('init_from', 'w'), ('model.name', 'gemma3_1b'), ('train.loss_chunk', 8)))
 def test_what_a_resume_may_not_change(valid, key, value):
   saved = dict(config_lib.leaves(valid))  # As a checkpoint keeps it.
@@ -118,13 +119,14 @@ _WRONG = (
     ('lora.rank', 0), ('lora.alpha', 0.0), ('lora.dropout', 1.0),
     ('lora.targets', '('), ('lora.dropout', -0.1),
     ('train.epochs', 0), ('train.steps', -1),
-    ('train.microbatches', 0), ('train.loss_chunk', 0), ('train.log_every', 0),
+    ('train.gradient_accumulation_steps', 0), ('train.loss_chunk', 0),
+    ('train.log_every', 0),
     ('train.remat', 'blocks'), ('model.quantization', 'int3'),
     ('model.attention', 'flash'), ('model.layers', 'unrolled'),
-    ('lora.plus_ratio', 0.0), ('model.dtype', 'float8'),
+    ('lora.loraplus_lr_ratio', 0.0), ('model.dtype', 'float8'),
     ('optimizer.learning_rate', 0.0), ('optimizer.schedule', 'cos'),
-    ('optimizer.warmup_share', 1.5), ('optimizer.final_share', -0.5),
-    ('optimizer.clip_norm', -1.0), ('optimizer.weight_decay', -1.0),
+    ('optimizer.warmup_ratio', 1.5), ('optimizer.final_share', -0.5),
+    ('optimizer.max_grad_norm', -1.0), ('optimizer.weight_decay', -1.0),
     ('eval.mode', 'least'), ('eval.every', -1), ('eval.patience', -1),
     ('eval.judged', -2), ('eval.max_new_tokens', 0), ('eval.batch_size', 0),
     ('checkpoint.every', -1), ('checkpoint.keep', 0),
@@ -158,7 +160,7 @@ def test_values_at_their_limits_are_valid(valid):
   for key, value in (
       ('data.max_cut_share', 1.0), ('lora.dropout', 0.0), ('eval.judged', -1),
       ('sampling.top_p', 1.0), ('sampling.temperature', 0.0),
-      ('optimizer.warmup_share', 1.0), ('mesh.fsdp', -1),
+      ('optimizer.warmup_ratio', 1.0), ('mesh.fsdp', -1),
       ('track.wandb', 'entity/my-project_1.2')):
     valid.update_from_flattened_dict({key: value})
   config_lib.validate(valid)

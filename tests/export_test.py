@@ -57,7 +57,7 @@ def _make_config(tmp_path, generation=3):
   # A rate at which four updates turn the model into another one.
   config.optimizer.update(learning_rate=0.05, schedule='constant')
   config.lora.update(
-      targets='attn/|mlp/', rank=4, alpha=8.0, rank_stabilised=True)
+      targets='attn/|mlp/', rank=4, alpha=8.0, use_rslora=True)
   config.train.steps = 4
   config.eval.update(every=4, judged=0, prompts=())
   return config
@@ -99,7 +99,7 @@ def dora_run(request, tmp_path_factory):
   folder = tmp_path_factory.mktemp('run')
   generation, quantization = request.param
   config = _make_config(folder, generation)
-  config.lora.dora = True
+  config.lora.use_dora = True
   config.model.quantization = quantization
   train.main(config, str(folder / 'w'), False)
   return str(folder / 'w')

@@ -14,7 +14,7 @@ _F32 = 1e-6  # Relative; optax computes in f32.
 
 def _schedule(**changes):
   return optimizer.make_schedule(**dict(
-      learning_rate=0.1, schedule='cosine', warmup_share=0.0, final_share=0.0,
+      learning_rate=0.1, schedule='cosine', warmup_ratio=0.0, final_share=0.0,
       total_steps=100) | changes)
 
 
@@ -32,12 +32,12 @@ def test_without_warmup_the_first_update_has_the_peak():
 def test_the_warmup_rises_to_the_peak_and_moves_from_the_first_update():
   for name in ('constant', 'linear', 'cosine'):
     _assert_values(
-        _schedule(schedule=name, warmup_share=0.04),
+        _schedule(schedule=name, warmup_ratio=0.04),
         {0: 0.1 / 5, 1: 0.2 / 5, 2: 0.3 / 5, 3: 0.4 / 5, 4: 0.1})
 
 
 def test_constant():
-  _assert_values(_schedule(schedule='constant', warmup_share=0.1),
+  _assert_values(_schedule(schedule='constant', warmup_ratio=0.1),
                  {10: 0.1, 50: 0.1, 99: 0.1, 1000: 0.1})
 
 
@@ -45,7 +45,7 @@ def test_linear():
   _assert_values(_schedule(schedule='linear'),
                  {25: 0.075, 99: 0.001, 100: 0.0, 1000: 0.0})
   _assert_values(
-      _schedule(schedule='linear', warmup_share=0.2, final_share=0.5),
+      _schedule(schedule='linear', warmup_ratio=0.2, final_share=0.5),
       {20: 0.1, 60: 0.075, 100: 0.05, 1000: 0.05})
 
 
@@ -55,21 +55,21 @@ def test_cosine():
   # The last update of a hundred still has a rate.
   assert 2e-5 < float(_schedule()(99)) < 3e-5
   _assert_values(
-      _schedule(warmup_share=0.2, final_share=0.1),
+      _schedule(warmup_ratio=0.2, final_share=0.1),
       {20: 0.1, 60: 0.055, 100: 0.01, 1000: 0.01})
 
 
 @pytest.mark.parametrize('share', (0.0, 0.5, 1.0))
 @pytest.mark.parametrize('total_steps', (1, 2, 3))
 def test_runs_of_a_few_updates_have_a_rate(total_steps, share):
-  schedule = _schedule(total_steps=total_steps, warmup_share=share)
+  schedule = _schedule(total_steps=total_steps, warmup_ratio=share)
   for step in range(total_steps):
     assert 0 < float(schedule(step)) <= 0.1 * (1 + _F32)
 
 
 def _adamw(**changes):
   return optimizer.make_optimizer(optax.constant_schedule(0.1), **dict(
-      b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=0.0) | changes)
+      b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, max_grad_norm=0.0) | changes)
 
 
 def _steps(adamw, weight, gradients):
@@ -107,9 +107,9 @@ def test_clipping_is_by_the_global_norm():
   params = {'a': jnp.zeros(1), 'b': jnp.zeros(1)}
   gradient = {'a': jnp.asarray([30.0]), 'b': jnp.asarray([40.0])}
   # Adam does not see a scale, so its first moment is read: 0.1 * gradient.
-  for clip_norm, expected in ((0.0, (3.0, 4.0)), (5.0, (0.3, 0.4)),
+  for max_grad_norm, expected in ((0.0, (3.0, 4.0)), (5.0, (0.3, 0.4)),
                               (60.0, (3.0, 4.0))):
-    adamw = _adamw(clip_norm=clip_norm)
+    adamw = _adamw(max_grad_norm=max_grad_norm)
     _, state = adamw.update(gradient, adamw.init(params), params)
     mu = optax.tree_utils.tree_get(state, 'mu')
     np.testing.assert_allclose(
@@ -127,7 +127,7 @@ def test_lora_plus_gives_b_a_rate_of_its_own():
   def both(rate):
     adamw = optimizer.make_optimizer(
         optax.constant_schedule(rate), b1=0.9, b2=0.99, eps=1e-8,
-        weight_decay=0.1, clip_norm=0.0)
+        weight_decay=0.1, max_grad_norm=0.0)
     return adamw.update(grads, adamw.init(params), params)[0]['q']
 
   # As if A and B had optimizers of their own at 0.1 and 1.6 (arXiv 2402.12354),

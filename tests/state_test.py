@@ -23,7 +23,7 @@ def _state(targets, dora=False):
     adapters = lora.add_magnitudes(adapters, params, transposed_gating=True)
   optimizer = optimizer_lib.make_optimizer(
       optax.constant_schedule(0.1), b1=0.9, b2=0.99, eps=1e-8,
-      weight_decay=0.1, clip_norm=1.0, b_ratio=4.0)
+      weight_decay=0.1, max_grad_norm=1.0, b_ratio=4.0)
   return state_lib.make_state(adapters, optimizer), optimizer
 
 

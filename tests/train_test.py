@@ -195,8 +195,9 @@ def test_resume_with_another_config_is_refused(
 
 
 @pytest.mark.parametrize('change', [
-    {'lora.rank': 8}, {'lora.targets': 'attn/'}, {'optimizer.clip_norm': 0.0},
-    {'lora.enabled': False}], ids=lambda c: next(iter(c)))
+    {'lora.rank': 8}, {'lora.targets': 'attn/'},
+    {'optimizer.max_grad_norm': 0.0}, {'lora.enabled': False}],
+    ids=lambda c: next(iter(c)))
 def test_resume_with_another_tree_is_refused_and_moves_nothing(
     run_config, stopped, change):
   run_config.update_from_flattened_dict(change)
@@ -311,7 +312,7 @@ def test_losses_do_not_depend_on_the_microbatches(run_config, tmp_path):
   run_config.train.steps = 4
   once = _loss_list(run_config, tmp_path / '1x8')
   for microbatches in (2, 8):
-    run_config.train.microbatches = microbatches
+    run_config.train.gradient_accumulation_steps = microbatches
     many = _loss_list(run_config, tmp_path / f'{microbatches}')
     np.testing.assert_allclose(many, once, **_SAME)
 
@@ -487,7 +488,7 @@ def test_init_from_starts_from_the_other_runs_best(
 def test_init_from_takes_a_run_with_another_optimizer(
     run_config, finished, tmp_path):
   run_config.init_from = finished[1]
-  run_config.optimizer.clip_norm = 0.0
+  run_config.optimizer.max_grad_norm = 0.0
   run_config.train.steps = 1
   _run(run_config, tmp_path / 'second')
 
@@ -526,7 +527,7 @@ def _refused(config, workdir, *parts: str) -> None:
     ({'mesh.data': -1, 'mesh.fsdp': -1}, ['at most one of them -1']),
     ({'mesh.tensor': 0}, ['config.mesh.tensor is 0']),
     ({'data.batch_size': 6}, ['data.batch_size is 6', 'multiple of 8']),
-    ({'train.microbatches': 3}, ['a multiple of 24', '=24']),
+    ({'train.gradient_accumulation_steps': 3}, ['a multiple of 24', '=24']),
     ({'lora.rank': 0}, ['config.lora.rank is 0']),
     ({'lora.targets': '('}, ["config.lora.targets is '('"]),
     ({'lora.targets': 'atn'}, ['matches no projection', 'q_einsum/q']),
@@ -684,7 +685,7 @@ def weights_of(config):
 
 
 def test_a_step_that_is_not_finite_is_named(run_config, tmp_path):
-  run_config.optimizer.update(learning_rate=1e30, warmup_share=0.0)
+  run_config.optimizer.update(learning_rate=1e30, warmup_ratio=0.0)
   with pytest.raises(errors.UserError, match='step 2: loss is nan') as error:
     train.main(run_config, str(tmp_path), False)
   assert 'the last checkpoint is from before' in str(error.value)
@@ -693,7 +694,7 @@ def test_a_step_that_is_not_finite_is_named(run_config, tmp_path):
 
 def test_the_checkpoint_before_a_step_that_is_not_finite_is_whole(
     run_config, tmp_path):
-  run_config.optimizer.update(learning_rate=1e30, warmup_share=0.0)
+  run_config.optimizer.update(learning_rate=1e30, warmup_ratio=0.0)
   run_config.checkpoint.every = 1
   status, _, err = conftest.run_module(
       'train', *conftest.flags(run_config), f'--workdir={tmp_path / "w"}')
@@ -705,7 +706,7 @@ def test_the_checkpoint_before_a_step_that_is_not_finite_is_whole(
 
 
 def test_the_advice_after_a_nan_can_be_followed(run_config, tmp_path):
-  run_config.optimizer.update(learning_rate=1e30, warmup_share=0.0)
+  run_config.optimizer.update(learning_rate=1e30, warmup_ratio=0.0)
   with pytest.raises(errors.UserError) as error:
     train.main(run_config, str(tmp_path), False)
   assert 'init_from' in str(error.value) or '--workdir' in str(error.value)

@@ -70,9 +70,9 @@ def make_dropout(
   return Dropout(rate, jax.vmap(jax.random.fold_in, (None, 0))(key, rows_B))
 
 
-def scale(rank: int, alpha: float, rank_stabilised: bool) -> float:
+def scale(rank: int, alpha: float, use_rslora: bool) -> float:
   """Returns alpha / R, or alpha / sqrt(R) for rsLoRA (arXiv 2312.03732)."""
-  return alpha / (math.sqrt(rank) if rank_stabilised else rank)
+  return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
 def _weights(params: Params) -> dict[tuple[str, ...], Any]:

@@ -242,7 +242,7 @@ def _introduction(summary):
       text += (f' The weights that adapters are for are rounded to'
                f' {base["rounded_to"]}, as training sees them.')
     return text
-  kind = 'DoRA' if summary['config'].get('lora.dora') else 'LoRA'
+  kind = 'DoRA' if summary['config'].get('lora.use_dora') else 'LoRA'
   how = (f'{kind} adapters, merged into the weights'
          if summary['method'] == 'lora' else 'all weights trained')
   text = (f'{_named(base)}, fine-tuned for the task `{summary["task"]}`'

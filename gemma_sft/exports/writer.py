@@ -68,7 +68,7 @@ class Adapter:
 
   rank: int
   alpha: float
-  rank_stabilised: bool
+  use_rslora: bool
   dropout: float
   scale: float
 
@@ -158,7 +158,7 @@ def write_peft(
       adapters_lib.peft_tensors(source.layout, trained))
   _write_json(folder / 'adapter_config.json', adapters_lib.peft_config(
       source.layout, trained, base=base, rank=adapter.rank,
-      alpha=adapter.alpha, rank_stabilised=adapter.rank_stabilised,
+      alpha=adapter.alpha, use_rslora=adapter.use_rslora,
       dropout=adapter.dropout))
 
 
@@ -254,7 +254,7 @@ def check_formats(
           '--formats=hf,gguf-q8_0')
     if name == 'lora' and has_magnitudes:
       raise errors.UserError(
-          f'--formats: {name}, and config.lora.dora is true: an adapter of'
+          f'--formats: {name}, and config.lora.use_dora is true: an adapter of'
           ' llama.cpp has no place for the magnitudes of DoRA',
           'peft for the adapter alone, or a merged GGUF',
           '--formats=peft,gguf-q8_0')

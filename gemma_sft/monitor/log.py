@@ -123,8 +123,9 @@ class Meter:
           'finite numbers',
           'the last checkpoint is from before: go on from it in a new --workdir'
           f' with --config.init_from={self._run.workdir} and a lower'
-          ' --config.optimizer.learning_rate; keep --config.optimizer.clip_norm'
-          ' above 0, or compute in --config.model.dtype=float32')
+          ' --config.optimizer.learning_rate; keep'
+          ' --config.optimizer.max_grad_norm above 0, or compute in'
+          ' --config.model.dtype=float32')
 
   def _check_scale(self, step, values, batch, state):
     """Tells of an update that was left out, or stops the run."""

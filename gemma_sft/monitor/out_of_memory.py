@@ -56,14 +56,14 @@ def explain(error: Exception, config: Any) -> errors.UserError:
 
 def _remedies(config):
   """Returns what to change, what costs least first."""
-  rows, A = config.data.batch_size, config.train.microbatches
+  rows, A = config.data.batch_size, config.train.gradient_accumulation_steps
   if config.train.remat == 'none':
     yield '--config.train.remat=elementwise'
   if config.train.remat != 'block':
     yield '--config.train.remat=block'
   if rows // A > jax.device_count():
-    yield (f'--config.train.microbatches={2 * A} (the same updates from smaller'
-           ' parts)')
+    yield (f'--config.train.gradient_accumulation_steps={2 * A} (the same'
+           ' updates from smaller microbatches)')
   if not config.lora.enabled:
     yield '--config.lora.enabled=true'
   elif not config.model.quantization:

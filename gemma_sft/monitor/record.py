@@ -60,9 +60,12 @@ def identity(
     base_hash: From `base.base_hash`.
     data_hashes: Split -> `splits.data_hash`, of the splits that are set.
   """
+  # Hashed under their first names, so that a renamed key is no other run.
+  first_names = {new: old for old, new in config_lib.RENAMED.items()}
+  decisive = {first_names.get(key, key): value for key, value in
+              config_lib.result_leaves(config_leaves).items()}
   text = json.dumps(
-      [config_lib.result_leaves(config_leaves), base_hash, dict(data_hashes)],
-      sort_keys=True)
+      [decisive, base_hash, dict(data_hashes)], sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -252,7 +252,7 @@ def step_seconds(
   slow, quick = ACCELERATOR_SHARES
   chip = place.chip
   # Weights are read forward and backward, for each microbatch.
-  A = program.config.train.microbatches
+  A = program.config.train.gradient_accumulation_steps
   base = sum(leaf.size * leaf.dtype.itemsize
              for leaf in jax.tree.leaves(program.weights))
   traffic = 2 * A * base / chip.bandwidth

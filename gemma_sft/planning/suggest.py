@@ -188,9 +188,10 @@ def candidates(config: Any, n_devices: int, rows: int
   for each product and changes the numbers; adapters for all weights are
   another method.
   """
-  A = config.train.microbatches
-  split = {'train.microbatches': A * rows} if rows > 1 else {}
-  half = {'train.microbatches': 2 * A} if rows > 2 and rows % 2 == 0 else {}
+  A = config.train.gradient_accumulation_steps
+  key = 'train.gradient_accumulation_steps'
+  split = {key: A * rows} if rows > 1 else {}
+  half = {key: 2 * A} if rows > 2 and rows % 2 == 0 else {}
   shard = {'mesh.fsdp': n_devices, 'mesh.data': 1} if (
       n_devices > 1 and config.mesh.fsdp != n_devices) else {}
   light = ({'train.remat': 'elementwise'} if config.train.remat == 'none'

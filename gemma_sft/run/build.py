@@ -55,13 +55,13 @@ def make_optimizer(
   schedule = optimizer_lib.make_schedule(
       learning_rate=config.optimizer.learning_rate,
       schedule=config.optimizer.schedule,
-      warmup_share=config.optimizer.warmup_share,
+      warmup_ratio=config.optimizer.warmup_ratio,
       final_share=config.optimizer.final_share, total_steps=total_steps)
   return schedule, optimizer_lib.make_optimizer(
       schedule, b1=config.optimizer.b1, b2=config.optimizer.b2,
       eps=config.optimizer.eps, weight_decay=config.optimizer.weight_decay,
-      clip_norm=config.optimizer.clip_norm,
-      b_ratio=config.lora.plus_ratio if config.lora.enabled else 1.0)
+      max_grad_norm=config.optimizer.max_grad_norm,
+      b_ratio=config.lora.loraplus_lr_ratio if config.lora.enabled else 1.0)
 
 
 def make_execution(
@@ -91,7 +91,7 @@ def make_execution(
 def lora_scale(config: Any) -> float:
   """Returns the factor of the adapters' update."""
   return lora.scale(
-      config.lora.rank, config.lora.alpha, config.lora.rank_stabilised)
+      config.lora.rank, config.lora.alpha, config.lora.use_rslora)
 
 
 def make_layout(config: Any, mesh: jax.sharding.Mesh) -> batches.Layout:
@@ -99,7 +99,8 @@ def make_layout(config: Any, mesh: jax.sharding.Mesh) -> batches.Layout:
   return batches.Layout(
       batch_size=config.data.batch_size, max_length=config.data.max_length,
       packing=config.data.packing, buckets=tuple(config.data.buckets),
-      repeat=config.data.repeat, microbatches=config.train.microbatches,
+      repeat=config.data.repeat,
+      microbatches=config.train.gradient_accumulation_steps,
       groups=sharding.batch_groups(mesh))
 
 
@@ -150,7 +151,7 @@ def make_state(
       targets=config.lora.targets, seed=config.seed,
       transposed_gating=model.transposed_gating,
       unused=model.unused_weights)
-  if config.lora.dora:
+  if config.lora.use_dora:
     adapters = lora.add_magnitudes(
         adapters, blocks.unstack(model_lib.dense(params)),
         transposed_gating=model.transposed_gating)

@@ -247,7 +247,7 @@ def _updates(leaves, timing):
     return leaves['train.steps']
   other = timing.leaves
   same = all(leaves[k] == other[k] for k in leaves if k.startswith(
-      ('data.', 'train.microbatches')))
+      ('data.', 'train.gradient_accumulation_steps')))
   if not same or other['train.steps']:
     return 0
   return round(timing.steps * leaves['train.epochs'] / other['train.epochs'])

@@ -105,7 +105,7 @@ def peft_config(
     base: str,
     rank: int,
     alpha: float,
-    rank_stabilised: bool,
+    use_rslora: bool,
     dropout: float,
 ) -> dict[str, Any]:
   """Returns PEFT's adapter_config.json.
@@ -119,7 +119,7 @@ def peft_config(
     base: What to load below the adapter: a hub name or a folder.
     rank: R.
     alpha: See `lora.scale`.
-    rank_stabilised: See `lora.scale`.
+    use_rslora: See `lora.scale`.
     dropout: What it was trained with.
   """
   found = list(to_file(layout, adapters, 'hf'))
@@ -131,7 +131,7 @@ def peft_config(
       'r': rank,
       'lora_alpha': alpha,
       'lora_dropout': dropout,
-      'use_rslora': rank_stabilised,
+      'use_rslora': use_rslora,
       'use_dora': any(adapter.magnitude is not None for adapter in found),
       'bias': 'none',
       'fan_in_fan_out': False,

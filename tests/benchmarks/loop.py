@@ -306,9 +306,9 @@ def _our_step(name, layers):
   base = blocks.stack(abstract) if layers == 'scan' else abstract
   optimizer = optimizer_lib.make_optimizer(
       optimizer_lib.make_schedule(
-          learning_rate=1e-3, schedule='cosine', warmup_share=0.05,
+          learning_rate=1e-3, schedule='cosine', warmup_ratio=0.05,
           final_share=0.0, total_steps=100),
-      b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
+      b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, max_grad_norm=1.0)
   state = jax.eval_shape(lambda: state_lib.make_state(
       lora.init_adapters(
           abstract, rank=16, targets='attn/', seed=0,

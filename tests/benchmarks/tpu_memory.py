@@ -79,7 +79,7 @@ def compile_step(
   base = _shapes(base, sharding.tree_shardings(base, mesh), jnp.bfloat16)
   optimizer = optimizer_lib.make_optimizer(
       lambda step: 2e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0,
-      clip_norm=1.0)
+      max_grad_norm=1.0)
   state = jax.eval_shape(lambda: state_lib.stack_layers(state_lib.make_state(
       lora.init_adapters(
           abstract, rank=16, targets='attn/', seed=0,

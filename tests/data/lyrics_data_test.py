@@ -194,7 +194,7 @@ def test_tfds_builder(tmp_path):
     shutil.copytree(_FOLDER / name, source / name)
   code = f"""
 import json, runpy, sys
-from gemma_sft import records
+from gemma_sft.inputs import records
 sys.argv = ['builder', {f'--source={source}'!r}, {f'--out={out}'!r}]
 runpy.run_path({str(_FOLDER / 'lyrics_dataset_builder.py')!r},
                run_name='__main__')

@@ -114,7 +114,7 @@ def test_tfds_builder(tmp_path):
     shutil.copy(_FOLDER / f'{split}.jsonl', source)
   code = f"""
 import json, runpy, sys
-from gemma_sft import records
+from gemma_sft.inputs import records
 sys.argv = ['builder', {f'--source={source}'!r}, {f'--out={out}'!r}]
 runpy.run_path({str(_FOLDER / 'poetry_dataset_builder.py')!r},
                run_name='__main__')

@@ -208,7 +208,7 @@ def test_rounded_base():
 def test_what_was_trained_is_named():
   assert '(LoRA adapters, merged' in card.render(_summary())
   assert '(DoRA adapters, merged' in card.render(
-      _summary(config={'lora.dora': True}))
+      _summary(config={'lora.use_dora': True}))
   assert '(all weights trained)' in card.render(_summary(method='full'))
   text = card.render(_summary(method='base'))
   assert 'not tuned' in text and 'fine-tuned' not in text

@@ -162,7 +162,7 @@ def test_tfds_round_trip_never_imports_tensorflow(tmp_path):
     _write(source, f'{split}.txt', text)
   code = f"""
 import json, runpy, sys
-from gemma_sft import records
+from gemma_sft.inputs import records
 sys.argv = ['builder', {f'--source={source}'!r}, {f'--out={out}'!r}]
 runpy.run_path({str(_BUILDER)!r}, run_name='__main__')
 found = records.read({str(out / 'blop' / '1.0.0')!r}, split='test')
@@ -236,7 +236,7 @@ def test_file_that_is_not_parquet(tmp_path):
 def test_import_is_light():
   code = """
 import sys
-from gemma_sft import records
+from gemma_sft.inputs import records
 heavy = 'numpy jax pyarrow grain tensorflow_datasets tensorflow datasets'
 print(sorted(set(sys.modules) & set(heavy.split())))
 """

@@ -33,11 +33,11 @@ def test_the_message_names_buffers_and_what_to_change():
 
 def test_what_is_done_already_is_not_proposed():
   config = tiny.get_config()
-  config.train.update(remat='block', microbatches=8)
+  config.train.update(remat='block', gradient_accumulation_steps=8)
   config.model.quantization = 'nf4'
   config.mesh.fsdp = 8
   fix = out_of_memory.explain(RuntimeError('RESOURCE_EXHAUSTED'), config).fix
-  for done in ('remat', 'microbatches', 'quantization', 'fsdp'):
+  for done in ('remat', 'gradient_accumulation_steps', 'quantization', 'fsdp'):
     assert done not in fix
 
 

@@ -36,7 +36,8 @@ def _identity(data=_DATA, base='base', **changes):
 
 @pytest.mark.parametrize('changes', (
     {'lora.rank': 8}, {'seed': 1}, {'task': 'blop'}, {'data.repeat': 5},
-    {'data.packing': False}, {'train.epochs': 1}, {'train.microbatches': 2},
+    {'data.packing': False}, {'train.epochs': 1},
+    {'train.gradient_accumulation_steps': 2},
     {'optimizer.learning_rate': 1e-3}, {'model.quantization': 'int8'},
     {'model.tokenizer': 'byte'}, {'init_from': 'w'}, {'eval.metric': 'x'},
     {'eval.every': 5}, {'eval.judged': 3}, {'eval.temperature': 0.5}),

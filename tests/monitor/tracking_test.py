@@ -167,8 +167,9 @@ def _python(program, tmp_path, **env):
 
 
 def test_without_a_login_it_stops_and_does_not_ask(tmp_path):
-  done = _python("from gemma_sft import tracking; tracking.check('blop')",
-                 tmp_path)
+  done = _python(
+      "from gemma_sft.monitor import tracking; tracking.check('blop')",
+      tmp_path)
   assert 'UserError: config.track.wandb is ' in done.stderr
   assert 'fix: run `wandb login`' in done.stderr
 
@@ -176,7 +177,7 @@ def test_without_a_login_it_stops_and_does_not_ask(tmp_path):
 @pytest.mark.slow
 def test_without_a_network_the_run_is_kept(tmp_path):
   program = (
-      'import sys, types; from gemma_sft import tracking;'
+      'import sys, types; from gemma_sft.monitor import tracking;'
       f' sys.path.insert(0, {str(conftest.ROOT / "tests")!r});'
       ' import tracking_test as t; r = t._record(".");'
       ' tracking.check("blop"); m = tracking.start("blop", r);'

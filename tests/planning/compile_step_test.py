@@ -18,7 +18,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('changes', [
-    {'train.microbatches': 2, 'data.batch_size': 16},
+    {'train.gradient_accumulation_steps': 2, 'data.batch_size': 16},
     {'model.quantization': 'nf4', 'mesh.fsdp': 4, 'mesh.data': 2},
     {'lora.enabled': False, 'mesh.tensor': 2},
 ], ids=['lora', 'quantised', 'all weights'])

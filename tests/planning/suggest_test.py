@@ -60,9 +60,10 @@ def test_without_a_compiler_it_is_extrapolated_and_says_so():
 def test_the_cheapest_change_comes_first():
   config = _config(**{'train.remat': 'none'})
   names = [tuple(changes) for changes, _ in suggest.candidates(config, 8, 4)]
-  assert names[0] == ('train.microbatches',)
+  assert names[0] == ('train.gradient_accumulation_steps',)
   first = {key: next(i for i, n in enumerate(names) if key in n) for key in (
-      'train.microbatches', 'train.remat', 'mesh.fsdp', 'model.quantization')}
+      'train.gradient_accumulation_steps', 'train.remat', 'mesh.fsdp',
+      'model.quantization')}
   assert list(first) == sorted(first, key=first.get)
   assert len(set(map(str, suggest.candidates(config, 8, 4)))) == len(names)
   # What is so already is not proposed.

@@ -44,7 +44,7 @@ def _program(devices, generation, **changes):
     (2, {'mesh.fsdp': 8, 'mesh.data': 1}),  # Its logits are capped.
     (3, {'model.quantization': 'nf4', 'train.remat': 'block'}),
     (3, {'model.quantization': 'int8', 'mesh.fsdp': 4, 'mesh.data': 2,
-         'train.microbatches': 2}),
+         'train.gradient_accumulation_steps': 2}),
 ], ids=['gemma1', 'gemma2 fsdp', 'gemma3 nf4', 'gemma3 int8 fsdp'])
 def test_the_step_compiles_with_splash_attention(devices, generation, changes):
   program = _program(devices, generation, **changes)

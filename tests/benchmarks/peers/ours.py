@@ -148,7 +148,7 @@ def main() -> None:
   base = jax.tree.map(
       jax.device_put, base, sharding.tree_shardings(base, mesh))
   optimizer = optimizer_lib.make_optimizer(
-      lambda step: common.OPTIMIZER['learning_rate'], clip_norm=0.0,
+      lambda step: common.OPTIMIZER['learning_rate'], max_grad_norm=0.0,
       **{k: v for k, v in common.OPTIMIZER.items() if k != 'learning_rate'})
   state = state_lib.make_state(make_adapters(spec, model), optimizer)
   if execution.layers == 'scan':  # As `prepare.Run.enter`.
