@@ -1,6 +1,6 @@
 """Song lyrics in Hindi or Bengali, judged by script, lines and refrain.
 
-    python -m gemma_sft.curate --config=configs/lyrics.py --out=DIR
+    python -m gemma_sft.curate --config=configs/curation.py:lyrics --out=DIR
     python -m gemma_sft.train --config=configs/lyrics.py --workdir=W
     python -m gemma_sft.evaluate --workdir=W
 """
@@ -32,11 +32,6 @@ def get_config(arg: str = 'hindi') -> config_dict.ConfigDict:
   # Sampled: greedy songs of a small model repeat one line.
   config.eval.update(max_new_tokens=256, temperature=0.7)
   config.sampling.update(temperature=0.7, repetition_penalty=1.0)
-  # A second copy of a song knows what the first one lacks.
-  config.curate.update(
-      source='data/lyrics/raw.csv', text=('text',), required=('text',),
-      fill='poet=title,style=title', min_lines=3, punctuation=('text',),
-      balance='style', groups=('title', 'poet'), romanise=('text',))
   if arg == 'gemma2_2b':
     config.model.update(name='gemma2_2b', weights='')
     config.optimizer.update(learning_rate=2e-4)

@@ -1,6 +1,6 @@
 """New slang terms for a context, judged by format, use and novelty.
 
-    python -m gemma_sft.curate --config=configs/slang.py --out=DIR
+    python -m gemma_sft.curate --config=configs/curation.py:slang --out=DIR
     python -m gemma_sft.train --config=configs/slang.py --workdir=W
     python -m gemma_sft.evaluate --workdir=W
 
@@ -41,13 +41,6 @@ def get_config(arg: str = '270m') -> config_dict.ConfigDict:
   # Greedy decoding gives the same term for like contexts.
   config.sampling.update(temperature=0.8, repetition_penalty=1.1, top_p=0.95,
                          max_new_tokens=160)
-  # A term is in one split whatever its case. Two terms may mean much the same
-  # (e-boy and e-girl are 87 % alike in one public list): only what is all but
-  # equal counts as a duplicate, and a definition may begin like another.
-  config.curate.update(
-      source='data/slang/*.csv', text=('Slang', 'Description', 'Example'),
-      required=('Slang', 'Description'), groups=('Slang',), duplicates=0.95,
-      opening=0, punctuation=('Description', 'Example'), csv=True)
   if arg in ('attempt1', 'attempt2', 'attempt3'):
     # Keras' LoRA, which the seed used, adapts q and v and scales by 1.
     rank = 4 if arg == 'attempt1' else 8

@@ -160,8 +160,8 @@ _FLAGS = {
 }
 
 
-def run(module: str, *flag_names: str, positional: str = '', **defaults: Any
-        ) -> None:
+def run(module: str, *flag_names: str, positional: str = '',
+        template: str = 'configs.default', **defaults: Any) -> None:
   """Parses the command line, runs `module.main(**flags)` and exits.
 
   Exit status: what `main` returns, or 2 for a user's mistake, or 130 for an
@@ -172,6 +172,7 @@ def run(module: str, *flag_names: str, positional: str = '', **defaults: Any
     *flag_names: The flags that it takes, keys of `_FLAGS`.
     positional: Parameter of `main` that takes the arguments that are no flags;
       '' where there may be none.
+    template: Module of the config whose keys --config must have.
     **defaults: Of flags whose default is another here.
   """
   _quiet_orbax()
@@ -179,7 +180,7 @@ def run(module: str, *flag_names: str, positional: str = '', **defaults: Any
   # and cleaned up; training puts its own handler in the place of this one.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   try:
-    values = _parse(module, flag_names, positional, defaults)
+    values = _parse(module, flag_names, positional, defaults, template)
     main: Callable[..., Any] = importlib.import_module(module).main
     status = main(**values)
   except errors.UserError as error:
@@ -217,7 +218,8 @@ def _quiet_orbax():
   sys.unraisablehook = hook
 
 
-def _parse(module, flag_names, positional, defaults):
+def _parse(module, flag_names, positional, defaults,
+           template='configs.default'):
   for name in flag_names:
     _FLAGS[name]()
   for name, value in defaults.items():
@@ -227,7 +229,7 @@ def _parse(module, flag_names, positional, defaults):
     for name in flag_names:
       print(f'  --{name}: {flags.FLAGS[name].help}')
     sys.exit(0)
-  _check_keys(sys.argv[1:])
+  _check_keys(sys.argv[1:], template)
   try:
     rest = flags.FLAGS(sys.argv)[1:]
     values = {name: getattr(flags.FLAGS, name) for name in flag_names}
@@ -235,9 +237,9 @@ def _parse(module, flag_names, positional, defaults):
       values['config'].keys()  # Read here, not where it is first used.
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError,
           OSError, ImportError) as error:
-    raise _explained(error) from None
+    raise _explained(error, template) from None
   if values.get('config') is not None:
-    _check_complete(values['config'])
+    _check_complete(values['config'], template)
   if positional:
     values[positional] = rest
   elif rest:
@@ -248,31 +250,42 @@ def _parse(module, flag_names, positional, defaults):
   return values
 
 
-def _check_keys(arguments):
+def _check_keys(arguments, template):
   """Names the nearest key for a mistyped `--config.key`."""
   for argument in arguments:
     if argument.startswith('--config.'):
       key = argument[len('--config.'):].partition('=')[0]
-      check_key(key, f'--config.{key}')
+      check_key(key, f'--config.{key}', template)
 
 
-def check_key(key: str, shown: str) -> None:
-  """Raises, naming the nearest, unless configs/default.py has a key.
+def _keys(template):
+  config = importlib.import_module(template).get_config()
+  return [key for key, _ in config_lib.leaves(config)]
+
+
+def _file(template):
+  return template.replace('.', '/') + '.py'
+
+
+def check_key(
+    key: str, shown: str, template: str = 'configs.default') -> None:
+  """Raises, naming the nearest, unless a template config has a key.
 
   Args:
     key: Such as lora.rank.
     shown: How it was written, for the message.
+    template: The module of the config.
   """
-  from configs import default
-
-  known = [key for key, _ in config_lib.leaves(default.get_config())]
+  known = _keys(template)
+  if key.startswith('curate.'):
+    raise _moved_to_curation(shown)
   if key not in known:
     name = key.rpartition('.')[2]
     same_name = [k for k in known if k.rpartition('.')[2] == name]
     if key in config_lib.RENAMED:
       same_name = [config_lib.RENAMED[key]]
     raise errors.UserError(
-        shown, 'a key of configs/default.py',
+        shown, f'a key of {_file(template)}',
         (f'Did you mean {same_name[0]!r}?' if same_name else
          errors.nearest(key, known).strip())
         or 'every key stands there with a comment')
@@ -285,31 +298,42 @@ def config_source() -> tuple[str, dict[str, Any]]:
           config_flags.get_override_values(flag))
 
 
-def _check_complete(config):
-  """Raises unless a config has the keys of configs/default.py, no others."""
-  from configs import default
-
-  known = {key for key, _ in config_lib.leaves(default.get_config())}
+def _check_complete(config, template):
+  """Raises unless a config has the keys of its template, no others."""
+  known = set(_keys(template))
   got = {key for key, _ in config_lib.leaves(config)}
+  if 'data.train' in got - known:
+    raise _moved_to_curation('--config is a config of training')
   if got != known:
     raise errors.UserError(
         'the config file lacks ' + (', '.join(sorted(known - got)) or 'nothing')
         + ' and adds ' + (', '.join(sorted(got - known)) or 'nothing'),
-        'the keys of configs/default.py',
-        'begin its get_config with: config = default.get_config()')
+        f'the keys of {_file(template)}', 'begin its get_config with: config ='
+        f' {template.rpartition(".")[2]}.get_config()')
 
 
-def _explained(error: Exception) -> errors.UserError:
+def _moved_to_curation(shown) -> errors.UserError:
+  return errors.UserError(
+      shown, "the settings of curation in a config of their own, without"
+      " 'curate.': configs/curation.py, or a file whose get_config begins with"
+      ' config = curation.get_config()',
+      'python -m gemma_sft.curate --config=configs/curation.py'
+      ' --config.source=raw.csv, or --config=configs/curation.py:lyrics')
+
+
+def _explained(error: Exception, template: str) -> errors.UserError:
   """Turns what absl and ml_collections raise into one message."""
   text = str(error)
   if 'Traceback (most recent call last)' in text:
     # An error inside a config file comes with its whole story: its last line.
     text = text.strip().splitlines()[-1].partition(': ')[2] or text
   text = ' '.join(text.split())
+  if "'curate'" in text:  # A config file that still sets config.curate.
+    return _moved_to_curation(f'the config file sets config.curate: {text}')
   return errors.UserError(
       f'the command line: {text}',
       'flags and config keys that exist, with values of their type',
-      'every key with its comment is in configs/default.py; --help lists the'
+      f'every key with its comment is in {_file(template)}; --help lists the'
       ' flags')
 
 

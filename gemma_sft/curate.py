@@ -1,20 +1,21 @@
-"""Cleans a raw collection of texts and divides it into three splits.
+r"""Cleans a raw collection of texts and divides it into three splits.
 
-    python -m gemma_sft.curate --config=configs/lyrics.py --out=DIR
-    python -m gemma_sft.curate --config=configs/lyrics.py --dry_run
+    python -m gemma_sft.curate --config=configs/curation.py \
+        --config.source=raw.csv --out=DIR
+    python -m gemma_sft.curate --config=configs/curation.py:lyrics --dry_run
 
 Writes train, validation and test.jsonl; removed.jsonl, every row that was taken
 out, and why; changes.jsonl, every cell that was changed, before and after;
 review.jsonl, lines with listed words, all of them kept; and what was done in
-short as report.json, report.md and report.html. The steps are config.curate of
-configs/default.py.
+short as report.json, report.md and report.html. configs/curation.py has every
+setting with its reason.
 """
 
 from gemma_sft import cli
 
 if __name__ == '__main__':
   cli.run('gemma_sft.curate', 'config', 'out', 'dry_run', 'overwrite',
-          'examples')
+          'examples', template='configs.curation')
 
 from collections.abc import Iterable
 from collections.abc import Sequence
@@ -26,8 +27,6 @@ import os
 import pathlib
 from typing import Any
 
-import regex
-
 from gemma_sft import config as config_lib
 from gemma_sft import errors
 from gemma_sft.curation import augment
@@ -35,6 +34,7 @@ from gemma_sft.curation import characters
 from gemma_sft.curation import duplicates
 from gemma_sft.curation import report as report_lib
 from gemma_sft.curation import romanise
+from gemma_sft.curation import settings
 from gemma_sft.curation import splits
 from gemma_sft.curation import table
 from gemma_sft.curation import words
@@ -55,14 +55,14 @@ def main(
     config: Any, out: str | None, dry_run: bool = False,
     overwrite: bool = False, examples: int = 3) -> int:
   """Curates; see the module's docstring."""
-  cli.require('config', config, '--config=configs/lyrics.py')
-  config_lib.validate_curation(config)
+  cli.require('config', config, '--config=configs/curation.py:lyrics')
+  settings.validate(config)
   if examples < 0:
     raise errors.UserError(
         f'--examples={examples}', '0 or more', 'leave it out for three')
   if not dry_run:
     _check_folder(cli.require('out', out, '--out=curated'), overwrite,
-                  config.curate.source)
+                  config.source)
   result = curate(config)
   blocks = report_lib.blocks(result, examples)
   print(report_lib.to_markdown(blocks))
@@ -81,125 +81,108 @@ def curate(config: Any) -> report_lib.Result:
     UserError: for a source that cannot be read, a column that it lacks, or a
       step that would lose meaning.
   """
-  section = config.curate
   account = table.Account()
-  rows = _read(section)
+  fill = config_lib.parse_columns(config.fill, 'fill')
+  rows = _read(config)
   num_read = len(rows)
   known = table.columns(rows)
-  fill = config_lib.parse_columns(section.fill, 'curate.fill')
   for key, names in (
-      ('text', section.text), ('punctuation', section.punctuation),
-      ('fill', (*fill, *fill.values())), ('required', section.required),
-      ('balance', (section.balance,) if section.balance else ()),
-      ('groups', section.groups), ('romanise', section.romanise)):
+      ('text', config.text), ('punctuation', config.punctuation),
+      ('fill', (*fill, *fill.values())), ('required', config.required),
+      ('balance', (config.balance,) if config.balance else ()),
+      ('groups', config.groups), ('romanise', config.romanise)):
     table.require_columns(key, names, rows)
-  text = section.text or tuple(
+  text = config.text or tuple(
       name for name in known
       if any(table.is_text(row.fields.get(name)) for row in rows))
-  _check_pattern(section.symbols)
-  romanise.check_scheme(section.scheme)
-  augment.check_templates(section.augment_templates, known)
-  entries = [e for name in section.lists for e in words.load_list(name)]
+  augment.check_templates(config.augment_templates, known)
+  entries = [e for name in config.lists for e in words.load_list(name)]
 
-  _clean_characters(rows, account, section, text, known)
+  _clean_characters(rows, account, config, text, known)
   account.begin('fill', bool(fill))
   table.fill_missing(rows, account, fill)
   account.begin('missing')
   rows = table.remove_incomplete(
-      rows, account, required=section.required,
-      max_missing=section.max_missing, min_lines=section.min_lines, text=text,
+      rows, account, required=config.required,
+      max_missing=config.max_missing, min_lines=config.min_lines, text=text,
       known=known)
-  account.begin('punctuation', bool(section.punctuation))
+  account.begin('punctuation', bool(config.punctuation))
   table.repair_punctuation(
-      rows, account, section.punctuation, section.punctuation_share)
-  account.begin('duplicates', section.duplicates > 0)
-  if section.duplicates:
+      rows, account, config.punctuation, config.punctuation_share)
+  account.begin('duplicates', config.duplicates > 0)
+  if config.duplicates:
     rows = duplicates.remove_duplicates(
-        rows, account, text, section.duplicates, section.ngram)
+        rows, account, text, config.duplicates, config.ngram)
   parts = _split(rows, account, config, text)
-  account.begin('augment', bool(section.augment))
+  account.begin('augment', bool(config.augment))
   made = augment.augment(
-      parts['train'], account, methods=section.augment,
-      share=section.augment_share, names=text,
-      templates=section.augment_templates, keep=section.augment_keep,
+      parts['train'], account, methods=config.augment,
+      share=config.augment_share, names=text,
+      templates=config.augment_templates, keep=config.augment_keep,
       seed=config.seed)
   every = [*rows, *made]
-  account.begin('romanise', bool(section.romanise))
-  _romanise(every, account, section.romanise, section.scheme)
-  account.begin('tokens', bool(section.tokens))
-  if section.tokens:
-    _add_tokens(every, account, text, section.tokens)
+  account.begin('romanise', bool(config.romanise))
+  _romanise(every, account, config.romanise, config.scheme)
+  account.begin('tokens', bool(config.tokens))
+  if config.tokens:
+    _add_tokens(every, account, text, config.tokens)
   assert num_read == len(rows) + len(account.removals)
   return report_lib.Result(
-      source=section.source, num_read=num_read, account=account,
-      parts=parts, augmented=made, text=text, balance=section.balance,
+      source=config.source, num_read=num_read, account=account,
+      parts=parts, augmented=made, text=text, balance=config.balance,
       flags=[flag for name, part in parts.items()
              for flag in _flags(part, name, text, entries)],
       leaks=splits.leaks(
-          parts, section.groups, text, section.opening,
-          section.duplicates or 1.0, section.ngram))
+          parts, config.groups, text, config.opening,
+          config.duplicates or 1.0, config.ngram))
 
 
-def _read(section) -> list[table.Row]:
+def _read(config) -> list[table.Row]:
   """Returns the rows of every source that training takes, blanks and all."""
   rows = records_lib.read(
-      section.source, format=section.format, validated=False,
-      columns=config_lib.parse_columns(section.rename, 'curate.rename'))
+      config.source, format=config.format, validated=False,
+      columns=config_lib.parse_columns(config.rename, 'rename'))
   return [table.Row(row.where, row.fields) for row in rows]
 
 
-def _check_pattern(pattern: str) -> None:
-  try:
-    regex.compile(pattern)
-  except regex.error as error:
-    raise errors.UserError(
-        f'config.curate.symbols is {pattern!r}: {error}',
-        "a pattern of the package regex, or ''", 'correct it') from error
-
-
-def _clean_characters(rows, account, section, text, known) -> None:
+def _clean_characters(rows, account, config, text, known) -> None:
   """Applies the steps that look at one cell: all but the case to all columns.
 
   A title with a stray tag would part songs that belong together.
   """
   steps = (
-      ('html', section.html, characters.strip_html,
+      ('html', config.html, characters.strip_html,
        'markup is not part of a text'),
-      ('symbols', bool(section.symbols), functools.partial(
-          characters.remove_symbols, pattern=section.symbols),
+      ('symbols', bool(config.symbols), functools.partial(
+          characters.remove_symbols, pattern=config.symbols),
        'signs that stand for no sound'),
-      ('encoding', section.unicode, characters.repair_encoding,
+      ('encoding', config.unicode, characters.repair_encoding,
        'decoded wrongly'),
-      ('invisible', section.unicode, characters.remove_invisible,
+      ('invisible', config.unicode, characters.remove_invisible,
        'of no width, and no joiner that its script needs'),
-      ('letters', section.unicode, characters.compose_nukta,
+      ('letters', config.unicode, characters.compose_nukta,
        'one form of each letter: NFC, a nukta joined to its letter'),
-      ('whitespace', section.whitespace, characters.regular_whitespace,
+      ('whitespace', config.whitespace, characters.regular_whitespace,
        'one space between words, at most one blank line'),
-      ('lower', section.lower, characters.lower, 'lower case'))
+      ('lower', config.lower, characters.lower, 'lower case'))
   for step, is_on, function, why in steps:
     account.begin(step, is_on)
     if not is_on:
       continue
     if step == 'lower':
-      _check_case(rows, account, section, text)
+      _check_case(rows, account, config, text)
     table.apply_text(
         rows, account, step, text if step == 'lower' else known, function, why)
 
 
-def _check_case(rows, account, section, text) -> None:
+def _check_case(rows, account, config, text) -> None:
   """Raises where lower case would lose a sound; notes where there is none."""
   texts = [table.as_text(row.fields.get(name)) for row in rows for name in text]
-  own, cased = section.romanised, romanise.CASED
-  if own not in ('', 'none', *romanise.SCHEMES):
-    raise errors.UserError(
-        f'config.curate.romanised is {own!r}',
-        f"'', none or one of {', '.join(romanise.SCHEMES)}",
-        f'{errors.nearest(own, romanise.SCHEMES)}Set --config.curate.romanised')
-  if section.romanise and section.scheme in cased:
-    problem = f'config.curate.scheme is {section.scheme}'
+  own, cased = config.romanised, romanise.CASED
+  if config.romanise and config.scheme in cased:
+    problem = f'config.scheme is {config.scheme}'
   elif own in cased:
-    problem = f'config.curate.romanised is {own}'
+    problem = f'config.romanised is {own}'
   elif not own and (
       share := characters.capitals_inside('\n'.join(texts))) > _ROMANISED:
     problem = (f'{share:.0%} of the words have a capital inside, as in ITRANS,'
@@ -213,24 +196,23 @@ def _check_case(rows, account, section, text) -> None:
           ' case and stay as they are')
     return
   raise errors.UserError(
-      f'config.curate.lower=True, but {problem}: a capital is another sound'
+      f'config.lower=True, but {problem}: a capital is another sound'
       ' there (a and A, t and T)',
       'lower=False, or a scheme without capitals: '
       + ', '.join(s for s in romanise.SCHEMES if s not in cased),
-      'set --config.curate.lower=false or --config.curate.scheme=iast; for text'
-      ' that is not romanised --config.curate.romanised=none')
+      'set --config.lower=false or --config.scheme=iast; for text'
+      ' that is not romanised --config.romanised=none')
 
 
 def _split(rows, account, config, text) -> dict[str, list[table.Row]]:
   """Returns the rows of each split; groups and openings stay together."""
-  section = config.curate
   pairs = []
-  if section.opening:
-    starts = [splits.opening(row, text, section.opening) for row in rows]
+  if config.opening:
+    starts = [splits.opening(row, text, config.opening) for row in rows]
     pairs = duplicates.similar_pairs(
-        starts, section.duplicates or 1.0, section.ngram)
-  members = splits.groups(rows, section.groups, pairs)
-  wanted = sum(part > 0 for part in section.fractions)
+        starts, config.duplicates or 1.0, config.ngram)
+  members = splits.groups(rows, config.groups, pairs)
+  wanted = sum(part > 0 for part in config.fractions)
   if len(members) < wanted:
     account.notes.append(
         f'split: {len(rows)} rows are in {len(members)} groups, too few for'
@@ -239,10 +221,10 @@ def _split(rows, account, config, text) -> dict[str, list[table.Row]]:
   if len(rows) > 1 and largest > len(rows) / 2:
     account.notes.append(
         f'split: one group has {largest} of the {len(rows)} rows; fewer'
-        ' columns in config.curate.groups make smaller ones')
+        ' columns in config.groups make smaller ones')
   chosen = splits.split(
-      rows, members, section.fractions, section.balance, config.seed)
-  for (name, part), wanted in zip(chosen.items(), section.fractions):
+      rows, members, config.fractions, config.balance, config.seed)
+  for (name, part), wanted in zip(chosen.items(), config.fractions):
     if abs(len(part) - wanted * len(rows)) > max(1, _OFF * len(rows)):
       account.notes.append(
           f'split: {name} has {len(part) / len(rows):.0%} of the rows instead'
@@ -258,8 +240,8 @@ def _romanise(rows, account, names, scheme) -> None:
       column = f'{name}_{scheme}'
       if column in row.read:
         raise errors.UserError(
-            f'config.curate.romanise: {row.where} has a column {column!r}',
-            'a name that is free', 'rename it: --config.curate.rename='
+            f'config.romanise: {row.where} has a column {column!r}',
+            'a name that is free', 'rename it: --config.rename='
             f"'{column}_original={column}'")
       if table.is_text(value):
         lines = romanise.romanise(table.as_text(value), scheme).split('\n')
@@ -321,7 +303,7 @@ def _write(folder, result, config, blocks, examples) -> None:
   for name, rows in result.written().items():
     fields = [row.fields for row in rows]
     _write_jsonl(folder / f'{name}.jsonl', fields)
-    if config.curate.csv:
+    if config.csv:
       _write_csv(folder / f'{name}.csv', fields, table.columns(rows))
   account = result.account
   for name, items in (('removed', account.removals),
@@ -330,7 +312,7 @@ def _write(folder, result, config, blocks, examples) -> None:
   _write_jsonl(folder / 'review.jsonl', result.flags)
   report = report_lib.to_json(result, examples) | {
       'seed': config.seed,
-      'config': dict(config_lib.leaves(config.curate, 'curate.'))}
+      'config': dict(config_lib.leaves(config))}
   for name, content in (
       ('report.json', json.dumps(
           report, indent=1, ensure_ascii=False, default=str)),

@@ -11,9 +11,7 @@ import hypothesis
 from hypothesis import strategies as st
 import pytest
 
-from configs import default
-from configs import lyrics
-from configs import slang
+from configs import curation
 from gemma_sft import curate
 from gemma_sft import errors
 from gemma_sft.inputs import records
@@ -47,8 +45,8 @@ def source(tmp_path):
 
 @pytest.fixture
 def config(source):
-  config = default.get_config()
-  config.curate.update(
+  config = curation.get_config()
+  config.update(
       source=str(source), text=('text',), required=('text',), min_lines=3,
       fill='poet=song', balance='style', groups=('song', 'poet'),
       romanise=('text',), opening=0)
@@ -85,7 +83,7 @@ def test_files_and_counts(config, source, tmp_path, capsys):
   report = json.loads(files['report.json'])
   assert (report['read'], report['kept'], report['removed']) == (43, 40, 3)
   assert report['leaks'] == []
-  assert report['config']['curate.min_lines'] == 3
+  assert report['config']['min_lines'] == 3
   out = capsys.readouterr().out
   assert '43 rows read = 40 kept + 3 removed' in out
   assert out.startswith(files['report.md'].strip()[:400])
@@ -101,7 +99,7 @@ def test_files_and_counts(config, source, tmp_path, capsys):
 def test_what_changed_can_be_followed(config, tmp_path):
   files = _run(config, tmp_path / 'out')
   read = {r.where: r.fields for r in records.read(
-      config.curate.source, columns={'body': 'text'})}
+      config.source, columns={'body': 'text'})}
   cells = {}
   for change in files['changes.jsonl']:
     column = 'body' if change['column'] == 'text' else change['column']
@@ -128,7 +126,7 @@ def test_what_changed_can_be_followed(config, tmp_path):
 
 def test_what_is_curated_stays_as_it_is(config, tmp_path):
   _run(config, tmp_path / 'out')
-  config.curate.update(source=str(tmp_path / 'out' / 't*.jsonl'), romanise=())
+  config.update(source=str(tmp_path / 'out' / 't*.jsonl'), romanise=())
   files = _run(config, tmp_path / 'again')
   assert files['changes.jsonl'] == files['removed.jsonl'] == []
 
@@ -147,7 +145,7 @@ def test_groups_stay_together_and_styles_in_proportion(config, tmp_path):
 
 
 def test_the_same_seed_gives_the_same_files(config, tmp_path):
-  config.curate.augment = ('line_order', 'span_dropout')
+  config.augment = ('line_order', 'span_dropout')
   first = _run(config, tmp_path / 'a')
   assert _run(config, tmp_path / 'b') == first
   config.seed = 1
@@ -156,7 +154,7 @@ def test_the_same_seed_gives_the_same_files(config, tmp_path):
 
 def test_augmentation_adds_to_train_alone(config, tmp_path):
   plain = _run(config, tmp_path / 'a')
-  config.curate.update(
+  config.update(
       augment=('line_order', 'span_dropout', 'paraphrase'), augment_share=0.5,
       augment_templates=('text={text}\n({poet})',))
   files = _run(config, tmp_path / 'b')
@@ -201,8 +199,8 @@ def test_read_is_kept_and_removed(
   path.write_text(''.join(
       json.dumps({'text': a, 'note': b, 'poet': c}) + '\n'
       for a, b, c in rows), 'utf-8')
-  config = default.get_config()
-  config.curate.update(
+  config = curation.get_config()
+  config.update(
       source=str(path), text=('text',), html=html, unicode=unicode,
       whitespace=whitespace, lower=lower, symbols=symbols,
       required=('text',) if required else (), duplicates=likeness,
@@ -219,19 +217,43 @@ def test_read_is_kept_and_removed(
 def test_a_dry_run_writes_nothing(source):
   out = source.parent / 'out'
   status, text, err = conftest.run_module(
-      'curate', '--config=configs/lyrics.py', '--dry_run', f'--out={out}',
-      f'--config.curate.source={source}', '--config.curate.fill=',
-      "--config.curate.groups=('song',)")
+      'curate', '--config=configs/curation.py:lyrics', '--dry_run',
+      f'--out={out}', f'--config.source={source}', '--config.fill=',
+      "--config.groups=('song',)")
   assert status == 0, err
   assert '43 rows read = 40 kept + 3 removed' in text
   assert not out.exists()
   # Of the data only: the command needs neither the model nor JAX.
   status, text, err = conftest.run_module(
-      'curate', '--config=configs/lyrics.py:gemma2_2b', f'--out={out}',
-      f'--config.curate.source={source}', '--config.curate.fill=',
-      "--config.curate.groups=('nope',)")
+      'curate', '--config=configs/curation.py:lyrics', f'--out={out}',
+      f'--config.source={source}', '--config.fill=',
+      "--config.groups=('nope',)")
   assert status == 2 and 'Traceback' not in err
-  assert "config.curate.groups: the data has no column 'nope'" in err
+  assert "config.groups: the data has no column 'nope'" in err
+
+
+@pytest.mark.parametrize('command, flags', (
+    ('train', ('--config=configs/lyrics.py', '--config.curate.source=raw.csv')),
+    ('curate', ('--config=configs/lyrics.py', '--out=out')),
+    ('curate', ('--config=configs/curation.py', '--config.curate.lower=true')),
+    ('curate', ('--config=OWN', '--out=out'))))
+def test_settings_where_they_were_before_are_redirected(
+    tmp_path, command, flags):
+  own = tmp_path / 'own.py'
+  own.write_text('from configs import default\n\n\ndef get_config():\n'
+                 '  config = default.get_config()\n'
+                 "  config.curate.update(source='raw.csv')\n  return config\n")
+  status, _, err = conftest.run_module(
+      command, *(flag.replace('OWN', str(own)) for flag in flags))
+  assert status == 2 and err.startswith('error: ') and 'Traceback' not in err
+  assert '--config=configs/curation.py --config.source=raw.csv' in err
+
+
+def test_every_setting_is_read():
+  package = conftest.ROOT / 'gemma_sft'
+  text = (package / 'curate.py').read_text('utf-8')
+  assert not [key for key in curation.get_config()
+              if not re.search(rf'\bconfig\.{key}\b', text)]
 
 
 def test_a_folder_is_not_overwritten_unasked(config, tmp_path):
@@ -240,13 +262,13 @@ def test_a_folder_is_not_overwritten_unasked(config, tmp_path):
   (out / 'mine.txt').write_text('mine')
   with pytest.raises(errors.UserError, match='is not empty'):
     curate.main(config, str(out))
-  config.curate.csv = True
+  config.csv = True
   assert 'train.csv' in _run(config, out, overwrite=True)
-  config.curate.csv = False
+  config.csv = False
   files = _run(config, out, overwrite=True)
   # Nothing of the earlier run stays, and what is not ours does.
   assert 'train.csv' not in files and files['mine.txt'] == 'mine'
-  config.curate.source = str(out / 'train.jsonl')
+  config.source = str(out / 'train.jsonl')
   with pytest.raises(errors.UserError, match='would replace the source'):
     curate.main(config, str(out), overwrite=True)
   with pytest.raises(errors.UserError, match='is a file'):
@@ -256,7 +278,7 @@ def test_a_folder_is_not_overwritten_unasked(config, tmp_path):
 
 
 def test_csv_reads_back_as_json_does(config, tmp_path):
-  config.curate.csv = True
+  config.csv = True
   out = tmp_path / 'out'
   _run(config, out)
   for name in ('train', 'validation', 'test'):
@@ -269,8 +291,8 @@ def test_lines_as_lists(tmp_path):
   path.write_text(''.join(json.dumps(
       {'lines': [f'<b>पहली {i}</b>', f'दूसरी {chr(97 + i) * 4}', f'तीसरी {i}']}
   ) + '\n' for i in range(20)), 'utf-8')
-  config = default.get_config()
-  config.curate.update(source=str(path), romanise=('lines',), csv=True,
+  config = curation.get_config()
+  config.update(source=str(path), romanise=('lines',), csv=True,
                        tokens='words')
   _run(config, tmp_path / 'out')
   row = _read(tmp_path / 'out' / 'train.jsonl')[0]
@@ -283,7 +305,7 @@ def test_lines_as_lists(tmp_path):
 
 def test_flagged_lines_are_kept_and_named(config, tmp_path, source):
   (source.parent / 'mine.txt').write_text('roof\nभोर*\n', 'utf-8')
-  config.curate.lists = (str(source.parent / 'mine.txt'),)
+  config.lists = (str(source.parent / 'mine.txt'),)
   files = _run(config, tmp_path / 'out')
   flags = files['review.jsonl']
   assert len(flags) == 8 and {flag['line'] for flag in flags} == {2}
@@ -293,13 +315,13 @@ def test_flagged_lines_are_kept_and_named(config, tmp_path, source):
 
 
 def test_a_split_of_no_rows_has_no_file(config, tmp_path):
-  config.curate.fractions = (0.9, 0.1, 0.0)
+  config.fractions = (0.9, 0.1, 0.0)
   files = _run(config, tmp_path / 'out')
   assert 'test.jsonl' not in files and 'validation.jsonl' in files
 
 
 def test_too_few_groups_are_noted(config):
-  config.curate.groups = ('style',)
+  config.groups = ('style',)
   result = curate.curate(config)
   assert any('40 rows are in 2 groups, too few for 3 splits' in note
              for note in result.account.notes)
@@ -308,9 +330,9 @@ def test_too_few_groups_are_noted(config):
 
 
 def _lower(config, text, **values):
-  with open(config.curate.source, 'w', encoding='utf-8') as file:
+  with open(config.source, 'w', encoding='utf-8') as file:
     csv.writer(file).writerows([['text'], [text]])
-  config.curate.update(
+  config.update(
       lower=True, text=('text',), groups=(), balance='', fill='', min_lines=0,
       romanise=(), **values)
   result = curate.curate(config)
@@ -326,8 +348,7 @@ def test_lower_case(config):
 
 @pytest.mark.parametrize('text, values, problem', (
     ('tujhe dekhA to ye jAnA sanam', {}, '33% of the words have a capital'),
-    ('tujhe dekha', {'romanised': 'itrans'}, 'romanised is itrans'),
-    ('tujhe dekha', {'romanised': 'itran'}, "romanised is 'itran'")))
+    ('tujhe dekha', {'romanised': 'itrans'}, 'romanised is itrans')))
 def test_lower_case_is_refused_where_it_would_lose_a_sound(
     config, text, values, problem):
   with pytest.raises(errors.UserError, match=problem):
@@ -336,10 +357,10 @@ def test_lower_case_is_refused_where_it_would_lose_a_sound(
 
 
 def test_lower_case_is_refused_before_a_cased_scheme(config):
-  config.curate.update(lower=True, scheme='hk')
+  config.update(lower=True, scheme='hk')
   with pytest.raises(errors.UserError, match='scheme is hk: a capital'):
     curate.curate(config)
-  config.curate.scheme = 'iast'
+  config.scheme = 'iast'
   curate.curate(config)
 
 
@@ -349,39 +370,40 @@ def test_lower_case_is_refused_before_a_cased_scheme(config):
     ('duplicates', 1.5), ('duplicates', -0.1), ('ngram', 0), ('min_lines', -1),
     ('opening', -1), ('max_missing', 2.0), ('punctuation_share', -1.0),
     ('augment', ('lines',)), ('augment_share', 1.1), ('tokens', 'letters'),
-    ('text', ('',)), ('rename', 'text'), ('fill', 'poet')))
+    ('text', ('',)), ('rename', 'text'), ('fill', 'poet'), ('symbols', '['),
+    ('scheme', 'isat'), ('romanised', 'itran')))
 def test_values_out_of_range_are_refused(config, key, value):
   with config.unlocked():
-    config.curate[key] = value
-  with pytest.raises(errors.UserError, match=f'config.curate.{key} '):
+    config[key] = value
+  with pytest.raises(errors.UserError, match=f'config.{key} '):
     curate.main(config, None, dry_run=True)
 
 
 @pytest.mark.parametrize('key, value', (
     ('text', ('txet',)), ('required', ('nope',)), ('balance', 'nope'),
     ('groups', ('nope',)), ('romanise', ('nope',)), ('fill', 'poet=nope'),
-    ('punctuation', ('nope',)), ('scheme', 'isat'), ('symbols', '['),
-    ('lists', ('nope',)), ('format', 'cvs'), ('rename', 'a=nope'),
+    ('punctuation', ('nope',)), ('lists', ('nope',)), ('format', 'cvs'),
+    ('rename', 'a=nope'),
     ('augment_templates', ('text={nope}',))))
 def test_what_the_data_does_not_have_is_refused(config, key, value):
-  config.curate[key] = value
+  config[key] = value
   if key == 'augment_templates':
-    config.curate.augment = ('paraphrase',)
+    config.augment = ('paraphrase',)
   with pytest.raises(errors.UserError) as caught:
     curate.main(config, None, dry_run=True)
   assert caught.value.fix and 'nope' in str(caught.value) or key in (
-      'text', 'scheme', 'symbols', 'format')
+      'text', 'format')
 
 
 def test_paraphrase_needs_a_template(config):
-  config.curate.augment = ('paraphrase',)
+  config.augment = ('paraphrase',)
   with pytest.raises(errors.UserError, match='augment_templates is'):
     curate.main(config, None, dry_run=True)
 
 
 def test_a_column_is_not_replaced_by_the_romanised_one(config):
-  config.curate.rename = 'text_iast=style'
-  config.curate.balance = ''
+  config.rename = 'text_iast=style'
+  config.balance = ''
   with pytest.raises(errors.UserError, match="has a column 'text_iast'"):
     curate.curate(config)
 
@@ -395,9 +417,8 @@ def test_bad_rows_are_shown_with_their_places(config, source):
     curate.curate(config)
 
 
-@pytest.mark.parametrize('config', (
-    lyrics.get_config(), slang.get_config()), ids=('lyrics', 'slang'))
-def test_the_configs_curate_the_data_of_the_project(config):
-  result = curate.curate(config)
+@pytest.mark.parametrize('name', ('lyrics', 'slang'))
+def test_the_configs_curate_the_data_of_the_project(name):
+  result = curate.curate(curation.get_config(name))
   assert result.num_read > 60 and result.leaks == []
   assert all(result.parts.values())

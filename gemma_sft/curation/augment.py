@@ -83,7 +83,7 @@ def check_templates(templates: Sequence[str], known: Sequence[str]) -> None:
       good = False
     if not good:
       raise errors.UserError(
-          f'config.curate.augment_templates has {template!r}',
+          f'config.augment_templates has {template!r}',
           'column=wording, with {column} for what to insert; the columns are'
           f' {", ".join(map(repr, known))}',
           "for example 'description=You say it when {description}'")

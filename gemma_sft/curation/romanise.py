@@ -48,9 +48,9 @@ def check_scheme(scheme: str) -> None:
   """Raises a UserError unless the scheme is one of `SCHEMES`."""
   if scheme not in SCHEMES:
     raise errors.UserError(
-        f'config.curate.scheme is {scheme!r}',
+        f'config.scheme is {scheme!r}',
         f'one of {", ".join(SCHEMES)}',
-        f'{errors.nearest(scheme, SCHEMES)}Set --config.curate.scheme')
+        f'{errors.nearest(scheme, SCHEMES)}Set --config.scheme')
 
 
 def romanise(text: str, scheme: str = 'iast') -> str:

@@ -118,9 +118,9 @@ def require_columns(key: str, names: Sequence[str], rows: Sequence[Row]):
   for name in names:
     if name not in known:
       raise errors.UserError(
-          f'config.curate.{key}: the data has no column {name!r}',
+          f'config.{key}: the data has no column {name!r}',
           f'one of {", ".join(map(repr, known))}',
-          f'{errors.nearest(name, known)}Set --config.curate.{key}')
+          f'{errors.nearest(name, known)}Set --config.{key}')
 
 
 def apply_text(

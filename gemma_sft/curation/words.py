@@ -96,7 +96,7 @@ def load_list(name: str) -> list[Entry]:
     text = (folder / f'{name}.txt').read_text(encoding='utf-8')
   else:
     raise errors.UserError(
-        f'config.curate.lists: no list {name!r}',
+        f'config.lists: no list {name!r}',
         f'one of {", ".join(builtin_lists())}, or a file, a word a line',
         f'{errors.nearest(name, builtin_lists())}Correct the name or path.')
   entries = []

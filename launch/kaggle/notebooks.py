@@ -153,8 +153,8 @@ s.run('plan', f'--config={CONFIG}', *FLAGS, '--topology=kaggle-tpu',
 
 # %% only="tutorial"
 CURATED = f'{s.output}/curated'
-s.run('curate', f'--config={CONFIG}', f'--config.curate.source={RAW}',
-      f'--out={CURATED}', '--overwrite')
+s.run('curate', '--config=configs/curation.py:lyrics',
+      f'--config.source={RAW}', f'--out={CURATED}', '--overwrite')
 
 # %% [markdown] only="tutorial"
 # What is left are some fifty songs: enough to see how it is done, too few to

@@ -49,7 +49,7 @@ def test_what_decides_the_result_is_another_run(changes):
 @pytest.mark.parametrize('changes', (
     {'deadline_minutes': 5.0}, {'mesh.fsdp': 8}, {'checkpoint.every': 7},
     {'train.log_every': 1}, {'train.remat': 'block'}, {'sampling.top_k': 9},
-    {'curate.source': 'x'}, {'eval.batch_size': 2}, {'data.train': 'moved'},
+    {'eval.batch_size': 2}, {'data.train': 'moved'},
     {'data.test': 'moved'}, {'data.format': 'csv'},
     {'model.weights': 'moved'}, {'model.attention': 'einsum'}),
     ids=lambda c: next(iter(c)))
