@@ -1,7 +1,8 @@
-"""A TFDS data set of the JSON lines in this folder, a config a language.
+"""Builds a TFDS data set from the JSON lines in this folder.
 
-Prepare it with `python data/lyrics/lyrics_dataset_builder.py --out=DIR`, then
-train on `DIR/lyrics/hindi/1.0.0` or `DIR/lyrics/bengali/1.0.0`.
+Run `python data/lyrics/lyrics_dataset_builder.py --out=DIR`, then train on
+`DIR/lyrics/hindi/1.0.0` or `DIR/lyrics/bengali/1.0.0`: each language is a
+config.
 """
 
 import argparse
@@ -17,17 +18,15 @@ _FOLDER = pathlib.Path(__file__).parent
 
 
 class Lyrics(tfds_builder.Builder):
-  """Song lyrics, a line of verse an item, with their romanisation."""
+  """Song lyrics as lists of lines, with their romanisation."""
 
-  VERSION = tfds.core.Version('1.0.0')
-  RELEASE_NOTES = {'1.0.0': 'First release.'}
   BUILDER_CONFIGS = [
       tfds.core.BuilderConfig(name='hindi', description='In Devanagari.'),
       tfds.core.BuilderConfig(name='bengali', description='In Bengali script.'),
   ]
   SUFFIX = '.jsonl'
   FEATURES = {
-      **{name: tfds.features.Text() for name in ('title', 'style', 'language')},
+      **tfds_builder.text_features('title', 'style', 'language'),
       **{name: tfds.features.Sequence(tfds.features.Text())
          for name in ('lines', 'romanized')},
   }
@@ -36,18 +35,14 @@ class Lyrics(tfds_builder.Builder):
     return self.source / self.builder_config.name
 
   def example(self, record: records.Record) -> dict[str, Any]:
-    return record.fields  # With the id of the song.
+    return record.fields  # They include the song's id.
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--source', type=pathlib.Path, default=_FOLDER)
   parser.add_argument('--out', type=pathlib.Path, default=_FOLDER / 'tfds')
-  args = parser.parse_args()
-  for config in Lyrics.builder_configs:
-    tfds_builder.prepare(Lyrics(
-        source=args.source, config=config, data_dir=args.out,
-        file_format='array_record'))
+  tfds_builder.prepare(Lyrics, **vars(parser.parse_args()))
 
 
 if __name__ == '__main__':

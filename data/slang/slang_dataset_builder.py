@@ -1,13 +1,11 @@
-"""A TFDS data set of the CSV files in this folder.
+"""Builds a TFDS data set from the CSV files in this folder.
 
-Prepare it with `python data/slang/slang_dataset_builder.py --out=DIR`, then
-train on `DIR/slang/1.0.0`.
+Run `python data/slang/slang_dataset_builder.py --out=DIR`, then train on
+`DIR/slang/1.0.0`.
 """
 
 import argparse
 import pathlib
-
-import tensorflow_datasets as tfds
 
 from gemma_sft.inputs import tfds_builder
 
@@ -15,22 +13,18 @@ _FOLDER = pathlib.Path(__file__).parent
 
 
 class Slang(tfds_builder.Builder):
-  """Slang terms with what they mean, an example and a context."""
+  """Slang terms with their meaning, an example and a context."""
 
-  VERSION = tfds.core.Version('1.0.0')
-  RELEASE_NOTES = {'1.0.0': 'First release.'}
   SUFFIX = '.csv'
-  FEATURES = {name: tfds.features.Text() for name in (
-      'Slang', 'Description', 'Example', 'Context')}
+  FEATURES = tfds_builder.text_features(
+      'Slang', 'Description', 'Example', 'Context')
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--source', type=pathlib.Path, default=_FOLDER)
   parser.add_argument('--out', type=pathlib.Path, default=_FOLDER / 'tfds')
-  args = parser.parse_args()
-  tfds_builder.prepare(Slang(
-      source=args.source, data_dir=args.out, file_format='array_record'))
+  tfds_builder.prepare(Slang, **vars(parser.parse_args()))
 
 
 if __name__ == '__main__':

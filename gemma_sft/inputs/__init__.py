@@ -1,1 +1,1 @@
-"""From files to records to audited splits."""
+"""Reads files into records and renders them into audited splits."""

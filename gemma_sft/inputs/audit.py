@@ -1,8 +1,9 @@
-"""What is checked of the data before the first step.
+"""Checks the rendered data before the first step.
 
-A fine-tuning run fails quietly: a terminator that is never trained, a doubled
-BOS, a mask that covers nothing or everything, a test prompt among the training
-ones. Each stops the run here, with the row.
+Some mistakes ruin a fine-tuning run without an error: an end of turn that is
+never trained, a doubled BOS, a mask that covers nothing or everything, a test
+prompt in the training split. Each stops the run here with a message that names
+the row.
 """
 
 import collections
@@ -19,7 +20,7 @@ from gemma_sft import errors
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What the audit counted of one split."""
+  """The audit's counts over one split."""
 
   split: str
   n_examples: int
@@ -56,13 +57,14 @@ def check_split(
   """Returns the examples, cut to `max_length` where allowed, and the counts.
 
   Args:
-    split: Its name, for messages.
-    examples: Rendered, before repetition.
-    tokenizer: That rendered them.
-    max_length: Longest input in tokens (an example has one more: its last
-      token is only a target).
-    max_cut_share: Share of examples that may be longer.
-    n_control_text: Number of examples with control-token text, for the report.
+    split: The name of the split, for messages.
+    examples: Rendered examples, before repetition.
+    tokenizer: The tokenizer that rendered them.
+    max_length: Longest input in tokens. An example may have one token more,
+      because its last token is only a target.
+    max_cut_share: Share of examples that may be longer than that.
+    n_control_text: Number of examples whose text looks like a control token,
+      for the report.
 
   Raises:
     UserError: naming the offending row.
@@ -83,8 +85,8 @@ def check_split(
         f'{len(too_long) / len(examples) + 0.005:.2f}')
   cut = [_cut(e, max_length + 1, tokenizer) for e in examples]
   ends = set(tokenizer.stop_ids)
-  for example, whole in zip(cut, examples):
-    _check_example(example, whole, tokenizer, ends)
+  for example, uncut in zip(cut, examples):
+    _check_example(example, uncut, tokenizer, ends)
   keys = collections.Counter(
       e.tokens.tobytes() + e.loss_mask.tobytes() for e in cut)
   return cut, Report(
@@ -99,7 +101,7 @@ def check_split(
 
 
 def _cut(example, n, tokenizer):
-  """Returns the first n tokens; bits per byte then count what is left."""
+  """Returns an example's first n tokens, its target text counted again."""
   if len(example.tokens) <= n:
     return example
   tokens, mask = example.tokens[:n], example.loss_mask[:n]
@@ -109,14 +111,14 @@ def _cut(example, n, tokenizer):
       target_bytes=len(text.encode()), target_characters=len(text))
 
 
-def _check_example(example, whole, tokenizer, ends):
+def _check_example(example, uncut, tokenizer, ends):
   tokens, mask = example.tokens, example.loss_mask
   n_bos = int((tokens == tokenizer.bos_id).sum())
   if n_bos != 1 or tokens[0] != tokenizer.bos_id:
     raise errors.UserError(
         f'{example.where}: {n_bos} BOS tokens, the first token is'
         f' {tokenizer.piece(tokens[0])!r}', 'exactly one BOS, at the start',
-        'render with gemma_sft.chat alone, and do not write <bos> into the'
+        'render with gemma_sft.chat only, and do not write <bos> into the'
         ' data')
   if not mask.any():
     raise errors.UserError(
@@ -128,22 +130,22 @@ def _check_example(example, whole, tokenizer, ends):
     raise errors.UserError(
         f'{example.where}: every token is trained, BOS included',
         'a prompt whose tokens are not trained',
-        'render with gemma_sft.chat alone')
+        'render with gemma_sft.chat only')
   last = int(np.flatnonzero(mask)[-1])
-  is_cut = len(example.tokens) < len(whole.tokens)
+  is_cut = len(example.tokens) < len(uncut.tokens)
   if not is_cut and int(tokens[last]) not in ends:
     raise errors.UserError(
         f'{example.where}: the last trained token is'
         f' {tokenizer.piece(tokens[last])!r}',
         'the end of turn (or EOS), or the tuned model will not stop',
-        'render with gemma_sft.chat alone')
+        'render with gemma_sft.chat only')
 
 
 def normalise(text: str) -> str:
-  """Returns text without case, punctuation, width and spacing differences.
+  """Returns text with case, punctuation, width and spacing made uniform.
 
-  Letters, marks (the vowels of Indic scripts) and numbers are kept; of a text
-  without any, such as emoji, everything but the spacing is.
+  Letters, marks (the vowels of Indic scripts) and numbers stay. A text that has
+  none of them, such as emoji, keeps all its characters.
   """
   text = unicodedata.normalize('NFKC', text).casefold()
   kept = ''.join(
@@ -153,14 +155,14 @@ def normalise(text: str) -> str:
 
 def check_leakage(
     prompts: Mapping[str, Sequence[tuple[str, str]]]) -> None:
-  """Raises if two splits have a prompt in common.
+  """Raises an error if two splits have a prompt in common.
 
   Args:
-    prompts: split -> (prompt, where) of each example. Prompts are compared
-      after `normalise`; plain text is compared whole.
+    prompts: {split: (prompt, where) of each example}. Prompts are compared
+      after `normalise`; plain text is compared as a whole.
 
   Raises:
-    UserError: naming both rows of the first pair and the number of pairs.
+    UserError: naming the rows of the first pair, and how many prompts leak.
   """
   seen: dict[str, tuple[str, str]] = {}
   for split, rows in prompts.items():
@@ -173,5 +175,5 @@ def check_leakage(
           f' {len(rows)} prompts of {split} are in {other} already',
           'splits without a common prompt (case, punctuation and spacing'
           ' aside)',
-          'keep all rows with a prompt in one split')
+          'keep all rows of one prompt in one split')
     seen |= {normalise(p): (where, split) for p, where in rows}

@@ -15,15 +15,15 @@ from gemma_sft.inputs import audit
 from gemma_sft.inputs import records as records_lib
 from gemma_sft.inputs import token_cache
 
-# Seconds. Gemma's tokenizer does about 7,000 short examples a second; finding
-# the file and checking its hash takes a sixth of that, and one more file of a
-# small data set is worth nothing.
-_PAYS = 2.0
+# Seconds of rendering from which the cache is worth its disk space. Gemma's
+# tokenizer renders about 7,000 short examples a second; loading and verifying
+# them from the cache takes a sixth of that time.
+_MIN_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """One split: what was read, what is trained, what the audit counted."""
+  """One split: its records, rendered examples, audit and `data_hash`."""
 
   records: list[records_lib.Record]
   examples: Sequence[chat.Example]
@@ -32,10 +32,10 @@ class Split:
 
 
 def read_split(section: Any, name: str) -> list[records_lib.Record]:
-  """Returns the records of a split of `config.data`, none of them rendered.
+  """Returns the records of a split of `config.data`, not yet rendered.
 
   Raises:
-    UserError: for the first thing wrong with a file or a row.
+    UserError: for the first mistake in a file or a row.
   """
   records = records_lib.read(
       section[name], format=section.format, split=name,
@@ -50,8 +50,8 @@ def read_split(section: Any, name: str) -> list[records_lib.Record]:
 def data_hash(records: Sequence[records_lib.Record], task: Any) -> str:
   """Returns the hash of the records and of the files that they refer to.
 
-  A question about a database names the database, and its prompt shows the
-  schema: another schema is other data.
+  A question about a database holds only the database's name, but its prompt
+  shows the schema, so a changed schema is changed data.
   """
   files = (task.referenced_files(records)
            if hasattr(task, 'referenced_files') else ())
@@ -64,35 +64,35 @@ def load_splits(
     task: Any,
     tokenizer: chat.Tokenizer,
 ) -> dict[str, Split]:
-  """Reads, renders and audits splits of `config.data`; unset ones are left out.
+  """Reads, renders and audits splits of `config.data`; skips unset ones.
 
-  What took longer than `_PAYS` to render is kept for the next run.
+  A split that took longer than `_MIN_SECONDS` to render is cached.
 
   Raises:
-    UserError: for the first thing wrong with a file, a row or a split.
+    UserError: for the first mistake in a file, a row or a split.
   """
   splits = {}
+  folder = cache.folder('tokens')
   for name in names:
     if not section[name]:
       continue
     records = read_split(section, name)
-    folder = cache.folder('tokens')
     content = data_hash(records, task)
-    key = _tokens_key(name, section, records, content, task, tokenizer)
-    kept = token_cache.load(folder, key)
-    if kept is None:
+    key = _cache_key(name, section, records, content, task, tokenizer)
+    cached = token_cache.load(folder, key)
+    if cached is None:
       start = time.monotonic()
-      kept = _render_split(name, section, records, task, tokenizer)
-      if time.monotonic() - start > _PAYS:
-        token_cache.save(folder, key, kept)
+      cached = _render_split(name, section, records, task, tokenizer)
+      if time.monotonic() - start > _MIN_SECONDS:
+        token_cache.save(folder, key, cached)
     splits[name] = Split(
-        records, kept.examples, audit.Report(**kept.facts), content)
+        records, cached.examples, audit.Report(**cached.facts), content)
   _check_leakage(splits, task)
   return splits
 
 
-def _tokens_key(split, section, records, content, task, tokenizer):
-  """Returns a hash over all that decides what `_render_split` returns."""
+def _cache_key(split, section, records, content, task, tokenizer):
+  """Returns a hash of everything that decides what `_render_split` returns."""
   package = pathlib.Path(__file__).parents[1]
   return token_cache.make_key(
       split, content, '\n'.join(r.where for r in records), tokenizer.proto,
@@ -101,35 +101,32 @@ def _tokens_key(split, section, records, content, task, tokenizer):
       sources=[package / 'chat.py',
                *(package / 'inputs' / f'{module}.py' for module in (
                    'audit', 'splits', 'token_cache')),
-               *sorted((package / 'tasks').rglob('*.py'))])
+               *sorted(path for path in (package / 'tasks').rglob('*')
+                       if path.suffix in ('.py', '.json'))])
 
 
 def _render_split(name, section, records, task, tokenizer):
   conversations = [task.to_messages(r) for r in records]
-  examples = [
-      render(c, tokenizer, r.where) for c, r in zip(conversations, records)]
   examples, report = audit.check_split(
-      name, examples, tokenizer, max_length=section.max_length,
+      name,
+      [render(c, tokenizer, r.where) for c, r in zip(conversations, records)],
+      tokenizer, max_length=section.max_length,
       max_cut_share=section.max_cut_share,
       n_control_text=sum(
-          chat.has_control_text(_whole_text(c)) for c in conversations))
-  prompts = (audit.normalise(_prompt_text(c)) for c in conversations)
-  return token_cache.Kept(
-      token_cache.make(
-          examples, [token_cache.prompt_key(p) for p in prompts]),
-      dataclasses.asdict(report))
+          chat.has_control_text(_text(c)) for c in conversations))
+  keys = [token_cache.prompt_key(audit.normalise(_prompt(c)))
+          for c in conversations]
+  return token_cache.CachedSplit(
+      token_cache.make(examples, keys), dataclasses.asdict(report))
 
 
 def _check_leakage(splits, task):
-  """Looks at the prompts themselves only where their hashes meet."""
-  seen = np.zeros(0, 'V16')
-  for split in splits.values():
-    keys = np.unique(split.examples.prompt_keys)
-    seen = np.concatenate([seen, keys])
-  if len(np.unique(seen)) < len(seen):
+  """Compares the prompts themselves only if some of their hashes are equal."""
+  keys = [np.zeros(0, 'V16'), *(
+      np.unique(split.examples.prompt_keys) for split in splits.values())]
+  if len(np.unique(np.concatenate(keys))) < sum(map(len, keys)):
     audit.check_leakage({
-        name: [(_prompt_text(task.to_messages(r)), r.where)
-               for r in split.records]
+        name: [(_prompt(task.to_messages(r)), r.where) for r in split.records]
         for name, split in splits.items()})
 
 
@@ -144,13 +141,12 @@ def render(
   return chat.render(conversation, tokenizer, where)
 
 
-def _whole_text(conversation):
+def _text(conversation):
   if isinstance(conversation, str):
     return conversation
   return '\n'.join(m.content for m in conversation)
 
 
-def _prompt_text(conversation):
-  if isinstance(conversation, str):
-    return conversation
-  return '\n'.join(m.content for m in conversation[:-1])
+def _prompt(conversation):
+  return _text(conversation if isinstance(conversation, str)
+               else conversation[:-1])

@@ -1,8 +1,8 @@
-"""TFDS data sets of the files in a data folder: what all of them share.
+"""Builds TFDS data sets from the files of a data folder.
 
-A folder's `<name>_dataset_builder.py` names its columns and their description;
-splits, keys and preparation are here. Written as ArrayRecord, and TensorFlow is
-not needed.
+Each folder's `<name>_dataset_builder.py` describes its columns; splits, keys
+and preparation are here. The data sets are ArrayRecord files and need no
+TensorFlow.
 """
 
 from collections.abc import Iterator
@@ -14,27 +14,26 @@ import tensorflow_datasets as tfds
 
 from gemma_sft.inputs import records as records_lib
 
-SPLITS = ('train', 'validation', 'test')
-
 
 class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """A data set of train, validation and test in one folder.
+  """A data set of train, validation and test files in one folder.
 
-  Subclasses have a docstring, which describes the data, VERSION,
-  RELEASE_NOTES, and:
+  A subclass has a docstring that describes the data, and these attributes:
 
   Attributes:
-    SUFFIX: Of the three files, such as '.jsonl'.
-    FORMAT: Of the files, see `records.read`.
-    FEATURES: {column: feature}; `id` is added, 'train.jsonl:7'.
+    SUFFIX: The ending of the three files, such as '.jsonl'.
+    FORMAT: Their format; see `records.read`.
+    FEATURES: {column: feature}. The column `id` ('train.jsonl:7') is added.
   """
 
+  VERSION = tfds.core.Version('1.0.0')
+  RELEASE_NOTES = {'1.0.0': 'First release.'}
   SUFFIX: str
   FORMAT = 'auto'
   FEATURES: Mapping[str, Any]
 
   def __init__(self, *, source: pathlib.Path, **kwargs: Any):
-    """Takes the folder of the files; the rest is tfds's."""
+    """Takes the folder of the files, and the arguments of TFDS."""
     self.source = source
     super().__init__(**kwargs)
 
@@ -46,9 +45,10 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             'id': tfds.features.Text(doc='File and line, or a name.')}))
 
   def _split_generators(self, dl_manager: tfds.download.DownloadManager):
-    del dl_manager  # Nothing to download.
-    return {split: self._generate_examples(self.folder() / (
-        split + self.SUFFIX)) for split in SPLITS}
+    del dl_manager  # There is nothing to download.
+    return {split: self._generate_examples(
+        self.folder() / f'{split}{self.SUFFIX}')
+            for split in ('train', 'validation', 'test')}
 
   def _generate_examples(
       self, path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -58,7 +58,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       yield example['id'], example
 
   def folder(self) -> pathlib.Path:
-    """Returns where the three files lie."""
+    """Returns the folder of the three files."""
     return self.source
 
   def example(self, record: records_lib.Record) -> dict[str, Any]:
@@ -66,12 +66,25 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     return {name: record.fields[name] for name in self.FEATURES}
 
 
-def prepare(builder: Builder) -> None:
-  """Writes a data set, or keeps one that is up to date, and says where."""
-  builder.download_and_prepare(
-      download_config=tfds.download.DownloadConfig(
-          # The default would keep what an earlier version of the files has
-          # left there.
-          download_mode=tfds.GenerateMode.REUSE_CACHE_IF_EXISTS,
-          try_download_gcs=False))
-  print(f'Prepared {builder.data_dir}')
+def text_features(*names: str) -> dict[str, tfds.features.Text]:
+  """Returns a text feature for each name."""
+  return {name: tfds.features.Text() for name in names}
+
+
+def prepare(
+    builder: type[Builder], source: pathlib.Path, out: pathlib.Path) -> None:
+  """Writes a data set, each of its configs, and prints where.
+
+  Args:
+    builder: The class of the data set.
+    source: The folder of its files.
+    out: The folder to write to. A data set there that is up to date stays.
+  """
+  for config in builder.builder_configs or {None: None}:
+    made = builder(source=source, config=config, data_dir=out,
+                   file_format='array_record')
+    made.download_and_prepare(download_config=tfds.download.DownloadConfig(
+        # The default mode would keep what was written from older files.
+        download_mode=tfds.GenerateMode.REUSE_CACHE_IF_EXISTS,
+        try_download_gcs=False))
+    print(f'Prepared {made.data_dir}')

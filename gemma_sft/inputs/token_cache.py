@@ -1,7 +1,8 @@
-"""Rendered examples as flat arrays, and a file that keeps them between runs.
+"""Rendered examples as flat arrays, and a cache of them between runs.
 
-A million examples are a handful of arrays instead of millions of objects. A
-file is mapped, not read: what of it is in memory, the system decides.
+A million examples are a handful of arrays instead of millions of objects. On
+disk each array is a `.npy` file that NumPy maps into memory, so the system
+decides which parts of it stay in memory.
 """
 
 import collections.abc
@@ -10,6 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 from typing import Any
 from typing import Iterable
@@ -20,34 +22,32 @@ import numpy as np
 
 from gemma_sft import chat
 
-_MAGIC = b'gemma_sft tokens 2\n'
+_VERSION = b'gemma_sft tokens 3'
 _MAX_BYTES = 2 * 10**9
-# name: dtype. One entry an example but for tokens and loss_mask, one a token,
-# and where_bytes; example i is starts[i]:starts[i + 1] of those.
-_ARRAYS = dict(
-    tokens='int32', loss_mask='bool', starts='int64', target_bytes='int64',
-    target_characters='int64',
-    where_bytes='uint8', where_starts='int64', digests='V32',
-    prompt_keys='V16')
+# `tokens` and `loss_mask` have one entry per token: example i is
+# starts[i]:starts[i + 1]. `where_bytes` has one per byte of the examples'
+# places, split by `where_starts`. The others have one per example.
+_ARRAYS = ('tokens', 'loss_mask', 'starts', 'target_bytes', 'target_characters',
+           'where_bytes', 'where_starts', 'digests', 'prompt_keys')
 
 
 def example_digest(example: chat.Example) -> bytes:
-  """Returns SHA-256 over what of an example reaches the model."""
+  """Returns the SHA-256 of an example's tokens and loss mask."""
   return hashlib.sha256(
       example.tokens.tobytes() + example.loss_mask.tobytes()).digest()
 
 
 def prompt_key(prompt: str) -> bytes:
-  """Returns 16 bytes that equal prompts share."""
+  """Returns a hash of a prompt, 16 bytes."""
   return hashlib.sha256(prompt.encode()).digest()[:16]
 
 
 class Examples(collections.abc.Sequence):
-  """Rendered examples in flat arrays; each is made on access, a view."""
+  """Rendered examples in flat arrays; indexing returns views of them."""
 
   def __init__(self, arrays: dict[str, np.ndarray]):
-    """Takes the arrays of `make` or of a file."""
-    self._arrays = arrays
+    """Takes the flat arrays, by the names of `_ARRAYS`."""
+    self.arrays = arrays
     self._starts = arrays['starts']
 
   def __len__(self) -> int:
@@ -57,7 +57,7 @@ class Examples(collections.abc.Sequence):
     if isinstance(index, slice):
       return [self[i] for i in range(*index.indices(len(self)))]
     i = range(len(self))[index]
-    arrays = self._arrays
+    arrays = self.arrays
     span = slice(self._starts[i], self._starts[i + 1])
     where = slice(*arrays['where_starts'][i:i + 2])
     return chat.Example(
@@ -67,44 +67,38 @@ class Examples(collections.abc.Sequence):
         arrays['where_bytes'][where].tobytes().decode())
 
   @property
-  def arrays(self) -> dict[str, np.ndarray]:
-    """The flat arrays, for a file."""
-    return self._arrays
-
-  @property
   def prompt_keys(self) -> np.ndarray:
     """A hash of each prompt, V16 (n,); empty if `make` was given none."""
-    return self._arrays['prompt_keys']
+    return self.arrays['prompt_keys']
 
   def lengths(self) -> np.ndarray:
-    """Returns the input tokens of each, int64 (n,)."""
+    """Returns the number of input tokens of each example, int64 (n,)."""
     return np.diff(self._starts) - 1
 
   def trained(self) -> np.ndarray:
-    """Returns the trained targets of each, int64 (n,)."""
-    mask = self._arrays['loss_mask']
+    """Returns the number of trained targets of each example, int64 (n,)."""
+    mask = self.arrays['loss_mask']
     starts = self._starts[:-1]
-    # The first token is no target.
+    # An example's first token is never a target.
     return np.add.reduceat(mask, starts, dtype=np.int64) - mask[starts]
 
   def digest(self, i: int) -> bytes:
-    """Returns `example_digest` of one."""
-    return self._arrays['digests'][i].tobytes()
+    """Returns `example_digest` of example i."""
+    return self.arrays['digests'][i].tobytes()
 
   def target_bytes(self) -> int:
     """Returns the UTF-8 bytes of all trained text."""
-    return int(self._arrays['target_bytes'].sum())
+    return int(self.arrays['target_bytes'].sum())
 
   def target_characters(self) -> int:
     """Returns the code points of all trained text."""
-    return int(self._arrays['target_characters'].sum())
+    return int(self.arrays['target_characters'].sum())
 
 
 def make(
     examples: Sequence[chat.Example], prompt_keys: Sequence[bytes] = ()
 ) -> Examples:
-  """Returns examples as flat arrays; those that are already come back as they
-  are."""
+  """Returns examples as flat arrays, unchanged if they are already."""
   if isinstance(examples, Examples):
     return examples
   wheres = [e.where.encode() for e in examples]
@@ -131,8 +125,8 @@ def _starts(lengths: Iterable[int]) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
-  """What a file holds: examples, and whatever small was stored with them."""
+class CachedSplit:
+  """One entry of the cache: a split's examples and its audit's counts."""
 
   examples: Examples
   facts: dict[str, Any]
@@ -141,13 +135,13 @@ class Kept:
 def make_key(
     *parts: str | bytes | int | float,
     sources: Iterable[str | os.PathLike] = ()) -> str:
-  """Returns a hash over everything that decides the examples.
+  """Returns a hash of everything that decides the examples.
 
   Args:
-    *parts: In this order.
-    sources: Files of code, whose content decides too.
+    *parts: Values; their order counts.
+    sources: Source files that render and audit; their content counts.
   """
-  digest = hashlib.sha256(_MAGIC)
+  digest = hashlib.sha256(_VERSION)
   for part in (*parts, *(pathlib.Path(s).read_bytes() for s in sources)):
     data = part if isinstance(part, bytes) else str(part).encode()
     digest.update(f'{len(data)} '.encode() + data)
@@ -157,96 +151,94 @@ def make_key(
 def save(
     folder: pathlib.Path,
     key: str,
-    kept: Kept,
+    split: CachedSplit,
     *,
     max_bytes: int = _MAX_BYTES,
 ) -> None:
-  """Writes a file for `load`; then drops the files longest unused.
+  """Writes an entry for `load`, then removes the entries unused for longest.
 
-  A disk that is full or read-only is told on one line and costs only time.
+  A full or read-only disk costs only time: a warning says so on one line.
 
   Args:
-    folder: Of the files.
+    folder: The cache.
     key: From `make_key`.
-    kept: What to keep.
-    max_bytes: Of all files together; the new one stays in any case.
+    split: The entry.
+    max_bytes: Size limit of the cache; the new entry stays in any case.
   """
-  arrays = {name: np.ascontiguousarray(kept.examples.arrays[name], dtype)
-            for name, dtype in _ARRAYS.items()}
-  body = hashlib.sha256()
-  for array in arrays.values():
-    body.update(array.view(np.uint8))
-  header = json.dumps(dict(
-      key=key, facts=kept.facts, sha256=body.hexdigest(),
-      sizes={name: len(array) for name, array in arrays.items()})).encode()
-  # Arrays begin at multiples of 8, or each access of a view would be unaligned.
-  header += b' ' * (-(len(_MAGIC) + 8 + len(header)) % 8)
-  path = folder / f'{key}.tokens'
-  temporary = ''
+  path = folder / key
+  facts = np.frombuffer(json.dumps(split.facts).encode(), np.uint8)
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix='.unfinished')
-    with os.fdopen(handle, 'wb') as file:
-      file.write(_MAGIC + len(header).to_bytes(8, 'little') + header)
-      for array in arrays.values():
-        file.write(array.view(np.uint8))
-        file.write(bytes(-array.nbytes % 8))
-    os.replace(temporary, path)
-    _drop_oldest(folder, path, max_bytes)
+    with tempfile.TemporaryDirectory(
+        dir=folder, suffix='.unfinished') as unfinished:
+      partial = pathlib.Path(unfinished, key)
+      partial.mkdir()
+      for name, array in {**split.examples.arrays, 'facts': facts}.items():
+        np.save(partial / f'{name}.npy', array)
+      (partial / 'index.json').write_text(json.dumps(
+          {'key': key, 'sha256': _hashes(partial)}), 'utf-8')
+      shutil.rmtree(path, ignore_errors=True)  # An entry that is damaged.
+      partial.rename(path)
+    _remove_oldest(folder, path, max_bytes)
   except OSError as error:
-    logging.warning('Tokens are not kept in %s: %s', folder, error)
-    if temporary:
-      pathlib.Path(temporary).unlink(missing_ok=True)
+    logging.warning('Tokens are not cached in %s: %s', folder, error)
 
 
-def load(folder: pathlib.Path, key: str) -> Kept | None:
-  """Returns what `save` wrote under the key; None if there is nothing whole.
+def load(folder: pathlib.Path, key: str) -> CachedSplit | None:
+  """Returns the entry of a key, or None if it is missing or damaged.
 
-  A damaged file is told on one line.
+  A warning reports a damaged entry on one line.
   """
-  path = folder / f'{key}.tokens'
+  path = folder / key
   if not path.exists():
     return None
   try:
-    kept = _open(path, key)
-    os.utime(path)  # Used now: the last to be dropped.
-    return kept
-  except (OSError, ValueError, KeyError, TypeError) as error:
+    split = _open(path, key)
+    os.utime(path)  # `_remove_oldest` goes by the time of the last use.
+    return split
+  except (OSError, ValueError, LookupError, TypeError) as error:
     logging.warning(
-        'Kept tokens %s are damaged (%s): making them again.', path, error)
+        'Cached tokens %s are damaged (%s): rendering them again.', path, error)
     return None
 
 
 def _open(path, key):
+  index = json.loads((path / 'index.json').read_text('utf-8'))
+  if index['key'] != key:
+    raise ValueError('it belongs to another key')
+  for name, found in _hashes(path).items():
+    if found != index['sha256'][name]:
+      raise ValueError(f'the hash of {name}.npy differs')
   # A plain array over the mapping: its slices are cheaper than a memmap's.
-  data = np.asarray(np.memmap(path, np.uint8, mode='r'))
-  at = len(_MAGIC) + 8
-  if data[:len(_MAGIC)].tobytes() != _MAGIC:
-    raise ValueError('another format')
-  n = int.from_bytes(data[len(_MAGIC):at].tobytes(), 'little')
-  header = json.loads(data[at:at + n].tobytes())
-  at += n
-  if header['key'] != key:
-    raise ValueError('of another key')
-  arrays, body = {}, hashlib.sha256()
-  for name, dtype in _ARRAYS.items():
-    n_bytes = header['sizes'][name] * np.dtype(dtype).itemsize
-    if at + n_bytes > len(data):
-      raise ValueError('cut off')
-    arrays[name] = data[at:at + n_bytes].view(dtype)
-    body.update(arrays[name].view(np.uint8))
-    at += n_bytes + -n_bytes % 8
-  if body.hexdigest() != header['sha256']:
-    raise ValueError('its hash is another')
-  return Kept(Examples(arrays), header['facts'])
+  arrays = {name: np.asarray(np.load(path / f'{name}.npy', mmap_mode='r'))
+            for name in (*_ARRAYS, 'facts')}
+  facts = json.loads(arrays.pop('facts').tobytes())
+  return CachedSplit(Examples(arrays), facts)
 
 
-def _drop_oldest(folder, newest, max_bytes):
-  files = {path: path.stat() for path in folder.glob('*.tokens')}
-  total = sum(stat.st_size for stat in files.values())
-  for path in sorted(files, key=lambda p: files[p].st_mtime):
+def _hashes(path):
+  """Returns the SHA-256 of each array's file."""
+  hashes = {}
+  for name in (*_ARRAYS, 'facts'):
+    with open(path / f'{name}.npy', 'rb') as file:
+      hashes[name] = hashlib.file_digest(file, 'sha256').hexdigest()
+  return hashes
+
+
+def _remove_oldest(folder, newest, max_bytes):
+  entries = {path: (path.stat().st_mtime, _size(path))
+             for path in folder.iterdir()}
+  total = sum(size for _, size in entries.values())
+  for path in sorted(entries, key=lambda p: entries[p][0]):
     if total <= max_bytes:
       break
     if path != newest:
-      path.unlink(missing_ok=True)
-      total -= files[path].st_size
+      if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+      else:
+        path.unlink(missing_ok=True)  # A file of an earlier version.
+      total -= entries[path][1]
+
+
+def _size(path):
+  return sum(file.stat().st_size for file in (path, *path.rglob('*')))

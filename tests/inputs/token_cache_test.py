@@ -1,4 +1,4 @@
-"""What a file of tokens gives back is what was rendered."""
+"""The token cache gives back exactly what was rendered, or nothing."""
 
 import dataclasses
 import logging
@@ -35,23 +35,19 @@ def examples(tokenizer):
 
 
 @pytest.fixture
-def kept(examples):
+def split(examples):
   keys = [token_cache.prompt_key(str(i)) for i in range(len(examples))]
-  return token_cache.Kept(
+  return token_cache.CachedSplit(
       token_cache.make(examples, keys), {'split': 'train', 'n': 20})
 
 
-# Arrays -----------------------------------------------------------------------
-
-
-def test_views_are_the_examples(examples):
+def test_indexing_gives_views_of_the_examples(examples):
   table = token_cache.make(examples)
   _assert_equal(table, examples)
   _assert_equal([table[-1], table[3]], [examples[-1], examples[3]])
   _assert_equal(table[2:9:3], examples[2:9:3])
   with pytest.raises(IndexError):
     table[20]
-  # Nothing is copied.
   assert np.shares_memory(table[3].tokens, table[3].tokens)
   assert token_cache.make(table) is table
 
@@ -62,95 +58,138 @@ def test_sums_over_all_examples(examples):
   assert table.trained().tolist() == [
       int(e.loss_mask[1:].sum()) for e in examples]
   assert table.target_bytes() == sum(e.target_bytes for e in examples)
-  # A first token is no target, whatever the mask says of it.
+  # A first token is never a target, even if the mask marks it.
   mask = np.ones_like(examples[0].loss_mask)
   odd = dataclasses.replace(examples[0], loss_mask=mask)
   assert token_cache.make([odd, odd]).trained().tolist() == 2 * [len(mask) - 1]
 
 
-def test_no_examples():
+def test_no_examples(tmp_path):
   table = token_cache.make([])
   assert list(table) == [] and table.trained().tolist() == []
+  token_cache.save(tmp_path, 'k', token_cache.CachedSplit(table, {}))
+  assert list(token_cache.load(tmp_path, 'k').examples) == []
 
 
-# Files ------------------------------------------------------------------------
-
-
-def test_a_file_gives_back_what_was_kept(tmp_path, kept, examples):
-  token_cache.save(tmp_path, 'k', kept)
+def test_what_is_loaded_equals_what_was_saved(tmp_path, split, examples):
+  token_cache.save(tmp_path, 'k', split)
   loaded = token_cache.load(tmp_path, 'k')
   _assert_equal(loaded.examples, examples)
-  assert loaded.facts == kept.facts
+  assert loaded.facts == split.facts
   assert loaded.examples.prompt_keys.tobytes() == (
-      kept.examples.prompt_keys.tobytes())
+      split.examples.prompt_keys.tobytes())
   layout = batches.Layout(batch_size=2, max_length=128)
   sources = [batches.Batches(part, layout, seed=0, epochs=2)
-             for part in (examples, kept.examples, loaded.examples)]
-  chains = {batches.chain_of(s, len(s)) for s in sources}
-  assert len(chains) == 1
-  assert [p.name for p in tmp_path.iterdir()] == ['k.tokens']
-  # Mapped, not read.
+             for part in (examples, split.examples, loaded.examples)]
+  assert len({batches.chain_of(s, len(s)) for s in sources}) == 1
+  assert [p.name for p in tmp_path.iterdir()] == ['k']
+  # NumPy alone reads the files, and maps them instead of reading them whole.
+  np.testing.assert_array_equal(
+      np.load(tmp_path / 'k' / 'tokens.npy'), split.examples.arrays['tokens'])
   tokens = loaded.examples[0].tokens
   assert not tokens.flags.owndata and not tokens.flags.writeable
   assert tokens.flags.aligned
 
 
-def test_nothing_is_found_under_another_key(tmp_path, kept):
-  token_cache.save(tmp_path, 'k', kept)
+def test_an_entry_is_found_under_its_own_key_only(tmp_path, split):
+  token_cache.save(tmp_path, 'k', split)
   assert token_cache.load(tmp_path, 'other') is None
   assert token_cache.load(tmp_path / 'nowhere', 'k') is None
+  shutil.copytree(tmp_path / 'k', tmp_path / 'other')
+  assert token_cache.load(tmp_path, 'other') is None
 
 
-@pytest.mark.parametrize('damage', (
-    lambda b: b[:-8], lambda b: b'', lambda b: b'# INPUT\n' + b,
-    lambda b: b[:len(b) // 2] + bytes([b[len(b) // 2] ^ 1])
-    + b[len(b) // 2 + 1:],
-    lambda b: b.replace(b'"key"', b'"kez"'), lambda b: b[:30] + b'}' + b[31:],
-    lambda b: b[:22] + b'\xff' * 4 + b[26:]),
-    ids=('cut', 'empty', 'foreign', 'a bit', 'no key', 'header', 'length'))
-def test_a_damaged_file_is_told_and_left(tmp_path, kept, damage, caplog):
-  token_cache.save(tmp_path, 'k', kept)
-  path = tmp_path / 'k.tokens'
-  path.write_bytes(damage(path.read_bytes()))
+def _flip(data, i):
+  return data[:i] + bytes([data[i] ^ 1]) + data[i + 1:]
+
+
+@pytest.mark.parametrize('name, damage', (
+    ('tokens.npy', lambda b: b[:-8]), ('loss_mask.npy', lambda b: b''),
+    ('starts.npy', lambda b: b'# INPUT\n' + b),
+    ('tokens.npy', lambda b: _flip(b, len(b) // 2)),
+    ('tokens.npy', lambda b: _flip(b, 20)), ('facts.npy', lambda b: None),
+    ('facts.npy', lambda b: _flip(b, len(b) - 2)),
+    ('index.json', lambda b: None), ('index.json', lambda b: b'\xff'),
+    ('index.json', lambda b: b'[]'), ('index.json', lambda b: b[:-9]),
+    ('index.json', lambda b: b.replace(b'"key"', b'"kez"')),
+    ('index.json', lambda b: b.replace(b'"starts"', b'"stars"'))),
+    ids=('cut', 'empty', 'foreign', 'a bit', 'a bit of the header',
+         'no facts', 'a bit of the facts', 'no index', 'not text', 'a list',
+         'half an index', 'no key', 'no hash'))
+def test_a_damaged_entry_is_reported_and_written_again(
+    tmp_path, split, name, damage, caplog):
+  token_cache.save(tmp_path, 'k', split)
+  path = tmp_path / 'k' / name
+  data = damage(path.read_bytes())
+  if data is None:
+    path.unlink()
+  else:
+    path.write_bytes(data)
   with caplog.at_level(logging.WARNING, logger='absl'):
     assert token_cache.load(tmp_path, 'k') is None
   [line] = caplog.messages
-  assert 'k.tokens are damaged' in line and '\n' not in line
-  token_cache.save(tmp_path, 'k', kept)
+  assert f'{tmp_path / "k"} are damaged' in line and '\n' not in line
+  token_cache.save(tmp_path, 'k', split)
+  assert token_cache.load(tmp_path, 'k') is not None
+  assert len(caplog.messages) == 1
+
+
+def test_the_entries_unused_for_longest_go_first(tmp_path, split):
+  def names():
+    return {p.name for p in tmp_path.iterdir()}
+
+  token_cache.save(tmp_path, 'size', split)
+  size = token_cache._size(tmp_path / 'size')
+  shutil.rmtree(tmp_path / 'size')
+  # A file of an earlier version is the oldest.
+  (tmp_path / 'f.tokens').write_bytes(b'x')
+  for age, key in ((400, 'f.tokens'), (300, 'a'), (200, 'b'), (100, 'c')):
+    path = tmp_path / key
+    if key != 'f.tokens':
+      token_cache.save(tmp_path, key, split)
+    os.utime(path, (path.stat().st_mtime - age,) * 2)
+  token_cache.load(tmp_path, 'a')  # Used now.
+  assert names() == {'f.tokens', 'a', 'b', 'c'}
+  token_cache.save(tmp_path, 'd', split, max_bytes=3 * size)
+  assert names() == {'a', 'c', 'd'}
+  token_cache.save(tmp_path, 'e', split, max_bytes=0)
+  assert names() == {'e'}
+
+
+def test_a_full_or_read_only_disk_costs_only_time(
+    tmp_path, split, caplog, monkeypatch):
+  def full(path, array):
+    del path, array
+    raise OSError(28, 'No space left on device')
+
+  (tmp_path / 'file').write_text('')
+  with caplog.at_level(logging.WARNING, logger='absl'):
+    token_cache.save(tmp_path / 'file', 'k', split)
+    monkeypatch.setattr(np, 'save', full)
+    token_cache.save(tmp_path / 'cache', 'k', split)
+  assert [('are not cached' in m, '\n' in m) for m in caplog.messages] == [
+      (True, False)] * 2
+  assert not list((tmp_path / 'cache').iterdir())
+
+
+def test_two_processes_may_write_one_entry(tmp_path, split, monkeypatch):
+  rmtree = shutil.rmtree
+
+  def race(path, **kwargs):  # The other process finishes just before.
+    rmtree(path, **kwargs)
+    if path == tmp_path / 'k':
+      monkeypatch.setattr(shutil, 'rmtree', rmtree)
+      token_cache.save(tmp_path, 'k', split)
+
+  monkeypatch.setattr(shutil, 'rmtree', race)
+  token_cache.save(tmp_path, 'k', split)
+  assert [p.name for p in tmp_path.iterdir()] == ['k']
   assert token_cache.load(tmp_path, 'k') is not None
 
 
-def test_a_file_moved_under_another_key_is_refused(tmp_path, kept):
-  token_cache.save(tmp_path, 'k', kept)
-  shutil.copy(tmp_path / 'k.tokens', tmp_path / 'other.tokens')
-  assert token_cache.load(tmp_path, 'other') is None
-
-
-def test_the_files_longest_unused_go_first(tmp_path, kept):
-  token_cache.save(tmp_path, 'size', kept)
-  size = (tmp_path / 'size.tokens').stat().st_size
-  (tmp_path / 'size.tokens').unlink()
-  for age, key in ((300, 'a'), (200, 'b'), (100, 'c')):
-    token_cache.save(tmp_path, key, kept)
-    path = tmp_path / f'{key}.tokens'
-    os.utime(path, (path.stat().st_mtime - age,) * 2)
-  token_cache.load(tmp_path, 'a')  # Used now.
-  token_cache.save(tmp_path, 'd', kept, max_bytes=3 * size + 8)
-  assert {p.stem for p in tmp_path.iterdir()} == {'a', 'c', 'd'}
-  token_cache.save(tmp_path, 'e', kept, max_bytes=0)
-  assert {p.stem for p in tmp_path.iterdir()} == {'e'}
-
-
-def test_a_folder_that_cannot_be_written_is_told(tmp_path, kept, caplog):
-  (tmp_path / 'file').write_text('')
-  with caplog.at_level(logging.WARNING, logger='absl'):
-    token_cache.save(tmp_path / 'file', 'k', kept)
-  assert 'are not kept' in caplog.text
-
-
 def test_a_key_knows_where_a_part_ends(tmp_path):
-  (tmp_path / 'a.py').write_text('1')
   source = tmp_path / 'a.py'
+  source.write_text('1')
   keys = [token_cache.make_key('ab', 'c'), token_cache.make_key('a', 'bc'),
           token_cache.make_key('ab', 'c', sources=[source])]
   source.write_text('2')
@@ -168,9 +207,9 @@ def _load(config, tokenizer, names=('train', 'validation')):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-  """Where tokens are kept: all, however fast they were made."""
+  """The cache, which takes every split, however fast it was rendered."""
   monkeypatch.setenv('GEMMA_SFT_CACHE', str(tmp_path / 'cache'))
-  monkeypatch.setattr(splits, '_PAYS', -1.0)
+  monkeypatch.setattr(splits, '_MIN_SECONDS', -1.0)
   return tmp_path / 'cache' / 'tokens'
 
 
@@ -185,8 +224,8 @@ def test_a_split_is_rendered_once(config, tokenizer, folder, monkeypatch):
     assert again[name].records == first[name].records
 
 
-def test_a_small_split_leaves_no_file(config, tokenizer, folder, monkeypatch):
-  monkeypatch.setattr(splits, '_PAYS', 60.0)
+def test_a_small_split_is_not_cached(config, tokenizer, folder, monkeypatch):
+  monkeypatch.setattr(splits, '_MIN_SECONDS', 60.0)
   _load(config, tokenizer)
   assert not folder.exists()
 
@@ -224,7 +263,7 @@ def test_what_was_refused_is_refused_again(config, tokenizer, folder):
   assert not folder.exists()
 
 
-def test_a_common_prompt_is_found_among_kept_splits(
+def test_a_common_prompt_is_found_among_cached_splits(
     config, tokenizer, folder, tmp_path):
   pairs = [('Why?', 'So.'), ('How?', 'Thus.')]
   config.data.train = conftest.write_pairs(tmp_path / 'a.txt', pairs)

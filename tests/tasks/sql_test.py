@@ -127,7 +127,7 @@ def test_a_changed_table_is_other_data(
   assert train.main(run_config, str(tmp_path / 'new'), False) == 0
 
   monkeypatch.setenv('GEMMA_SFT_CACHE', str(tmp_path / 'cache'))
-  monkeypatch.setattr(splits, '_PAYS', -1.0)
+  monkeypatch.setattr(splits, '_MIN_SECONDS', -1.0)
   for n_files in (1, 2):
     splits.load_splits(run_config.data, ('train',), task, tokenizer)
     assert len(list((tmp_path / 'cache' / 'tokens').iterdir())) == n_files
