@@ -79,6 +79,7 @@ setuptools.setup(
     packages=setuptools.find_packages(
         include=['gemma_sft', 'gemma_sft.*', 'configs']),
     package_data={
+        'gemma_sft': ['*.html'],
         'gemma_sft.curation': ['lists/*.txt'],
         'gemma_sft.evaluation': ['*.html'],
         'gemma_sft.serving': ['static/*'],

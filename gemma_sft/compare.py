@@ -20,6 +20,7 @@ from typing import Sequence
 from configs import default
 from gemma_sft import config as config_lib
 from gemma_sft import errors
+from gemma_sft import pages
 from gemma_sft.evaluation import compare_page
 from gemma_sft.evaluation import compare_runs
 
@@ -40,9 +41,8 @@ def main(workdirs: Sequence[str], out: str | None = None) -> int:
   comparison = compare_runs.compare(runs)
   print(compare_page.text(comparison))
   if out is not None:
-    with open(out, 'w', encoding='utf-8') as file:
-      file.write(compare_page.page(
-          comparison, compare_page.picture(runs)))
+    pages.write(out, compare_page.page(
+        comparison, compare_page.picture(runs)))
     print(f'page: {out}')
   return 0
 

@@ -187,7 +187,7 @@ def test_one_training_twice_and_two_places_of_it(tmp_path):
   assert found.sentences[1].startswith(
       'c is the same training as a: only checkpoint.keep differs, which')
   assert not found.config and not found.origin
-  assert 'Config: nothing that decides the result differs' in (
+  assert 'Config: no difference affects the result.' in (
       compare_page.text(found))
 
 
@@ -228,7 +228,8 @@ def test_the_page_is_whole_and_escapes(tmp_path, capsys):
   assert '<script' not in page and '&lt;script&gt;x' in page
   assert 'data:image/png;base64,iVBOR' in page
   assert not re.search(r'(src|href)="(?!data:)', page)
-  for part in ('<th>a</th><th>b</th>', 'Scores of test', 'Gain over a'):
+  for part in ('<th>a</th><th>b</th>', 'Scores on the test split',
+               'Gain over a'):
     assert part in page
 
 

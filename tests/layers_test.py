@@ -19,8 +19,8 @@ _PACKAGE = _ROOT / 'gemma_sft'
 # floors only. A new room takes its place here.
 _FLOORS = (
     ('errors', 'shapes', 'cache', 'optimizer'),
-    ('adapters', 'chat', 'config', 'curation'),
-    ('cli', 'inputs', 'nn'),
+    ('adapters', 'chat', 'config', 'pages'),
+    ('cli', 'curation', 'inputs', 'nn'),
     ('batches', 'model', 'state', 'tasks'),
     ('loss', 'sharding', 'weights'),
     ('run',),

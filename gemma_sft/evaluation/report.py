@@ -1,7 +1,5 @@
 """What an evaluation says: table, gains with intervals, sentence, pages."""
 
-import base64
-import importlib.resources
 import itertools
 import json
 import os
@@ -10,6 +8,7 @@ from typing import Mapping
 
 import numpy as np
 
+from gemma_sft import pages
 from gemma_sft.evaluation import intervals
 from gemma_sft.monitor import metrics
 
@@ -174,13 +173,8 @@ def sentence(results: Results) -> str:
 
 def table(folder: str, split: str) -> str:
   """Returns the Markdown table of a split's scores, base beside tuned."""
-  results = read_results(folder, split)
-  rows = cells(results, split)
-  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-  lines = ['| ' + ' | '.join(c.ljust(w) for c, w in zip(row, widths)) + ' |'
-           for row in rows]
-  lines.insert(1, '|' + '|'.join('-' * (w + 2) for w in widths) + '|')
-  return '\n'.join(lines)
+  header, *rows = cells(read_results(folder, split), split)
+  return pages.table(header, rows)
 
 
 def cells(results: Results, split: str) -> list[list[str]]:
@@ -259,7 +253,7 @@ def _gain_cell(row, key):
 
 
 def write(workdir: str, split: str) -> str:
-  """Writes eval.json, report.md, report.html and the picture.
+  """Writes eval.json, report.md, report.html and training.png.
 
   Returns:
     The path of the page, workdir/report/report.html.
@@ -269,25 +263,22 @@ def write(workdir: str, split: str) -> str:
   evaluation = os.path.join(workdir, 'evaluation')
   results = read_results(evaluation, split)
   name = os.path.basename(os.path.normpath(workdir))
-  with open(os.path.join(evaluation, 'eval.json'), 'w',
-            encoding='utf-8') as file:
-    json.dump(summary(results, split), file, indent=1, ensure_ascii=False)
-  has_picture = picture(workdir, os.path.join(folder, 'training.png'))
+  pages.write(os.path.join(evaluation, 'eval.json'), json.dumps(
+      summary(results, split), indent=1, ensure_ascii=False))
+  image = picture(workdir)
   lines = [f'# {name}', '', sentence(results), '', table(evaluation, split),
            '']
-  if has_picture:
-    lines += ['![loss and judge over the updates](training.png)', '']
+  if image:
+    pages.write(os.path.join(folder, 'training.png'), image)
+    lines += ['![Loss and judged metrics during training](training.png)', '']
   for label, result in results.items():
     for sample in result['samples']:
       fence = '````'
       lines += [f'**{label}**: {sample["prompt"]}', '', fence,
                 sample['answer'].strip(), fence, '']
-  with open(os.path.join(folder, 'report.md'), 'w', encoding='utf-8') as file:
-    file.write('\n'.join(lines))
+  pages.write(os.path.join(folder, 'report.md'), '\n'.join(lines))
   path = os.path.join(folder, 'report.html')
-  with open(path, 'w', encoding='utf-8') as file:
-    file.write(page(results, split, name, os.path.join(folder, 'training.png')
-                    if has_picture else ''))
+  pages.write(path, page(results, split, name, image))
   return path
 
 
@@ -306,42 +297,21 @@ def summary(results: Results, split: str) -> dict[str, Any]:
           'gains': gains(results)}
 
 
-def page(results: Results, split: str, name: str, picture_path: str) -> str:
-  """Returns the report as one HTML page without outside parts.
+def page(results: Results, split: str, name: str, image: bytes | None) -> str:
+  """Returns the report as one self-contained HTML page.
 
   Args:
-    results: Of `read_results`.
+    results: From `read_results`.
     split: Their split.
     name: Of the run.
-    picture_path: A PNG to put in it, or ''.
+    image: PNG from `picture`, or None.
   """
-  image = ''
-  if picture_path:
-    with open(picture_path, 'rb') as file:
-      image = base64.b64encode(file.read()).decode()
-  return render(
+  return pages.render(
       'evaluation/report_page.html', name=name, split=split,
       sentence=sentence(results), cells=cells(results, split), image=image,
-      names=list(results),
       examples=_examples(results),
       samples=[{'name': n, **s} for n, r in results.items()
                for s in r['samples']])
-
-
-def render(template: str, **values: Any) -> str:
-  """Returns an HTML page without outside parts, what it shows escaped.
-
-  Args:
-    template: Path of a Jinja template in this package.
-    **values: All that it names.
-  """
-  import jinja2
-
-  source = importlib.resources.files('gemma_sft').joinpath(
-      template).read_text('utf-8')
-  return jinja2.Environment(
-      autoescape=True, trim_blocks=True, lstrip_blocks=True,
-      undefined=jinja2.StrictUndefined).from_string(source).render(**values)
 
 
 def _examples(results):
@@ -372,13 +342,8 @@ def _examples(results):
   return list(examples.values())
 
 
-def picture(workdir: str, path: str) -> bool:
-  """Draws loss and judged rates over the updates; False without any metrics."""
-  import matplotlib
-
-  matplotlib.use('Agg')
-  from matplotlib import pyplot as plt
-
+def picture(workdir: str) -> bytes | None:
+  """Returns a PNG of loss and judged metrics during training, if any."""
   rows = metrics.read_jsonl(os.path.join(workdir, 'metrics.jsonl'))
   train = [(r['step'], r['loss']) for r in rows if 'loss' in r]
   loss = [(r['step'], r['eval/loss']) for r in rows if 'eval/loss' in r]
@@ -386,10 +351,9 @@ def picture(workdir: str, path: str) -> bool:
       key for r in rows for key in r
       if key.startswith('eval/judge/') and key != f'eval/{_COUNT}'})
   if not train and not loss:
-    return False
-  figure, axes = plt.subplots(
-      1, 2 if judged else 1, figsize=(10 if judged else 5, 3.4), squeeze=False)
-  left = axes[0][0]
+    return None
+  figure, axes = pages.make_figure(2 if judged else 1, height=3.4)
+  left = axes[0]
   if train:
     left.plot(*zip(*train), color='#9db7d5', linewidth=1, label='train')
   if loss:
@@ -404,18 +368,12 @@ def picture(workdir: str, path: str) -> bool:
                             (1.5, 4, 2.5, 1.5))))
   for key, (dashes, (color, width)) in zip(judged, styles):
     points = [(r['step'], 100 * r[key]) for r in rows if key in r]
-    axes[0][1].plot(*zip(*points), color=color, linestyle=dashes,
+    axes[1].plot(*zip(*points), color=color, linestyle=dashes,
                     linewidth=width, marker='o', markersize=4,
                     label=key.removeprefix('eval/judge/'))
   if judged:
-    axes[0][1].set(xlabel='updates', ylabel='% of validation answers',
+    axes[1].set(xlabel='updates', ylabel='% of validation answers',
                    title="The judge's verdict", ylim=(0, 100))
-    axes[0][1].legend(frameon=False, fontsize='small', loc='upper left',
+    axes[1].legend(frameon=False, fontsize='small', loc='upper left',
                       bbox_to_anchor=(1, 1))
-  for axis in axes[0]:
-    axis.spines[['top', 'right']].set_visible(False)
-    axis.grid(alpha=0.25)
-  figure.tight_layout()
-  figure.savefig(path, dpi=150)
-  plt.close(figure)
-  return True
+  return pages.to_png(figure)

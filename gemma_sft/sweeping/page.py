@@ -8,7 +8,7 @@ from typing import Any
 from typing import Mapping
 from typing import Sequence
 
-from gemma_sft.evaluation import report
+from gemma_sft import pages
 from gemma_sft.monitor import metrics
 from gemma_sft.sweeping import grid
 from gemma_sft.sweeping import pictures
@@ -289,7 +289,7 @@ def markdown(block: Block) -> str:
 def html(name: str, subtitle: str, sentences: Sequence[str],
          blocks: Sequence[Block]) -> str:
   """Returns the page, without outside parts; see `write_files`."""
-  return report.render(
+  return pages.render(
       'sweeping/sweep_page.html', name=name, subtitle=subtitle,
       sentences=sentences, blocks=[b for b in blocks if b.rows or b.pictures])
 
