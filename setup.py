@@ -35,7 +35,7 @@ REQUIREMENTS = [
     'sacrebleu>=2.5',
     'safetensors>=0.8,<1',
     # The distributions behind the intervals of `sweep`.
-    'scipy>=1.14',
+    'scipy>=1.15',
     # HTML to text.
     'selectolax>=0.4',
     # 0.2.2 and later carry protobuf code made by a newer generator than the

@@ -6,15 +6,15 @@ import pytest
 from gemma_sft.evaluation import intervals
 
 
-@pytest.mark.parametrize('share, n, low, high', (
+@pytest.mark.parametrize('rate, n, low, high', (
     # Against R's prop.test(..., correct=FALSE).
     (0.5, 10, 0.2366, 0.7634),
     (0.1, 50, 0.0435, 0.2136),
     (0.0, 20, 0.0, 0.1611),
     (1.0, 20, 0.8389, 1.0),
 ))
-def test_wilson(share, n, low, high):
-  assert intervals.wilson(share, n) == pytest.approx((low, high), abs=1e-4)
+def test_wilson(rate, n, low, high):
+  assert intervals.wilson(rate, n) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_nothing_judged_says_nothing():
@@ -30,8 +30,21 @@ def test_bootstrap_of_a_large_sample_is_the_normal_interval():
       (values.mean() - half, values.mean() + half), abs=0.1 * half)
 
 
-def test_bootstrap_is_repeatable_and_degenerate_where_the_values_are():
-  values = [0.0, 1.0, 1.0, 0.0, 1.0]
-  assert intervals.bootstrap(values) == intervals.bootstrap(values)
-  assert intervals.bootstrap([0.25] * 4) == (0.25, 0.25)
-  assert intervals.bootstrap([1.0]) == (1.0, 1.0)
+@pytest.mark.parametrize('values, low, high', (
+    # Of the resampler that stood here before SciPy's: the same draws.
+    (np.linspace(0, 1, 15) ** 2, 0.1908163265306122, 0.5149744897959182),
+    ([0.0, 1.0, 1.0, 0.0, 1.0], 0.2, 1.0),
+    ([0.25] * 4, 0.25, 0.25),
+    ([1.0], 1.0, 1.0),
+))
+@pytest.mark.filterwarnings('error')
+def test_bootstrap_is_repeatable_and_degenerate_without_a_warning(
+    values, low, high):
+  assert intervals.bootstrap(values) == pytest.approx((low, high), abs=1e-12)
+
+
+def test_bootstrap_of_another_seed_agrees_within_its_noise():
+  values = np.random.default_rng(3).normal(5.0, 2.0, 200)
+  first, second = (intervals.bootstrap(values, seed) for seed in (0, 1))
+  assert first != second
+  assert first == pytest.approx(second, abs=0.05 * (first[1] - first[0]))
