@@ -1,8 +1,8 @@
 """What training minimises: a file to fork for another loss.
 
-The loss is a sum over trained tokens, returned with their number. Sums are
-added over microbatches and hosts, and `train.train_step` divides once. The
-cross-entropy that never builds the logits of all tokens is in `nn/head.py`.
+The loss is the sum of -log p(target) over the trained tokens, returned with
+their number. Sums are added over microbatches and hosts, and `train.train_step`
+divides once. `nn/head.py` computes the cross-entropy without the logits.
 """
 
 from typing import Any
@@ -10,40 +10,45 @@ from typing import Any
 import jax
 
 from gemma_sft import model as model_lib
-from gemma_sft.nn import blocks
+from gemma_sft import state as state_lib
+from gemma_sft.adapters import lora
 from gemma_sft.nn import head
 
 
 def batch_nll(
-    model: model_lib.Model,
-    params: Any,
+    trainable: Any,
+    base: Any,
     microbatch: dict[str, jax.Array],
+    step: jax.Array,
     *,
+    settings: state_lib.StepSettings,
     max_trained: int,
-    groups: int,
-    frozen_head: bool,
-    chunk_size: int = 1024,
-    execution: blocks.Execution = blocks.PLAIN,
-    **hidden: Any,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns (nll_sum, n_tokens) of one microbatch: what training minimises.
+  """Returns (sum of -log p(target), number of trained tokens), both float32.
 
   Args:
-    model: From `make_model`.
-    params: The base weights.
-    microbatch: Arrays (B, T) of a `batches.Batches` batch.
-    max_trained: See `head.masked_nll`.
-    groups: See `head.masked_nll`.
-    chunk_size: See `head.masked_nll`.
-    frozen_head: See `head.masked_nll`.
-    execution: See `model.hidden_states`.
-    **hidden: Adapters and dropout of `model.hidden_states`.
+    trainable: The adapters, or all weights in float32.
+    base: The frozen weights; None when all weights are trained.
+    microbatch: Arrays (B, T) of a batch from `batches.Batches`.
+    step: int32 (), updates applied before this one; it seeds the dropout.
+    settings: What the program is compiled for.
+    max_trained: Static bound on the trained positions of a device's rows; with
+      more than that the sum is NaN.
   """
+  params, adapters = base, trainable
+  if not settings.lora_enabled:
+    # Float32 master weights; the forward pass runs in the device's dtype.
+    params, adapters = jax.tree.map(
+        lambda leaf: leaf.astype(settings.compute_dtype), trainable), None
   x_BTD = model_lib.hidden_states(
-      model, params, microbatch['tokens'], microbatch['positions'],
-      microbatch['segment_ids'], execution=execution, **hidden)
+      settings.model, params, microbatch['tokens'], microbatch['positions'],
+      microbatch['segment_ids'], adapters=adapters,
+      lora_scale=settings.lora_scale, dropout=lora.make_dropout(
+          settings.dropout, settings.seed, step, microbatch['rows']),
+      execution=settings.execution)
   return head.masked_nll(
       x_BTD, model_lib.embedding(params), microbatch['targets'],
-      microbatch['loss_mask'], max_trained=max_trained, groups=groups,
-      chunk_size=chunk_size, frozen_head=frozen_head,
-      softcap=model.config.final_logit_softcap, mesh=execution.mesh)
+      microbatch['loss_mask'], max_trained=max_trained, groups=settings.groups,
+      chunk_size=settings.loss_chunk, frozen_head=settings.lora_enabled,
+      softcap=settings.model.config.final_logit_softcap,
+      mesh=settings.execution.mesh)

@@ -1,6 +1,7 @@
-"""What a run changes, step by step."""
+"""The state that a step changes, and the settings that it is compiled for."""
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -8,36 +9,90 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gemma_sft import model as model_lib
 from gemma_sft.adapters import lora
+from gemma_sft.nn import blocks
 from gemma_sft.nn import loss_scale as loss_scale_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+  """What a step's program depends on besides its arrays.
+
+  Attributes:
+    model: The architecture.
+    lora_enabled: Whether adapters are trained; otherwise all weights are.
+    lora_scale: Factor of the adapters' update.
+    dropout: Rate at the adapters' inputs.
+    seed: Seed of the dropout.
+    compute_dtype: Dtype of the forward pass when all weights are trained.
+    execution: How the forward pass runs.
+    loss_chunk: Trained positions whose loss is computed at a time.
+    groups: Device shards of a batch's rows.
+    mesh: Mesh of the run's devices.
+  """
+
+  model: model_lib.Model
+  lora_enabled: bool
+  lora_scale: float
+  dropout: float
+  seed: int
+  compute_dtype: Any
+  execution: blocks.Execution
+  loss_chunk: int
+  groups: int
+  mesh: jax.sharding.Mesh
 
 
 @flax.struct.dataclass
 class TrainState:
-  """The whole of what training changes; the frozen base is not in it.
+  """Everything that training changes; the frozen base is not in it.
 
   Attributes:
-    step: int32 (), the number of updates already applied (in float16 those
-      that were left out count too: a step is a batch consumed).
-    trainable: The adapters, or all weights in f32 with full fine-tuning.
-    opt_state: Optax's.
+    step: int32 (), the number of batches consumed. It equals the number of
+      updates applied, except in float16, where a skipped update counts too.
+    trainable: The adapters, or all weights in float32 with full fine-tuning.
+    opt_state: The optimizer's state.
   """
 
   step: jax.Array
   trainable: Any
   opt_state: Any
-  loss_scale = None  # No field: checkpoints of others know nothing of it.
+  loss_scale = None  # Not a field, so that checkpoints do not contain it.
+
+  def unscaled(self, grads: Any) -> Any:
+    """Returns the gradient of the loss itself."""
+    return grads
+
+  def updated(
+      self, trainable: Any, opt_state: Any, loss: jax.Array,
+      grad_norm: jax.Array) -> tuple['TrainState', dict[str, jax.Array]]:
+    """Returns (the state after an update, metrics of the loss scale)."""
+    del loss, grad_norm
+    return self.replace(
+        step=self.step + 1, trainable=trainable, opt_state=opt_state), {}
 
 
 @flax.struct.dataclass
 class ScaledTrainState(TrainState):
-  """The state of a run whose products are in float16.
+  """The state of a run in float16, whose loss is scaled (`nn/loss_scale.py`).
 
   Attributes:
-    loss_scale: Of its next step.
+    loss_scale: Scale of the next step's loss.
   """
 
   loss_scale: loss_scale_lib.LossScale
+
+  def unscaled(self, grads: Any) -> Any:
+    """Returns the gradient of the loss itself."""
+    return loss_scale_lib.unscaled(grads, self.loss_scale)
+
+  def updated(
+      self, trainable: Any, opt_state: Any, loss: jax.Array,
+      grad_norm: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Like `TrainState.updated`; skips an update that is not finite."""
+    new, _ = super().updated(trainable, opt_state, loss, grad_norm)
+    return loss_scale_lib.keep_finite(new, self, grad_norm, loss)
 
 
 def make_state(

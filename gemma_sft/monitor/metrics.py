@@ -1,4 +1,4 @@
-"""metrics.jsonl, TensorBoard and the line that a person reads."""
+"""Writes metrics.jsonl and TensorBoard files, and words the progress line."""
 
 import json
 import math
@@ -9,6 +9,7 @@ from typing import Mapping
 
 import jax
 
+from gemma_sft import cache
 from gemma_sft import errors
 
 # Dense bf16 FLOP/s of a chip, from the vendors' data sheets.
@@ -22,7 +23,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops() -> float | None:
-  """Returns the peak FLOP/s of all devices, or None where it is not known."""
+  """Returns the peak FLOP/s of all devices, or None if it is not known."""
   kind = jax.devices()[0].device_kind
   for name in sorted(PEAK_FLOPS, key=len, reverse=True):
     if kind.startswith(name):
@@ -38,11 +39,11 @@ def step_flops(
     n_trained: float,
     frozen_base: bool,
 ) -> float:
-  """Returns the FLOPs that a step needs, attention and adapters left out.
+  """Returns the FLOPs that a step needs, without attention and adapters.
 
-  2 per weight and token forward, 2 for the activations' gradient and, when all
-  weights are trained, 2 for theirs; the head works on trained tokens alone.
-  Recomputation does not count as work done.
+  2 per weight and token in the forward pass, 2 for the gradient of the
+  activations and, when all weights are trained, 2 for theirs. The head runs on
+  trained tokens only. Recomputation does not count.
   """
   per_weight = 4 if frozen_base else 6
   return per_weight * (body_params * n_tokens + embedding_params * n_trained)
@@ -62,11 +63,11 @@ class Writer:
     """Opens the files.
 
     Args:
-      workdir: Of the run.
-      resume_step: Lines of later steps are dropped: a run that was killed
-        after its last checkpoint takes those steps again.
-      active: False on all hosts but the first, which then write nothing.
-      mirror: `tracking.Mirror` that is sent the same numbers, or None.
+      workdir: The run's folder.
+      resume_step: Lines of later steps are dropped, because a run that was
+        killed after its last checkpoint repeats those steps.
+      active: False on all hosts but the first, which write nothing.
+      mirror: `tracking.Mirror` that gets the same numbers, or None.
     """
     self._active, self._mirror = active, mirror
     if not active:
@@ -75,9 +76,9 @@ class Writer:
 
     path = os.path.join(workdir, 'metrics.jsonl')
     kept = [line for line in read_jsonl(path) if line['step'] <= resume_step]
-    with open(path + '.tmp', 'w', encoding='utf-8') as file:
-      file.writelines(json.dumps(line) + '\n' for line in kept)
-    os.replace(path + '.tmp', path)
+    with cache.replacing(path) as partial:
+      partial.write_text(
+          ''.join(json.dumps(line) + '\n' for line in kept), encoding='utf-8')
     self._file = open(path, 'a', encoding='utf-8')
     self._board = SummaryWriter(
         os.path.join(workdir, 'tensorboard'), purge_step=resume_step + 1)
@@ -113,8 +114,10 @@ class Writer:
 
 
 def read_jsonl(path: str) -> list[dict[str, Any]]:
-  """Returns the objects of a JSON-lines file; a half-written last line, which
-  a kill can leave, is passed over."""
+  """Returns the objects of a JSON-lines file.
+
+  A half-written last line, which a kill can leave, is ignored.
+  """
   if not os.path.exists(path):
     return []
   rows = []
@@ -164,8 +167,8 @@ def summarise(
   Args:
     nll_sum: Sum of -ln p over the trained tokens, terminators included.
     n_tokens: Their number.
-    n_bytes: UTF-8 bytes of the answers. Bits per byte compare models with
-      different tokenizers; perplexities per token do not.
+    n_bytes: UTF-8 bytes of the answers. Bits per byte can be compared between
+      models with different tokenizers; perplexities per token cannot.
     n_characters: Code points of the answers.
   """
   loss = nll_sum / n_tokens

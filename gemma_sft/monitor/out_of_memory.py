@@ -1,4 +1,4 @@
-"""Out of memory: what is there, and what to change."""
+"""Explains an out-of-memory error: what is in memory, and what to change."""
 
 import contextlib
 import re
@@ -14,9 +14,6 @@ _SHOWN = 5
 @contextlib.contextmanager
 def explained(config: Any):
   """Turns a device's out-of-memory error into one message.
-
-  Args:
-    config: The whole config of the run.
 
   Raises:
     UserError: naming the largest buffers and what to change.
@@ -44,7 +41,7 @@ def explain(error: Exception, config: Any) -> errors.UserError:
   text += '; the largest arrays held are ' + ', '.join(
       f'{array.dtype}{list(array.shape)} ({_size(_local_bytes(array))})'
       for array in held)
-  # What a TPU's compiler lists by itself.
+  # The buffers that a TPU's compiler lists in its error.
   listed = re.findall(r'Size: ([\d.]+\w)\s+(?:Operator: .*?\s+)?Shape: (\S+)',
                       str(error))[:_SHOWN]
   if listed:
@@ -55,7 +52,7 @@ def explain(error: Exception, config: Any) -> errors.UserError:
 
 
 def _remedies(config):
-  """Returns what to change, what costs least first."""
+  """Yields what to change; what costs least comes first."""
   rows, A = config.data.batch_size, config.train.gradient_accumulation_steps
   if config.train.remat == 'none':
     yield '--config.train.remat=elementwise'

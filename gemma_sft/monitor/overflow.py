@@ -22,7 +22,6 @@ from gemma_sft.adapters import lora
 from gemma_sft.nn import blocks
 from gemma_sft.nn import float16
 from gemma_sft.nn import loss_scale as loss_scale_lib
-from gemma_sft.run import build
 from gemma_sft.run import prepare
 
 
@@ -46,19 +45,18 @@ def explain(
   arrays = sharding.put_batch(batch, run.mesh)
   base, trainable = run.base, state.trainable
   largest = magnitudes(
-      run.model, base, trainable, arrays, step, run.settings)
+      base, trainable, arrays, step, run.settings)
   for name, value in largest.items():
     limit = float16.LARGEST if name.endswith(blocks.IN_FLOAT16) else np.inf
     if not value < limit:
       return (f'the first tensor of the forward pass beyond its numbers is'
               f' {name}: {value:.4g}')
   gradient, nll, _ = jax.jit(
-      gradient_sums, static_argnames=('model', 'settings', 'max_trained'))(
+      gradient_sums, static_argnames=('settings', 'max_trained'))(
           trainable, base, arrays, jnp.int32(step),
           loss_scale_lib.make_loss_scale().replace(
               scale=jnp.float32(loss_scale_lib.SMALLEST)),
-          model=run.model, settings=run.settings,
-          max_trained=int(batch['max_trained']))
+          settings=run.settings, max_trained=int(batch['max_trained']))
   if not np.isfinite(float(nll)):
     return 'the forward pass is finite up to the head, the loss is not'
   name = _last_not_finite(gradient, run)
@@ -69,17 +67,15 @@ def explain(
 
 
 def magnitudes(
-    model: model_lib.Model,
     base: Any,
     trainable: Any,
     arrays: dict[str, jax.Array],
     step: int,
-    settings: build.StepSettings,
+    settings: state_lib.StepSettings,
 ) -> dict[str, float]:
   """Returns the largest magnitude of each tensor, in the order of computation.
 
   Args:
-    model: From `make_model`.
     base: The frozen weights, None when all are trained.
     trainable: Adapters, or all weights.
     arrays: From `sharding.put_batch`.
@@ -98,7 +94,7 @@ def magnitudes(
     def of_microbatch(microbatch):
       watch = {}
       model_lib.hidden_states(
-          model, params, microbatch['tokens'], microbatch['positions'],
+          settings.model, params, microbatch['tokens'], microbatch['positions'],
           microbatch['segment_ids'], adapters=adapters,
           lora_scale=settings.lora_scale, dropout=lora.make_dropout(
               settings.dropout, settings.seed, step, microbatch['rows']),

@@ -1,17 +1,17 @@
-"""workdir/run.json: what a run was made of, what made it, and how it ended.
+"""workdir/run.json: the inputs of a run, its starts, and how it ended.
 
     identity        hash of all that decides the result, see `identity`
     config, seed    flat config
-    base, data      content hashes: of the base, of the records of each split
+    base, data      content hashes of the base and of each split's records
     total_steps, trained_weights, base_weights
-    starts          one a start or resume: identity, time, step, seconds,
+    starts          one per start or resume: identity, time, step, seconds,
                     command, commit, dirty, packages, python, devices, hosts
-    end             null while it runs (or after a kill): time, step, reason
+    end             null while it runs or after a kill: time, step, reason
                     (finished, patience, deadline or signal), finished, seconds
                     of all starts, tokens_per_second (median), peak_bytes
 
-Paths in it are those of the machine; what is exported is made elsewhere
-(`artifacts/summary.py`).
+It contains paths of the machine. An export contains a summary without them
+(`exports/summary.py`).
 """
 
 import datetime
@@ -32,12 +32,13 @@ from typing import Sequence
 
 import jax
 
+from gemma_sft import cache
 from gemma_sft import config as config_lib
 from gemma_sft import errors
 from gemma_sft.monitor import metrics
 from gemma_sft.monitor import scrub
 
-# Whose versions may change what a training computes.
+# Packages whose versions may change what training computes.
 PACKAGES = (
     'gemma_sft', 'jax', 'jaxlib', 'jax-cuda12-plugin', 'jax-cuda13-plugin',
     'libtpu', 'numpy', 'flax', 'optax', 'gemma', 'grain', 'orbax-checkpoint',
@@ -50,10 +51,10 @@ def identity(
     base_hash: str,
     data_hashes: Mapping[str, str],
 ) -> str:
-  """Returns 16 hex digits of all that decides a run's result.
+  """Returns 16 hex digits over everything that decides a run's result.
 
-  Two runs of one identity differ by rounding at most (another mesh, another
-  device); logging, checkpoints, deadlines and the places of files do not count.
+  Two runs of one identity differ at most by rounding, for example on another
+  mesh or device. Logging, checkpoints, deadlines and paths do not count.
 
   Args:
     config_leaves: `dict(config.leaves(config))`.
@@ -70,10 +71,10 @@ def identity(
 
 
 def read(workdir: str) -> dict[str, Any] | None:
-  """Returns a run's record; None of a run that has none, being older.
+  """Returns a run's record, or None for an older run without one.
 
   Raises:
-    UserError: if the file is there and is not one.
+    UserError: if the file exists but is no record.
   """
   path = os.path.join(workdir, _FILE)
   try:
@@ -85,30 +86,30 @@ def read(workdir: str) -> dict[str, Any] | None:
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise errors.UserError(
         f'{path} cannot be read: {error!r}', 'the record that training wrote',
-        'move it away: the run then goes on without its earlier starts'
+        'move it away: the run then continues without its earlier starts'
     ) from None
   return record
 
 
 class Record:
-  """Keeps workdir/run.json, and config.json, of a run under way.
+  """Keeps workdir/run.json and config.json while a run is in progress.
 
   Attributes:
-    workdir: Of the run.
-    name: Its last name.
-    active: Whether this is the first host, and the run goes on: elsewhere
-      there are no contents, and nothing is written.
-    contents: What run.json holds.
+    workdir: The run's folder.
+    name: The last part of its path.
+    active: Whether this record is written: on the first host, unless the run
+      was over before. Otherwise there are no contents.
+    contents: What run.json contains.
   """
 
   def __init__(self, run: Any, step: int, *, resumed: bool):
-    """Notes a start.
+    """Records a start.
 
-    Where the run has ended before and would end so again, this says so and
-    leaves run.json as it is, as does `end`.
+    If the run was over before this start, prints so and leaves run.json as it
+    is, as does `end`.
 
     Args:
-      run: `prepare.Run`, known to be that of the workdir's checkpoints.
+      run: `prepare.Run`, checked against the workdir's checkpoints.
       step: Updates applied before this start.
       resumed: Whether a checkpoint was restored.
     """
@@ -121,7 +122,7 @@ class Record:
     hashes = {name: split.data_hash for name, split in run.splits.items()}
     leaves = dict(config_lib.leaves(run.config))
     trained, base = run.initial_state.trainable, run.base
-    # Not above: records are read and compared without the library.
+    # Imported here because records are read and compared without the library.
     from gemma_sft import model as model_lib
 
     self.contents = {
@@ -151,12 +152,7 @@ class Record:
     self._save()
 
   def end(self, step: int, reason: str) -> None:
-    """Notes the end of a start.
-
-    Args:
-      step: Updates applied.
-      reason: finished, patience, deadline or signal.
-    """
+    """Records the end of a start; `reason` is one of the module's docstring."""
     if not self.active:
       return
     starts = self.contents['starts']
@@ -166,7 +162,7 @@ class Record:
     self.contents['end'] = {
         'time': _iso(time.time()), 'step': step, 'reason': reason,
         'finished': reason in ('finished', 'patience'),
-        # Older starts, or such as were killed at once, may have none.
+        # Older starts, and those that were killed at once, may have none.
         'seconds': round(sum(start['seconds'] or 0 for start in starts), 1),
         'tokens_per_second': statistics.median(speeds) if speeds else None,
         'peak_bytes': max(self._peak, _peak_bytes())}
@@ -195,7 +191,7 @@ def _start(step, began):
 
 
 def _time_killed(starts, workdir):
-  """Fills in how long a start ran that could not say it: to its last line."""
+  """Fills in how long a killed start ran: until its last line of metrics."""
   if not starts or starts[-1]['seconds'] is not None:
     return
   began = datetime.datetime.fromisoformat(starts[-1]['time']).timestamp()
@@ -213,7 +209,7 @@ def _iso(seconds):
 
 
 def _command():
-  # `python -m` puts the file's path in the place of the module's name.
+  # `python -m` replaces the module's name with the path of its file.
   spec = getattr(sys.modules['__main__'], '__spec__', None)
   head = ['python', '-m', spec.name] if spec else [
       'python', os.path.basename(sys.argv[0])]
@@ -221,7 +217,7 @@ def _command():
 
 
 def _peak_bytes():
-  """Returns the most memory of a device here, or of the process on a CPU."""
+  """Returns the peak memory of a device, or of the process on a CPU."""
   peaks = [(device.memory_stats() or {}).get('peak_bytes_in_use', 0)
            for device in jax.local_devices()]
   if max(peaks):
@@ -233,9 +229,8 @@ def _peak_bytes():
 def _write(workdir, name, text):
   path = os.path.join(workdir, name)
   try:
-    with open(path + '.tmp', 'w', encoding='utf-8') as file:
-      file.write(text)
-    os.replace(path + '.tmp', path)
+    with cache.replacing(path) as partial:
+      partial.write_text(text, encoding='utf-8')
   except OSError as error:
     raise errors.UserError(
         f'{path} cannot be written: {error.strerror}', 'room on the disk',
@@ -244,10 +239,10 @@ def _write(workdir, name, text):
 
 
 def commit() -> tuple[str, bool]:
-  """Returns the commit of this code and whether its files differ from it.
+  """Returns the commit of this code, and whether its files differ from it.
 
-  ('', False) without git, and where this package is no part of a clone, such as
-  in an environment that lies inside another project's.
+  Returns ('', False) without git, and where this package is not tracked by the
+  repository around it, such as in the environment of another project.
   """
   try:
     _git('ls-files', '--error-unmatch', '__init__.py')
@@ -265,7 +260,7 @@ def _git(*arguments):
 
 
 def packages(names: Sequence[str] = PACKAGES) -> dict[str, str]:
-  """Returns the versions of those packages that are installed."""
+  """Returns the versions of the packages that are installed."""
   versions = {}
   for name in names:
     try:

@@ -1,7 +1,7 @@
-"""Does this run's gradient depend on how the batch is cut? It must not.
+"""Checks that a run's gradient does not depend on how the batch is split.
 
-One global batch, its gradient computed as one microbatch and as many, packed
-and padded, on the mesh and on one device. All of them are the same sum.
+The gradient of one global batch is computed as one microbatch and as many,
+packed and padded, on the mesh and on one device. All of them are the same sum.
 """
 
 import dataclasses
@@ -20,25 +20,18 @@ from gemma_sft import sharding
 from gemma_sft.run import hosts
 from gemma_sft.run import prepare
 
-# Norm of the difference of a leaf's gradient relative to the leaf's norm:
-# float32 sums in another order; bfloat16 has 8 bits of mantissa. By norm, since
-# single entries of a bfloat16 gradient are off by more. float16 has 11 bits,
-# fewer in its smallest numbers.
+# Largest norm of the difference of a leaf's gradient, relative to the leaf's
+# norm. In float32 the order of the sums differs; bfloat16 has 8 bits of
+# mantissa; float16 has 11, and fewer in its smallest numbers. Norms count
+# because single entries of a bfloat16 gradient differ by more.
 LIMITS = {'float32': 1e-5, 'bfloat16': 2e-2, 'float16': 1e-2}
 
 
 def check(
     run: prepare.Run, gradient_sums: Callable[..., Any]) -> dict[str, float]:
-  """Runs the comparison, prints and records it, and stops the run beyond.
+  """Returns {variant: largest relative difference}; prints and records it.
 
-  Dropout is off: its masks are drawn per row, and packing changes rows.
-
-  Args:
-    run: Prepared.
-    gradient_sums: `train.gradient_sums`.
-
-  Returns:
-    {variant: largest relative difference}.
+  Dropout is off, because its masks are drawn per row and packing changes rows.
 
   Raises:
     UserError: if a variant differs by more than the limit of its dtype.
@@ -83,7 +76,7 @@ def check(
   if len(set(counts.values())) > 1 or not all(
       d <= limit for d in largest.values()):
     raise errors.UserError(
-        f'self-test: the gradient depends on how the batch is cut: {largest},'
+        f'self-test: the gradient depends on how the batch is split: {largest},'
         f' trained tokens {counts}',
         f'differences of at most {limit:.0e} and equal counts',
         'nothing was trained; report this with self_test.json from the'
@@ -92,12 +85,12 @@ def check(
 
 
 def _batch_rows(run):
-  """Eight rows a device shard, to be cut into eight microbatches."""
+  """Returns eight rows per device shard, one for each of eight microbatches."""
   return 8 * run.settings.groups
 
 
 def _perturbed(trainable):
-  """Moves zero leaves (B) off zero, so that every leaf has a gradient."""
+  """Moves B away from zero, so that every leaf has a gradient."""
   leaves, tree = jax.tree.flatten(trainable)
   keys = jax.random.split(jax.random.key(0), len(leaves))
   return tree.unflatten([
@@ -122,15 +115,14 @@ def _gradient(
     trainable, base, loss_scale = jax.device_put(
         (trainable, base, loss_scale), one)
   gradient, _, n = jax.jit(
-      gradient_sums, static_argnames=('model', 'settings', 'max_trained'))(
+      gradient_sums, static_argnames=('settings', 'max_trained'))(
           trainable, base, sharding.put_batch(batch, mesh), jnp.int32(0),
-          loss_scale, model=run.model, settings=settings,
-          max_trained=int(batch['max_trained']))
+          loss_scale, settings=settings, max_trained=int(batch['max_trained']))
   return jax.tree.map(np.asarray, jax.device_get(gradient)), float(n)
 
 
 def _difference(reference, gradient):
-  """Norm of the difference over the leaf's norm, the largest of all leaves."""
+  """Returns the largest relative norm of the difference over all leaves."""
   return max(
       float(np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-30))
       for a, b in zip(jax.tree.leaves(reference), jax.tree.leaves(gradient)))

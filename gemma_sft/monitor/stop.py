@@ -1,4 +1,4 @@
-"""When a run ends before its last step."""
+"""Stops a run before its last step, on a signal or at its deadline."""
 
 import signal
 import threading
@@ -7,26 +7,23 @@ from typing import Any
 
 from gemma_sft.run import hosts
 
-# Exit status of a run that is not over: the same command goes on (sysexits.h:
-# EX_TEMPFAIL).
+# Exit status of a run that is not over and that the same command continues
+# (EX_TEMPFAIL of sysexits.h).
 UNFINISHED = 75
 _GO_ON, _DEADLINE, _SIGNAL = range(3)
 _SECONDS = 5.0
 
 
 class StopRequest:
-  """SIGTERM, SIGINT or the deadline: save and end after the step at hand.
+  """Asks the loop to save and end after this step.
 
-  A context manager: it takes the signals while it is entered. One that reaches
-  one process of several stops all of them, after the same step.
+  SIGTERM, SIGINT and the deadline do. It handles the signals while it is
+  entered as a context manager. A signal that reaches one of several processes
+  stops all of them, after the same step.
   """
 
   def __init__(self, deadline_minutes: float):
-    """Starts the clock.
-
-    Args:
-      deadline_minutes: From now; 0 for none.
-    """
+    """Starts the clock; a deadline of 0 minutes is none."""
     self._signal: str | None = None
     self._interrupts = 0
     self._agreed = _GO_ON
@@ -38,8 +35,8 @@ class StopRequest:
         time.monotonic() + 60 * deadline_minutes if deadline_minutes else None)
 
   def __enter__(self) -> 'StopRequest':
-    # Python takes signals in the main thread alone; a notebook may run us in
-    # another, which then has the deadline.
+    # Python handles signals in the main thread only. In another thread, such as
+    # a notebook may use, only the deadline counts.
     if threading.current_thread() is threading.main_thread():
       for number in (signal.SIGTERM, signal.SIGINT):
         self._before[number] = signal.signal(number, self._on_signal)
@@ -51,18 +48,20 @@ class StopRequest:
 
   def _on_signal(self, number, frame):
     del frame
-    # A second SIGTERM does not: launchers send one to each process, the system
-    # another, and the first save must not be lost to it.
+    # A second SIGINT comes from a person who does not want to wait. A second
+    # SIGTERM does not: launchers and the system may both send one, and the save
+    # after the first must not be lost.
     self._interrupts += number == signal.SIGINT
-    if self._interrupts > 1:  # A person who means now.
+    if self._interrupts > 1:
       raise KeyboardInterrupt
     self._signal = self._signal or signal.Signals(number).name
 
   def requested(self) -> bool:
     """Whether any process is asked to stop; all call it at the same step.
 
-    Several ask one another every `_SECONDS` or so, since those that are ahead
-    wait. After how many calls is agreed too, so that all do it at once.
+    Several processes compare their answers about every `_SECONDS`, because each
+    comparison makes the faster ones wait. They also agree on the number of
+    calls until the next one, so that all of them take part in it.
     """
     if hosts.count() == 1:
       self._agreed = self._here()
@@ -96,4 +95,4 @@ class StopRequest:
              if self.cause == 'deadline' else
              self._signal or 'a signal to another process')
     return (f'stopped by {cause} after {step} of {total} updates; the same'
-            ' command goes on from here')
+            ' command continues from here')

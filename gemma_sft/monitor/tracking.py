@@ -1,29 +1,30 @@
-"""A copy of a run's metrics, config and record at Weights & Biases.
+"""Copies a run's metrics, config and record to Weights & Biases.
 
 config.track.wandb names the project. The package is an extra (`pip install
-gemma_sft[wandb]`); its login and its variables (WANDB_MODE=offline,
-WANDB_BASE_URL, ...) are its own. Numbers and the record are sent, no files, no
-code, no host's name; a network that fails never stops a training.
+gemma_sft[wandb]`) with its own login and variables (WANDB_MODE=offline,
+WANDB_BASE_URL, ...). Numbers and the record are sent, but no files, no code and
+no host names. A failing network never stops a training run.
 """
 
 import hashlib
 from typing import Any
 from typing import Mapping
 
+import flax.traverse_util
 import jax
 
 from gemma_sft import errors
 from gemma_sft.monitor import scrub
 
 _INSTALL = 'pip install wandb, or set --config.track.wandb='
-# Seconds. A run that cannot be announced is kept on the disk, and so is what
-# has not been sent when a training ends.
+# Seconds. A run that cannot be registered is kept on the disk, and so is what
+# has not been sent when training ends.
 _INIT_TIMEOUT = 30.0
 _FINISH_TIMEOUT = 60.0
 
 
 def check(target: str) -> None:
-  """Raises, without asking anything, where a run could not be tracked.
+  """Checks, without a prompt, that a run can be tracked.
 
   Args:
     target: 'project', 'entity/project', or '' for none.
@@ -39,19 +40,19 @@ def check(target: str) -> None:
     return
   try:
     # From the environment or .netrc; no prompt, and no request to a server.
-    there = wandb.login(prompt=False, verify=False)
+    logged_in = wandb.login(prompt=False, verify=False)
   except wandb.Error as error:
     raise _no_login(target, scrub.remove_secrets(str(error))) from None
-  if not there:
+  if not logged_in:
     raise _no_login(target, 'no login of Weights & Biases was found')
 
 
 def start(target: str, record: Any) -> 'Mirror | None':
-  """Returns where the metrics of a run go besides the disk, or None.
+  """Returns the copy of a run at Weights & Biases, or None without one.
 
   Args:
-    target: As for `check`, which was called.
-    record: `record.Record`. A run that goes on is the same run there too.
+    target: As for `check`, which was called before.
+    record: `record.Record`. A run that continues is the same run there too.
 
   Raises:
     UserError: if the login is refused.
@@ -67,13 +68,14 @@ def start(target: str, record: Any) -> 'Mirror | None':
       project=project, entity=entity or None, dir=record.workdir,
       id=hashlib.sha256(
           f'{first["time"]} {first["identity"]}'.encode()).hexdigest()[:16],
-      name=record.name, config=_nested(shown.pop('config')) | {'run': shown},
+      name=record.name, config=flax.traverse_util.unflatten_dict(
+          shown.pop('config'), sep='.') | {'run': shown},
       resume='allow', allow_val_change=True, settings=_settings(wandb))
   try:
     run = wandb.init(**options)
   except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
     raise _no_login(target, scrub.remove_secrets(str(error))) from None
-  except Exception as error:  # Whatever a network leads to.
+  except Exception as error:  # A network may raise anything.
     _say(f'warning: Weights & Biases: {_short(error)}')
     run = _start_offline(wandb, options)
   if run is None:
@@ -85,30 +87,33 @@ def start(target: str, record: Any) -> 'Mirror | None':
 
 
 def _start_offline(wandb, options):
-  """Returns a run on the disk, whose resume is settled when it is sent."""
+  """Returns a run on the disk, merged with earlier starts when it is sent."""
   try:
-    wandb.teardown()  # It still holds the id.
+    wandb.teardown()  # The failed run still holds the id.
     return wandb.init(**options | {'mode': 'offline'})
-  except Exception as error:  # A disk, or its own process.
+  except Exception as error:  # The disk, or the service process.
     _say(f'warning: Weights & Biases: {_short(error)}')
     return None
 
 
 class Mirror:
-  """Sends what `metrics.Writer` writes to a started run."""
+  """Sends what `metrics.Writer` writes."""
 
   def __init__(self, run: Any, record: Any):
-    """Takes a run of `wandb.init` and the `record.Record` of it."""
+    """Takes a run of `wandb.init` and its `record.Record`."""
     self._run, self._record = run, record
     self._failed = False
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Sends the numbers of a step; those that it has already are passed over,
-    as after a kill, when the same numbers come again."""
+    """Sends the numbers of a step.
+
+    Steps that were sent before are ignored there: after a kill the same numbers
+    come again.
+    """
     self._attempt(lambda: self._run.log(dict(values), step=step))
 
   def close(self) -> None:
-    """Sends how the run ended and waits, not for ever, until all is sent."""
+    """Sends how the run ended; waits, for a limited time, until all is sent."""
     end = scrub.scrub(self._record.contents['end'] or {})
     self._attempt(lambda: self._run.summary.update({'end': end}))
     self._attempt(self._run.finish)
@@ -116,11 +121,11 @@ class Mirror:
   def _attempt(self, send):
     try:
       send()
-    except Exception as error:  # It must not end a training.
+    except Exception as error:  # It must not end the training run.
       if not self._failed:
         self._failed = True
-        _say(f'warning: Weights & Biases: {_short(error)}; the training goes'
-             ' on, metrics.jsonl has everything')
+        _say(f'warning: Weights & Biases: {_short(error)}; training'
+             ' continues, and metrics.jsonl has everything')
 
 
 def _import(target):
@@ -130,7 +135,7 @@ def _import(target):
     raise errors.UserError(
         f'config.track.wandb is {target!r}, but wandb cannot be imported'
         f' ({error})', 'the package wandb', _INSTALL) from None
-  if not hasattr(wandb, 'init'):  # A folder of that name, such as it makes.
+  if not hasattr(wandb, 'init'):  # A folder named wandb, as the package makes.
     raise errors.UserError(
         f'config.track.wandb is {target!r}, but the package wandb is not'
         ' installed', 'the package wandb', _INSTALL)
@@ -150,18 +155,6 @@ def _no_login(target, got):
       f'config.track.wandb is {target!r}: {got}', 'a login, or offline mode',
       'run `wandb login` or set WANDB_API_KEY; WANDB_MODE=offline keeps the run'
       ' on the disk; --config.track.wandb= tracks nothing there')
-
-
-def _nested(flat):
-  """Returns {'lora': {'rank': 8}} of {'lora.rank': 8}, as its tables want."""
-  tree: dict[str, Any] = {}
-  for key, value in flat.items():
-    *parents, name = key.split('.')
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[name] = value
-  return tree
 
 
 def _short(error):

@@ -53,7 +53,7 @@ class Program:
 
   config: Any
   model: model_lib.Model
-  settings: build.StepSettings
+  settings: state_lib.StepSettings
   optimizer: Any
   base: Any
   state: state_lib.TrainState
@@ -136,7 +136,7 @@ def make_program(
   batch['rows'] = jax.ShapeDtypeStruct((A, B // A), jnp.int32, sharding=place)
   return Program(
       config=config, model=model,
-      settings=build.make_settings(config, mesh, dtype, execution),
+      settings=build.make_settings(config, model, mesh, dtype, execution),
       optimizer=optimizer, base=_placed(base, mesh) if adapted else None,
       state=state, batch=batch, max_trained=max_trained)
 
@@ -228,7 +228,7 @@ def trace(step_fn: Any, program: Program) -> tuple[Any, Traced]:
     program: From `make_program`.
   """
   traced = step_fn.trace(
-      program.state, program.base, program.batch, model=program.model,
+      program.state, program.base, program.batch,
       optimizer=program.optimizer, settings=program.settings,
       max_trained=program.max_trained)
   kinds = [kind.name for kind in program.model.config.attention_types]

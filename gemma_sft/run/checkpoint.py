@@ -27,19 +27,19 @@ from gemma_sft.run import hosts
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-  """What a checkpoint says besides its arrays.
+  """What a checkpoint contains besides its arrays.
 
   Attributes:
     step: Updates applied.
-    data: State of the data iterator: of the batches consumed.
+    data: State of the data iterator after the batches consumed.
     chain: Hash chain over those batches (`batches.extend_chain`).
     config: The flat config of the run.
     base: Content hash of the base weights.
     data_hash: Content hash of the training records.
     digest: SHA-256 of the state's bytes; '' where hosts hold parts of it.
-    trainable_digest: The same of what is trained alone, for serving.
-    metrics: Of the evaluation at this step, or {}.
-    best: {'step', 'value'} of the best evaluation so far, or {}.
+    trainable_digest: The same of the trained weights alone, for serving.
+    metrics: Scores of the evaluation at this step, or {}.
+    best: The best evaluation so far, see `monitor/best.py`, or {}.
     stale: Evaluations since that one.
   """
 
@@ -59,8 +59,9 @@ class Meta:
 def tree_digest(tree: Any) -> str:
   """Returns SHA-256 over a tree's paths and bytes.
 
-  '' if parts of it lie on other hosts, since none sees the whole. A leaf may be
-  a function that reads the array: then only one is held at a time.
+  Returns '' if parts of the tree are on other hosts, since no host sees all of
+  it. A leaf may be a function that reads the array, so that only one array is
+  in memory at a time.
   """
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   if any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
@@ -86,20 +87,20 @@ class Checkpoints:
       mode: str = 'min',
       read_only: bool = False,
   ):
-    """Opens workdir/checkpoints, making it if need be.
+    """Opens workdir/checkpoints, creating it if necessary.
 
     Args:
-      workdir: Of the run.
-      keep: Number of newest ones to keep.
-      metric: Key in `Meta.metrics` that makes one the best.
-      mode: 'min' or 'max' of it.
-      read_only: Neither save nor delete: for another run's checkpoints.
+      workdir: The run's folder.
+      keep: Number of newest checkpoints to keep.
+      metric: Key in `Meta.metrics` that decides which one is the best.
+      mode: 'min' or 'max' of the metric.
+      read_only: Neither saves nor deletes; for another run's checkpoints.
     """
     self._metric = metric
     self._dir = os.path.join(os.path.abspath(workdir), 'checkpoints')
     policies = ocp.checkpoint_managers
     if not read_only:
-      hosts.barrier()  # Orbax has a collective, see `from_first`.
+      hosts.barrier()  # Orbax runs a collective, see `hosts.from_first`.
     if read_only and not os.path.isdir(self._dir):
       raise errors.UserError(
           f'no checkpoints in {workdir}', 'the workdir of a training run',
@@ -111,7 +112,7 @@ class Checkpoints:
                 policies.LatestN(keep),
                 policies.BestN(
                     get_metric_fn=lambda metrics: metrics[metric], n=1,
-                    # It keeps the last of the sorted ones.
+                    # It sorts, and keeps the last.
                     reverse=mode == 'min',
                     keep_checkpoints_without_metrics=False)]),
             read_only=read_only,
@@ -122,7 +123,7 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def save(self, state: state_lib.TrainState, meta: Meta) -> None:
-    """Begins to save; the arrays are copied before it returns.
+    """Starts to save; the arrays are copied before it returns.
 
     Raises:
       UserError: if the disk is full or cannot be written.
@@ -140,7 +141,7 @@ class Checkpoints:
           force=True)
 
   def wait(self) -> None:
-    """Waits for the last save, raising what went wrong in it."""
+    """Waits for the last save, and raises its error if it failed."""
     with _disk_errors(self._dir):
       self._manager.wait_until_finished()
 
@@ -160,19 +161,19 @@ class Checkpoints:
     for step in self.steps():
       try:
         metas[step] = self.read_meta(step)
-      except Exception as error:  # Whatever a damaged file leads to.
+      except Exception as error:  # A damaged file may raise anything.
         logging.warning('checkpoint %d cannot be read: %s', step, error)
     return metas
 
   def restore(
       self, step: int, abstract_state: Any
   ) -> tuple[state_lib.TrainState, Meta]:
-    """Returns a checkpoint, its arrays placed as `abstract_state` says.
+    """Returns a checkpoint, its arrays sharded like `abstract_state`.
 
     Raises:
-      ValueError: if its bytes are not those that were saved.
+      ValueError: if its bytes differ from those that were saved.
     """
-    # A run that goes on on another card may have begun in another dtype.
+    # A run may continue on another card in another dtype.
     scaled = abstract_state.loss_scale is not None
     with ocp.PyTreeCheckpointer() as reader:
       saved = reader.metadata(self.state_path(step)).item_metadata.tree
@@ -196,8 +197,8 @@ class Checkpoints:
       UserError: if the checkpoint cannot be read.
     """
     try:
-      # On the host: where the arrays lay when they were saved says nothing
-      # about here. What eight devices trained, one may serve.
+      # To the host, whatever the devices were when the arrays were saved: one
+      # device may serve what eight have trained.
       with ocp.PyTreeCheckpointer() as reader:
         saved = reader.metadata(self.state_path(step)).item_metadata.tree
         restored = reader.restore(
@@ -213,15 +214,11 @@ class Checkpoints:
     return trainable, meta
 
   def state_path(self, step: int) -> str:
-    """Returns the folder of a state, for reading it leaf by leaf."""
+    """Returns the folder of a state, which can be read leaf by leaf."""
     return os.path.join(self._dir, str(step), 'state')
 
   def explained_meta(self, step: int) -> Meta:
-    """Returns a checkpoint's `Meta`, which a person has asked for.
-
-    Raises:
-      UserError: if it cannot be read.
-    """
+    """Like `read_meta`, but raises a `UserError` if it cannot be read."""
     try:
       return self.read_meta(step)
     except Exception as error:
@@ -230,21 +227,22 @@ class Checkpoints:
   def _unreadable(self, step, error):
     return errors.UserError(
         f'checkpoint {step} in {self._dir} cannot be read: {error}',
-        f'a whole checkpoint, one of {self.steps()}',
+        f'an intact checkpoint, one of {self.steps()}',
         'choose another with --step')
 
   def restore_latest(
       self, abstract_state: Any, check: Callable[[Meta], None]
   ) -> tuple[state_lib.TrainState, Meta] | None:
-    """Returns the newest checkpoint that is whole, or None without any.
+    """Returns the newest intact checkpoint, or None without any.
 
-    A damaged one is passed over with a warning and moved aside, so that the
-    run can save that step again.
+    A damaged one is skipped with a warning and moved aside, so that the run can
+    save that step again.
 
     Args:
-      abstract_state: Shapes and shardings.
-      check: Raises `UserError` for a checkpoint that is not this run's, before
-        its arrays are read: of other shapes, they would seem damaged.
+      abstract_state: Shapes and shardings of the state.
+      check: Raises `UserError` for a checkpoint that is not this run's. It is
+        called before the arrays are read, because arrays of other shapes would
+        seem damaged.
 
     Raises:
       UserError: if there are checkpoints and none of them can be read.
@@ -257,13 +255,13 @@ class Checkpoints:
         break
       except errors.UserError:
         raise
-      except Exception as error:  # Whatever a damaged file leads to.
+      except Exception as error:  # A damaged file may raise anything.
         logging.warning(
-            'checkpoint %d cannot be read and is passed over: %s', step,
+            'checkpoint %d cannot be read and is skipped: %s', step,
             str(error).splitlines()[0] if str(error) else repr(error))
         damaged.append(step)
     hosts.check_same(
-        'the newest whole checkpoint', newest and newest[1].step,
+        'the newest intact checkpoint', newest and newest[1].step,
         f'the same one everywhere, of {self._dir}',
         'put --workdir on a disk that all hosts share')
     if newest:
@@ -272,8 +270,8 @@ class Checkpoints:
     elif steps:
       raise errors.UserError(
           f'none of the checkpoints {steps} in {self._dir} can be read',
-          'at least one whole checkpoint',
-          'begin again in a new --workdir; what is damaged was left there')
+          'at least one intact checkpoint',
+          'begin again in a new --workdir; the damaged ones stay there')
     return newest
 
   def _set_aside(self, step: int) -> None:
@@ -286,7 +284,7 @@ class Checkpoints:
 
 
 def choose_step(checkpoints: Checkpoints, step: int) -> int:
-  """Returns a step for evaluation, sampling or export.
+  """Returns the step of the checkpoint to evaluate, sample from or export.
 
   Args:
     checkpoints: Of a run.
@@ -306,7 +304,7 @@ def choose_step(checkpoints: Checkpoints, step: int) -> int:
     if not metas:
       raise errors.UserError(
           f'none of the checkpoints {steps} can be read',
-          'at least one whole checkpoint', 'train again in a new --workdir')
+          'at least one intact checkpoint', 'train again in a new --workdir')
     latest = max(metas)
     metric = metas[latest].config['eval.metric']
     scored = {s: m.metrics[metric] for s, m in metas.items()
@@ -314,7 +312,7 @@ def choose_step(checkpoints: Checkpoints, step: int) -> int:
     if step == -2 or not scored:
       return latest
     sign = 1 if metas[latest].config['eval.mode'] == 'max' else -1
-    # Of equals the later one.
+    # Ties go to the later step.
     return max(scored, key=lambda s: (sign * scored[s], s))
   if step not in steps:
     raise errors.UserError(
@@ -328,7 +326,7 @@ _FULL = ('No space left', 'File too large', 'Disk quota exceeded')
 
 @contextlib.contextmanager
 def _disk_errors(path: str) -> Iterator[None]:
-  """Turns a full disk into a message."""
+  """Turns the error of a full disk into one message."""
   try:
     yield
   except Exception as error:  # TensorStore raises ValueError for it.
@@ -340,4 +338,4 @@ def _disk_errors(path: str) -> Iterator[None]:
         f' ({free:.1f} GB free)',
         'room for one more checkpoint',
         'make room and start the same command again: it resumes from the'
-        ' last whole checkpoint') from error
+        ' last intact checkpoint') from error

@@ -23,20 +23,20 @@ def choose_dtype(name: str, device: Any = None) -> tuple[Any, str]:
   """Returns the dtype of the frozen base and of compute, and why.
 
   Args:
-    name: 'auto', 'bfloat16', 'float16' (see the module) or 'float32'.
+    name: 'auto', 'bfloat16', 'float16' (`nn/float16.py`) or 'float32'.
     device: What to compute on; the first local device unless given.
 
   Raises:
-    UserError: if bfloat16 is asked of a card that has none.
+    UserError: for bfloat16 on a card that lacks it.
   """
   device = device or jax.local_devices()[0]
-  # By the card: libraries may call bfloat16 supported where it is emulated.
+  # Asked of the card: libraries call bfloat16 supported where it is emulated.
   capability = compute_capability(device)
   without = 0 < capability < 8.0
   if name == 'bfloat16' and without:
     raise errors.UserError(
         f'config.model.dtype is bfloat16 on {device.device_kind}, whose compute'
-        f' capability {capability} has none: it would be computed as float32,'
+        f' capability {capability} lacks it: it would be computed as float32,'
         ' eight times slower than float16', 'float16 or float32 there',
         'set --config.model.dtype=auto, which takes float16')
   if name == 'bfloat16' and device.platform == 'cpu':
@@ -48,8 +48,8 @@ def choose_dtype(name: str, device: Any = None) -> tuple[Any, str]:
     return jnp.dtype('float32'), 'a CPU: bfloat16 is no faster there'
   if without:
     return jnp.dtype('float16'), (
-        f'compute capability {capability} has no bfloat16: products in float16,'
-        ' all else in float32')
+        f'compute capability {capability} has no bfloat16: matrix products in'
+        ' float16, everything else in float32')
   if device.platform == 'gpu' and not capability:
     return jnp.dtype('float32'), 'its compute capability is not known'
   return jnp.dtype('bfloat16'), f'{device.device_kind} has it'
@@ -63,7 +63,7 @@ def choose_layers(name: str, model: model_lib.Model) -> tuple[str, str]:
     model: From `make_model`.
 
   Raises:
-    UserError: if a Gemma 4 is to be scanned.
+    UserError: for 'scan' with a Gemma 4.
   """
   if model.generation == 4:
     if name == 'scan':

@@ -1,16 +1,16 @@
-"""Several processes as one run: who joins, who tells what, and how they end.
+"""Several processes as one run: how they join, exchange values and end.
 
-A run over several hosts is the same command, started once a process. Which
+A run over several hosts is the same command, started once per process. Which
 processes belong together is read from JAX_COORDINATOR_ADDRESS,
 JAX_NUM_PROCESSES and JAX_PROCESS_ID, from SLURM, or from a Cloud TPU slice. In
 a run of one process nothing here does anything.
 
-What they tell one another goes through the key-value store of JAX's
-coordinator, which is part of process 0. Each says every second that it is
-alive, and at its end how it ended. Without one of them no step can be taken: if
-one was silent for `SILENCE` seconds or ended with an error, the others end too.
-If process 0 itself goes, JAX aborts the rest at once; then a child that each
-process has (`_LAST_WORDS`) says what happened.
+The processes exchange values through the key-value store of JAX's coordinator,
+which is part of process 0. Each one writes every second that it is alive, and
+at its end how it ended. No step can run without all of them: if one is silent
+for `SILENCE` seconds or ends with an error, the others end too. If process 0
+itself dies, JAX aborts the rest at once; then a child process that each of them
+has started (`_LAST_WORDS`) prints what happened.
 """
 
 import contextlib
@@ -33,9 +33,10 @@ import jax
 
 from gemma_sft import errors
 
-# Seconds. A process that is only slow says so from a thread of its own.
+# Seconds without a sign of life. A process that is only slow still gives one,
+# from a thread of its own.
 SILENCE = 30.0
-# For another process to come to the same error by itself.
+# Seconds in which another process may reach the same error by itself.
 GRACE = 10.0
 _VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 _AGAIN = ('  expected: all processes alive to the end\n'
@@ -61,7 +62,7 @@ def count() -> int:
 def joined() -> Iterator[None]:
   """Joins the other processes, if there are any, and leaves them at the end.
 
-  An exception then ends all of them, with its message told once.
+  An exception then ends all of them, and its message is printed once.
 
   Raises:
     UserError: if the variables are half set or the others do not come.
@@ -82,8 +83,8 @@ def joined() -> Iterator[None]:
     _joined.fail(f'ended with {error.code}\n',
                  error.code if isinstance(error.code, int) else 1)
   except BaseException as error:
-    # Most often it says that another one died, which `_watch` tells better, and
-    # ends this process meanwhile.
+    # Most often the error says that another process died. `_watch` prints a
+    # better message for that, and ends this process meanwhile.
     time.sleep(SILENCE + GRACE)
     _joined.fail(lost(error) or traceback.format_exc(), 1, about=repr(error))
   _joined.leave()
@@ -91,24 +92,24 @@ def joined() -> Iterator[None]:
 
 
 def from_first(value: Any) -> Any:
-  """Returns what process 0 gave, to all; all call it, in the same order.
+  """Returns process 0's value; all processes call it, in the same order.
 
-  They wait for each other: where hosts take unlike times (a judge, a conversion
-  of weights), a collective of a CPU would give up after 30 seconds.
+  They wait for each other without a time limit. A collective on CPUs would give
+  up after 30 seconds, and a judge or a conversion of weights may take longer.
 
   Args:
-    value: Of JSON; process 0's counts, its floats keep every bit.
+    value: JSON-serialisable; floats keep every bit.
   """
   return _joined.from_first(value) if _joined else value
 
 
 def gather(value: Any) -> list[Any]:
-  """Returns what each process gave, by its number; all call it, in one order.
+  """Returns the values of all processes; all call it, in the same order.
 
-  No device takes part: a step under way goes on.
+  No device takes part, so a step in progress continues.
 
   Args:
-    value: Of JSON.
+    value: JSON-serialisable.
   """
   return _joined.gather(value) if _joined else [value]
 
@@ -120,16 +121,10 @@ def barrier() -> None:
 
 
 def check_same(what: str, value: Any, expected: str, fix: str) -> None:
-  """Raises where a process has another value than process 0; all call it.
-
-  Args:
-    what: Begins the message.
-    value: Of JSON.
-    expected: Of the message.
-    fix: Of the message.
+  """Raises where a value differs from that of process 0; all call it.
 
   Raises:
-    UserError: on the processes that differ.
+    UserError: on the processes that differ; `what` begins its message.
   """
   first = from_first(value)
   if first != value:
@@ -142,16 +137,13 @@ def check_same(what: str, value: Any, expected: str, fix: str) -> None:
 
 
 def find(environment: Mapping[str, str]) -> dict[str, Any] | None:
-  """Returns arguments of `jax.distributed.initialize`; None for one process.
+  """Returns arguments for `jax.distributed.initialize`; None for one process.
 
   {} leaves all of them to JAX, which knows SLURM and Cloud TPU.
-
-  Args:
-    environment: `os.environ`. JAX_NUM_PROCESSES=1 keeps a process alone,
-      whatever else it says.
+  JAX_NUM_PROCESSES=1 keeps a process alone, whatever else is set.
 
   Raises:
-    UserError: if the variables are half set or wrong.
+    UserError: if the variables are incomplete or wrong.
   """
   given = {name: environment[name] for name in _VARIABLES
            if environment.get(name)}
@@ -191,7 +183,7 @@ def _from_variables(given):
 
 
 def _tpu_hosts(environment):
-  """Returns the hosts of the TPU slice; 1 where this is none.
+  """Returns the number of hosts of the TPU slice; 1 without a TPU.
 
   The variables and the metadata are those that JAX's own clusters read
   (jax/_src/clusters/cloud_tpu_cluster.py).
@@ -210,7 +202,7 @@ def _tpu_hosts(environment):
   request = urllib.request.Request(
       _METADATA.format(host), headers={'Metadata-Flavor': 'Google'})
   try:
-    # Of a constant scheme, http.
+    # The scheme is constant: http.
     with urllib.request.urlopen(request, timeout=3) as reply:  # nosec B310
       return slices * len(reply.read().decode().split(','))
   except OSError:
@@ -218,16 +210,15 @@ def _tpu_hosts(environment):
 
 
 def _join(arguments):
-  import jax  # Not for `cli`, which answers --help without it.
   from jax._src import distributed
 
   seconds = float(os.environ.get('GEMMA_SFT_JOIN_SECONDS') or 300)
-  # It would take SIGTERM, which is ours (`stopping`).
+  # The service would take over SIGTERM, which `monitor/stop.py` handles.
   jax.config.update('jax_enable_preemption_service', False)
-  # Two programs that wait for other processes, at once on the few threads of a
-  # CPU, may each hold what the other needs: seen to stand still for good.
+  # On the few threads of a CPU, two programs that wait for other processes may
+  # each hold what the other needs. Such deadlocks were seen.
   jax.config.update('jax_cpu_enable_async_dispatch', False)
-  # JAX would abort without a word of ours.
+  # JAX would abort without our message.
   alarm = threading.Timer(seconds, _too_late, (arguments, seconds))
   alarm.daemon = True
   alarm.start()
@@ -244,7 +235,7 @@ def _join(arguments):
 
 
 def _too_late(arguments, seconds):
-  """Ends this process, which others were to join and did not."""
+  """Ends this process because the others did not join in time."""
   address = arguments.get('coordinator_address', '')
   why = 'one or more of the others did not come'
   if address and arguments['process_id']:
@@ -269,23 +260,21 @@ def _not_met(arguments, seconds, why):
 
 
 def lost(error: BaseException) -> str:
-  """Returns the message of an error that says that processes did not meet, or
-  ''."""
-  import jax
-
+  """Returns the message for processes that did not meet, or ''."""
   text = str(error)
   if not isinstance(error, jax.errors.JaxRuntimeError) or (
       'Gloo context initialization failed' not in text):
     return ''
-  # Gloo joins CPUs; its limit cannot be set.
+  # Gloo connects CPUs, with a time limit that cannot be set.
   return (f'error: the processes did not meet: {text.partition(chr(10))[0]};'
-          ' on CPUs they have 30 s, which too few cores for all do not keep\n'
+          ' on CPUs they have 30 s, too short where processes outnumber cores\n'
           f'{_AGAIN}')
 
 
 # While they run ---------------------------------------------------------------
 
-# Told: the end of its standard input, and whether a line came before.
+# Runs until its standard input ends. A line that came before means that the
+# process ended in order.
 _LAST_WORDS = r"""
 import socket, sys
 who, address, again = sys.argv[1:]
@@ -304,19 +293,19 @@ if not sys.stdin.read():
 
 
 class _Processes:
-  """This process among the others."""
+  """This process and its connection to the others."""
 
   def __init__(self, client: Any, index: int, count: int, address: str):
     self.index, self.count = index, count
     self._client, self._calls = client, 0
     self._alive: dict[int, tuple[str, float]] = {}
-    self._ended: dict[int, float] = {}  # When it was first seen.
+    self._ended: dict[int, float] = {}  # When the end was first seen.
     self._over = threading.Event()
     self._name = f'process {index} of {count} on {socket.gethostname()}'
     self._child = subprocess.Popen(
         [sys.executable, '-c', _LAST_WORDS, self._name, address, _AGAIN],
         stdin=subprocess.PIPE, start_new_session=True, text=True)
-    if index:  # What all of them see, one tells.
+    if index:  # Process 0 alone logs what all of them see.
       import logging
 
       logging.getLogger('absl').setLevel(logging.ERROR)
@@ -327,7 +316,7 @@ class _Processes:
     key = f'gemma_sft/first/{self._calls}'
     if self.index == 0:
       self._client.key_value_set(key, json.dumps(value))
-    # The thread ends this process if process 0 goes.
+    # If process 0 dies, the watching thread ends this process.
     first = json.loads(self._client.blocking_key_value_get(key, 10**8))
     self.barrier()
     return first
@@ -347,23 +336,21 @@ class _Processes:
     return [json.loads(values[f'{folder}/{i}']) for i in range(self.count)]
 
   def fail(self, message, status, *, about=''):
-    """Ends this process; tells the message unless process 0 tells the same."""
+    """Ends this process; prints the message unless process 0 prints it too."""
     self._over.set()
     about = about or message
     self._note('end', {'status': status, 'about': about})
-    told = False
+    printed = False
     if self.index:
       deadline = time.monotonic() + GRACE
-      while not told and time.monotonic() < deadline:
-        told = self._notes('end').get(0, {}).get('about') == about
+      while not printed and time.monotonic() < deadline:
+        printed = self._notes('end').get(0, {}).get('about') == about
         time.sleep(0.2)
       message = f'{self._name}: {message}'
-    self._exit('' if told else message, status)
+    self._exit('' if printed else message, status)
 
   def leave(self):
-    """Waits for the others to come to their end."""
-    import jax
-
+    """Waits until the others have ended."""
     self._over.set()
     self._note('end', {'status': 0, 'about': ''})
     with contextlib.suppress(Exception):  # The work is done and saved.
@@ -371,7 +358,7 @@ class _Processes:
     self._child.communicate('ended\n')
 
   def _exit(self, message, status):
-    """Ends at once: the usual way out waits for processes that are dead."""
+    """Ends at once; the usual way out would wait for dead processes."""
     sys.stdout.flush()
     if message:
       sys.stderr.write(message)
@@ -382,7 +369,7 @@ class _Processes:
     deadline = time.monotonic() + GRACE
     while self.index == 0 and time.monotonic() < deadline and (
         len(self._notes('gone')) < self.count - 1):
-      time.sleep(0.2)  # With this process the others lose the coordinator.
+      time.sleep(0.2)  # The coordinator of the others ends with this process.
     os._exit(status)
 
   def _note(self, kind, value):
@@ -408,12 +395,12 @@ class _Processes:
       found = self._find_ended()
       if found and not self._over.is_set():
         self._over.set()
-        message, status, teller = found
+        message, status, printer = found
         self._note('end', {'status': status, 'about': message})
-        self._exit(message if self.index == teller else '', status)
+        self._exit(message if self.index == printer else '', status)
 
   def _find_ended(self):
-    """Returns (message, exit status, who tells it) if a process has ended."""
+    """Returns (message, exit status, who prints it) if a process has ended."""
     now = time.monotonic()
     alive, ended = self._notes('alive'), self._notes('end')
     for i, (beat, _) in alive.items():
@@ -423,13 +410,13 @@ class _Processes:
               if i != self.index and i not in ended and i in alive
               and now - seen > SILENCE}
     if silent:
-      teller = min(i for i in range(self.count) if i not in silent)
+      printer = min(i for i in range(self.count) if i not in silent)
       names = ', '.join(f'process {i} ({h})' for i, h in silent.items())
       return (f'error: {names} has been silent for {SILENCE:.0f} s: killed, out'
-              f' of memory, or its machine is gone\n{_AGAIN}', 1, teller)
+              f' of memory, or its machine is gone\n{_AGAIN}', 1, printer)
     for i, note in ended.items():
       self._ended.setdefault(i, now)
-      # Process 0 has told it, and with it the coordinator goes.
+      # Process 0 prints its own error, and the coordinator ends with it.
       if note['status'] and now - self._ended[i] > (GRACE if i else 0):
         line = note['about'].partition('\n')[0]
         return (f'error: process {i} of {self.count} has ended with status'

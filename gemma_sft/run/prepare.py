@@ -30,24 +30,18 @@ class Run:
   """A prepared run.
 
   Attributes:
-    config: The whole config.
-    workdir: Its folder.
-    mesh: Over all devices.
-    model: The architecture.
-    tokenizer: Its tokenizer.
-    task: A module of `gemma_sft.tasks`.
-    splits: train and, where set, validation.
-    source: Batches of train.
-    validation: Batches of validation, or None.
+    splits: train and, where set, validation and test.
+    source: Batches of the train split.
+    validation: Batches of the validation split, or None.
     total_steps: Updates of the whole run.
-    base: The frozen weights, or None when all weights are trained.
+    eval_every: Updates between evaluations.
+    save_every: Updates between checkpoints.
+    base: The frozen weights; None when all weights are trained.
     base_hash: Content hash of the base weights.
     data_hash: Content hash of the training records.
-    settings: For `train.train_step`.
     schedule: step -> learning rate.
-    optimizer: Optax's.
     initial_state: The state before the first update, per layer.
-    started: When its preparation began, in seconds since 1970.
+    started: When the preparation began, in seconds since 1970.
   """
 
   config: Any
@@ -60,10 +54,12 @@ class Run:
   source: batches.Batches
   validation: batches.Batches | None
   total_steps: int
+  eval_every: int
+  save_every: int
   base: Any
   base_hash: str
   data_hash: str
-  settings: build.StepSettings
+  settings: state_lib.StepSettings
   schedule: optax.Schedule
   optimizer: optax.GradientTransformation
   initial_state: state_lib.TrainState
@@ -77,27 +73,32 @@ class Run:
     merged = model_lib.merge(
         self.model, self.base, trainable, self.settings.lora_scale)
     if jax.default_backend() == 'cpu':
-      # There a layer is copied out of the stack for each token: 8 rows of 32
-      # tokens of the 270M take 8.5 CPU-seconds so, and 5.9 per layer. An
-      # accelerator may not have the room for the copy.
+      # On a CPU a stacked layer is copied out of the stack for each token: 8
+      # rows of 32 tokens of the 270M take 8.5 CPU-seconds so, and 5.9 with
+      # separate layers. An accelerator may lack the memory for the copy.
       merged = model_lib.per_layer(merged)
     return merged
 
   def enter(self, state: state_lib.TrainState) -> state_lib.TrainState:
-    """Returns a state in the form that steps run on."""
-    if self.settings.lora_enabled and self.settings.execution.layers == 'scan':
+    """Returns a state in the form that `train_step` takes."""
+    if self._stacked:
       state = state_lib.stack_layers(state, self.model.config.num_layers)
     return jax.device_put(state, sharding.tree_shardings(state, self.mesh))
 
   def leave(self, state: state_lib.TrainState) -> state_lib.TrainState:
-    """Returns a state of steps in the form of checkpoints, per layer."""
-    if self.settings.lora_enabled and self.settings.execution.layers == 'scan':
+    """Returns a state of `train_step` in the form of checkpoints, per layer."""
+    if self._stacked:
       state = state_lib.unstack_layers(state, self.initial_state)
     return state
 
+  @property
+  def _stacked(self) -> bool:
+    return self.settings.lora_enabled and (
+        self.settings.execution.layers == 'scan')
+
   def meta(self, step: int, data_state: Any, chain: str, **more: Any
            ) -> checkpoint_lib.Meta:
-    """Returns what a checkpoint of this run says besides its arrays."""
+    """Returns what a checkpoint of this run contains besides its arrays."""
     return checkpoint_lib.Meta(
         step=step, data=data_state, chain=chain,
         config=dict(config_lib.leaves(self.config)), base=self.base_hash,
@@ -106,27 +107,21 @@ class Run:
 
 def prepare(config: Any, workdir: str, *, data_only: bool = False
             ) -> Run | None:
-  """Builds a run, telling the person what it is; stops at the first mistake.
+  """Builds a run and prints what it is; stops at the first mistake.
 
-  Everything that needs no weights comes first: a wrong row or mesh is told
-  before gigabytes are read.
+  Everything that needs no weights comes first, so that a wrong row or mesh is
+  reported before gigabytes are read.
 
   Args:
     config: Validated.
     workdir: The run's folder, locked by the caller.
-    data_only: Stop after the audit, the plan printed; returns None.
+    data_only: Stop after the audit and the plan; returns None.
 
   Raises:
     UserError: for what the user can mend.
   """
   started = time.time()
-  leaves = json.loads(json.dumps(dict(config_lib.leaves(config))))
-  for key, value in hosts.from_first(leaves).items():
-    if value != leaves[key]:
-      raise errors.UserError(
-          f'config.{key} is {leaves[key]} on process {hosts.index()} and'
-          f' {value} on process 0', 'the same command on all of them',
-          'stop them and start them alike')
+  _check_same_config(config)
   devices.enable_compilation_cache()
   task = tasks.load(config.task)
   mesh = sharding.make_mesh(
@@ -181,6 +176,7 @@ def prepare(config: Any, workdir: str, *, data_only: bool = False
   state = build.initial_state(config, model, base, optimizer, mesh, dtype)
   hosts.say(f'trained: {model_lib.count_params(state.trainable):,} of '
       f'{model_lib.count_params(base):,} weights')
+  eval_every = config.eval.every or source.batches_per_epoch
   validation = None
   if 'validation' in splits:
     validation = build.make_source(
@@ -189,11 +185,12 @@ def prepare(config: Any, workdir: str, *, data_only: bool = False
   return Run(
       config=config, workdir=workdir, mesh=mesh, model=model,
       tokenizer=tokenizer, task=task, splits=splits, source=source,
-      validation=validation, total_steps=total_steps,
+      validation=validation, total_steps=total_steps, eval_every=eval_every,
+      save_every=config.checkpoint.every or eval_every,
       base=base if config.lora.enabled else None,
       base_hash=base_lib.base_hash(resolved, config.seed),
       data_hash=data_hash,
-      settings=build.make_settings(config, mesh, dtype, execution),
+      settings=build.make_settings(config, model, mesh, dtype, execution),
       schedule=schedule, optimizer=optimizer, initial_state=state,
       started=started)
 
@@ -220,7 +217,7 @@ _SHOWN = 5
 
 
 def report_audit(splits: dict[str, splits_lib.Split], task: Any) -> None:
-  """Prints the audit, and what the task finds wrong in training answers."""
+  """Prints the audit, and the training answers that the task finds wrong."""
   for split in splits.values():
     hosts.say(f'audit: {split.report}')
   problems = task.check_answers(splits['train'].records)
@@ -242,3 +239,14 @@ def report_audit(splits: dict[str, splits_lib.Split], task: Any) -> None:
 
 
 
+
+
+def _check_same_config(config):
+  """Raises where hosts were started with different configs."""
+  leaves = json.loads(json.dumps(dict(config_lib.leaves(config))))
+  for key, value in hosts.from_first(leaves).items():
+    if value != leaves[key]:
+      raise errors.UserError(
+          f'config.{key} is {leaves[key]} on process {hosts.index()} and'
+          f' {value} on process 0', 'the same command on all of them',
+          'stop them and start them alike')

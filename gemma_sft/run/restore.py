@@ -1,4 +1,4 @@
-"""Weights of a run to be scored, talked to or exported."""
+"""Loads the weights of a run, to score them, talk to them or export them."""
 
 import dataclasses
 from typing import Any
@@ -22,18 +22,14 @@ from gemma_sft.weights import load
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-  """Weights to be scored or talked to, with what goes with them.
+  """Weights to score or to talk to, with all that they need.
 
   Attributes:
-    config: The whole config.
-    mesh: Over all devices.
-    model: The architecture.
-    tokenizer: Its tokenizer.
-    task: A module of `gemma_sft.tasks`.
     params: Weights with the adapters merged in, see `model.merge`.
-    execution: How their forward runs here.
+    execution: How their forward pass runs here.
     description: Which weights these are, for people.
-    identity: The same for comparing: base hash, step and batches consumed.
+    identity: Which weights these are, for comparing: the hash of the base, the
+      digest of the checkpoint and the dtype.
   """
 
   config: Any
@@ -62,18 +58,16 @@ class Served:
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-  """Which weights are meant, found and checked, none of the base read yet.
+  """Weights that were found and checked, but not read yet.
 
   Attributes:
-    config: The whole config.
-    model: The architecture.
-    tokenizer: Its tokenizer.
     resolved: The base weights.
-    checkpoints: Of the run; None for the untouched base.
-    step: Of the checkpoint; 0 for the untouched base.
-    meta: Of the checkpoint, or None.
+    checkpoints: Checkpoints of the run; None for the untouched base.
+    step: Step of the checkpoint; 0 for the untouched base.
+    meta: `Meta` of the checkpoint, or None.
     description: Which weights these are, for people.
-    identity: The same for comparing: base hash and batches consumed.
+    identity: Which weights these are, for comparing: the hash of the base and
+      the digest of the checkpoint.
   """
 
   config: Any
@@ -89,12 +83,12 @@ class Chosen:
 
 def choose_weights(
     config: Any, workdir: str, *, base: bool, step: int) -> Chosen:
-  """Finds a run's checkpoint and base, before gigabytes are read.
+  """Finds a run's checkpoint and base before gigabytes are read.
 
   Args:
-    config: Of the run.
-    workdir: Of the run.
-    base: The untouched base model.
+    config: Config of the run.
+    workdir: Folder of the run.
+    base: Whether to take the untouched base model.
     step: See `checkpoint.choose_step`.
 
   Raises:
@@ -127,15 +121,8 @@ def load_weights(
 ) -> Served:
   """Loads the base and, unless `base`, merges a run's checkpoint into it.
 
-  Args:
-    config: Of the run.
-    workdir: Of the run.
-    base: The untouched base model.
-    step: See `checkpoint.choose_step`.
-    dtype: As config.model.dtype; '' for that.
-
-  Raises:
-    UserError: see `choose_weights`.
+  The arguments are those of `choose_weights`; `dtype`, if given, replaces
+  config.model.dtype.
   """
   devices.enable_compilation_cache()
   mesh = sharding.make_mesh(

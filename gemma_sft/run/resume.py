@@ -15,19 +15,49 @@ from gemma_sft.run import hosts
 from gemma_sft.run import prepare as prepare_lib
 
 
-def abstract_state(run: prepare_lib.Run) -> Any:
-  """Returns shapes and shardings of the state, for restoring."""
-  return jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(
-          leaf.shape, leaf.dtype, sharding=leaf.sharding), run.initial_state)
+def open_checkpoints(run: prepare_lib.Run) -> checkpoint_lib.Checkpoints:
+  """Returns the checkpoints in the run's workdir."""
+  config = run.config
+  return checkpoint_lib.Checkpoints(
+      run.workdir, keep=config.checkpoint.keep, metric=config.eval.metric,
+      mode=config.eval.mode)
 
 
-def check_resume(run: prepare_lib.Run, meta: checkpoint_lib.Meta) -> None:
-  """Refuses to go on where the checkpoint's run was another.
+def from_checkpoint(
+    run: prepare_lib.Run, checkpoints: checkpoint_lib.Checkpoints
+) -> tuple[state_lib.TrainState, checkpoint_lib.Meta] | None:
+  """Returns the newest intact checkpoint in the workdir, or None without any.
 
   Raises:
-    UserError: naming what differs: config, base weights, data or batches.
+    UserError: if its run differs in config, base weights, data or batches.
   """
+  shapes = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(
+          leaf.shape, leaf.dtype, sharding=leaf.sharding), run.initial_state)
+  return checkpoints.restore_latest(
+      shapes, lambda meta: _check_resume(run, meta))
+
+
+def from_run(run: prepare_lib.Run, workdir: str) -> state_lib.TrainState:
+  """Returns the fresh state with another run's best adapters in it.
+
+  Raises:
+    UserError: if that run differs in base, scale or shape of the adapters.
+  """
+  checkpoints = checkpoint_lib.Checkpoints(workdir, read_only=True)
+  step = checkpoint_lib.choose_step(checkpoints, -1)
+  trainable, meta = checkpoints.restore_trainable(step)
+  check_weights(run.config, run.base_hash, meta, f'config.init_from: {workdir}')
+  hosts.say(f'starting from {workdir}, step {step}')
+  fresh = run.initial_state.trainable
+  return dataclasses.replace(
+      run.initial_state, trainable=jax.tree.map(
+          lambda leaf, like: jax.device_put(leaf, like.sharding),
+          trainable, fresh))
+
+
+def _check_resume(run: prepare_lib.Run, meta: checkpoint_lib.Meta) -> None:
+  """Raises where the checkpoint is not of this run, naming what differs."""
   saved = meta.config
   different = config_lib.differences(saved, dict(
       config_lib.leaves(run.config)))
@@ -54,30 +84,12 @@ def check_resume(run: prepare_lib.Run, meta: checkpoint_lib.Meta) -> None:
         'restore the file, or choose another --workdir')
   if meta.chain != batches.chain_of(run.source, meta.step):
     raise errors.UserError(
-        f'the {meta.step} batches before this checkpoint cannot be made again',
+        f'the {meta.step} batches before this checkpoint cannot be reproduced',
         f'hash chain {meta.chain[:16]}',
-        'the tokenizer or the packing has changed since; choose another'
+        'the tokenizer or the packing has changed since then; choose another'
         ' --workdir')
   hosts.say(f'resuming after {meta.step} updates; batches {meta.chain[:16]}'
             ' verified')
-
-
-def init_from(run: prepare_lib.Run, workdir: str) -> state_lib.TrainState:
-  """Returns the fresh state with another run's best adapters in it.
-
-  Raises:
-    UserError: if that run is of another base, scale or shape of adapters.
-  """
-  checkpoints = checkpoint_lib.Checkpoints(workdir, read_only=True)
-  step = checkpoint_lib.choose_step(checkpoints, -1)
-  trainable, meta = checkpoints.restore_trainable(step)
-  check_weights(run.config, run.base_hash, meta, f'config.init_from: {workdir}')
-  hosts.say(f'starting from {workdir}, step {step}')
-  fresh = run.initial_state.trainable
-  return dataclasses.replace(
-      run.initial_state, trainable=jax.tree.map(
-          lambda leaf, like: jax.device_put(leaf, like.sharding),
-          trainable, fresh))
 
 
 def check_weights(
@@ -86,7 +98,7 @@ def check_weights(
 
   Args:
     config: The config at hand.
-    base: From `base_hash`.
+    base: Content hash of its base weights.
     meta: Of the checkpoint.
     what: Begins the message.
 

@@ -11,13 +11,13 @@ from gemma_sft.run import hosts
 
 
 def lock_workdir(workdir: str) -> Any:
-  """Takes the workdir for this process until it ends; returns the open file.
+  """Locks the workdir until this process ends; returns the open lock file.
 
-  Of several processes that have joined, the first takes it.
+  Of several joined processes, the first one takes the lock.
 
   Raises:
-    UserError: if another process has it, it cannot be written, or the hosts of
-      a run do not share it.
+    UserError: if another process has the lock, the workdir cannot be written,
+      or the hosts of a run do not share it.
   """
   import fcntl  # POSIX only.
 
@@ -36,7 +36,7 @@ def lock_workdir(workdir: str) -> Any:
     file.seek(0)
     raise errors.UserError(
         f'workdir {workdir} is in use by process {file.readline().strip()}',
-        'one run a workdir', 'wait for it, stop it, or choose another'
+        'one run per workdir', 'wait for it, stop it, or choose another'
         ' --workdir') from None
   file.truncate(0)
   token = uuid.uuid4().hex
@@ -48,10 +48,10 @@ def lock_workdir(workdir: str) -> Any:
 
 
 def _shared_lock(workdir):
-  """Opens the file that process 0 has locked."""
+  """Opens the lock file of process 0."""
   token = hosts.from_first(None)
   path = os.path.join(workdir, '.lock')
-  for _ in range(20):  # A network's file system may be late.
+  for _ in range(20):  # A network file system may show it late.
     with contextlib.suppress(OSError):
       file = open(path, encoding='utf-8')
       if token in file.read():
@@ -59,7 +59,7 @@ def _shared_lock(workdir):
       file.close()
     time.sleep(0.5)
   raise errors.UserError(
-      f'workdir {workdir} on process {hosts.index()} is not the one that'
-      ' process 0 has', 'a folder that all hosts of the run share, for the'
+      f'workdir {workdir} on process {hosts.index()} is not that of process 0',
+      'a folder that all hosts of the run share, for the'
       ' checkpoints that all of them write',
       'put --workdir on a disk that all of them mount, such as NFS')

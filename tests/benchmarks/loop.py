@@ -103,7 +103,7 @@ class _Steps:
     from gemma_sft import batches as batches_lib
     from gemma_sft import sharding
     from gemma_sft import train
-    from gemma_sft.monitor import log
+    from gemma_sft.monitor import meter
     from gemma_sft.monitor import metrics
     from gemma_sft.run import prepare
 
@@ -111,11 +111,11 @@ class _Steps:
     self.state = self.run.initial_state
     self.iterator = batches_lib.make_iterator(self.run.source)
     self.writer = metrics.Writer(work, resume_step=-1)
-    self.meter = log.Meter(self.run, self.writer)
+    self.meter = meter.Meter(self.run, self.writer, str)
     self.chain, self.step = batches_lib.EMPTY_CHAIN, 0
     self._held = self.run.source[0]
     self._held_arrays = sharding.put_batch(self._held, self.run.mesh)
-    self._programs = log.Programs(train.train_step)
+    self._programs = meter.Programs(train.train_step)
     self.take(fed=True, n=1)
     self.take(fed=False, n=1)
 
@@ -123,20 +123,20 @@ class _Steps:
     from gemma_sft import train
 
     run = self.run
-    with self._programs.watch(arrays['tokens'].shape, max_trained):
+    with self._programs.watched(arrays['tokens'].shape, max_trained):
       self.state, step_metrics = train.train_step(
-          self.state, run.base, arrays, model=run.model,
+          self.state, run.base, arrays,
           optimizer=run.optimizer, settings=run.settings,
           max_trained=max_trained)
     return step_metrics
 
   def around(self, step_metrics, batch):
-    """What the loop does once a step was dispatched; returns what to read."""
+    """Does what the loop does once a step was dispatched."""
     from gemma_sft import batches as batches_lib
 
     self.step += 1
     self.chain = batches_lib.extend_chain(self.chain, batch['digest'].tobytes())
-    return self.meter.pending(self.step, step_metrics, batch, self.chain)
+    self.meter.dispatched(self.step, step_metrics, batch, self.chain)
 
   def take(self, *, fed, n):
     """Returns the CPU-seconds of a step, over n of them to their end.
@@ -154,8 +154,8 @@ class _Steps:
         batch = next(self.iterator)
         arrays = sharding.put_batch(batch, self.run.mesh)
         step_metrics = self._dispatch(arrays, int(batch['max_trained']))
-        self.meter.read(pending)
-        pending = self.around(step_metrics, batch)
+        self.meter.read(self.state)
+        self.around(step_metrics, batch)
       else:
         step_metrics = self._dispatch(
             self._held_arrays, int(self._held['max_trained']))
@@ -163,7 +163,7 @@ class _Steps:
           float(pending['loss'])
         pending = step_metrics
     if fed:
-      self.meter.read(pending)
+      self.meter.read(self.state)
     self.last_metrics = step_metrics
     float(step_metrics['loss'])
     return (time.process_time() - start) / n
@@ -196,11 +196,14 @@ def measure_input(work):
   def put():
     jax.block_until_ready(sharding.put_batch(batch, steps.run.mesh))
 
+  def read():
+    steps.around(steps.last_metrics, batch)
+    steps.meter.read(steps.state)
+
   costs = {
       'batch': _cpu_seconds(lambda: next(steps.iterator), 200),
       'put': _cpu_seconds(put, 100),
-      'read': _cpu_seconds(lambda: steps.meter.read(
-          steps.around(steps.last_metrics, batch)), 100)}
+      'read': _cpu_seconds(read, 100)}
   held = statistics.median(h for _, h in pairs)
   return {
       'pairs': pairs, 'costs_s': costs, 'step_s': held,
@@ -291,7 +294,6 @@ def _our_step(name, layers):
   from gemma_sft.adapters import lora
   from gemma_sft.nn import blocks
   from gemma_sft.run import base as base_lib
-  from gemma_sft.run import build
   from gemma_sft.run import devices
 
   mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
@@ -327,14 +329,14 @@ def _our_step(name, layers):
       sharding=place) for key in (
           'tokens', 'targets', 'positions', 'segment_ids', 'loss_mask')}
   batch['rows'] = jax.ShapeDtypeStruct((1, _ROWS), jnp.int32, sharding=place)
-  settings = build.StepSettings(
-      lora_enabled=True, lora_scale=1.0, dropout=0.0, seed=0,
+  settings = state_lib.StepSettings(
+      model=model, lora_enabled=True, lora_scale=1.0, dropout=0.0, seed=0,
       compute_dtype=jnp.dtype('float32'), loss_chunk=config.train.loss_chunk,
       groups=1, mesh=mesh, execution=blocks.Execution(
           layers=layers, attention=kernel, remat=config.train.remat,
           mesh=mesh))
   return lambda: train.train_step.lower(
-      state, base, batch, model=model, optimizer=optimizer, settings=settings,
+      state, base, batch, optimizer=optimizer, settings=settings,
       max_trained=_ROWS * _LENGTH // 2)
 
 

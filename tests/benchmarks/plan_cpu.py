@@ -56,7 +56,7 @@ def main(_):
     jax.block_until_ready((state, arrays, run.base))
     _forget_peak()
     before = _status('VmRSS')
-    static = dict(model=run.model, optimizer=run.optimizer,
+    static = dict(optimizer=run.optimizer,
                   settings=run.settings, max_trained=max_trained)
     step = train.train_step.lower(state, run.base, arrays, **static).compile()
     compiling = _status('VmHWM') - before

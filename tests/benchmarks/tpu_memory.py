@@ -33,7 +33,6 @@ from gemma_sft import state as state_lib
 from gemma_sft import train
 from gemma_sft.adapters import lora
 from gemma_sft.nn import blocks
-from gemma_sft.run import build
 
 _CASES = flags.DEFINE_list('cases', [
     'gemma3_1b:v5e:2x4:4:2048:block',
@@ -95,14 +94,13 @@ def compile_step(
                          ('positions', jnp.int32), ('segment_ids', jnp.int32),
                          ('loss_mask', jnp.bool))}
   arrays['rows'] = jax.ShapeDtypeStruct((1, B), jnp.int32, sharding=place)
-  settings = build.StepSettings(
-      lora_enabled=True, lora_scale=1.0, dropout=0.0, seed=0,
+  settings = state_lib.StepSettings(
+      model=model, lora_enabled=True, lora_scale=1.0, dropout=0.0, seed=0,
       compute_dtype=jnp.bfloat16, loss_chunk=1024, groups=groups, mesh=mesh,
       execution=blocks.Execution(
           layers='scan', attention=kernel, remat=remat, mesh=mesh))
   return train.train_step.lower(
-      state, base, arrays, model=model, optimizer=optimizer,
-      settings=settings,
+      state, base, arrays, optimizer=optimizer, settings=settings,
       max_trained=int(_SHARE.value * rows * length)).compile()
 
 

@@ -5,25 +5,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_sft.monitor import log
+from gemma_sft.monitor import meter
 
 
 def test_a_second_compilation_of_a_shape_is_an_error():
   step = jax.jit(lambda x: x + 1)
-  programs = log.Programs(step)
+  programs = meter.Programs(step)
   narrow, wide = jnp.ones(3), jnp.ones(4)
   for array in (narrow, wide, narrow, wide):  # A program for each shape.
-    with programs.watch(array.shape):
+    with programs.watched(array.shape):
       step(array)
   other = narrow.astype(jnp.int32)  # The same shape, another program.
   with pytest.raises(RuntimeError, match='compiled a second time'):
-    with programs.watch(other.shape):
+    with programs.watched(other.shape):
       step(other)
 
 
 def test_an_array_from_the_host_is_an_error():
   step = jax.jit(lambda x: x + 1)
-  programs = log.Programs(step)
+  programs = meter.Programs(step)
   with pytest.raises(Exception, match='Disallowed host-to-device transfer'):
-    with programs.watch(3):
+    with programs.watched(3):
       step(np.ones(3))

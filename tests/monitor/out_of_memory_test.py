@@ -8,6 +8,7 @@ import pytest
 from configs import tiny
 from gemma_sft import errors
 from gemma_sft import train
+from gemma_sft.evaluation import during_training
 from gemma_sft.monitor import out_of_memory
 
 
@@ -57,7 +58,7 @@ def test_other_errors_are_left_alone():
 
 def test_training_says_it(run_config, tmp_path, monkeypatch):
   monkeypatch.setattr(
-      train, 'evaluate_state', lambda *_: _exhaust())
+      during_training, 'evaluate', lambda *_: _exhaust())
   with pytest.raises(errors.UserError, match='out of memory'):
     train.main(run_config, str(tmp_path / 'w'))
   assert conftest.losses(tmp_path / 'w') == {}

@@ -14,7 +14,6 @@ import pytest
 
 from configs import default
 from gemma_sft import errors
-from gemma_sft import loss as loss_lib
 from gemma_sft import model as model_lib
 from gemma_sft import sharding
 from gemma_sft import state as state_lib
@@ -24,6 +23,7 @@ from gemma_sft.generation import generate
 from gemma_sft.monitor import overflow
 from gemma_sft.nn import blocks
 from gemma_sft.nn import float16
+from gemma_sft.nn import head
 from gemma_sft.nn import loss_scale as loss_scale_lib
 from gemma_sft.nn import quantize
 from gemma_sft.planning import compile_step
@@ -101,10 +101,15 @@ def _loss_and_gradient(kind, params, trainable, frozen=True):
   def nll(trainable, params):
     params, adapters = (params, trainable) if frozen else (
         jax.tree.map(lambda t, p: t.astype(p.dtype), trainable, params), None)
-    total, n = loss_lib.batch_nll(
-        _model(kind), params, _batch(), adapters=adapters, lora_scale=2.0,
-        execution=_execution(kind), max_trained=_B * _T, groups=1,
-        frozen_head=frozen)
+    batch = _batch()
+    x_BTD = model_lib.hidden_states(
+        _model(kind), params, batch['tokens'], batch['positions'],
+        batch['segment_ids'], adapters=adapters, lora_scale=2.0,
+        execution=_execution(kind))
+    total, n = head.masked_nll(
+        x_BTD, model_lib.embedding(params), batch['targets'],
+        batch['loss_mask'], max_trained=_B * _T, frozen_head=frozen,
+        softcap=_model(kind).config.final_logit_softcap)
     # As in a run: scaled before, divided after.
     return loss_scale_lib.INITIAL * total / n
 
@@ -305,8 +310,8 @@ def prepared(tmp_path_factory):
     return train.train_step(
         # Donated: what is passed in is a copy.
         jax.tree.map(jnp.copy, state), run.base if base is None else base,
-        arrays, model=run.model, optimizer=run.optimizer,
-        settings=run.settings, max_trained=int(batch['max_trained']))
+        arrays, optimizer=run.optimizer, settings=run.settings,
+        max_trained=int(batch['max_trained']))
 
   return run, batch, step
 

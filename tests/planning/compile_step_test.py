@@ -28,7 +28,7 @@ def test_the_program_is_that_of_a_run(run_config, tmp_path, changes):
   run_config.update_from_flattened_dict(changes)
   run = prepare.prepare(run_config, str(tmp_path / 'w'))
   batch = run.source[0]
-  static = dict(model=run.model, optimizer=run.optimizer, settings=run.settings,
+  static = dict(optimizer=run.optimizer, settings=run.settings,
                 max_trained=int(batch['max_trained']))
   real = train.train_step.trace(
       run.enter(run.initial_state), run.base,

@@ -171,7 +171,7 @@ def test_damaged_newest_is_passed_over_for_the_one_before(
   damage(workdir / 'checkpoints' / '6')
   with caplog.at_level(logging.WARNING):
     train.main(config, str(workdir), False)
-  assert 'checkpoint 6 cannot be read and is passed over' in caplog.text
+  assert 'checkpoint 6 cannot be read and is skipped' in caplog.text
   assert 'resuming after 4 updates' in capsys.readouterr().out
   # Kept for a look, and saved again to the same bits.
   assert (workdir / 'damaged-6').is_dir()

@@ -18,7 +18,6 @@ from gemma_sft import state as state_lib
 from gemma_sft import train
 from gemma_sft.adapters import lora
 from gemma_sft.nn import blocks
-from gemma_sft.run import build
 from gemma_sft.run import devices
 from peers import common
 from peers import library_tree
@@ -83,8 +82,8 @@ def make_batch(spec: common.Spec, ids_BT: np.ndarray) -> dict[str, np.ndarray]:
 
 def own_step(spec, model, mesh, optimizer, execution):
   """Returns (state, base, batch) -> (state, loss)."""
-  settings = build.StepSettings(
-      lora_enabled=True,
+  settings = state_lib.StepSettings(
+      model=model, lora_enabled=True,
       lora_scale=lora.scale(common.RANK, common.ALPHA, False),
       dropout=0.0, seed=0, compute_dtype=jnp.dtype(spec.dtype),
       execution=execution, loss_chunk=1024,
@@ -92,7 +91,7 @@ def own_step(spec, model, mesh, optimizer, execution):
 
   def step(state, base, batch):
     state, metrics = train.train_step(
-        state, base, batch, model=model, optimizer=optimizer,
+        state, base, batch, optimizer=optimizer,
         settings=settings, max_trained=spec.rows * spec.n_trained)
     return state, metrics['loss']
 
