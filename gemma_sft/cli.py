@@ -1,17 +1,17 @@
-"""The only module that defines flags, and where a user's mistakes end.
+"""Parses the command line, and reports a user's mistakes in one message.
 
-An entry point begins
+A command begins, before its heavy imports, with
 
     from gemma_sft import cli
 
     if __name__ == '__main__':
-      cli.run('gemma_sft.train')
+      cli.run('gemma_sft.train', cli.CONFIG, cli.WORKDIR)
 
-before its heavy imports, so that `--help` and a mistyped key are answered
-before JAX is loaded; `run` then imports the module by its name and calls its
-`main`.
+so that `--help` and a mistyped key are answered before JAX is loaded. `run`
+then imports the module by its name and calls its `main` with the flags.
 """
 
+import dataclasses
 import importlib
 import logging
 import os
@@ -26,161 +26,78 @@ from ml_collections import config_flags
 from gemma_sft import config as config_lib
 from gemma_sft import errors
 
-_FLAGS = {
-    'config': lambda: config_flags.DEFINE_config_file(
-        'config', None, 'Config file, such as configs/blop.py or'
-        ' configs/blop.py:gemma1_2b; override values as --config.lora.rank=8.',
-        lock_config=True),
-    'workdir': lambda: flags.DEFINE_string(
-        'workdir', None, 'Folder of the run: checkpoints, metrics, report.'),
-    'dry_run': lambda: flags.DEFINE_bool(
-        'dry_run', False, 'Audit the data, print the plan and stop.'),
-    'topology': lambda: flags.DEFINE_string(
-        'topology', 'cpu', 'Where to run: kaggle-tpu, kaggle-t4x2, a slice such'
-        ' as v5e-8, v5e:2x4, v5p-8, v6e-4, or cpu, gpu for what is here.'),
-    'analytic': lambda: flags.DEFINE_bool(
-        'analytic', False, 'Estimate by arithmetic; compile nothing.'),
-    'largest': lambda: flags.DEFINE_bool(
-        'largest', False, 'Find the largest batch and length by compiling them:'
-        ' four to eight compilations.'),
-    'base': lambda: flags.DEFINE_bool(
-        'base', False, 'The untouched base model instead of the tuned one.'),
-    'baseline': lambda: flags.DEFINE_list(
-        'baseline', [], 'Ways of prompting, by commas: zero, few:4 (examples of'
-        ' the training split, drawn by the seed), rag:4 (the nearest by BM25).'
-        ' evaluate: of the base; sample: one of them.'),
-    'self_test': lambda: flags.DEFINE_bool(
-        'self_test', False, 'Before training, compare the gradient of one batch'
-        ' as 1xB, Bx1, packed, padded and on one device; stop if they differ.'),
-    'split': lambda: flags.DEFINE_string(
-        'split', None, 'The split: train, validation or test.'),
-    'step': lambda: flags.DEFINE_integer(
-        'step', -1, 'Checkpoint to use; -1 is the best, -2 the latest.'),
-    'prompt': lambda: flags.DEFINE_multi_string(
-        'prompt', None, 'Prompt to answer; may be given several times. Without'
-        ' one an interactive chat begins.'),
-    'system': lambda: flags.DEFINE_string('system', '', 'System text.'),
-    'examples': lambda: flags.DEFINE_integer(
-        'examples', 3, 'Number of examples to show; curate: of each step.'),
-    'color': lambda: flags.DEFINE_bool(
-        'color', None, 'Colours; the default is whether this is a terminal.'),
-    'temperature': lambda: flags.DEFINE_float(
-        'temperature', None, '0 for greedy. Default of this and of the flags'
-        ' below: config.sampling of the run.'),
-    'top_k': lambda: flags.DEFINE_integer(
-        'top_k', None, 'Keep the k likeliest tokens; 0 for all.'),
-    'top_p': lambda: flags.DEFINE_float(
-        'top_p', None, 'Keep the likeliest tokens that make up p.'),
-    'repetition_penalty': lambda: flags.DEFINE_float(
-        'repetition_penalty', None, '1 for none.'),
-    'max_new_tokens': lambda: flags.DEFINE_integer(
-        'max_new_tokens', None, 'Longest answer.'),
-    'stop': lambda: flags.DEFINE_multi_string(
-        'stop', None, 'Text that ends an answer; may be given several times.'),
-    'seed': lambda: flags.DEFINE_integer(
-        'seed', None, 'Of the sampling.'),
-    'out': lambda: flags.DEFINE_string(
-        'out', None, 'export: folder to export to; it must not be there yet.'
-        ' curate: folder to write to. serve: file of the ratings. compare: page'
-        ' to write, such as page.html.'),
-    'formats': lambda: flags.DEFINE_list(
-        'formats', [], 'What to write, separated by commas: hf, peft, lora,'
-        ' gguf-f32, gguf-f16, gguf-bf16, gguf-q8_0, gguf-q6_k, gguf-q5_k_m,'
-        ' gguf-q4_k_m, gguf-q4_0. Default: hf,peft,gguf-q8_0.'),
-    'hf_dtype': lambda: flags.DEFINE_enum(
-        'hf_dtype', 'bfloat16', ['bfloat16', 'float16', 'float32'],
-        'Of the merged safetensors.'),
-    'shard_size': lambda: flags.DEFINE_float(
-        'shard_size', 2.0, 'Largest safetensors file in GB; as much memory is'
-        ' needed.'),
-    'runtime_python': lambda: flags.DEFINE_string(
-        'runtime_python', None, 'Interpreter with torch, transformers and peft,'
-        ' in which hf and peft are proven. Default: that of .venv-runtimes'
-        ' (launch/runtimes.sh), else this one.'),
-    'llama_server': lambda: flags.DEFINE_string(
-        'llama_server', None, "llama.cpp's llama-server, in which GGUFs are"
-        ' proven. Default: that of the export extra, else the one on PATH.'),
-    'gguf': lambda: flags.DEFINE_string(
-        'gguf', None, "Judge the answers of llama.cpp's server running this"
-        ' exported file instead.'),
-    'allow_unproven': lambda: flags.DEFINE_bool(
-        'allow_unproven', False, 'Export even what cannot be proven because its'
-        ' runtime is missing; the card says so.'),
-    'overwrite': lambda: flags.DEFINE_bool(
-        'overwrite', False, 'Replace what an earlier run wrote under --out.'),
-    'push': lambda: flags.DEFINE_multi_string(
-        'push', [], 'ORG/NAME on the Hugging Face Hub or kaggle:OWNER/MODEL, to'
-        ' upload to afterwards; logins come from the environment.'),
-    'push_data': lambda: flags.DEFINE_string(
-        'push_data', '', 'Upload the data files too, as a data set under this'
-        ' licence, such as cc-by-4.0 or other.'),
-    'private': lambda: flags.DEFINE_bool(
-        'private', False, 'Make new repositories private.'),
-    'limit': lambda: flags.DEFINE_integer(
-        'limit', 0, 'Judge only the first so many records; 0 for all.'),
-    'mode': lambda: flags.DEFINE_enum(
-        'mode', None, ['rate', 'play'], 'rate: people compare the answers of'
-        ' --runs; play: a playground for the run of --workdir.'),
-    'runs': lambda: flags.DEFINE_list(
-        'runs', [], 'Two results to compare, by a comma: workdirs, W:base for'
-        ' the untouched model of W.'),
-    'report': lambda: flags.DEFINE_bool(
-        'report', False, 'Print what people said of --runs, and stop.'),
-    'host': lambda: flags.DEFINE_string(
-        'host', '127.0.0.1', 'Address to serve on. Any other than this'
-        " machine's own needs the token in the address that is printed."),
-    'port': lambda: flags.DEFINE_integer(
-        'port', 8000, 'Port to serve on; 0 takes any that is free.'),
-    'grid': lambda: flags.DEFINE_string(
-        'grid', '', 'Factors and their values, every combination of which is a'
-        ' cell: lora.rank=4,8;train.epochs=1,5. The factor config is the'
-        ' argument of the config file. Default: what sweep() of that file'
-        ' says.'),
-    'seeds': lambda: flags.DEFINE_integer(
-        'seeds', 0, 'Runs of each cell, with config.seed and the numbers after'
-        ' it. Default: what sweep() of the config file says, or 1.'),
-    'baseline_cell': lambda: flags.DEFINE_string(
-        'baseline_cell', '', 'Name of the cell that the others are compared'
-        ' with. Default: that of sweep(), or the first.'),
-    'evaluate': lambda: flags.DEFINE_enum(
-        'evaluate', 'auto', ['auto', 'test', 'validation', 'none'],
-        'Split that the best checkpoint of each run answers. auto: test if it'
-        ' is set, else validation; none: the validation scores of training'
-        ' stand.'),
-    'parallel': lambda: flags.DEFINE_integer(
-        'parallel', 1, 'Runs at a time, each on a GPU or TPU chip of its own.'),
-    'shard': lambda: flags.DEFINE_string(
-        'shard', '', 'i/n: this process takes every n-th run, from the i-th'
-        ' (0/2 and 1/2 on two hosts that share --workdir).'),
-    'search': lambda: flags.DEFINE_string(
-        'search', '', 'Space to search instead of a grid: '
-        'optimizer.learning_rate=1e-5..1e-3:log;lora.rank=4,8,16.'),
-    'trials': lambda: flags.DEFINE_integer(
-        'trials', 20, 'Trials of --search, those of earlier calls counted.'),
-}
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+  """A flag that a command declares; `define` registers it with absl."""
+
+  name: str
+  define: Callable[[], Any]
 
 
-def run(module: str, *flag_names: str, positional: str = '',
-        template: str = 'configs.default', **defaults: Any) -> None:
+def _make(define: Callable[..., Any]) -> Callable[..., Flag]:
+  def make(name: str, *arguments: Any) -> Flag:
+    return Flag(name, lambda: define(name, *arguments))
+
+  return make
+
+
+# Each takes the flag's name, its default and its help; `choice` takes the
+# possible values before the help.
+switch = _make(flags.DEFINE_bool)
+text = _make(flags.DEFINE_string)
+integer = _make(flags.DEFINE_integer)
+real = _make(flags.DEFINE_float)
+choice = _make(flags.DEFINE_enum)
+words = _make(flags.DEFINE_list)  # Separated by commas.
+texts = _make(flags.DEFINE_multi_string)  # Given several times.
+
+# Flags of several commands.
+CONFIG = Flag('config', lambda: config_flags.DEFINE_config_file(
+    'config', None, 'Config file, such as configs/blop.py or'
+    ' configs/blop.py:gemma1_2b; override values as --config.lora.rank=8.',
+    lock_config=True))
+WORKDIR = text(
+    'workdir', None, 'Folder of the run: checkpoints, metrics, report.')
+BASE = switch(
+    'base', False, 'The untouched base model instead of the tuned one.')
+STEP = integer(
+    'step', -1, 'Checkpoint to use; -1 is the best, -2 the latest.')
+OVERWRITE = switch(
+    'overwrite', False, 'Replace what an earlier run wrote under --out.')
+LLAMA_SERVER = text(
+    'llama_server', None, "llama.cpp's llama-server, in which GGUFs run."
+    ' Default: that of the export extra, else the one on PATH.')
+TOPOLOGY = text(
+    'topology', 'cpu', 'Where to run: kaggle-tpu, kaggle-t4x2, a slice such as'
+    ' v5e-8, v5e:2x4, v5p-8, v6e-4, or cpu, gpu for the devices here.')
+
+
+def split(default: str) -> Flag:
+  """Returns the flag for a split of config.data."""
+  return text('split', default, 'The split: train, validation or test.')
+
+
+def run(module: str, *declared: Flag, positional: str = '',
+        template: str = 'configs.default') -> None:
   """Parses the command line, runs `module.main(**flags)` and exits.
 
-  Exit status: what `main` returns, or 2 for a user's mistake, or 130 for an
+  The exit status is what `main` returns, 2 for a user's mistake, or 130 for an
   interrupt.
 
   Args:
-    module: The entry point's importable name.
-    *flag_names: The flags that it takes, keys of `_FLAGS`.
-    positional: Parameter of `main` that takes the arguments that are no flags;
-      '' where there may be none.
+    module: The command's importable name.
+    *declared: The flags that it takes.
+    positional: Parameter of `main` that takes the arguments that are not flags;
+      '' if there may be none.
     template: Module of the config whose keys --config must have.
-    **defaults: Of flags whose default is another here.
   """
   _quiet_orbax()
-  # So that what was started (llama-server, a half-written export) is ended
-  # and cleaned up; training puts its own handler in the place of this one.
+  # So that a started llama-server is ended and a half-written export removed.
+  # Training replaces this handler by its own.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   try:
-    values = _parse(module, flag_names, positional, defaults, template)
+    values = _parse(module, declared, positional, template)
     main: Callable[..., Any] = importlib.import_module(module).main
     status = main(**values)
   except errors.UserError as error:
@@ -190,7 +107,7 @@ def run(module: str, *flag_names: str, positional: str = '',
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr)
     status = 130
-  except BrokenPipeError:  # The reader, such as `head`, has seen enough.
+  except BrokenPipeError:  # The reader, such as `head`, has closed.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     status = 0
   sys.stdout.flush()
@@ -198,10 +115,10 @@ def run(module: str, *flag_names: str, positional: str = '',
 
 
 def _quiet_orbax():
-  """Keeps Orbax's own noise from the person, to whom our message speaks.
+  """Suppresses messages of Orbax that would hide ours.
 
-  These are warnings about its options, and, after a write that failed (a full
-  disk), tracebacks of its background tasks: the failure itself reaches the
+  These are warnings about its options and, after a failed write such as on a
+  full disk, tracebacks of its background tasks. The failure itself reaches the
   caller as an exception.
   """
   logging.getLogger('absl').addFilter(
@@ -218,23 +135,20 @@ def _quiet_orbax():
   sys.unraisablehook = hook
 
 
-def _parse(module, flag_names, positional, defaults,
-           template='configs.default'):
-  for name in flag_names:
-    _FLAGS[name]()
-  for name, value in defaults.items():
-    flags.FLAGS.set_default(name, value)
+def _parse(module, declared, positional='', template='configs.default'):
+  for flag in declared:
+    flag.define()
   if any(a in ('--help', '-h', '--helpfull') for a in sys.argv[1:]):
     print(sys.modules['__main__'].__doc__)
-    for name in flag_names:
-      print(f'  --{name}: {flags.FLAGS[name].help}')
+    for flag in declared:
+      print(f'  --{flag.name}: {flags.FLAGS[flag.name].help}')
     sys.exit(0)
   _check_keys(sys.argv[1:], template)
   try:
     rest = flags.FLAGS(sys.argv)[1:]
-    values = {name: getattr(flags.FLAGS, name) for name in flag_names}
+    values = {flag.name: getattr(flags.FLAGS, flag.name) for flag in declared}
     if values.get('config') is not None:
-      values['config'].keys()  # Read here, not where it is first used.
+      values['config'].keys()  # Parses the config file now.
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError,
           OSError, ImportError) as error:
     raise _explained(error, template) from None
@@ -245,7 +159,7 @@ def _parse(module, flag_names, positional, defaults,
   elif rest:
     raise errors.UserError(
         f'the argument {rest[0]!r}', f'flags of {module}: '
-        + ', '.join(f'--{name}' for name in flag_names),
+        + ', '.join(f'--{flag.name}' for flag in declared),
         'write --flag=value; --help lists the flags')
   return values
 

@@ -12,7 +12,10 @@ is a page with the curves of training, which needs nothing beside it.
 from gemma_sft import cli
 
 if __name__ == '__main__':
-  cli.run('gemma_sft.compare', 'out', positional='workdirs')
+  cli.run(
+      'gemma_sft.compare',
+      cli.text('out', None, 'Page to write, such as page.html.'),
+      positional='workdirs')
 
 import os
 from typing import Sequence

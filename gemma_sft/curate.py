@@ -14,8 +14,12 @@ setting with its reason.
 from gemma_sft import cli
 
 if __name__ == '__main__':
-  cli.run('gemma_sft.curate', 'config', 'out', 'dry_run', 'overwrite',
-          'examples', template='configs.curation')
+  cli.run(
+      'gemma_sft.curate', cli.CONFIG, cli.OVERWRITE,
+      cli.text('out', None, 'Folder to write to.'),
+      cli.switch('dry_run', False, 'Print the report and write nothing.'),
+      cli.integer('examples', 3, 'Number of examples to show of each step.'),
+      template='configs.curation')
 
 from collections.abc import Iterable
 from collections.abc import Sequence

@@ -18,8 +18,18 @@ is W/report/report.html.
 from gemma_sft import cli
 
 if __name__ == '__main__':
-  cli.run('gemma_sft.evaluate', 'config', 'workdir', 'base', 'baseline',
-          'split', 'step', 'limit', 'gguf', 'llama_server', split='test')
+  cli.run(
+      'gemma_sft.evaluate', cli.CONFIG, cli.WORKDIR, cli.BASE, cli.STEP,
+      cli.LLAMA_SERVER, cli.split('test'),
+      cli.words(
+          'baseline', [], 'Ways of prompting the base, separated by commas:'
+          ' zero, few:4 (examples of the training split, drawn by the seed),'
+          ' rag:4 (the nearest by BM25).'),
+      cli.integer(
+          'limit', 0, 'Judge only the first so many records; 0 for all.'),
+      cli.text(
+          'gguf', None, "Judge the answers of llama.cpp's server running this"
+          ' exported file instead.'))
 
 from concurrent import futures
 import json

@@ -15,10 +15,35 @@ export.json with the figures lie beside.
 from gemma_sft import cli
 
 if __name__ == '__main__':
-  cli.run('gemma_sft.export', 'config', 'workdir', 'out', 'formats', 'base',
-          'step', 'hf_dtype', 'shard_size', 'runtime_python', 'llama_server',
-          'allow_unproven', 'overwrite', 'push', 'push_data', 'private',
-          'dry_run')
+  cli.run(
+      'gemma_sft.export', cli.CONFIG, cli.WORKDIR, cli.BASE, cli.STEP,
+      cli.LLAMA_SERVER, cli.OVERWRITE,
+      cli.text('out', None, 'Folder to export to; it must not exist yet.'),
+      cli.words(
+          'formats', [], 'What to write, separated by commas: hf, peft, lora,'
+          ' gguf-f32, gguf-f16, gguf-bf16, gguf-q8_0, gguf-q6_k, gguf-q5_k_m,'
+          ' gguf-q4_k_m, gguf-q4_0. Default: hf,peft,gguf-q8_0.'),
+      cli.choice(
+          'hf_dtype', 'bfloat16', ['bfloat16', 'float16', 'float32'],
+          'Dtype of the merged safetensors.'),
+      cli.real(
+          'shard_size', 2.0, 'Largest safetensors file in GB; the export needs'
+          ' as much memory.'),
+      cli.text(
+          'runtime_python', None, 'Interpreter with torch, transformers and'
+          ' peft, in which hf and peft are proven. Default: that of'
+          ' .venv-runtimes (launch/runtimes.sh), else this one.'),
+      cli.switch(
+          'allow_unproven', False, 'Export even what cannot be proven because'
+          ' its runtime is missing; the card says so.'),
+      cli.texts(
+          'push', [], 'ORG/NAME on the Hugging Face Hub or kaggle:OWNER/MODEL,'
+          ' to upload to afterwards; logins come from the environment.'),
+      cli.text(
+          'push_data', '', 'Upload the data files too, as a data set under this'
+          ' licence, such as cc-by-4.0 or other.'),
+      cli.switch('private', False, 'Make new repositories private.'),
+      cli.switch('dry_run', False, 'Print the sizes and stop.'))
 
 import dataclasses
 import json

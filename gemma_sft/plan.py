@@ -15,7 +15,13 @@ without a compiler; --largest also compiles larger batches and rows.
 from gemma_sft import cli
 
 if __name__ == '__main__':
-  cli.run('gemma_sft.plan', 'config', 'topology', 'analytic', 'largest')
+  cli.run(
+      'gemma_sft.plan', cli.CONFIG, cli.TOPOLOGY,
+      cli.switch(
+          'analytic', False, 'Estimate by arithmetic; compile nothing.'),
+      cli.switch(
+          'largest', False, 'Find the largest batch and length by compiling'
+          ' them: four to eight compilations.'))
 
 import dataclasses
 from typing import Any

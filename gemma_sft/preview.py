@@ -8,8 +8,11 @@ Trained tokens are green (or in «guillemets» without colours), the rest is dim
 from gemma_sft import cli
 
 if __name__ == '__main__':
-  cli.run('gemma_sft.preview', 'config', 'split', 'examples', 'color',
-          split='train')
+  cli.run(
+      'gemma_sft.preview', cli.CONFIG, cli.split('train'),
+      cli.integer('examples', 3, 'Number of examples to show.'),
+      cli.switch(
+          'color', None, 'Colours; the default is whether this is a terminal.'))
 
 import sys
 from typing import Any

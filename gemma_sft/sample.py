@@ -12,9 +12,27 @@ their defaults are the run's `config.sampling`.
 from gemma_sft import cli
 
 if __name__ == '__main__':
-  cli.run('gemma_sft.sample', 'config', 'workdir', 'base', 'step', 'baseline',
-          'prompt', 'system', 'temperature', 'top_k', 'top_p',
-          'repetition_penalty', 'max_new_tokens', 'stop', 'seed')
+  cli.run(
+      'gemma_sft.sample', cli.CONFIG, cli.WORKDIR, cli.BASE, cli.STEP,
+      cli.words(
+          'baseline', [], 'One way of prompting: zero, few:4 (examples of the'
+          ' training split, drawn by the seed), or rag:4 (the nearest by'
+          ' BM25).'),
+      cli.texts(
+          'prompt', None, 'Prompt to answer; may be given several times.'
+          ' Without one an interactive chat begins.'),
+      cli.text('system', '', 'System text.'),
+      cli.real(
+          'temperature', None, '0 for greedy. The default of this and of the'
+          ' flags below is config.sampling of the run.'),
+      cli.integer('top_k', None, 'Keep the k likeliest tokens; 0 for all.'),
+      cli.real('top_p', None, 'Keep the likeliest tokens that make up p.'),
+      cli.real('repetition_penalty', None, '1 for none.'),
+      cli.integer('max_new_tokens', None, 'Longest answer.'),
+      cli.texts(
+          'stop', None, 'Text that ends an answer; may be given several'
+          ' times.'),
+      cli.integer('seed', None, 'Seed of the sampling.'))
 
 import sys
 from typing import Any

@@ -20,8 +20,22 @@ can listen, leave it out and forward the port with ssh -L instead.
 from gemma_sft import cli
 
 if __name__ == '__main__':
-  cli.run('gemma_sft.serve', 'mode', 'runs', 'split', 'report', 'out', 'config',
-          'workdir', 'base', 'step', 'host', 'port', split='test')
+  cli.run(
+      'gemma_sft.serve', cli.CONFIG, cli.WORKDIR, cli.BASE, cli.STEP,
+      cli.split('test'),
+      cli.choice(
+          'mode', None, ['rate', 'play'], 'rate: people compare the answers of'
+          ' --runs; play: a playground for the run of --workdir.'),
+      cli.words(
+          'runs', [], 'Two results to compare, separated by a comma: workdirs,'
+          ' W:base for the untouched model of W.'),
+      cli.switch(
+          'report', False, 'Print what people said of --runs, and stop.'),
+      cli.text('out', None, 'File of the ratings.'),
+      cli.text(
+          'host', '127.0.0.1', 'Address to serve on. Any other than this'
+          " machine's own needs the token in the address that is printed."),
+      cli.integer('port', 8000, 'Port to serve on; 0 takes any that is free.'))
 
 import contextlib
 import os

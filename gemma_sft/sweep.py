@@ -24,9 +24,37 @@ Options of all runs are overrides as in training: --config.train.steps=100.
 from gemma_sft import cli
 
 if __name__ == '__main__':
-  cli.run('gemma_sft.sweep', 'config', 'workdir', 'grid', 'seeds',
-          'baseline_cell', 'evaluate', 'parallel', 'shard', 'dry_run', 'search',
-          'trials', 'topology')
+  cli.run(
+      'gemma_sft.sweep', cli.CONFIG, cli.WORKDIR, cli.TOPOLOGY,
+      cli.text(
+          'grid', '', 'Factors and their values, every combination of which is'
+          ' a cell: lora.rank=4,8;train.epochs=1,5. The factor config is the'
+          ' argument of the config file. Default: what sweep() of that file'
+          ' returns.'),
+      cli.integer(
+          'seeds', 0, 'Runs of each cell, with config.seed and the numbers'
+          ' after it. Default: what sweep() of the config file returns, or 1.'),
+      cli.text(
+          'baseline_cell', '', 'Name of the cell that the others are compared'
+          ' with. Default: that of sweep(), or the first.'),
+      cli.choice(
+          'evaluate', 'auto', ['auto', 'test', 'validation', 'none'],
+          'Split that the best checkpoint of each run answers. auto: test if it'
+          ' is set, else validation; none: the validation scores of training'
+          ' count.'),
+      cli.integer(
+          'parallel', 1, 'Runs at a time, each on a GPU or TPU chip of its'
+          ' own.'),
+      cli.text(
+          'shard', '', 'i/n: this process takes every n-th run, from the i-th'
+          ' (0/2 and 1/2 on two hosts that share --workdir).'),
+      cli.switch('dry_run', False, 'List the runs and stop.'),
+      cli.text(
+          'search', '', 'Space to search instead of a grid: '
+          'optimizer.learning_rate=1e-5..1e-3:log;lora.rank=4,8,16.'),
+      cli.integer(
+          'trials', 20, 'Trials of --search, including those of earlier'
+          ' calls.'))
 
 import os
 from typing import Any

@@ -12,8 +12,13 @@ from gemma_sft import cli
 if __name__ == '__main__':
   # Before the heavy imports: `run` parses the flags, then imports this module
   # by its name and calls `main`.
-  cli.run('gemma_sft.train', 'config', 'workdir', 'dry_run',
-          'self_test')
+  cli.run(
+      'gemma_sft.train', cli.CONFIG, cli.WORKDIR,
+      cli.switch('dry_run', False, 'Audit the data, print the plan and stop.'),
+      cli.switch(
+          'self_test', False, 'Before training, compare the gradient of one'
+          ' batch as 1xB, Bx1, packed, padded and on one device; stop if they'
+          ' differ.'))
 
 import contextlib
 import functools

@@ -28,7 +28,11 @@ GUIDED = True
 AS_JSON = True
 INCLUDE = ['gemma_sft.cli', 'gemma_sft.config', 'gemma_sft.sweeping']
 
-_FLAGS = ('config', 'workdir', 'dry_run', 'limit', 'temperature', 'prompt')
+_DECLARED = (
+    cli.CONFIG, cli.WORKDIR, cli.switch('dry_run', False, ''),
+    cli.integer('limit', 0, ''), cli.real('temperature', None, ''),
+    cli.texts('prompt', None, ''))
+_FLAGS = tuple(flag.name for flag in _DECLARED)
 _TINY = str(pathlib.Path(tiny.__file__).resolve())
 _LEAVES = dict(config_lib.leaves(default.get_config()))
 
@@ -66,7 +70,7 @@ def _check_command(arguments):
   was_parsed = flags.FLAGS.is_parsed()
   sys.argv = ['fuzz', f'--config={_TINY}', *arguments]
   try:
-    values = cli._parse('gemma_sft.fuzz', _FLAGS, '', {})
+    values = cli._parse('gemma_sft.fuzz', _DECLARED)
     config = values['config']
     config_lib.validate(config)
     _check_config(config)
