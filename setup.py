@@ -84,8 +84,7 @@ setuptools.setup(
         'gemma_sft.evaluation': ['*.html'],
         'gemma_sft.serving': ['static/*'],
         'gemma_sft.sweeping': ['*.html'],
-        'gemma_sft.tasks.blop': ['*.js', '*.json'],
-        'gemma_sft.tasks.poetry': ['*.json', '*.txt'],
+        '': ['*.js', '*.json', '*.txt'],  # Of every folder in tasks/.
     },
     install_requires=REQUIREMENTS,
     extras_require={

@@ -263,7 +263,7 @@ def test_programs_that_look_for_the_host(monkeypatch, tmp_path):
             'module.exports = { Hi };', 'names': ['Hi']}
   start = time.monotonic()
   outcomes = run_js.run([
-      run_js.Pair(reference, {'js': _SHOWS.format(js), 'names': {}})
+      run_js.ProgramPair(reference, {'js': _SHOWS.format(js), 'names': {}})
       for js in _PROGRAMS.values()])
   # The cage's own limits are 4 and 10 s of a processor, for one program each.
   assert time.monotonic() - start < 60 * len(_PROGRAMS)

@@ -1,7 +1,7 @@
-"""File formats -> rows: (where, fields), one for each record.
+"""Reads file formats into rows: (where, fields), one for each record.
 
 A row that cannot be accepted has a `UserError` in place of its fields, so that
-`records.read` can show several at once.
+`records.read` can report several at once.
 """
 
 import collections
@@ -20,17 +20,17 @@ from typing import Any
 from gemma_sft import errors
 
 Row = tuple[str, dict[str, Any] | errors.UserError]
-# The names that mean the same in every source, see `records.validate`.
+# Field names with one meaning in every source; see `records.validate`.
 CANONICAL = ('prompt', 'completion', 'system', 'messages', 'text')
-# Looser than the headings that are accepted: a mistyped one would otherwise
-# become part of the content above it.
+# Matches more than the accepted headings, so that a mistyped one is reported
+# instead of becoming part of the content above it.
 HEADING = re.compile(
-    r'^(#[ \t]*(?:INPUT|OUTPUT)[ \t]*:?[ \t\r]*)$', re.IGNORECASE | re.MULTILINE
-)
+    r'^(#[ \t]*(?:INPUT|OUTPUT)[ \t]*:?[ \t\r]*)$',
+    re.IGNORECASE | re.MULTILINE)
 
 
 def bad_row(where: str, got: str, expected: str, fix: str) -> Row:
-  """Returns a row that says what is wrong with it."""
+  """Returns a row that holds a `UserError`."""
   return where, errors.UserError(f'{where}: {got}', expected, fix)
 
 
@@ -45,7 +45,7 @@ def read_text(path: str) -> str:
     fix = 'Remove the byte, or convert the file from UTF-16 if it is that.'
   except UnicodeDecodeError as error:
     at = error.start
-    # Accented letters are few among ASCII; Chinese text is mostly high bytes.
+    # European text has few high bytes, Chinese text has mostly high bytes.
     is_dense = sum(byte > 127 for byte in data) > len(data) / 4
     has_mark = data.startswith((b'\xff\xfe', b'\xfe\xff'))
     legacy = 'GB18030' if is_dense else 'WINDOWS-1252'
@@ -59,36 +59,35 @@ def read_text(path: str) -> str:
 
 
 def _read_pairs(path: str) -> Iterator[Row]:
-  expected = '# INPUT and # OUTPUT by turns, each alone on its line'
+  expected = '# INPUT and # OUTPUT in turns, each alone on its line'
   text = read_text(path).replace('\r\n', '\n')
   preamble, *parts = HEADING.split(text)
   if preamble.strip():
-    num_blank = preamble[: -len(preamble.lstrip())].count('\n')
-    where = f'{path}:{num_blank + 1}'
-    problem = 'text before the first heading'
-    yield bad_row(where, problem, expected, 'Put # INPUT above it.')
+    n_blank = preamble[:-len(preamble.lstrip())].count('\n')
+    yield bad_row(f'{path}:{n_blank + 1}', 'text before the first heading',
+                  expected, 'Put # INPUT above it.')
   line = preamble.count('\n') + 1
-  waiting: tuple[str, str] | None = None  # Place and text of an INPUT.
+  pending: tuple[str, str] | None = None  # Place and text of an INPUT.
   for heading, content in zip(parts[::2], parts[1::2], strict=True):
     where = f'{path}:{line}'
     line += content.count('\n')
     name = heading.strip('# \t:').upper()
     if heading.rstrip() != f'# {name}':
-      problem = f'{heading!r} is almost a heading'
-      fix = 'Correct it; content with such a line needs the format jsonl.'
-      yield bad_row(where, problem, expected, fix)
-    if name == 'OUTPUT' and waiting:
-      prompt, completion = waiting[1].strip('\n'), content.strip('\n')
-      yield waiting[0], {'prompt': prompt, 'completion': completion}
-      waiting = None
+      yield bad_row(
+          where, f'{heading!r} is almost a heading', expected,
+          'Correct it; content with such a line needs the format jsonl.')
+    if name == 'OUTPUT' and pending:
+      prompt, completion = pending[1].strip('\n'), content.strip('\n')
+      yield pending[0], {'prompt': prompt, 'completion': completion}
+      pending = None
     elif name == 'OUTPUT':
       yield bad_row(where, 'no # INPUT before it', expected, 'Add it.')
     else:
-      if waiting:
-        yield bad_row(waiting[0], 'no # OUTPUT after it', expected, 'Add it.')
-      waiting = where, content
-  if waiting:
-    yield bad_row(waiting[0], 'no # OUTPUT after it', expected, 'Add it.')
+      if pending:
+        yield bad_row(pending[0], 'no # OUTPUT after it', expected, 'Add it.')
+      pending = where, content
+  if pending:
+    yield bad_row(pending[0], 'no # OUTPUT after it', expected, 'Add it.')
 
 
 def _read_paragraphs(path: str) -> Iterator[Row]:
@@ -101,10 +100,10 @@ def _read_paragraphs(path: str) -> Iterator[Row]:
 
 def _read_csv(path: str, delimiter: str = ',') -> Iterator[Row]:
   text = read_text(path)
-  # The default of 128 KiB would refuse a long document.
+  # The default limit of 128 KiB would refuse a long document.
   csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-  lines = io.StringIO(text, newline='')
-  reader = csv.reader(lines, delimiter=delimiter, strict=True)
+  reader = csv.reader(
+      io.StringIO(text, newline=''), delimiter=delimiter, strict=True)
   header: list[str] = []
   start = 1
   try:
@@ -118,19 +117,20 @@ def _read_csv(path: str, delimiter: str = ',') -> Iterator[Row]:
       elif len(cells) == len(header):
         yield where, dict(zip(header, cells, strict=True))
       elif cells:  # A blank line has none.
-        got, expected = f'{len(cells)} cells', f'{len(header)}, as the header'
-        fix = f'Put quotes around cells that contain {delimiter!r}.'
-        yield bad_row(where, got, expected, fix)
+        yield bad_row(
+            where, f'{len(cells)} cells', f'{len(header)}, as in the header',
+            f'Put quotes around cells that contain {delimiter!r}.')
   except csv.Error as error:
-    expected = 'quoted cells with the quotes inside them doubled'
-    fix = 'Close or double the quote in the row that starts there.'
-    yield bad_row(f'{path}:{start}', str(error), expected, fix)
+    yield bad_row(
+        f'{path}:{start}', str(error),
+        'quoted cells with the quotes inside them doubled',
+        'Close or double the quote in the row that starts there.')
 
 
 def _repeated(names: Iterable[str]) -> str:
   counts = collections.Counter(names).items()
   repeated = ', '.join(repr(name) for name, count in counts if count > 1)
-  return f'the name {repeated} is there more than once' if repeated else ''
+  return f'the name {repeated} appears more than once' if repeated else ''
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -148,19 +148,19 @@ def _json_row(text: str | bytes, where: str) -> Row:
   except ValueError as error:  # A repeated name, or bytes that are not UTF-8.
     problem = str(error)
   except RecursionError:
-    problem = 'brackets within brackets too deep'
+    problem = 'brackets are nested too deeply'
   return bad_row(where, problem, 'one JSON object', 'Correct the record.')
 
 
 def _object_row(value: Any, where: str) -> Row:
   if isinstance(value, dict):
     return where, value
-  problem, fix = f'{value!r:.40}', 'Give its values names.'
-  return bad_row(where, problem, 'one JSON object', fix)
+  return bad_row(
+      where, f'{value!r:.40}', 'one JSON object', 'Give its values names.')
 
 
 def _read_jsonl(path: str) -> Iterator[Row]:
-  # Not splitlines: JSON strings may hold U+2028 and its like.
+  # Not splitlines, because JSON strings may contain U+2028 and the like.
   for number, line in enumerate(read_text(path).split('\n'), 1):
     if line.strip():
       yield _json_row(line, f'{path}:{number}')
@@ -180,11 +180,10 @@ def _read_json(path: str) -> Iterator[Row]:
     yield bad_row(path, str(error), 'different names', 'Keep one of them.')
     return
   except RecursionError:
-    problem = 'brackets within brackets too deep'
-    yield bad_row(path, problem, expected, fix)
+    yield bad_row(path, 'brackets are nested too deeply', expected, fix)
     return
   if isinstance(value, dict) and not value.keys().isdisjoint(CANONICAL):
-    # Its list would be its turns, and what stands beside it would be lost.
+    # Its list holds the turns of one conversation, not records.
     yield bad_row(path, 'one record', expected, 'Put brackets around it.')
     return
   if isinstance(value, dict):
@@ -201,7 +200,7 @@ def _read_parquet(path: str, split: str) -> Iterator[Row]:
   del split
   from pyarrow import parquet
 
-  # Not read_table: it adds a column for a folder named like 'lang=de'.
+  # Not read_table, which adds a column for a folder named like 'lang=de'.
   table = parquet.ParquetFile(path).read()
   if repeated := _repeated(table.column_names):
     raise ValueError(repeated)
@@ -224,14 +223,12 @@ def _read_tfds(source: str, split: str) -> Iterator[Row]:
   if os.path.isdir(name):
     builder = tfds.builder_from_directory(name)
   else:
-    # Unlike tfds.builder, this never downloads or builds anything.
+    # Unlike tfds.builder, this never downloads or prepares a data set.
     builder = tfds.core.read_only_builder.builder_from_files(name)
   for i, fields in enumerate(builder.as_data_source(split=split)):
-    # Text comes as bytes, everything else as NumPy values.
-    text = json.dumps(
-        fields,
-        default=lambda v: v.decode() if isinstance(v, bytes) else v.tolist(),
-    )
+    # TFDS returns text as bytes and everything else as NumPy values.
+    text = json.dumps(fields, default=lambda v: (
+        v.decode() if isinstance(v, bytes) else v.tolist()))
     yield f'tfds {builder.name}:{split}[{i}]', json.loads(text)
 
 
@@ -239,33 +236,32 @@ def _read_hub(source: str, split: str) -> Iterator[Row]:
   import datasets
 
   name = source.removeprefix('hub:')
-  # Data alone (the library runs no code of data sets since 4.0), and what was
-  # read goes into the run's record by its hash.
+  # Since 4.0 the library runs no code of data sets, and the run records the
+  # hash of what was read.
   rows = datasets.load_dataset(name, split=split)  # nosec B615
   for i, fields in enumerate(rows):
     yield f'hub:{name}:{split}[{i}]', fields
 
 
 def read_with_library(kind: str, source: str, split: str) -> list[Row]:
-  """Reads a binary source, with the library's complaints as user errors."""
+  """Reads a binary source; turns the library's errors into user errors."""
   reader, package = LIBRARY_READERS[kind]
   try:
     return list(reader(source, split))
   except ModuleNotFoundError as error:
     raise errors.UserError(
         f'{source}: cannot be read without the module {error.name!r}',
-        f'what reads {kind} to be installed',
-        f"pip install '{package}'; if it is there, pip install {error.name}",
-    ) from error
-  # Of Arrow's errors some are KeyErrors, TypeErrors or IndexErrors.
+        f'the library that reads {kind}',
+        f"pip install '{package}'; if that is installed, pip install"
+        f' {error.name}') from error
+  # Some of Arrow's errors are KeyErrors, TypeErrors or IndexErrors.
   except (ValueError, OSError, RuntimeError, LookupError, TypeError,
           MemoryError) as error:
     raise errors.UserError(
         f'{source}: {error}',
         f'{kind} that its library can read, with text as UTF-8',
         f'Check the path and the split {split!r}, or write the data again '
-        '(TFDS: with file_format=array_record).',
-    ) from error
+        '(TFDS: with file_format=array_record).') from error
 
 
 TEXT_READERS = {
@@ -276,7 +272,7 @@ TEXT_READERS = {
     'jsonl': _read_jsonl,
     'text': _read_paragraphs,
 }
-# With what brings the library.
+# {format: (reader, what to install for it)}.
 LIBRARY_READERS = {
     'parquet': (_read_parquet, 'pyarrow'),
     'array_record': (_read_array_record, 'grain'),

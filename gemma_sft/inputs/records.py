@@ -1,4 +1,4 @@
-"""Files of examples -> validated raw records."""
+"""Reads files of examples into validated records."""
 
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -19,28 +19,24 @@ from gemma_sft.inputs import readers
 CANONICAL = readers.CANONICAL
 
 _MAX_SHOWN = 5
-_SHAPES = (
-    {'prompt', 'completion'},
-    {'system', 'prompt', 'completion'},
-    {'messages'},
-    {'text'},
-)
+_SHAPES = ({'prompt', 'completion'}, {'system', 'prompt', 'completion'},
+           {'messages'}, {'text'})
 _EXPECTED_SHAPE = (
     "exactly one of 'prompt' with 'completion' (and 'system' if wanted), "
-    "'messages', or 'text'"
-)
+    "'messages', or 'text'")
 _EXPECTED_MESSAGES = (
-    "a list of {'role', 'content'}: one system turn first if wanted, then user "
-    'and model (or assistant) by turns, the last one model'
-)
+    "a list of {'role', 'content'}: an optional system turn first, then user"
+    ' and model (or assistant) in turns, ending with model')
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """One example as its source has it.
+  """One example as it is in its source.
 
   `fields` holds strings and, under 'messages', a list of {'role', 'content'};
-  what is not in `CANONICAL` keeps the type that the source gave it. `where` is
-  'train.txt:12' (the line where the record starts), 'train.json[3]' (counted
-  from 0), 'tfds name:split[5]' or 'hub:org/name:split[5]'.
+  fields that are not in `CANONICAL` keep the type that they have in the source.
+  `where` is 'train.txt:12' (the line where the record starts), 'train.json[3]'
+  (counted from 0), 'tfds name:split[5]' or 'hub:org/name:split[5]'.
   """
 
   fields: dict[str, Any]
@@ -57,27 +53,26 @@ def read(
 ) -> list[Record]:
   """Reads all records of a source, in its order, and validates them.
 
-  A source without any field of `CANONICAL` is left to the task to interpret:
-  only its characters are checked. Otherwise see `validate`.
+  If no record has a field of `CANONICAL`, the task interprets the fields, and
+  only their characters are checked here; otherwise see `validate`.
 
   Args:
     source: A file, a glob pattern (all its files, sorted by name), a directory
       prepared by TFDS, 'tfds:name' or 'hub:org/name'.
     format: One of `readers.FORMATS`, or 'auto': by the prefix or file ending.
-    columns: New name -> the source's name, for fields to rename.
+    columns: {new name: the source's name} of the fields to rename.
     split: The split of a TFDS or hub data set; a file is one split already.
-    validated: False checks the characters alone: what is missing or blank is
-      the caller's to mend (`curate`).
+    validated: If False, only characters are checked, because the caller
+      (`curate`) repairs what is missing or blank.
 
   Raises:
-    UserError: With up to five bad records, each with its place.
+    UserError: naming up to five bad records and their places.
   """
   if format not in ('auto', *readers.FORMATS):
     raise errors.UserError(
         f'unknown data format {format!r}',
         f'auto or one of {", ".join(readers.FORMATS)}',
-        f'{errors.nearest(format, readers.FORMATS)}Correct the format.',
-    )
+        f'{errors.nearest(format, readers.FORMATS)}Correct the format.')
   rows: list[readers.Row] = []
   for path in paths(source, format):
     kind = _guess_format(path) if format == 'auto' else format
@@ -87,13 +82,11 @@ def read(
       rows += readers.TEXT_READERS[kind](path)
   if not rows:
     raise errors.UserError(
-        f'no records in {source}', 'at least one', 'Add records to it.'
-    )
+        f'no records in {source}', 'at least one', 'Add records to it.')
   rows = _rename(rows, columns or {}, source)
   is_canonical = validated and any(
       isinstance(fields, dict) and not fields.keys().isdisjoint(CANONICAL)
-      for _, fields in rows
-  )
+      for _, fields in rows)
   records, bad = [], []
   for where, fields in rows:
     try:
@@ -110,10 +103,10 @@ def read(
 
 
 def keep_fields(record: Record, names: Iterable[str]) -> Record:
-  """Returns the record with these fields alone.
+  """Returns the record with only these fields.
 
   Raises:
-    UserError: if it lacks one.
+    UserError: if the record lacks one of them.
   """
   known = list(record.fields)
   for name in names:
@@ -121,40 +114,33 @@ def keep_fields(record: Record, names: Iterable[str]) -> Record:
       raise errors.UserError(
           f'{record.where}: no field {name!r}',
           f'one of {", ".join(map(repr, known))}',
-          f'{errors.nearest(name, known)}Correct config.data.fields.',
-      )
+          f'{errors.nearest(name, known)}Correct config.data.fields.')
   return Record({name: record.fields[name] for name in names}, record.where)
 
 
 def validate(record: Record) -> Record:
-  """Returns the record in canonical form: its text as strings, no null fields.
+  """Returns the record in canonical form: text as strings, no null fields.
 
-  The fields hold exactly one of `prompt` with `completion` (and perhaps
+  The fields must hold exactly one of `prompt` with `completion` (and possibly
   `system`, dropped if blank), `messages`, or `text`. Numbers become strings,
-  the role assistant becomes model. Other fields stay as they are.
+  and the role assistant becomes model. Other fields stay as they are.
 
   Raises:
-    UserError: Other fields than these, blank text, or messages out of order.
+    UserError: for another set of fields, blank text, or messages out of order.
   """
-  fields = {
-      name: value
-      for name, value in record.fields.items()
-      if value is not None or name not in CANONICAL
-  }
-  # A table has a cell for it in every row; a blank one means no system turn.
+  fields = {name: value for name, value in record.fields.items()
+            if value is not None or name not in CANONICAL}
+  # A table has a system cell in every row; a blank one means no system turn.
   if isinstance(fields.get('system'), str) and not fields['system'].strip():
     del fields['system']
   present = fields.keys() & set(CANONICAL)
   if present not in _SHAPES:
     found = ', '.join(
         repr(name) if name in fields else f'{name!r} (null)'
-        for name in record.fields
-    )
+        for name in record.fields)
     raise errors.UserError(
-        f'{record.where}: the fields are {found or "none"}',
-        _EXPECTED_SHAPE,
-        "Complete the record, or rename its fields with 'columns'.",
-    )
+        f'{record.where}: the fields are {found or "none"}', _EXPECTED_SHAPE,
+        "Complete the record, or rename its fields with 'columns'.")
   for name in present:
     check = _check_messages if name == 'messages' else _check_text
     fields[name] = check(fields[name], f'{record.where}: {name}')
@@ -165,9 +151,9 @@ def content_hash(
     records: Iterable[Record], files: Iterable[str] = ()) -> str:
   """Returns the SHA-256 (hex) of the records' fields, in record order.
 
-  Neither the place of a record nor the order of its fields changes it, so the
-  same records in another format have the same hash. The content of `files`
-  follows; see `splits.data_hash`.
+  It does not depend on the places of records or the order of their fields, so
+  the same records in another format have the same hash. The content of `files`
+  is hashed after the records; see `splits.data_hash`.
   """
   digest = hashlib.sha256()
   for record in records:
@@ -180,7 +166,7 @@ def content_hash(
 
 
 def _merge(bad: list[errors.UserError]) -> errors.UserError:
-  """Returns one error that shows the first few."""
+  """Returns one error that shows the first few bad records."""
   shown = bad[:_MAX_SHOWN]
   got = [error.got for error in shown]
   if len(bad) > len(shown):
@@ -188,8 +174,7 @@ def _merge(bad: list[errors.UserError]) -> errors.UserError:
   return errors.UserError(
       '\n'.join(got),
       '; '.join(dict.fromkeys(error.expected for error in shown)),
-      ' '.join(dict.fromkeys(error.fix for error in shown)),
-  )
+      ' '.join(dict.fromkeys(error.fix for error in shown)))
 
 
 def paths(source: str, format: str) -> list[str]:
@@ -206,8 +191,7 @@ def paths(source: str, format: str) -> list[str]:
   raise errors.UserError(
       f'{source} does not exist',
       'a file, a glob pattern, tfds:name or hub:org/name',
-      f'{hint}Correct the path.',
-  )
+      f'{hint}Correct the path.')
 
 
 def _guess_format(path: str) -> str:
@@ -224,8 +208,7 @@ def _guess_format(path: str) -> str:
     raise errors.UserError(
         f'{path} is a directory without dataset_info.json',
         'a file, a glob pattern or a directory prepared by TFDS',
-        f'Name what to read in it: {", ".join(found) or f"{path}/*.jsonl"}.',
-    )
+        f'Name what to read in it: {", ".join(found) or f"{path}/*.jsonl"}.')
   if '.array_record' in os.path.basename(path):
     return 'array_record'
   ending = os.path.splitext(path)[1].lower().removeprefix('.')
@@ -237,15 +220,14 @@ def _guess_format(path: str) -> str:
         f'{path}: unknown file ending {ending!r}',
         'txt, csv, tsv, json, jsonl, parquet or array_record',
         'Rename the file, or set its format: one of '
-        f'{", ".join(readers.FORMATS)}.',
-    )
+        f'{", ".join(readers.FORMATS)}.')
   return ending
 
 
 def _rename(
     rows: list[readers.Row], columns: Mapping[str, str], source: str
 ) -> list[readers.Row]:
-  """Applies `columns` (new name -> the source's name) to every record."""
+  """Applies `columns` ({new name: the source's name}) to every record."""
   good = [fields for _, fields in rows if isinstance(fields, dict)]
   known = list(dict.fromkeys(itertools.chain.from_iterable(good)))
   for new, old in columns.items():
@@ -253,37 +235,31 @@ def _rename(
       raise errors.UserError(
           f'columns: {source} has no column {old!r} (for {new!r})',
           f'one of {", ".join(map(repr, known))}',
-          f'{errors.nearest(old, known)}Correct the name.',
-      )
+          f'{errors.nearest(old, known)}Correct the name.')
     if new in known and new not in columns.values():
       raise errors.UserError(
           f'columns: {old!r} would replace the {new!r} that {source} has',
-          'a name that is free',
-          f'Give the old {new!r} another name in columns as well.',
-      )
+          'a name that is not in use',
+          f'Rename the old {new!r} in columns as well.')
 
   def rename(fields: dict[str, Any]) -> dict[str, Any]:
     kept = {k: v for k, v in fields.items() if k not in columns.values()}
     return kept | {k: fields[v] for k, v in columns.items() if v in fields}
 
-  return [
-      (where, rename(fields) if isinstance(fields, dict) else fields)
-      for where, fields in rows
-  ]
+  return [(where, rename(fields) if isinstance(fields, dict) else fields)
+          for where, fields in rows]
 
 
 def _check_characters(record: Record) -> None:
-  """Refuses what no tokenizer takes and JSON can bring in as an escape."""
+  """Refuses characters that JSON can escape and no tokenizer accepts."""
   for name, value in record.fields.items():
     text = json.dumps([name, value], ensure_ascii=False, default=str)
-    # Without escaped backslashes only a real NUL still reads as \\u0000.
+    # With escaped backslashes removed, only a real NUL reads as \\u0000.
     text = text.replace('\\\\', '')
     if '\\u0000' in text or re.search('[\ud800-\udfff]', text):
       raise errors.UserError(
           f'{record.where}: {name} has a NUL or an unpaired surrogate',
-          'text that UTF-8 can carry',
-          'Remove the character.',
-      )
+          'text that UTF-8 can encode', 'Remove the character.')
 
 
 def _check_text(value: Any, what: str) -> str:
@@ -293,16 +269,15 @@ def _check_text(value: Any, what: str) -> str:
     return value
   raise errors.UserError(
       f'{what} is {"empty" if isinstance(value, str) else repr(value)[:40]}',
-      'text',
-      'Fill it in, or remove the record.',
-  )
+      'text', 'Fill it in, or remove the record.')
 
 
 def _check_messages(value: Any, what: str) -> list[dict[str, str]]:
-  """Returns the turns with role and content only, assistant called model."""
+  """Returns the turns with only role and content, assistant named model."""
 
   def error(got: str) -> errors.UserError:
-    return errors.UserError(got, _EXPECTED_MESSAGES, 'Mend the conversation.')
+    return errors.UserError(
+        got, _EXPECTED_MESSAGES, 'Correct the conversation.')
 
   if not isinstance(value, list):
     raise error(f'{what} is {value!r:.40}')
@@ -312,7 +287,7 @@ def _check_messages(value: Any, what: str) -> list[dict[str, str]]:
     place = f'{what}[{i}]'
     if not isinstance(message, dict):
       raise error(f'{place} is {message!r:.40}')
-    # Tables of many sources carry null for the keys that a turn lacks.
+    # Tables often have null for the keys that a turn lacks.
     keys = [key for key, item in message.items() if item is not None]
     if sorted(keys) != ['content', 'role']:
       raise error(f'{place} has {", ".join(map(repr, keys)) or "nothing"}')

@@ -1,40 +1,43 @@
-"""One folder a domain: how a record becomes messages, how an answer is judged.
+"""One folder per domain: how a record becomes messages, how answers are judged.
 
-A task is the module `task` of a folder here, with
+A new domain is a folder here, a config in `configs/` and a folder in `data/`.
+The folder's module `task` has
 
     HEADLINE: str
         The metric of `judge` that says in one number how good answers are.
     LOWER_IS_BETTER: frozenset[str]
-        Metrics that are better when lower; all others when higher.
+        The metrics that are better when lower; all others are better when
+        higher.
     to_messages(record) -> Sequence[chat.Message] | str
-        A conversation that ends with the model's answer, or plain text. The
-        one place that words the prompt: training, judging, few-shot examples,
-        `sample` and the web page all come here.
+        A conversation that ends with the model's answer, or plain text. Only
+        this function words the prompt: training, judging, few-shot examples,
+        `sample` and the web page all call it.
     judge(records, completions, training=()) -> Judged
-        Scores answers to the records' prompts. `training` are the records that
-        the model was tuned on, for what it may have copied from them.
+        Scores answers to the prompts of the records. `training` are the records
+        that the model was tuned on; the judge may look for copies of them.
     check_answers(records) -> list[str]
-        What is wrong with the training answers themselves, a line each. Only
-        reported: the run goes on.
+        One line for each mistake in the training answers themselves. They are
+        only reported: the run continues.
     FIELDS: tuple[str, ...]
-        What a person fills in for a prompt, as the web page's form asks for it:
-        `to_messages` of a record of these alone words it, with '' as the
-        answer. The first is needed, the others may be left out.
+        The fields of the form on the web page. `to_messages` of a record with
+        only these fields words the prompt and returns '' as the answer. The
+        first field is required, the others are optional.
     to_form(record) -> dict[str, str]
-        Those fields of a record of the data, as a person would fill them in;
-        without what it has none of.
+        The fields of the form filled in from a record of the data; fields that
+        the record has no value for are left out.
 
-and, where records name files that prompts or verdicts depend on (databases),
+and, where a domain needs them,
 
     referenced_files(records) -> list[str]
-        Their paths, each once: their content is part of the data's hash.
-
-and, where a domain has questions about itself (Blop: "What is Blop?"),
-
+        Paths of the files that records only name and that prompts or verdicts
+        depend on (databases), each once. Their content is part of the data's
+        hash.
     judge_prompts(prompts, completions) -> Judged
-        Scores answers to `config.eval.prompts`.
+        Scores answers to `config.eval.prompts`, questions about the domain
+        itself ("What is Blop?").
 """
 
+from collections.abc import Sequence
 import dataclasses
 import importlib
 import pkgutil
@@ -42,6 +45,7 @@ import types
 from typing import Any
 
 from gemma_sft import errors
+from gemma_sft.inputs import records as records_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +53,14 @@ class Judged:
   """A judge's verdict on a list of answers.
 
   Attributes:
-    metrics: Totals, such as {'strict': 0.6, 'n': 48}, all but `n` from 0 to 1.
-      One that is the mean of a value of its name over the rows that have it
-      gets a confidence interval. Empty if the judge could not work.
-    rows: One dict an answer, in order: what to show of it. A row that an
-      aggregate leaves out (a question about Blop among requests for code) lacks
-      its key.
-    free_rows: The same for `judge_prompts`.
+    metrics: Totals such as {'strict': 0.6, 'n': 48}; all but `n` are between 0
+      and 1. A total that is the mean of the rows' values of the same name gets
+      a confidence interval. Empty if the judge could not work.
+    rows: One dict per answer, in order, with what to show of it. A row that a
+      total leaves out (a question about Blop among requests for code) lacks
+      the total's key.
     note: Why the judge could not work, or what it left out; '' otherwise.
+    free_rows: The rows of `judge_prompts`.
   """
 
   metrics: dict[str, float]
@@ -65,13 +69,35 @@ class Judged:
   free_rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
+def means(
+    rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, float]:
+  """Returns the mean of each named value over the rows that have it."""
+  values = {name: [row[name] for row in rows if name in row] for name in names}
+  return {name: sum(v) / len(v) for name, v in values.items() if v}
+
+
+def wrong_columns(
+    record: records_lib.Record, expected: str, columns: str
+) -> errors.UserError:
+  """Returns the error for a record that lacks the columns of its task.
+
+  Args:
+    record: The record.
+    expected: The columns that the task reads.
+    columns: An example for `config.data.columns`, such as 'text=poem'.
+  """
+  return errors.UserError(
+      f'{record.where}: columns {", ".join(record.fields)}', expected,
+      f"name your columns: --config.data.columns='{columns}'")
+
+
 def names() -> list[str]:
-  """Returns the names of the tasks, which are folders here."""
+  """Returns the names of the tasks, which are the folders here."""
   return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.ispkg)
 
 
 def load(name: str) -> types.ModuleType:
-  """Returns a task by the name of its folder.
+  """Returns the module `task` of a folder.
 
   Raises:
     UserError: naming the nearest task.

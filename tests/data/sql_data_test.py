@@ -1,24 +1,19 @@
-"""The questions in data/sql: they run, are unambiguous, and in one style."""
+"""The questions in data/sql: queries run, have one answer, and share a style.
+"""
 
 import collections
 import contextlib
-import os
 import re
-import subprocess
-import sys
 
-import conftest
 import pytest
+import reading
 import sqlglot
 from sqlglot import exp
 
-from gemma_sft.inputs import records
 from gemma_sft.tasks.sql import task
 from gemma_sft.tasks.sql import text
 
-_FOLDER = conftest.ROOT / 'data' / 'sql'
-_SPLITS = ('train', 'validation', 'test')
-_RECORDS = {s: records.read(str(_FOLDER / f'{s}.jsonl')) for s in _SPLITS}
+_RECORDS = reading.read('sql', '.jsonl')
 _ALL = [r for split in _RECORDS.values() for r in split]
 _DATABASES = sorted({r.fields['db_id'] for r in _ALL})
 
@@ -32,9 +27,9 @@ def _tables(connection):
       "SELECT name FROM sqlite_master WHERE type = 'table'")]
 
 
-@pytest.mark.parametrize('split', _SPLITS)
+@pytest.mark.parametrize('split', _RECORDS)
 def test_every_query_is_its_own_answer(split):
-  # None is empty, so all are counted.
+  # No result is empty, so every query is counted.
   rows = _RECORDS[split]
   judged = task.judge(rows, [r.fields['query'] for r in rows])
   assert judged.note == ''
@@ -48,7 +43,7 @@ def test_sizes():
   assert len(_ALL) >= 420 and len(_DATABASES) == 8
   for split, least in (('train', 300), ('validation', 45), ('test', 90)):
     assert len(_RECORDS[split]) >= least, split
-    # A rate by hardness needs some of each.
+    # A rate by hardness needs a few of each.
     counts = collections.Counter(
         text.hardness(r.fields['query']) for r in _RECORDS[split])
     for level in text.HARDNESS:
@@ -70,8 +65,8 @@ def test_databases(name):
     for table in tables:
       n, = connection.execute(f'SELECT count(*) FROM {table}').fetchone()
       assert 5 <= n <= 60, table
-      # References point at rows (foreign_key_check is a PRAGMA that the
-      # connection does not allow).
+      # Foreign keys point at rows (the connection does not allow the PRAGMA
+      # foreign_key_check).
       for _, _, other, here, there, *_ in connection.execute(
           f'PRAGMA foreign_key_list({table})').fetchall():
         lost = connection.execute(
@@ -85,8 +80,8 @@ def test_databases(name):
 
 
 def test_order_and_limit_leave_no_choice():
-  # With equal sort keys SQLite may give either row, and a right answer might be
-  # called wrong.
+  # With equal sort keys SQLite may return either row, and the judge might call
+  # a right answer wrong.
   for record in _ALL:
     tree = sqlglot.parse_one(record.fields['query'], read='sqlite')
     order, limit = tree.args.get('order'), tree.args.get('limit')
@@ -111,7 +106,7 @@ def test_order_and_limit_leave_no_choice():
 
 
 def test_no_question_and_no_query_stands_twice():
-  # The same question may be asked of two databases.
+  # Two databases may have the same question.
   for field in ('question', 'query'):
     counts = collections.Counter(
         (r.fields['db_id'], r.fields[field].lower()) for r in _ALL)
@@ -119,7 +114,7 @@ def test_no_question_and_no_query_stands_twice():
 
 
 def test_house_style():
-  # One style throughout: a small model learns from consistency.
+  # A small model learns from a consistent style.
   keywords = re.compile(
       r'\b(select|from|where|group by|order by|having|limit|join|on|as|and|or'
       r'|not|in|like|between|is|null|distinct|union|intersect|except|desc)\b')
@@ -140,18 +135,3 @@ def test_house_style():
         assert aliases == [f'T{i + 1}' for i in range(len(tables))]
       else:
         assert aliases == [''], record.where
-
-
-def test_tfds_data_set_is_judged_by_execution(tmp_path):
-  subprocess.run(
-      [sys.executable, str(_FOLDER / 'sql_dataset_builder.py'),
-       f'--out={tmp_path}'],
-      check=True, capture_output=True, cwd=conftest.ROOT,
-      env={**os.environ, 'PYTHONPATH': str(conftest.ROOT)})
-  for split, originals in _RECORDS.items():
-    read = records.read(str(tmp_path / 'sql' / '1.0.0'), split=split)
-    wanted = {r.fields['question']: task.to_messages(r) for r in originals}
-    assert {r.fields['question']: task.to_messages(r) for r in read} == wanted
-    # No folder lies beside the records now: the databases came with them.
-    judged = task.judge(read, [r.fields['query'] for r in read])
-    assert judged.metrics['execution'] == 1 and not judged.note

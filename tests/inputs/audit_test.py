@@ -194,5 +194,5 @@ def test_vowel_signs_tell_prompts_apart(one, other):
   assert audit.normalise(one) != audit.normalise(other)
 
 
-def test_prompts_of_signs_alone_are_told_apart():
+def test_prompts_of_signs_only_differ():
   audit.check_leakage({'train': [('🦊🍇', 'a')], 'test': [('☕ -> ?', 'b')]})

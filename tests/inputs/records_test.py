@@ -17,7 +17,6 @@ from gemma_sft import errors
 from gemma_sft.inputs import records
 
 _ROOT = pathlib.Path(records.__file__).parents[2]
-_BUILDER = _ROOT / 'data' / 'blop' / 'blop_dataset_builder.py'
 _PAIR = {'prompt': 'p', 'completion': 'c'}
 
 
@@ -47,8 +46,7 @@ def _error(source, **kwargs):
 
 def _needs(module):
   return pytest.mark.skipif(
-      importlib.util.find_spec(module) is None, reason=f'needs {module}'
-  )
+      importlib.util.find_spec(module) is None, reason=f'needs {module}')
 
 
 # --- formats
@@ -59,12 +57,10 @@ def test_pairs_keep_inner_blank_lines_and_indentation(tmp_path):
       tmp_path,
       'train.txt',
       '\n# INPUT\nfirst\n\nline \n\n# OUTPUT\n\n  def f() {\n\n  }\n\n'
-      '# INPUT\nsecond\n# OUTPUT \n# a comment\n',
-  )
+      '# INPUT\nsecond\n# OUTPUT \n# a comment\n')
   assert _fields(path) == [
       {'prompt': 'first\n\nline ', 'completion': '  def f() {\n\n  }'},
-      {'prompt': 'second', 'completion': '# a comment'},
-  ]
+      {'prompt': 'second', 'completion': '# a comment'}]
   assert _places(path) == ['FILE:2', 'FILE:13']
 
 
@@ -85,8 +81,7 @@ def test_csv_counts_lines_not_rows(tmp_path):
   path = _write(tmp_path, 'a.csv', content)
   assert _fields(path) == [
       {'prompt': 'a\nb', 'completion': 'say "x"', 'n': '1'},
-      {'prompt': 'c', 'completion': 'd,e', 'n': '2'},
-  ]
+      {'prompt': 'c', 'completion': 'd,e', 'n': '2'}]
   assert _places(path) == ['FILE:2', 'FILE:5']
 
 
@@ -127,14 +122,10 @@ def test_parquet_adds_no_column_from_the_folder_name(tmp_path):
   path = str(folder / 'a.parquet')
   conversation = [
       {'role': 'user', 'content': 'u', 'name': None},
-      {'role': 'assistant', 'content': 'm', 'name': None},
-  ]
+      {'role': 'assistant', 'content': 'm', 'name': None}]
   table = pyarrow.Table.from_pylist([{'messages': conversation, 'text': None}])
   parquet.write_table(table, path)
-  turns = [
-      {'role': 'user', 'content': 'u'},
-      {'role': 'model', 'content': 'm'},
-  ]
+  turns = [{'role': 'user', 'content': 'u'}, {'role': 'model', 'content': 'm'}]
   assert _fields(path) == [{'messages': turns}]
   assert _places(path) == ['FILE[0]']
 
@@ -153,49 +144,6 @@ def test_array_record_of_json(tmp_path):
   assert '[0]' not in error.got
 
 
-@_needs('tensorflow_datasets')
-def test_tfds_round_trip_never_imports_tensorflow(tmp_path):
-  source, out = tmp_path / 'source', tmp_path / 'out'
-  source.mkdir()
-  for split in ('train', 'validation', 'test'):
-    text = f'# INPUT\n{split} ü\n# OUTPUT\na\n\nb\n'
-    _write(source, f'{split}.txt', text)
-  code = f"""
-import json, runpy, sys
-from gemma_sft.inputs import records
-sys.argv = ['builder', {f'--source={source}'!r}, {f'--out={out}'!r}]
-runpy.run_path({str(_BUILDER)!r}, run_name='__main__')
-found = records.read({str(out / 'blop' / '1.0.0')!r}, split='test')
-assert 'tensorflow_datasets' in sys.modules
-assert 'tensorflow' not in sys.modules
-print('FOUND' + json.dumps([[r.where, r.fields] for r in found]))
-"""
-  environment = {**os.environ, 'PYTHONPATH': str(_ROOT)}
-
-  def prepare_and_read():
-    done = subprocess.run(
-        [sys.executable, '-c', code],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.partition('FOUND')[2])
-
-  fields = {'prompt': 'test ü', 'completion': 'a\n\nb', 'id': 'test.txt:1'}
-  assert prepare_and_read() == [['tfds blop:test[0]', fields]]
-  # A second preparation must not keep what the first has written.
-  _write(source, 'test.txt', '# INPUT\nnew\n# OUTPUT\nc\n')
-  assert prepare_and_read()[0][1]['prompt'] == 'new'
-
-  error = _error(str(out / 'blop' / '1.0.0'), split='tset')
-  assert "Unknown split 'tset'" in error.got and "'test'" in error.got
-  error = _error(str(out / 'blop'))
-  assert 'without dataset_info.json' in error.got
-  assert f'{out / "blop"}/1.0.0' in error.fix
-
-
 def test_hub_goes_through_the_datasets_library(monkeypatch):
   def load_dataset(name, split):
     assert (name, split) == ('org/name', 'test')
@@ -208,18 +156,13 @@ def test_hub_goes_through_the_datasets_library(monkeypatch):
   assert records.read('org/name', format='hub', split='test') == [record]
 
 
-@pytest.mark.parametrize(
-    ('module', 'name', 'package'),
-    [
-        ('datasets', 'hub:org/name', 'gemma_sft[hub]'),
-        ('pyarrow', 'a.parquet', 'pyarrow'),
-        ('grain', 'a.array_record', 'grain'),
-        ('tensorflow_datasets', 'tfds:name', 'tensorflow-datasets'),
-    ],
-)
+@pytest.mark.parametrize(('module', 'name', 'package'), [
+    ('datasets', 'hub:org/name', 'gemma_sft[hub]'),
+    ('pyarrow', 'a.parquet', 'pyarrow'),
+    ('grain', 'a.array_record', 'grain'),
+    ('tensorflow_datasets', 'tfds:name', 'tensorflow-datasets')])
 def test_missing_library_names_what_to_install(
-    tmp_path, monkeypatch, module, name, package
-):
+    tmp_path, monkeypatch, module, name, package):
   monkeypatch.setitem(sys.modules, module, None)
   source = name if ':' in name else _write(tmp_path, name, 'x')
   error = _error(source)
@@ -241,12 +184,8 @@ heavy = 'numpy jax pyarrow grain tensorflow_datasets tensorflow datasets'
 print(sorted(set(sys.modules) & set(heavy.split())))
 """
   done = subprocess.run(
-      [sys.executable, '-c', code],
-      env={**os.environ, 'PYTHONPATH': str(_ROOT)},
-      capture_output=True,
-      text=True,
-      check=True,
-  )
+      [sys.executable, '-c', code], capture_output=True, text=True, check=True,
+      env={**os.environ, 'PYTHONPATH': str(_ROOT)})
   assert done.stdout == '[]\n'
 
 
@@ -260,14 +199,12 @@ def test_glob_reads_all_files_in_order(tmp_path):
 
 _text = st.text(
     st.characters(blacklist_categories=['Cs'], blacklist_characters='\0'),
-    min_size=1,
-).filter(str.strip)
+    min_size=1).filter(str.strip)
 
 
 @hypothesis.given(
     pairs=st.lists(st.tuples(_text, _text), min_size=1, max_size=5),
-    ending=st.sampled_from(['csv', 'tsv', 'jsonl', 'ascii.jsonl', 'json']),
-)
+    ending=st.sampled_from(['csv', 'tsv', 'jsonl', 'ascii.jsonl', 'json']))
 @hypothesis.settings(deadline=None, max_examples=200)
 def test_any_text_survives(tmp_path_factory, pairs, ending):
   expected = [{'prompt': p, 'completion': c} for p, c in pairs]
@@ -320,8 +257,7 @@ def test_validate_returns_a_new_record():
       {'role': 'user', 'content': 'u'},
       {'role': 'assistant', 'content': 'm'},
       {'role': 'user', 'content': 7},
-      {'role': 'model', 'content': 'n'},
-  ]
+      {'role': 'model', 'content': 'n'}]
   record = records.Record({'messages': turns}, 'x:1')
   found = records.validate(record).fields['messages']
   roles = [turn['role'] for turn in found]
@@ -334,50 +270,36 @@ def _turns(*roles):
   return [{'role': role, 'content': 'x'} for role in roles]
 
 
-@pytest.mark.parametrize(
-    ('fields', 'got'),
-    [
-        ({'prompt': 'p'}, "a.jsonl:2: the fields are 'prompt'"),
-        ({**_PAIR, 'text': 't'}, "'prompt', 'completion', 'text'"),
-        ({**_PAIR, 'completion': None}, "'prompt', 'completion' (null)"),
-        ({'text': 't', 'system': 's'}, "'text', 'system'"),
-        ({'other': 't'}, "a.jsonl:2: the fields are 'other'"),
-        ({'prompt': ' \n', 'completion': 'c'}, 'a.jsonl:2: prompt is empty'),
-        ({'text': True}, 'a.jsonl:2: text is True'),
-        ({'text': float('nan')}, 'a.jsonl:2: text is nan'),
-        ({'text': 'a\0b'}, 'a.jsonl:2: text has a NUL'),
-        ({'text': 'a', 'id': ['\ud800']}, 'a.jsonl:2: id has a NUL or an unp'),
-        ({'messages': 'hi'}, "messages is 'hi'"),
-        ({'messages': ['hi']}, "messages[0] is 'hi'"),
-        ({'messages': []}, 'messages has no model turn at its end'),
-        ({'messages': _turns('system')}, 'no model turn at its end'),
-        ({'messages': _turns('user')}, 'no model turn at its end'),
-        ({'messages': _turns('user', 'model', 'user')}, 'no model turn'),
-        ({'messages': _turns('model')}, "messages[0] has the role 'model' wh"),
-        (
-            {'messages': _turns('user', 'user')},
-            "messages[1] has the role 'user' where 'model' is due",
-        ),
-        (
-            {'messages': _turns('user', 'system', 'model')},
-            "messages[1] has the role 'system' where 'model' is due",
-        ),
-        (
-            {'messages': _turns('system', 'system', 'user', 'model')},
-            "messages[1] has the role 'system' where 'user' is due",
-        ),
-        ({'messages': _turns('user', 'tool')}, "the role 'tool'"),
-        ({'messages': [{'from': 'human', 'value': 'x'}]}, "'from', 'value'"),
-        (
-            {'messages': [{'role': 'user', 'content': ''}]},
-            'messages[0].content is empty',
-        ),
-        (
-            {'messages': [{**_turns('user')[0], 'tool_calls': [1]}]},
-            "messages[0] has 'role', 'content', 'tool_calls'",
-        ),
-    ],
-)
+@pytest.mark.parametrize(('fields', 'got'), [
+    ({'prompt': 'p'}, "a.jsonl:2: the fields are 'prompt'"),
+    ({**_PAIR, 'text': 't'}, "'prompt', 'completion', 'text'"),
+    ({**_PAIR, 'completion': None}, "'prompt', 'completion' (null)"),
+    ({'text': 't', 'system': 's'}, "'text', 'system'"),
+    ({'other': 't'}, "a.jsonl:2: the fields are 'other'"),
+    ({'prompt': ' \n', 'completion': 'c'}, 'a.jsonl:2: prompt is empty'),
+    ({'text': True}, 'a.jsonl:2: text is True'),
+    ({'text': float('nan')}, 'a.jsonl:2: text is nan'),
+    ({'text': 'a\0b'}, 'a.jsonl:2: text has a NUL'),
+    ({'text': 'a', 'id': ['\ud800']}, 'a.jsonl:2: id has a NUL or an unp'),
+    ({'messages': 'hi'}, "messages is 'hi'"),
+    ({'messages': ['hi']}, "messages[0] is 'hi'"),
+    ({'messages': []}, 'messages has no model turn at its end'),
+    ({'messages': _turns('system')}, 'no model turn at its end'),
+    ({'messages': _turns('user')}, 'no model turn at its end'),
+    ({'messages': _turns('user', 'model', 'user')}, 'no model turn'),
+    ({'messages': _turns('model')}, "messages[0] has the role 'model' wh"),
+    ({'messages': _turns('user', 'user')},
+     "messages[1] has the role 'user' where 'model' is due"),
+    ({'messages': _turns('user', 'system', 'model')},
+     "messages[1] has the role 'system' where 'model' is due"),
+    ({'messages': _turns('system', 'system', 'user', 'model')},
+     "messages[1] has the role 'system' where 'user' is due"),
+    ({'messages': _turns('user', 'tool')}, "the role 'tool'"),
+    ({'messages': [{'from': 'human', 'value': 'x'}]}, "'from', 'value'"),
+    ({'messages': [{'role': 'user', 'content': ''}]},
+     'messages[0].content is empty'),
+    ({'messages': [{**_turns('user')[0], 'tool_calls': [1]}]},
+     "messages[0] has 'role', 'content', 'tool_calls'")])
 def test_bad_record(tmp_path, fields, got):
   lines = [json.dumps(_PAIR), json.dumps(fields)]
   error = _error(_write(tmp_path, 'a.jsonl', '\n'.join(lines)))
@@ -407,144 +329,46 @@ def test_five_bad_records_are_shown_and_the_rest_counted(tmp_path):
 # --- mistakes in files
 
 
-@pytest.mark.parametrize(
-    ('name', 'content', 'got', 'fix'),
-    [
-        (
-            'a.txt',
-            '\nhi\n# INPUT\na\n# OUTPUT\nb',
-            'FILE:2: text before',
-            'above',
-        ),
-        (
-            'a.txt',
-            '# INPUT\na\n# INPUT\nb\n# OUTPUT\nc',
-            'FILE:1: no # OUT',
-            'Add',
-        ),
-        (
-            'a.txt',
-            '# INPUT\na\n# OUTPUT\nb\n# INPUT\n',
-            'FILE:5: no # OUT',
-            'Add',
-        ),
-        (
-            'a.txt',
-            '# INPUT\na\n# OUTPUT\nb\n# OUTPUT\n',
-            'FILE:5: no # INPUT before it',
-            'Add',
-        ),
-        (
-            'a.txt',
-            '# INPUT\na\n# OUTPUT\nb\n\n# Input:\nc\n# OUTPUT\nd',
-            "FILE:6: '# Input:' is almost a heading",
-            'jsonl',
-        ),
-        (
-            'a.txt',
-            '#input\na\n',
-            "FILE:1: '#input' is almost a heading",
-            'Correct',
-        ),
-        (
-            'a.txt',
-            '# INPUT\na\n# OUTPUT\n\n',
-            'FILE:1: completion is empty',
-            'Fill',
-        ),
-        ('a.csv', 'prompt,completion\na,b\nc\n', 'FILE:3: 1 cells', 'quotes'),
-        (
-            'a.csv',
-            'prompt,completion\n"a\n",b,c\n',
-            'FILE:2: 3 cells',
-            'quotes',
-        ),
-        (
-            'a.csv',
-            'prompt,x,prompt\na,b,c\n',
-            "FILE:1: the name 'prompt'",
-            'Rename',
-        ),
-        (
-            'a.csv',
-            'prompt,completion\na,b\nc,"d\n',
-            'FILE:3: unexpected end',
-            'Close',
-        ),
-        (
-            'a.csv',
-            'prompt,completion\na,""\n',
-            'FILE:2: completion is empty',
-            'Fill',
-        ),
-        ('a.csv', 'prompt,completion\n', 'no records in FILE', 'Add'),
-        ('a.jsonl', '', 'no records in FILE', 'Add'),
-        ('a.json', '[]', 'no records in FILE', 'Add'),
-        (
-            'a.jsonl',
-            '{"text": "a"}\n{"text" "b"}',
-            'FILE:2: column 9: Exp',
-            'Corr',
-        ),
-        (
-            'a.jsonl',
-            '{"text": "a", "text": "b"}',
-            "FILE:1: the name 'text'",
-            'Corr',
-        ),
-        ('a.jsonl', '\n["a"]', "FILE:2: ['a']", 'names'),
-        (
-            'a.json',
-            '[\n {"text" "a"}\n]',
-            'FILE:2: column 10: Expecting',
-            'Correct',
-        ),
-        (
-            'a.json',
-            '{"text": "a"}\n{"text": "b"}',
-            'FILE:2: column 1: E',
-            'jsonl',
-        ),
-        (
-            'a.json',
-            '[{"a": 1, "a": 2}]',
-            "FILE: the name 'a' is there",
-            'Keep one',
-        ),
-        (
-            'a.json',
-            '{"a": [], "b": []}',
-            'FILE: no list, or several',
-            'jsonl',
-        ),
-        ('a.json', '[1]', 'FILE[0]: 1', 'names'),
-        (
-            'a.jsonl',
-            b'{}\n\xe9',
-            'FILE:2: byte 0xE9 at byte offset 3',
-            'WINDOWS-1252',
-        ),
-        (
-            'a.txt',
-            '春眠不覺曉'.encode('gb18030'),
-            'FILE:1: byte 0xB4 at byte offset 0',
-            'GB18030',
-        ),
-        (
-            'a.csv',
-            'a,b'.encode('utf-16'),
-            'FILE:1: byte 0xFF at byte',
-            'f UTF-16 -t',
-        ),
-        (
-            'a.txt',
-            b'ab\nc\x00d',
-            'FILE:2: byte 0x00 at byte offset 4',
-            'UTF-16',
-        ),
-        ('a.docx', 'x', "FILE: unknown file ending 'docx'", 'jsonl'),
-    ],
-)
+@pytest.mark.parametrize(('name', 'content', 'got', 'fix'), [
+    ('a.txt', '\nhi\n# INPUT\na\n# OUTPUT\nb', 'FILE:2: text before', 'above'),
+    ('a.txt', '# INPUT\na\n# INPUT\nb\n# OUTPUT\nc', 'FILE:1: no # OUT', 'Add'),
+    ('a.txt', '# INPUT\na\n# OUTPUT\nb\n# INPUT\n', 'FILE:5: no # OUT', 'Add'),
+    ('a.txt', '# INPUT\na\n# OUTPUT\nb\n# OUTPUT\n',
+     'FILE:5: no # INPUT before it', 'Add'),
+    ('a.txt', '# INPUT\na\n# OUTPUT\nb\n\n# Input:\nc\n# OUTPUT\nd',
+     "FILE:6: '# Input:' is almost a heading", 'jsonl'),
+    ('a.txt', '#input\na\n', "FILE:1: '#input' is almost a heading", 'Correct'),
+    ('a.txt', '# INPUT\na\n# OUTPUT\n\n', 'FILE:1: completion is empty',
+     'Fill'),
+    ('a.csv', 'prompt,completion\na,b\nc\n', 'FILE:3: 1 cells', 'quotes'),
+    ('a.csv', 'prompt,completion\n"a\n",b,c\n', 'FILE:2: 3 cells', 'quotes'),
+    ('a.csv', 'prompt,x,prompt\na,b,c\n', "FILE:1: the name 'prompt'",
+     'Rename'),
+    ('a.csv', 'prompt,completion\na,b\nc,"d\n', 'FILE:3: unexpected end',
+     'Close'),
+    ('a.csv', 'prompt,completion\na,""\n', 'FILE:2: completion is empty',
+     'Fill'),
+    ('a.csv', 'prompt,completion\n', 'no records in FILE', 'Add'),
+    ('a.jsonl', '', 'no records in FILE', 'Add'),
+    ('a.json', '[]', 'no records in FILE', 'Add'),
+    ('a.jsonl', '{"text": "a"}\n{"text" "b"}', 'FILE:2: column 9: Exp', 'Corr'),
+    ('a.jsonl', '{"text": "a", "text": "b"}', "FILE:1: the name 'text'",
+     'Corr'),
+    ('a.jsonl', '\n["a"]', "FILE:2: ['a']", 'names'),
+    ('a.json', '[\n {"text" "a"}\n]', 'FILE:2: column 10: Expecting',
+     'Correct'),
+    ('a.json', '{"text": "a"}\n{"text": "b"}', 'FILE:2: column 1: E', 'jsonl'),
+    ('a.json', '[{"a": 1, "a": 2}]', "FILE: the name 'a' appears", 'Keep one'),
+    ('a.json', '{"a": [], "b": []}', 'FILE: no list, or several', 'jsonl'),
+    ('a.json', '[1]', 'FILE[0]: 1', 'names'),
+    ('a.jsonl', b'{}\n\xe9', 'FILE:2: byte 0xE9 at byte offset 3',
+     'WINDOWS-1252'),
+    ('a.txt', '春眠不覺曉'.encode('gb18030'),
+     'FILE:1: byte 0xB4 at byte offset 0', 'GB18030'),
+    ('a.csv', 'a,b'.encode('utf-16'), 'FILE:1: byte 0xFF at byte',
+     'f UTF-16 -t'),
+    ('a.txt', b'ab\nc\x00d', 'FILE:2: byte 0x00 at byte offset 4', 'UTF-16'),
+    ('a.docx', 'x', "FILE: unknown file ending 'docx'", 'jsonl')])
 def test_bad_file(tmp_path, name, content, got, fix):
   path = _write(tmp_path, name, content)
   error = _error(path)
@@ -611,11 +435,10 @@ def test_content_hash_is_of_fields_in_record_order(tmp_path):
   assert records.content_hash(a) != records.content_hash(a[:1])
   # sha256 of '{"completion": "c", "prompt": "p"}\n', by another program.
   assert records.content_hash(a[1:]) == (
-      '7952e28eab99348e15e577458da0e798128166ca099283cd25c3fa619ad43d4b'
-  )
+      '7952e28eab99348e15e577458da0e798128166ca099283cd25c3fa619ad43d4b')
 
 
-def test_fields_that_are_kept():
+def test_keep_fields():
   record = records.Record({'Slang': 'a', 'Description': 'b', 'Context': 'c'},
                           'f:2')
   kept = records.keep_fields(record, ('Slang', 'Description'))
@@ -625,7 +448,7 @@ def test_fields_that_are_kept():
   assert 'Slang' in str(error.value)
 
 
-def test_blank_text_is_the_callers_without_validation(tmp_path):
+def test_without_validation_blank_text_stays(tmp_path):
   path = tmp_path / 'songs.jsonl'
   path.write_text('{"text": "", "poet": "x"}\n{"text": "la"}\n')
   with pytest.raises(errors.UserError, match='text is empty'):

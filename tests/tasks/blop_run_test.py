@@ -1,4 +1,4 @@
-"""The cage of Blop programs, and what is told of two that ran in it."""
+"""The cage of Blop programs, and the verdict on pairs that ran in it."""
 
 import shutil
 import subprocess
@@ -111,7 +111,7 @@ def _outcome(lines):
 @pytest.fixture(scope='module')
 def hostile():
   pairs = [
-      run_js.Pair(_REFERENCE, {
+      run_js.ProgramPair(_REFERENCE, {
           'js': js if 'module.exports' in js
                 else f'{js}\nmodule.exports = {{ Hi }};', 'names': {}})
       for js, _ in _HOSTILE.values()]
@@ -152,7 +152,7 @@ def test_the_process_has_no_rights(script):
 def test_a_cage_that_does_not_start_is_an_error(monkeypatch):
   monkeypatch.setattr(run_js, '_inside', lambda: 'throw 1')
   with pytest.raises(run_js.CageError):
-    run_js.run([run_js.Pair(_REFERENCE, None)])
+    run_js.run([run_js.ProgramPair(_REFERENCE, None)])
 
 
 @needs_node
@@ -163,7 +163,7 @@ def test_inputs_have_the_shapes_that_the_reference_reads():
         ' [`${a.total.toFixed(2)} ${items} ${keys} ${a.user.name}`]) }\n'
         'module.exports = { Hi };')
   plan, trace = run_js.run(
-      [run_js.Pair({'js': js, 'names': ['Hi']}, None)])[0]
+      [run_js.ProgramPair({'js': js, 'names': ['Hi']}, None)])[0]
   fields = plan['plan']['Hi']['shapes'][0]['shape']['fields']
   assert {name: shape['t'] for name, shape in fields.items()} == {
       'items': 'list', 'prices': 'map', 'total': 'number', 'user': 'object',
@@ -342,11 +342,11 @@ def test_the_verdict_on_an_answer(judged, name):
 
 
 @needs_compiler
-def test_totals_are_means_of_the_rows_that_can_be_told(judged):
+def test_totals_are_means_of_the_rows_that_have_them(judged):
   for name in ('component', 'right', 'same_tags'):
-    told = [row[name] for row in judged.rows if name in row]
-    assert 0 < len(told) < len(_PAIRS) + (name == 'component')
-    assert judged.metrics[name] == sum(told) / len(told)
+    values = [row[name] for row in judged.rows if name in row]
+    assert 0 < len(values) < len(_PAIRS) + (name == 'component')
+    assert judged.metrics[name] == sum(values) / len(values)
 
 
 @pytest.mark.parametrize('code, habits', [

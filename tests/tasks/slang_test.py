@@ -353,5 +353,5 @@ def test_check_answers():
       _record('a.csv:6', keyword='💀', description='Laughter.'),
       _record('a.csv:7', keyword='🔥', description='Great.')]
   assert task.check_answers(rows) == [
-      "a.csv:3: the term 'Snaccident!' is that of a.csv:2",
+      "a.csv:3: the term 'Snaccident!' is also at a.csv:2",
       "a.csv:4: the example does not use 'LWB'"]

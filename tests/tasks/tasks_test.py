@@ -1,28 +1,47 @@
-"""What every domain has to offer, whichever it is."""
+"""The protocol that every task folder keeps, and its config and data set."""
 
 import importlib
+import inspect
 import pathlib
 
 import pytest
 
 from gemma_sft import chat
 from gemma_sft import config as config_lib
+from gemma_sft import errors
 from gemma_sft import tasks
 from gemma_sft.inputs import audit
 from gemma_sft.inputs import records as records_lib
 from gemma_sft.inputs import splits
 
 _ROOT = pathlib.Path(tasks.__file__).parents[2]
-_DOMAINS = ('blop', 'lyrics', 'poetry', 'slang', 'sql')
-# Named in the configs' docstrings.
+# {task: what a person may enter in its form}.
+_FORMS = {
+    'blop': {'prompt': 'What is Blop?'},
+    'chat': {'prompt': 'Hello?'},
+    'lyrics': {'opening': 'एक\nदो'},
+    'poetry': {'title': '春曉'},
+    'slang': {'context': 'The bus is late again.'},
+    'sql': {'question': 'How many bakers are there?',
+            'schema': 'CREATE TABLE baker (name TEXT)'},
+}
+_DOMAINS = sorted(_FORMS.keys() - {'chat'})
+# The variants that the docstrings of configs name.
 _VARIANTS = {
     'blop': ('270m', 'gemma1_2b'),
-    'chat': (),
     'lyrics': ('hindi', 'bengali', 'gemma2_2b'),
     'poetry': ('270m', 'seed', 'seed_model'),
     'slang': ('270m', 'attempt1', 'attempt2', 'attempt3'),
     'sql': ('270m', 'int8', 'nf4', 'gemma1_2b'),
     'tiny': ('1', '2', '3', '4'),
+}
+# {function of a task: (its parameters, whether each task has it)}.
+_PROTOCOL = {
+    'to_messages': ('record', True), 'to_form': ('record', True),
+    'judge': ('records completions training', True),
+    'check_answers': ('records', True),
+    'referenced_files': ('records', False),
+    'judge_prompts': ('prompts completions', False),
 }
 
 
@@ -36,24 +55,56 @@ def _split(name, split):
 
 @pytest.fixture(autouse=True)
 def in_the_repository(monkeypatch):
-  monkeypatch.chdir(_ROOT)  # Configs name data/ from there.
+  monkeypatch.chdir(_ROOT)  # Configs give paths in data/ relative to it.
+
+
+@pytest.mark.parametrize('name', tasks.names())
+def test_every_task_keeps_the_protocol(name):
+  task = tasks.load(name)
+  package = importlib.import_module(f'gemma_sft.tasks.{name}')
+  assert len(package.__doc__.splitlines()) == 1 and task.__doc__
+  assert isinstance(task.HEADLINE, str)
+  assert isinstance(task.LOWER_IS_BETTER, frozenset)
+  assert task.FIELDS and all(isinstance(field, str) for field in task.FIELDS)
+  for function, (parameters, needed) in _PROTOCOL.items():
+    if needed or hasattr(task, function):
+      found = inspect.signature(getattr(task, function)).parameters
+      assert ' '.join(found) == parameters, function
+  judged = task.judge([], [])
+  assert isinstance(judged, tasks.Judged)
+  assert judged.rows == [] and judged.metrics.get('n', 0) == 0
+  assert task.check_answers([]) == []
+  # A prompt needs only the first field of the form (SQL: and a schema).
+  form = _FORMS[name]
+  first = form[task.FIELDS[0]]
+  *prompt, answer = task.to_messages(records_lib.Record(form, 'form'))
+  assert (answer.role, answer.content) == ('model', '')
+  assert prompt[-1].role == 'user'
+  assert first.partition('\n')[0] in prompt[-1].content
 
 
 def test_each_domain_is_a_task_a_config_and_a_folder():
-  assert set(tasks.names()) == {*_DOMAINS, 'chat'}
+  assert tasks.names() == sorted(_FORMS)
   configs = {p.stem for p in (_ROOT / 'configs').glob('*.py')}
-  assert configs - {'__init__', 'default'} == set(_VARIANTS)
+  assert configs == {
+      '__init__', 'default', 'curation', 'tiny', *tasks.names()}
   for name in _DOMAINS:
     assert _config(name).task == name
     assert (_ROOT / 'data' / name / 'README.md').exists()
     assert len(list((_ROOT / 'data' / name).glob('*_dataset_builder.py'))) == 1
 
 
+def test_an_unknown_task_names_the_nearest():
+  with pytest.raises(errors.UserError, match="'slnag'") as error:
+    tasks.load('slnag')
+  assert "Did you mean 'slang'?" in error.value.fix
+
+
 @pytest.mark.parametrize('name, variant', [
     (name, v) for name, variants in _VARIANTS.items() for v in variants])
 def test_variants(name, variant):
   config = _config(name, variant)
-  if not config.model.weights:  # Those are the user's to bring.
+  if not config.model.weights:  # The user provides these weights.
     config.model.weights = 'DIR'
   config_lib.validate(config)
   for split in ('train', 'validation', 'test'):
@@ -61,23 +112,6 @@ def test_variants(name, variant):
   if variant not in ('hindi', 'bengali') and name != 'tiny':
     with pytest.raises(ValueError, match='use :'):
       _config(name, variant + 'x')
-
-
-@pytest.mark.parametrize('name', [*_DOMAINS, 'chat'])
-def test_a_prompt_is_worded_from_its_first_field(name):
-  task = tasks.load(name)
-  first = {
-      'blop': 'What is Blop?', 'chat': 'Hello?', 'lyrics': 'एक\nदो',
-      'poetry': '春曉', 'slang': 'The bus is late again.',
-      'sql': 'How many bakers are there?'}[name]
-  fields = {task.FIELDS[0]: first}
-  if name == 'sql':
-    fields['schema'] = 'CREATE TABLE baker (name TEXT)'
-  conversation = task.to_messages(records_lib.Record(fields, 'form'))
-  *prompt, answer = conversation
-  assert (answer.role, answer.content) == ('model', '')
-  assert prompt[-1].role == 'user'
-  assert first.partition('\n')[0] in prompt[-1].content
 
 
 @pytest.mark.parametrize('name', _DOMAINS)
@@ -104,6 +138,11 @@ def test_own_answers_are_good_and_empty_ones_are_not(name):
     assert len(judged.rows) == len(test) and judged.metrics['n'] > 0
     assert all(0 <= v <= 1 for k, v in judged.metrics.items() if k != 'n')
     assert not judged.note
+    # Or the report could not give the totals an interval.
+    for metric, total in judged.metrics.items():
+      values = [row[metric] for row in judged.rows if metric in row]
+      if values and not metric.endswith('_of_real'):
+        assert total == pytest.approx(sum(values) / len(values)), metric
     scores[label] = judged.metrics[task.HEADLINE]
   assert scores['gold'] > 0.9
   assert scores['empty'] < 0.1 and scores['prose'] < 0.1

@@ -2,26 +2,25 @@
 //
 //   node --permission -e "$(cat cage.js)" < job.json     (see run_js.py)
 //
-// in   {"inside": what surrounds a program, "reference": {"js", "names"},
+// in   {"inside": code that surrounds a program, "reference": {"js", "names"},
 //       "answer": {"js", "names"} or null, "aliases": {...}, "seconds": 3}
 // out  {"cage": "ready"}, the plan (inputs for each name), the reference's trace,
-//      the answer's trace; {"problem": "..."} in the place of one that did not
-//      come about.
+//      the answer's trace; {"problem": "..."} instead of a trace that failed.
 //
-// The process has no file system, no child processes and no workers (--permission
-// and no allowance), its heap is bounded, the shell before it bounds the
-// rest. Each program gets a context of its own, without require, process,
-// network or timers; no string becomes code, here or there; promises are drained
-// within the time limit. Strings alone pass from a context to this file, and
-// its values are never read, called or converted here.
+// The process has no file system, no child processes and no workers
+// (--permission without exceptions). Node limits its heap, and the shell that
+// starts it limits the rest. Each program runs in a context of its own, without
+// require, process, network or timers. No string can become code, in this file or
+// in a context, and promises are drained within the time limit. A context passes
+// only strings to this file, which never reads, calls or converts its values.
 'use strict';
 
 (() => {
   const vm = require('vm');
   const fs = require('fs');
 
-  // By the clock on the wall, on a machine that may have other things to do: a
-  // step takes a millisecond. After the first that ran on, patience is over.
+  // Wall-clock limits, generous because the machine may be busy: a step takes a
+  // millisecond. After the first step that exceeds its limit, they shrink.
   const PATIENCE = [1500, 400];
   const STEPS = 4000;
   const MAX_CHARACTERS = 1 << 20;
@@ -56,7 +55,7 @@
     }
   };
 
-  // Should a program reach this realm: nothing of use is left in it.
+  // If a program reaches this realm, it finds nothing useful here.
   const keep = new Set(['nextTick', 'emitWarning', 'stdout', 'stderr', 'versions',
     'version', 'argv', 'execArgv', 'env', 'emit', 'on', 'listenerCount',
     '_tickCallback', '_fatalException', 'reallyExit', 'hrtime']);
@@ -97,7 +96,7 @@
       try {
         state = evaluate('blopCage__.step();');
       } catch (error) {
-        // Ran out of time, or promises went on for ever.
+        // It ran out of time, or its promises never ended.
         [, patience] = PATIENCE;
         try {
           state = evaluate('blopCage__.stepFailed();');

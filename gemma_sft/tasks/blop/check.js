@@ -12,11 +12,11 @@
 // parses   the grammar accepts it in one of the two places; names may be
 //          undefined
 // stage    where the strict attempt ended: tokenize, parse, semantic, empty, ok
-// line, column are 1-based and 0 where the compiler gives none.
-// js, names: the JavaScript, where strict, and what it exports.
+// line, column are counted from 1, and 0 if the compiler gives none.
+// js, names: the JavaScript, if strict, and the names that it exports.
 //
-// The code is compiled, never run. Run this from a folder without a
-// blop.config.js above it: the compiler reads extra globals from there.
+// The code is compiled, never run. Start this in a folder without a
+// blop.config.js in it or above, because the compiler reads globals from there.
 'use strict';
 
 const path = require('path');
@@ -29,8 +29,8 @@ const backend = require(path.join(source, 'backend.js'));
 const parser = require(path.join(source, 'parser.js'));
 const { tokensDefinition } = require(path.join(source, 'tokensDefinition.js'));
 
-// The compiler accepts an empty file, a lone string and a lone name, so an
-// answer in prose or within one pair of back-ticks would count as Blop.
+// The compiler also accepts an empty file, a single string and a single name;
+// an answer in prose or within back-ticks would count as Blop.
 const STATEMENTS = new Set([
   'func_def', 'class_def', 'virtual_node', 'virtual_node_exp', 'assign',
   'assign_op', 'import_statement', 'for_loop', 'while_loop', 'condition',
@@ -59,8 +59,8 @@ function firstToken(node) {
   return current;
 }
 
-// One attempt: {stage, line, column, message}. `given` is the number of
-// statements that the wrapper brings, which do not count as the answer's.
+// Makes one attempt: {stage, line, column, message}. `given` is the number of
+// statements in the wrapper, which are not part of the answer.
 function compile(code, given = 0) {
   let stream;
   try {
@@ -89,8 +89,8 @@ function compile(code, given = 0) {
   }
   if (!result.success) {
     const first = result.errors[0];
-    // The message is a page with the source around the error: its first line
-    // with words is the error itself.
+    // The message shows the source around the error. Its first line with words
+    // is the error itself.
     const text = String(first.message || first).replace(/\u001b\[[0-9;]*m/g, '');
     const line = text.split('\n').map(s => s.trim()).find(s => /\w/.test(s));
     return { stage: 'semantic', ...at(firstToken(first.token), line || text) };

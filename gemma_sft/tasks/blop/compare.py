@@ -1,8 +1,8 @@
-"""Whether two Blop programs do the same, as far as the prompt says what to do.
+"""Compares what two Blop programs do, as far as the prompt determines it.
 
-The traces are those of `_blop_run`. Wording, wrappers and class names are free
-unless the prompt spells them out; what is shown, what can be operated and what
-that does are not.
+The traces are those of `run_js`. An answer may choose wording, wrappers and
+class names unless the prompt spells them out. It must show the same data, have
+the same controls, and these must do the same.
 """
 
 import collections
@@ -11,8 +11,8 @@ import json
 import re
 from typing import Any
 
-# Tags that do something or carry meaning. Others (div, span, section...) count
-# only if the prompt names them.
+# Tags with a function or a meaning. Others (div, span, section...) count only
+# if the prompt names them.
 _FUNCTIONAL = frozenset('''
     button input select option textarea form a img li table tr td th video audio
     source picture canvas iframe progress meter details summary dialog heading
@@ -29,7 +29,7 @@ _SYNONYMS = {
 _SAME_EVENT = {'input': 'change', 'mouseover': 'mouseenter',
                'mouseout': 'mouseleave', 'keyup': 'keydown',
                'keypress': 'keydown'}
-# For the reader or the browser: free unless the prompt names one.
+# Attributes that an answer may choose unless the prompt names them.
 _FREE_ATTRIBUTES = frozenset('''
     alt title id name rel role tabindex for placeholder target rows cols xmlns
     autocomplete autofocus maxlength method action lang preserveAspectRatio
@@ -38,7 +38,7 @@ _FLAGS = frozenset('disabled checked selected hidden required readonly multiple'
                    ' open controls'.split())
 _TYPES = frozenset('checkbox radio range file password date color time'.split())
 _WORD = re.compile(r'\d+(?:\.\d+)?(?![\w.])|\w+|[★☆♥❤]')
-# 'title_1': what the made-up inputs look like.
+# What made-up inputs look like: 'title_1'.
 _INPUT = re.compile(r'[A-Za-z]+_\d+$|[A-Za-z]+key_\d+$')
 _QUOTED = re.compile(r"""'([^'\n]{1,60})'(?!\w)|"([^"\n]{1,60})"|`([^`\n]+)`"""
                      '|“([^”]+)”|‘([^’]+)’')
@@ -49,11 +49,11 @@ class Prompt:
   """What a prompt spells out.
 
   Attributes:
-    words: All its words, lower case.
-    spelled: Words of the answer's own text: quoted, or capitalised within a
-      sentence ("reads On or Off").
-    quoted: What stands in quotes.
-    tags: Tags that it names.
+    words: All words of the prompt, in lower case.
+    spelled: Words that the answer must show: those in quotes, or capitalised
+      within a sentence ("reads On or Off").
+    quoted: The texts in quotes.
+    tags: The tags that the prompt names.
     text: The prompt.
   """
 
@@ -68,7 +68,7 @@ def read_prompt(text: str) -> Prompt:
   """Returns what a prompt spells out."""
   quoted = [''.join(groups) for groups in _QUOTED.findall(text)]
   spelled = {word for part in quoted for word in _WORD.findall(part)}
-  # Not the first word of a sentence; 'Blop' and 'SVG' say what is asked for.
+  # Not the first word of a sentence, nor words that only say what is asked for.
   spelled |= set(re.findall(r'(?<=[a-z,;:] )([A-Z][a-z]*)\b', text)) - {
       'Blop', 'I', 'Name', 'Enter', 'Escape', 'Each', 'It', 'The', 'A'}
   lower = text.lower()
@@ -86,14 +86,9 @@ def read_prompt(text: str) -> Prompt:
 
 
 def defined(reference: dict[str, Any], answer: dict[str, Any]) -> bool | None:
-  """Whether the answer defines what was asked for and it works.
+  """Whether the answer's trace defines what was asked for and it works.
 
-  Args:
-    reference: The reference's trace.
-    answer: The answer's.
-
-  Returns:
-    None where the reference itself has nothing that can be tried.
+  None if the reference itself has nothing that can be tried.
   """
   verdicts = []
   for name, trace in reference['traces'].items():
@@ -114,7 +109,7 @@ def same_tags(
     reference: dict[str, Any], answer: dict[str, Any]) -> bool | None:
   """Whether the trees of tags are equal, wrappers and all.
 
-  None where the reference renders nothing.
+  None if the reference renders nothing.
   """
   seen = False
   for name, trace in reference['traces'].items():
@@ -136,11 +131,11 @@ def same_behaviour(reference: dict[str, Any], answer: dict[str, Any],
                    prompt: Prompt) -> tuple[bool | None, str]:
   """Whether the answer does what the reference does, and the first difference.
 
-  None where the reference does nothing that can be seen.
+  None if the reference does nothing that can be seen.
   """
   checks = list(_checks(reference, answer, prompt))
-  # Whether it can be told is a matter of the reference alone.
-  if not any(telling for telling, _ in checks):
+  # Only the reference decides whether there is something to compare.
+  if not any(shows for shows, _ in checks):
     return None, ''
   difference = next((found for _, found in checks if found), '')
   return not difference, difference
@@ -151,7 +146,7 @@ def _checks(reference, answer, prompt):
   for name, trace in reference['traces'].items():
     other = answer['traces'].get(name, {'runs': []})
     if trace['kind'] == 'value':
-      # What a name of the prompt stands for; other variables are free.
+      # Only variables that the prompt names count.
       if (name.lower() in prompt.words
           and not _named(trace['value'], 'function')):
         same = other.get('value') == trace['value']
@@ -173,7 +168,7 @@ def _checks(reference, answer, prompt):
         difference = _difference(
             expected, _behaviour(runs.get(run['k'], {}), run, prompt))
         yield any(expected.values()), difference and f'{name}: {difference}'
-  # Assertions and set-up calls are worded by their author; output is not.
+  # Only output counts: authors choose their assertions and set-up calls.
   expected = [e for e in reference['load'] if e[0] in ('log', 'call', 'mount')]
   if expected:
     kinds = {e[0] for e in expected}
@@ -182,9 +177,9 @@ def _checks(reference, answer, prompt):
 
 
 def _groups(runs):
-  """Returns for each run the first that has the same text.
+  """Returns for each run the index of the first run with the same text.
 
-  Wording is free, but what depends on the inputs has to.
+  An answer may choose its wording, but its text must depend on the same inputs.
   """
   texts = [_text(run['tree']) if run.get('tree') else None for run in runs]
   return [texts.index(text) for text in texts]
@@ -206,9 +201,9 @@ def _named(value, kind):
 
 
 def _behaviour(run, model, prompt):
-  """Returns what counts of a run, by what it is; None if it does not count.
+  """Returns {kind: what counts of a run}, or None if the run does not count.
 
-  `model` is the reference's run, `run` that or the answer's.
+  `model` is the reference's run; `run` is the same or the answer's.
   """
   raises = bool(prompt.words & {'throw', 'throws', 'error', 'errors', 'fails'})
   if not run or run.get('failed'):
@@ -220,7 +215,7 @@ def _behaviour(run, model, prompt):
   if run.get('threw') or model.get('threw'):
     return {'throwing': bool(run.get('threw'))}
   if 'NaN' in json.dumps(model):
-    return None  # Off its domain: what comes out there is nobody's wish.
+    return None  # Outside the function's domain any result is fine.
   logs = any(e[0] == 'log' for e in model.get('effects', []))
   effects = [e for e in run.get('effects', []) if e[0] != 'log' or logs]
   result = run.get('result')
@@ -231,7 +226,7 @@ def _behaviour(run, model, prompt):
   return {
       'result': None if _named(result, 'undefined') else result,
       'methods': run.get('methods'), 'returned function': run.get('calls'),
-      # Seen only where they are changed, but then by both.
+      # Arguments count only if they are changed.
       'changes to its arguments': _changed(run),
       'calls': effects}
 
@@ -269,21 +264,21 @@ def _outcome(event, prompt):
 
 
 def _calls(effects, prompt):
-  """Effects without logs and without the event that a handler passes on."""
+  """Returns the effects without logs and without events passed on."""
   prevents = prompt.words & {'prevent', 'prevents', 'default', 'reload',
                              'reloading', 'propagation', 'instead'}
-  kept = []
+  calls = []
   for kind, *rest in effects:
     if kind == 'log' or kind == 'prevent' and not prevents:
       continue
     rest = [[a for a in r if not _named(a, 'event')]
             if isinstance(r, list) else r for r in rest]
-    kept.append(json.dumps([kind, *rest], sort_keys=True))
-  return sorted(kept)
+    calls.append(json.dumps([kind, *rest], sort_keys=True))
+  return sorted(calls)
 
 
 def _seen(tree, prompt, typed=False):
-  """Returns what a reader sees of a page: counts of words, tags, marks."""
+  """Returns counts of the words, tags and attributes that a page shows."""
   texts, tags, marks = (collections.Counter() for _ in range(3))
   for tag, attributes, _, children in _nodes(tree):
     for name in {tag, _SYNONYMS.get(tag, tag)}:
@@ -297,7 +292,7 @@ def _seen(tree, prompt, typed=False):
     for name, value in attributes.items():
       if (tag[0].isupper() and name.lower() in prompt.words
           and not _named(value, 'undefined')):
-        marks[f'{tag} {name}'] += 1  # What a component is handed.
+        marks[f'{tag} {name}'] += 1  # An attribute of a component.
       marks.update(_marks(name, value, prompt, typed))
   return {'text': texts, 'tags': tags, 'attributes': marks}
 
@@ -326,7 +321,7 @@ def _marks(name, value, prompt, typed):
       lower in _FREE_ATTRIBUTES and lower not in prompt.words):
     return []
   if typed and name == 'value':
-    return []  # Whether a field is bound to what was typed into it.
+    return []  # An answer need not bind a field to the text typed into it.
   if name == 'style' and isinstance(value, dict):
     value = list(value.values())  # backgroundColor or background.
   text = value if isinstance(value, str) else json.dumps(value)
@@ -347,11 +342,11 @@ def _marks(name, value, prompt, typed):
 
 def open_names(reference: dict[str, Any], answer: dict[str, Any],
                prompt: Prompt) -> dict[str, dict[str, str]]:
-  """Returns how the answer may call fields that the prompt gives no name.
+  """Returns the answer's names for fields that the prompt does not name.
 
-  "shows the movies with their director" leaves open whether a movie has `name`
-  or `title`. What an answer reads in vain stands, in that order, for what the
-  reference reads, the answer does not, and the prompt does not name.
+  "shows the movies with their director" does not say whether a movie has `name`
+  or `title`. The fields that the answer reads and does not find stand, in
+  order, for those that only the reference reads and the prompt does not name.
   """
   aliases = {}
   for path, reads in answer['reads'].items():

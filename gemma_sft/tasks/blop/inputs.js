@@ -1,8 +1,8 @@
-// The made-up inputs of a caged Blop program: found out from what the reference does
-// with inputs that can be anything, then made from their shapes.
-// One of the three parts of what surrounds a caged program (see cage.js):
-// world.js, inputs.js, trace.js. They are read as one function body,
-// in the program's own context before it, and speak to the outside in strings.
+// Makes up inputs for a caged Blop program: finds their shapes by watching what
+// the reference does with inputs that accept any use, and builds values from these.
+// world.js, inputs.js and trace.js together are the body of one function, which
+// runs in the context of a caged program before it (see cage.js). The three pass
+// only strings to the outside.
 'use strict';
 
 // ---- Made-up inputs. ----
@@ -60,7 +60,7 @@ const TEXT_POOL = ['the Quick brown-fox', 'Anna', '42', '  two  words ', 'a,b;c'
   'one\ntwo', 'https://example.org/a?b=1'];
 const NUMBER_POOL = [3, 7, 0, 12, 1, 40, 5, 100, 2, 60, 18, 365];
 const pick = (pool, k) => pool[((k % pool.length) + pool.length) % pool.length];
-// The k-th inputs of a shape. `i` tells siblings apart.
+// Returns the k-th inputs of a shape; `i` numbers siblings.
 let literals = { texts: [], numbers: [], examples: [], keyNames: [''] };
 let rich = false;
 let big = -1;
@@ -81,7 +81,7 @@ function make(s, name, k, i, path) {
     case 'number': {
       const pool = [...literals.numbers, ...NUMBER_POOL];
       if (!rich && k === 0) return 3 + i * 4;
-      // What the program compares with comes first.
+      // Values that the program compares with come first.
       return pick(pool, k - (rich ? 0 : 1) + i * 5);
     }
     case 'flag': {
@@ -91,7 +91,7 @@ function make(s, name, k, i, path) {
     }
     case 'date': return new FixedDate(NOW + (k * 31 - 40 + i) * 86400000);
     case 'list': {
-      // The last run of a component has more than a page of everything.
+      // In the last run of a component lists are longer than a page.
       const length = k === big && !path.includes('[]') ? 13
         : k === 3 ? 0 : k === 1 ? 1 : k === 0 ? 2 : 2 + (k % 3);
       return Array.from({ length }, (_, n) => make(s.of, last, k, i * 2 + n, `${path}[]`));
@@ -122,8 +122,8 @@ function make(s, name, k, i, path) {
     }
   }
 }
-// An object that notes which fields it lacks, and knows some by other names.
-// While the inputs are being found out, such a field can be anything.
+// Returns an object that notes which fields it lacks, and knows aliases of some.
+// While shapes are being found, a missing field accepts any use.
 let found = null;
 function watched(value, path, s) {
   const other = aliases[path] || {};
@@ -180,7 +180,7 @@ const parameters = (f) => {
   return found;
 };
 
-// Finds out the inputs of the reference.
+// Finds the shapes of the reference's inputs.
 function* makePlan(value, name, plan) {
   const { kind } = plan;
   const asked = [];
@@ -265,7 +265,7 @@ function* makePlan(value, name, plan) {
   plan.needed = given.filter((p) => !p.includes('=') && !p.startsWith('...')).length;
   plan.runs = 16;
 }
-// Runs the reference on its inputs so far for fields not read before.
+// Runs the reference on the inputs found so far, to find fields not read before.
 function* discover(value, plan, entry) {
   found = [];
   const mine = found;
@@ -283,7 +283,7 @@ function* discover(value, plan, entry) {
     s.fields[name] = shape(note, name, shown);
   });
 }
-// Fields of one name are of one type: `user.id == chosen.id` tells neither.
+// Fields of one name get one type, as `user.id == chosen.id` reveals neither.
 function* unify(plan) {
   const types = {};
   const visit = (name, s, act) => {

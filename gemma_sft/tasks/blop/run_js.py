@@ -1,9 +1,9 @@
-"""Runs compiled Blop in a cage: what a program does with made-up inputs.
+"""Runs compiled Blop on made-up inputs, in a cage.
 
-The programs are a model's, so they run in a Node process of their own that has
-no files, network, child processes or workers and little time and memory, and
-there in a context without any of Node (cage.js). What they do comes back
-as JSON.
+A model wrote the programs, so each runs in a Node process of its own without
+files, network, child processes or workers, with little time and memory, and in
+a context without Node's objects (cage.js). The process reports as JSON what the
+program did.
 """
 
 import concurrent.futures
@@ -18,10 +18,10 @@ import tempfile
 from typing import Any
 from typing import Sequence
 
-_SECONDS = 4  # Of the processor.
-_MEGABYTES = 96
-# Limits of the shell: CPU seconds, no file may grow, no core, few files open.
-# The heap is bounded by Node; all that it maps by the kilobytes of -v.
+_SECONDS = 4  # CPU time.
+_MEGABYTES = 96  # Node's heap.
+# The shell limits CPU seconds, file sizes, core dumps, open files, and with -v
+# the address space in kilobytes.
 _LIMITS = ('ulimit -t 10; ulimit -f 0; ulimit -c 0; ulimit -n 64;'
            ' ulimit -v 4000000')
 
@@ -29,14 +29,14 @@ Program = dict[str, Any]  # {'js': ..., 'names': [...]}.
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
-  """A reference and an answer: programs, and what to call things by.
+class ProgramPair:
+  """A reference and an answer to run on the same inputs.
 
   Attributes:
-    reference: {'js', 'names'}: the names to look at.
-    answer: {'js', 'names'}: what the answer calls them, by the reference's
-      names. None runs the reference alone.
-    aliases: What an answer calls fields of its inputs: {path: {its: ours}}.
+    reference: {'js', 'names'}, with a list of the names to look at.
+    answer: {'js', 'names'}, with {reference's name: the answer's name} where
+      they differ. None runs only the reference.
+    aliases: {path: {answer's name: our name}} of fields of the inputs.
     examples: Texts to try functions on.
   """
 
@@ -47,17 +47,17 @@ class Pair:
 
 
 class CageError(RuntimeError):
-  """The cage does not start."""
+  """The caged process does not start."""
 
 
-def run(pairs: Sequence[Pair]) -> list[list[dict[str, Any]]]:
+def run(pairs: Sequence[ProgramPair]) -> list[list[dict[str, Any]]]:
   """Returns [plan, the reference's trace, the answer's trace] of each pair.
 
-  Fewer where a program brought its process down; {'problem': why} in the place
-  of one that ran out of time or memory, or would not load.
+  The list is shorter if a program crashed its process. {'problem': why} stands
+  for the trace of a program that ran out of time or memory, or did not load.
 
   Raises:
-    CageError: if the cage does not start.
+    CageError: if the caged process does not start.
   """
   if not pairs:
     return []
@@ -99,7 +99,7 @@ def _run(pair, flags):
 
 
 def command(script: str, flags: Sequence[str]) -> list[str]:
-  """Returns the command that runs a script in a Node process without rights."""
+  """Returns the command that runs a script in an unprivileged Node process."""
   return ['sh', '-c', f'{_LIMITS}; exec "$@"', 'sh', 'node', *flags,
           f'--max-old-space-size={_MEGABYTES}', '--no-warnings',
           '--disallow-code-generation-from-strings', '--no-addons',
@@ -121,7 +121,7 @@ def _inside():
 
 @functools.lru_cache
 def permission_flags() -> tuple[str, ...]:
-  """Returns the strictest that this Node knows: 18 has no permissions."""
+  """Returns the strictest permission flag that Node has; Node 18 has none."""
   for flag in ('--permission', '--experimental-permission'):
     done = subprocess.run(
         ['node', flag, '--no-warnings', '-e', '0'], capture_output=True,
@@ -132,12 +132,12 @@ def permission_flags() -> tuple[str, ...]:
 
 
 def literals(js: str) -> dict[str, list]:
-  """Returns what a program compares its inputs with, to try it on.
+  """Returns the values that a program compares its inputs with.
 
-  Without them `kind == 'sun'` would hold for no made-up input.
+  They become inputs; otherwise `kind == 'sun'` would hold for none of them.
   """
   texts = re.findall(r"[=!]== '([^'\n]{0,40})'", js)
-  if re.search(r'\w\[[a-z]\w*(?:\.\w+)*\]', js):  # A table is looked up.
+  if re.search(r'\w\[[a-z]\w*(?:\.\w+)*\]', js):  # Looks up a table.
     texts += re.findall(r"[{,]\s*'?(\w+)'?: ['\d]", js)[:3]
   for words in re.findall(r"\[('[^\]\n]*')\]\.(?:includes|indexOf)", js):
     texts += re.findall(r"'([^']*)'", words)[:2]

@@ -1,9 +1,9 @@
 """Blop, a small language for the web, judged by its own compiler.
 
 The compiler (npm `blop-language` 0.9.19; `bash launch/blop_compiler.sh`
-installs it) compiles all answers in one Node process and runs none. What
-compiles is then run in a cage, each beside its reference, for what it renders
-and does (`_blop_run`, `_blop_compare`).
+installs it) compiles all answers in one Node process and runs none of them.
+Each answer that compiles then runs in a cage (`run_js`), and what it renders
+and does is compared with its reference (`compare`).
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ to_messages = chat_task.to_messages
 to_form = chat_task.to_form
 
 _FENCE = re.compile(r'```[\w-]*[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)', re.DOTALL)
-# A line that only code begins with. Prose about Blop names tags and keywords
-# inside its sentences.
+# The start of a line of code. Prose about Blop has tags and keywords only
+# within its sentences.
 _CODE_LINE = re.compile(
     r'^\s*(?:(?:async )?def \w*\(|class \w+ (?:extends|\{)|import [\'"{\w]'
     r'|(?:for|if|while) .*\{\s*$|try \{|<[\w/]|[\w.]+(?:: \w+)? :?= \S'
@@ -41,7 +41,7 @@ _SECONDS_PER_SNIPPET = 0.5
 
 
 class CompilerError(RuntimeError):
-  """The compiler is missing or does not run."""
+  """The compiler is missing or fails."""
 
 
 def looks_like_code(text: str) -> bool:
@@ -52,15 +52,15 @@ def looks_like_code(text: str) -> bool:
 def extract_code(completion: str) -> str:
   """Returns the code of an answer: its first fenced block, else all of it.
 
-  The compiler takes a fenced answer for one back-ticked string and accepts it,
-  so the fence has to go.
+  The fence must go, because the compiler would accept a fenced answer as one
+  back-ticked string.
   """
   fenced = _FENCE.search(completion)
   return (fenced.group(1) if fenced else completion).strip()
 
 
 def compiler_problem() -> str:
-  """Returns why the compiler cannot be used here, or ''."""
+  """Returns why the compiler cannot be used on this machine, or ''."""
   if shutil.which('node') is None:
     return 'no Node.js on the PATH, so nothing was compiled'
   if not _compiler_dir().joinpath('node_modules', 'blop-language').is_dir():
@@ -76,12 +76,12 @@ def _compiler_dir():
 def compile_snippets(snippets: Sequence[str]) -> list[dict[str, Any]]:
   """Returns the compiler's verdict on each snippet.
 
-  Keys: strict, wrapped, parses (bool), stage ('ok', 'tokenize', 'parse',
-  'semantic', 'empty'), line, column (from 1; 0 if unknown), message; js, names:
-  the JavaScript and the names it exports, where strict.
+  Its keys are strict, wrapped, parses (bool); stage ('ok', 'tokenize', 'parse',
+  'semantic', 'empty'); line, column (from 1; 0 if unknown); message; and, if
+  strict, js and names: the JavaScript and the names that it exports.
 
   Raises:
-    CompilerError: if the compiler is not there or its process fails.
+    CompilerError: if the compiler is missing or its process fails.
   """
   if problem := compiler_problem():
     raise CompilerError(problem)
@@ -95,12 +95,12 @@ def compile_snippets(snippets: Sequence[str]) -> list[dict[str, Any]]:
       done = subprocess.run(
           ['node', str(script), str(_compiler_dir())],
           input='\n'.join(lines), capture_output=True, text=True, check=False,
-          # The compiler reads extra globals from a blop.config.js above it.
+          # The compiler reads a blop.config.js from the current folder up.
           cwd=_compiler_dir(),
           timeout=30 + _SECONDS_PER_SNIPPET * len(snippets))
     except (OSError, subprocess.TimeoutExpired) as error:
       raise CompilerError(f'the Blop compiler failed: {error}') from error
-  # Not splitlines: messages repeat odd line breaks of the code.
+  # Not splitlines, because messages quote odd line breaks of the code.
   rows = [json.loads(line) for line in done.stdout.split('\n') if line]
   if done.returncode or len(rows) != len(snippets):
     raise CompilerError(f'the Blop compiler failed: {done.stderr[-500:]}')
@@ -114,22 +114,30 @@ def judge(
 ) -> tasks.Judged:
   """Compiles and runs the answers to the prompts that ask for code.
 
-  Metrics, as shares of those prompts: `strict` (accepted as a whole file),
-  `wrapped` (as a file or as the body of a function), `parses` (the grammar
-  accepts it; names may be undefined). `reach` is the mean share of an answer's
-  lines before the compiler's first error: on a few dozen answers it tells two
-  checkpoints apart with less noise than a rate of yes and no. `fallback`: with
-  habits of JavaScript, JSX or Python, which the row lists.
+  Metrics, as shares of those prompts:
 
-  Of those where the reference can be tried: `component`, what was asked for is
-  defined by the name that the prompt gives it and renders, or can be called;
-  `right`, it does what the reference does on made-up inputs; `same_tags`, its
-  trees of tags are the reference's. `why` in the row is what differs.
+    strict: the compiler accepts the answer as a whole file.
+    wrapped: it accepts it as a file or as the body of a function.
+    parses: the grammar accepts it; names may be undefined.
+    reach: the share of its lines before the compiler's first error. On a few
+      dozen answers its mean compares two checkpoints with less noise than a
+      rate of yes and no.
+    fallback: it has habits of JavaScript, JSX or Python, which the row lists.
 
-  `knows`, of questions about the language whose key facts are known: the share
-  that the answer states, 0 with a contradiction. Other questions are shown.
+  As shares of the prompts whose reference can be run:
+
+    component: what was asked for is defined by the name in the prompt and
+      renders, or can be called.
+    right: it does what the reference does on made-up inputs.
+    same_tags: its trees of tags are the reference's. `why` in the row is the
+      first difference.
+
+  For questions about the language that have key facts, `knows` is the share of
+  these that the answer states, or 0 if it contradicts one. Other questions are
+  only shown.
   """
   del training
+  prompts = [chat_task.prompt(r) for r in records]
   references = [chat_task.answer(r) for r in records]
   asks_code = [looks_like_code(r) for r in references]
   pairs = [(extract_code(c), extract_code(r)) for c, r, code in zip(
@@ -138,15 +146,15 @@ def judge(
     verdicts = compile_snippets([code for pair in pairs for code in pair])
     answers, models = verdicts[::2], verdicts[1::2]
     done = iter(_tried(
-        [_prompt(r) for r, code in zip(records, asks_code) if code], pairs,
-        answers, models))
+        [p for p, code in zip(prompts, asks_code) if code], pairs, answers,
+        models))
   except (CompilerError, run_js.CageError) as error:
     return tasks.Judged({}, [{} for _ in records], str(error))
   answers = iter(answers)
   rows = []
-  for record, completion, code in zip(records, completions, asks_code):
+  for prompt, completion, code in zip(prompts, completions, asks_code):
     if not code:
-      rows.append(text_lib.knowledge(_prompt(record), completion) or {})
+      rows.append(text_lib.knowledge(prompt, completion) or {})
       continue
     verdict = next(answers)
     text = extract_code(completion)
@@ -155,21 +163,20 @@ def judge(
         **{k: v for k, v in verdict.items() if k not in ('js', 'names')},
         'reach': _reach(verdict, text), 'fallback': bool(habits),
         'habits': ', '.join(habits), **next(done)})
-  metrics = {name: _mean(rows, name) for name in
-             ('strict', 'wrapped', 'parses', 'reach', 'fallback')}
-  for name in ('component', 'right', 'same_tags', 'knows'):
-    if any(name in row for row in rows):
-      metrics[name] = _mean(rows, name)
+  rates = ('strict', 'wrapped', 'parses', 'reach', 'fallback')
+  metrics = dict.fromkeys(rates, 0.0) | tasks.means(
+      rows, [*rates, 'component', 'right', 'same_tags', 'knows'])
   return tasks.Judged(metrics | {'n': len(pairs)}, rows)
 
 
 def judge_prompts(
     prompts: Sequence[str], completions: Sequence[str]) -> tasks.Judged:
-  """Scores answers to free prompts: what they know of Blop, how they compile.
+  """Scores answers to free prompts by the key facts that they state.
 
-  `knows` is the share of the key facts in the answers to questions such as
-  "What is Blop?", 0 where one contradicts them; `invented` the share of those
-  that do. Answers with code have the compiler's verdict in their rows alone.
+  Over questions such as "What is Blop?", `knows` is the share of the key facts
+  that an answer states, 0 if it contradicts one, and `invented` is the share of
+  answers that contradict one. For answers with code, only their rows have the
+  compiler's verdict.
   """
   rows = [text_lib.knowledge(p, c) or {}
           for p, c in zip(prompts, completions)]
@@ -187,20 +194,8 @@ def judge_prompts(
   for row in rows:
     if 'knows' in row:
       row['invented'] = bool(row['wrong'])
-  metrics = {name: _mean(rows, name)
-             for name in ('knows', 'invented')
-             if any(name in row for row in rows)}
+  metrics = tasks.means(rows, ('knows', 'invented'))
   return tasks.Judged(metrics | {'n': len(rows)}, rows, note)
-
-
-def _mean(rows, name):
-  values = [row[name] for row in rows if name in row]
-  return sum(values) / max(1, len(values))
-
-
-def _prompt(record):
-  messages = to_messages(record)
-  return '' if isinstance(messages, str) else messages[-2].content
 
 
 def _reach(verdict, code):
@@ -209,7 +204,7 @@ def _reach(verdict, code):
     return 1.0
   if verdict['line']:
     return min(1.0, (verdict['line'] - 1) / n_lines)
-  # Without a place: the code ended too early, or there was none.
+  # No line is known if the code ends too early or is empty.
   at_end = 'End Of Stream' in verdict['message']
   return (n_lines - 1) / n_lines if at_end else 0.0
 
@@ -221,7 +216,7 @@ def check_answers(records: Sequence[records_lib.Record]) -> list[str]:
   try:
     verdicts = compile_snippets([text for _, text in code])
   except CompilerError:
-    return []  # The judge's note says so.
+    return []  # The judge's note reports it.
   return [
       f'{record.where}: the answer does not compile ({row["stage"]}, line'
       f' {row["line"]} column {row["column"]}: {row["message"]})'
@@ -242,7 +237,7 @@ def _tried(prompts, pairs, answers, models):
           lines[1], lines[2], compare.read_prompt(prompts[i]))
       if aliases:
         again.append((i, dataclasses.replace(jobs[i], aliases=aliases)))
-  # The same with the names that the prompt leaves open read as the answer's.
+  # Runs again with fields named as in the answer where the prompt names none.
   for (i, _), lines in zip(again, run_js.run([job for _, job in again])):
     renamed = _compared(prompts[i], answers[i], lines)
     if renamed.get('right'):
@@ -251,26 +246,26 @@ def _tried(prompts, pairs, answers, models):
 
 
 def _job(prompt, codes, answer, model):
-  """Returns what to run, None if the reference has nothing to run."""
+  """Returns the programs to run, or None if the reference has none."""
   names = _defined(codes[1], model)
   asked = [n for n in names if re.search(rf'\b{re.escape(n)}\b', prompt)]
   if not model['strict']:
     return None
   if not asked and names:
-    # The prompt leaves the name open: the last definition is the whole of it.
+    # The prompt gives no name, so the last definition is what it asks for.
     asked = names[-1:]
     others = _defined(codes[0], answer)
-    mine = {asked[0]: others[-1]} if others else {}
+    renamed = {asked[0]: others[-1]} if others else {}
   else:
-    mine = {}
-  return run_js.Pair(
+    renamed = {}
+  return run_js.ProgramPair(
       {'js': model['js'], 'names': asked},
-      {'js': answer['js'], 'names': mine} if answer['strict'] else None,
+      {'js': answer['js'], 'names': renamed} if answer['strict'] else None,
       examples=compare.read_prompt(prompt).quoted)
 
 
 def _defined(code, verdict):
-  """Returns the names that a file defines and does not import."""
+  """Returns the names that a file defines rather than imports."""
   own = re.findall(
       r'^(?:async )?(?:(?:def|class) (\w+)|(\w+)(?:: [\w\[\]]+)? = )', code,
       re.MULTILINE)
@@ -279,7 +274,7 @@ def _defined(code, verdict):
 
 def _compared(prompt, answer, lines):
   if len(lines) < 2 or 'problem' in lines[0] or 'problem' in lines[1]:
-    return {}  # The reference itself cannot be tried.
+    return {}  # The reference itself cannot be run.
   reference = lines[1]
   got = lines[2] if len(lines) == 3 else {}
   why = ''

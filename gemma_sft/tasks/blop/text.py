@@ -1,4 +1,4 @@
-"""What an answer's text tells: facts about Blop, habits of other languages."""
+"""Finds facts about Blop and habits of other languages in an answer's text."""
 
 import functools
 import importlib.resources
@@ -9,8 +9,8 @@ from typing import Any
 _STRING = re.compile(r"'(?:\\.|[^'\\\n])*'|\"(?:\\.|[^\"\\\n])*\"|`[^`]*`")
 _COMMENT = re.compile(r'(?<!:)//[^\n]*|/\*.*?\*/', re.DOTALL)
 
-# What no Blop program has, looked for outside strings and comments. House style
-# and compiler agree on blanks inside the braces of an object, so `={x` is JSX.
+# Patterns that no Blop program has outside strings and comments. The compiler
+# wants spaces inside the braces of an object, so `={x` is JSX.
 _HABITS = {name: re.compile(pattern, re.MULTILINE) for name, pattern in {
     'semicolons': r';[ \t]*$',
     'const, let, var': r'(?:^|[({])\s*(?:export )?(?:const|let|var) [\w{\[]',
@@ -38,13 +38,13 @@ _HABITS = {name: re.compile(pattern, re.MULTILINE) for name, pattern in {
     'print': r'(?<![.\w])(?<!def )print\(',
     'and, or, not': r'\bif not \w|\b\w+ (?:and|or) \w+.*[:{]\s*$',
 }.items()}
-# Within back-ticks, and before a quote.
+# Patterns inside back-ticks or before a quote.
 _RAW_HABITS = {'${...}': re.compile(r'`[^`]*\$\{'),
                'f-strings': re.compile(r"(?<![\w'])f['\"]\w*[^'\"\n]*\{\w")}
 
 
 def habits(code: str) -> list[str]:
-  """Returns the habits of JavaScript, JSX and Python in an answer's code."""
+  """Returns the habits of JavaScript, JSX and Python found in code."""
   found = [name for name, pattern in _RAW_HABITS.items()
            if pattern.search(code)]
   bare = _COMMENT.sub(' ', _STRING.sub("''", code))
@@ -59,10 +59,11 @@ def _facts() -> dict[str, Any]:
 
 
 def knowledge(prompt: str, answer: str) -> dict[str, Any] | None:
-  """Returns what an answer knows about Blop: {knows, facts, wrong}.
+  """Returns what an answer says about Blop: {knows, facts, wrong}.
 
-  `knows` is the share of the key facts, 0 if it says something wrong; `facts`
-  and `wrong` list them. None if no key facts are known for the question.
+  `knows` is the share of the key facts that it states, or 0 if it states
+  anything wrong; `facts` and `wrong` list both. None if the question has no key
+  facts.
   """
   facts = _facts()
   asked = facts['questions'].get(prompt.strip())

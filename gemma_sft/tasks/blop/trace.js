@@ -1,10 +1,10 @@
-// What is done with a caged Blop program, and what it then does.
-// One of the three parts of what surrounds a caged program (see cage.js):
-// world.js, inputs.js, trace.js. They are read as one function body,
-// in the program's own context before it, and speak to the outside in strings.
+// Operates a caged Blop program and records what it does.
+// world.js, inputs.js and trace.js together are the body of one function, which
+// runs in the context of a caged program before it (see cage.js). The three pass
+// only strings to the outside.
 'use strict';
 
-// ---- What is done with a program. ----
+// ---- Operating a program. ----
 let request = null;
 
 const isClass = (f) => /^class\b/.test(String(f));
@@ -87,7 +87,7 @@ function fire(handler, event) {
   return handler(event);
 }
 
-// One run of a trace: fills `entry`, and yields where promises may go on.
+// Makes one run of a trace: fills `entry`, and yields to let promises continue.
 const reset = () => {
   seed = 1; now = NOW; timers = []; app = null; current = null;
   takeEffects();
@@ -142,7 +142,7 @@ function* traceComponent(what, plan, entry) {
 function* traceFunction(f, plan, entry) {
   const { k } = entry;
   let args = argumentsFor(plan.shapes, k);
-  // Parameters with a default are left out now and then.
+  // Some runs leave out parameters that have a default.
   if (k % 3 === 1) args = args.slice(0, plan.needed);
   const result = attempt(() => f(...args));
   yield;
@@ -186,8 +186,8 @@ function* traceClass(what, plan, entry) {
   entry.effects = takeEffects();
 }
 
-// What is left to do: each a generator, and where to note that it failed. One
-// that throws or runs out of time does not stop the others.
+// The tasks left to do: a generator each, with the place to note a failure. A
+// task that throws or runs out of time does not stop the others.
 const tasks = [];
 let task = null;
 let report = {};
@@ -275,7 +275,7 @@ const stepFailed = () => {
   return 'more';
 };
 
-// What the outside calls.
+// The functions that the outside calls.
 const blopCage = Object.freeze({
   setUp, step, stepFailed, report: () => stringify(report),
 });

@@ -1,11 +1,11 @@
-// The world of a caged Blop program: a runtime without a DOM, a record of what it
-// does, things that can be anything, a clock that stands still.
-// One of the three parts of what surrounds a caged program (see cage.js):
-// world.js, inputs.js, trace.js. They are read as one function body,
-// in the program's own context before it, and speak to the outside in strings.
+// The environment of a caged Blop program: a runtime without a DOM, a record of
+// its effects, values that accept any use, and a clock that stands still.
+// world.js, inputs.js and trace.js together are the body of one function, which
+// runs in the context of a caged program before it (see cage.js). The three pass
+// only strings to the outside.
 'use strict';
 
-// A program may define a Map of its own, and hostile ones change what they find.
+// A program may define its own Map, and a hostile one may change the built-in one.
 const {
   Array, Boolean, Date, Error, Function, JSON, Map, Math, Number, Object, Promise,
   Proxy, Reflect, RegExp, Set, String, Symbol, TypeError, WeakMap, WeakSet,
@@ -43,8 +43,8 @@ const effect = (...entry) => {
 };
 const takeEffects = () => { const taken = effects; effects = []; return taken; };
 
-// ---- Values that can be anything: imports, window, and, while the inputs are
-// being found out, the inputs themselves. A note collects their uses. ----
+// ---- Values that accept any use: imports, window, and, while shapes are being
+// found, the inputs themselves. A note collects how they are used. ----
 let probes = 0;
 const wilds = new WeakMap();
 const notes = new WeakMap();
@@ -60,7 +60,7 @@ function wild(path, note, loud = false) {
     return kids.get(name);
   };
   const element = () => kid('[]', `${path}[]`);
-  // A function that `new` takes, without a property that traps must report.
+  // A function that works with `new` and has no property that traps must report.
   const target = (function any() {}).bind(null);
   delete target.name;
   delete target.length;
@@ -140,7 +140,7 @@ const plain = (value) => {
   return typeof shown === 'string' ? shown : stringify(shown);
 };
 
-// ---- Any value as JSON, whatever traps it sets. ----
+// ---- Converts any value to JSON, whatever its proxy traps do. ----
 const settled = new WeakMap();
 const events = new WeakSet();
 function show(value, depth = 0, seen = []) {
@@ -193,8 +193,8 @@ const follow = (value) => {
   return value;
 };
 
-// ---- The runtime: h, c, Component, mount, as blop-language/src/runtime.js
-// has them, without a DOM below. ----
+// ---- The runtime: h, c, Component and mount as in
+// blop-language/src/runtime.js, without a DOM. ----
 class Node {
   constructor(tag, attributes, children) {
     this.tag = String(tag);
@@ -294,7 +294,7 @@ function attribute(name, value) {
   return show(value);
 }
 
-// A virtual node as [tag, attributes, events, children]; texts are joined.
+// Returns a virtual node as [tag, attributes, events, children], texts joined.
 function tree(node) {
   let left = MAX.nodes;
   const visit = (n) => {
@@ -315,7 +315,7 @@ function tree(node) {
       if (child instanceof Node) { children.push(visit(child)); return; }
       const text = typeof child === 'string' || typeof child === 'number'
         ? String(child).slice(0, MAX.text)
-        // What snabbdom makes of an object.
+        // As snabbdom converts an object.
         : (wilds.has(child) ? wilds.get(child) : 'undefined');
       if (typeof children[children.length - 1] === 'string') {
         children[children.length - 1] += text;
@@ -338,7 +338,7 @@ function handlers(node, found = []) {
   return found;
 }
 
-// ---- Time and chance, the same in every run. ----
+// ---- Time and random numbers are the same in every run. ----
 const RealDate = Date;
 const NOW = RealDate.UTC(2024, 4, 17, 9, 30, 5);
 let now = NOW;
@@ -399,7 +399,7 @@ Object.assign(globalThis, {
   }),
 });
 Math.random = random;
-// Memory outside the heap, and what waits or looks at the collector.
+// Globals with memory outside the heap, that wait, or that watch the collector.
 Object.getOwnPropertyNames(globalThis)
   .filter((name) => /Array$|Buffer$|^WebAssembly$|^Atomics$|^DataView$|^Weak.*Ref|Registry$/
     .test(name) && name !== 'Array')

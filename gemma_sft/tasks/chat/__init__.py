@@ -1,0 +1,1 @@
+"""Any prompt and completion, judged by equality."""

@@ -1,9 +1,8 @@
-"""Any prompt and completion, conversation or plain text; judged by equality."""
+"""Any prompt and completion, conversation or plain text, judged by equality."""
 
 from typing import Sequence
 
 from gemma_sft import chat
-from gemma_sft import errors
 from gemma_sft import tasks
 from gemma_sft.inputs import records as records_lib
 
@@ -16,20 +15,18 @@ def to_messages(record: records_lib.Record) -> Sequence[chat.Message] | str:
   """Returns the record's conversation, or its plain text.
 
   Raises:
-    UserError: if the record has none of the columns.
+    UserError: if the record has none of the expected columns.
   """
   fields = record.fields
   if 'messages' in fields:
     return [chat.Message(m['role'], m['content']) for m in fields['messages']]
   if 'text' in fields:
     return fields['text']
-  # A prompt alone comes from a form: `records.read` lets none through.
+  # A prompt without completion is from a form: `records.read` refuses it.
   if 'prompt' not in fields:
-    raise errors.UserError(
-        f'{record.where}: columns {", ".join(fields)}',
-        'prompt and completion, or messages, or text',
-        "name your columns: --config.data.columns='prompt=question,"
-        "completion=answer'")
+    raise tasks.wrong_columns(
+        record, 'prompt and completion, or messages, or text',
+        'prompt=question,completion=answer')
   system = ([chat.Message('system', fields['system'])]
             if fields.get('system') else [])
   return [*system, chat.Message('user', fields['prompt']),
@@ -37,15 +34,21 @@ def to_messages(record: records_lib.Record) -> Sequence[chat.Message] | str:
 
 
 def to_form(record: records_lib.Record) -> dict[str, str]:
-  """Returns the first question of a record."""
+  """Returns the first question of a conversation."""
   messages = to_messages(record)
   if isinstance(messages, str):
     return {}
   return {'prompt': next(m.content for m in messages if m.role == 'user')}
 
 
+def prompt(record: records_lib.Record) -> str:
+  """Returns the last question of a conversation, '' for plain text."""
+  messages = to_messages(record)
+  return '' if isinstance(messages, str) else messages[-2].content
+
+
 def answer(record: records_lib.Record) -> str:
-  """Returns the last answer of the model, or the plain text."""
+  """Returns the model's last answer, or the plain text."""
   messages = to_messages(record)
   return messages if isinstance(messages, str) else messages[-1].content
 
@@ -55,20 +58,20 @@ def judge(
     completions: Sequence[str],
     training: Sequence[records_lib.Record] = (),
 ) -> tasks.Judged:
-  """Counts the answers that are the record's own, white space aside.
+  """Counts the answers that equal the record's own, ignoring white space.
 
-  A question without an answer of its own, from a form, is not judged.
+  A question from a form has no answer of its own and is not judged.
   """
   del training
   wanted = [' '.join(answer(r).split()) for r in records]
   rows = [{'exact': ' '.join(c.split()) == w} if w else {}
           for w, c in zip(wanted, completions)]
-  n = sum(map(bool, wanted))
-  share = sum(row['exact'] for row in rows if row) / max(1, n)
-  return tasks.Judged({'exact': share, 'n': n}, rows)
+  return tasks.Judged(
+      {'exact': 0.0} | tasks.means(rows, ['exact'])
+      | {'n': sum(map(bool, wanted))}, rows)
 
 
 def check_answers(records: Sequence[records_lib.Record]) -> list[str]:
-  """Finds nothing: any answer may be right."""
+  """Returns nothing, because any answer may be right."""
   del records
   return []

@@ -1,0 +1,1 @@
+"""Song lyrics in several scripts, judged by form."""

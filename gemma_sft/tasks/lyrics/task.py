@@ -1,4 +1,4 @@
-"""Song lyrics in a person's language, judged by script, lines and refrain."""
+"""Song lyrics in several scripts, judged by script, lines and refrain."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,33 +9,35 @@ from gemma_sft import tasks
 from gemma_sft.inputs import records as records_lib
 from gemma_sft.tasks.lyrics import verse
 
-# How far a song holds to what its opening and its reference set. BLEU and chrF
-# ask whether it is one certain song of the many that could follow; the parts
-# of `form` are what all of those share.
+# How well a song keeps to what its opening and its reference set. BLEU and chrF
+# ask whether it is one particular song of the many that could follow; `form`
+# measures what all of those have in common.
 HEADLINE = 'form'
 LOWER_IS_BETTER = frozenset({'copied', 'repeated'})
 FIELDS = ('opening', 'style', 'language')
 
-# Lines that open a song and are given in the prompt: a couplet shows the metre
-# and, in a ghazal, the refrain.
+# How many lines of a song the prompt gives: a couplet shows the metre and, in a
+# ghazal, the refrain.
 _OPENING = 2
 _PROMPT = 'Continue this {language} {style}, line by line.\n\n{opening}'
-# Scripts by their first character in Unicode: enough to name the language of a
-# song that does not name it.
+# The first character of a script in Unicode, to guess the language of a song
+# that does not name it.
 _LANGUAGES = {'\u0900': 'Hindi', '\u0980': 'Bengali', '\u0600': 'Urdu'}
-# For an opening without letters.
+# The script of an opening without letters.
 _SCRIPTS = {'Hindi': 'DEVANAGARI', 'Bengali': 'BENGALI', 'Urdu': 'ARABIC'}
-# How many lines more or less are fine: a couplet, which is the unit that songs
-# and ghazals grow by, or a quarter of a long song.
-_SPARE_LINES, _SPARE_SHARE = 2, 0.25
+# How far the number of lines may differ: by a couplet, the unit of songs and
+# ghazals, or by a quarter of a long song.
+_MAX_LINES_OFF, _MAX_SHARE_OFF = 2, 0.25
+_MEANS = ('form', 'script', 'lines', 'refrain', 'rhyme', 'line_length', 'exact',
+          'repeated', 'copied')
 
 
 def to_messages(record: records_lib.Record) -> Sequence[chat.Message]:
-  """Returns the opening of a song, and the rest of it.
+  """Returns a request to continue a song's opening, and the rest of the song.
 
-  Takes {text or lines, style, language}; style is 'song' where there is none.
-  With {script: 'roman'} the lines are those of `romanized`, if it has them.
-  {opening, style, language} gives the prompt, and '' as the answer.
+  Reads {text or lines, style, language}; the default style is 'song'. With
+  {script: 'roman'} the lines are those of `romanized`, if the record has it.
+  {opening, style, language} has no song, so its answer is ''.
 
   Raises:
     UserError: if a song is not longer than its opening.
@@ -56,7 +58,7 @@ def to_form(record: records_lib.Record) -> dict[str, str]:
 
 
 def song_lines(record: records_lib.Record) -> list[str]:
-  """Returns the lines of a song; blank ones are left out."""
+  """Returns the lines of a song that are not blank."""
   fields = record.fields
   lines = fields.get('lines', fields.get('text', fields.get('opening')))
   if fields.get('script') == 'roman' and fields.get('romanized'):
@@ -65,15 +67,13 @@ def song_lines(record: records_lib.Record) -> list[str]:
     lines = lines.split('\n')
   if (not isinstance(lines, Sequence) or not lines
       or not all(isinstance(line, str) for line in lines)):
-    raise errors.UserError(
-        f'{record.where}: columns {", ".join(fields)}',
-        'text, or lines as a list', "name your column:"
-        " --config.data.columns='text=lyrics'")
+    raise tasks.wrong_columns(record, 'text, or lines as a list', 'text=lyrics')
   return [line.strip() for line in lines if line.strip()]
 
 
 def language(record: records_lib.Record) -> str:
-  """Returns the language's English name, told by its script if not given."""
+  """Returns the language's English name, guessed by its script if not given.
+  """
   if record.fields.get('language'):
     return record.fields['language']
   text = '\n'.join(song_lines(record))
@@ -84,30 +84,30 @@ def language(record: records_lib.Record) -> str:
   return best if counts[best] else 'romanised'
 
 
-def _asks(record):
-  """Whether a record is an opening to go on from, without the song."""
+def _is_question(record):
+  """Whether a record is an opening without a song."""
   return record.fields.keys().isdisjoint({'lines', 'text'})
 
 
 def _parts(record):
   """Returns the lines of the opening and those of the rest."""
   lines = song_lines(record)
-  if _asks(record):
+  if _is_question(record):
     if not lines:
       raise errors.UserError(
           f'{record.where}: the opening is empty', 'the first lines of a song',
-          'type one line or more')
+          'enter at least one line')
     return lines, []
   if len(lines) <= _OPENING:
     raise errors.UserError(
         f'{record.where}: {len(lines)} lines',
-        f'at least {_OPENING + 1}: {_OPENING} open the song in the prompt',
-        'remove the row, or give a line of the song a line of the file')
+        f'at least {_OPENING + 1}: the prompt shows the first {_OPENING}',
+        'remove the row, or put each line of the song on its own line')
   return lines[:_OPENING], lines[_OPENING:]
 
 
 def _script(record, opening):
-  """Returns the script that a song is to go on in: that of its opening."""
+  """Returns the script that a song must continue in: that of its opening."""
   return verse.script(' '.join(opening)) or _SCRIPTS.get(
       language(record), 'LATIN')
 
@@ -119,21 +119,25 @@ def judge(
 ) -> tasks.Judged:
   """Scores completions by what their openings and references set.
 
-  Means over the completions: `form`, the product of the next three and of 1 -
-  repeated, with rhyme as a share of the reference's where nothing returns;
-  `script`, the share of letters in the opening's script; `lines`, whether there
-  are as many as in the reference, give or take a couplet or a quarter;
-  `refrain`, over songs whose opening comes back, how well it does so as often
-  and after as many lines as in the reference; `rhyme`, the share of lines that
-  end like one near them; `line_length`, how near lines are to the opening's
-  length in aksharas; `exact`, the reference word for word; `repeated`, the
-  share of lines that stood before, beyond the reference's; `copied`, the share
-  of lines that stand in training songs and not in the opening (with `training`
-  alone).
+  Means over the completions:
 
-  Over all of them: `bleu` (sacreBLEU's international tokenisation) and `chrf`
-  (chrF++). Rows have these of their own as sentence_bleu and sentence_chrf. An
-  opening without a song has no reference: its row has script, rhyme,
+    form: script * lines * refrain * (1 - repeated). If the song has no refrain,
+      its factor is rhyme over the reference's rhyme, at most 1.
+    script: the share of letters in the opening's script.
+    lines: 1 if the number of lines is the reference's, within a couplet or a
+      quarter; else 0.
+    refrain: over songs whose opening returns, how well it returns as often and
+      after as many lines as in the reference (`verse.Refrain`).
+    rhyme: the share of lines that end like a line near them.
+    line_length: how close the lines are to the opening's length in aksharas.
+    exact: whether the completion is the reference, word for word.
+    repeated: the share of lines that appeared before, beyond the reference's.
+    copied: the share of lines that are in training songs and not in the
+      opening. Only with `training`.
+
+  Over all completions together: `bleu` (sacreBLEU's international tokenisation)
+  and `chrf` (chrF++); each row has its own as sentence_bleu and sentence_chrf.
+  An opening without a song has no reference, so its row has only script, rhyme,
   line_length and copied.
   """
   known = _training_lines(training)
@@ -141,14 +145,7 @@ def judge(
   rows = [_row(record, opening, rest, completion, known)
           for record, (opening, rest), completion in zip(
               records, parts, completions)]
-  metrics = {}
-  for name in ('form', 'script', 'lines', 'refrain', 'rhyme', 'line_length',
-               'exact', 'repeated', 'copied'):
-    values = [row[name] for row in rows if name in row]
-    # Without one row that has it there is nothing to say of it, but a judge of
-    # no answers at all still names its headline.
-    if values or name == HEADLINE:
-      metrics[name] = sum(values) / max(1, len(values))
+  metrics = {HEADLINE: 0.0} | tasks.means(rows, _MEANS)
   metrics |= _overlap(rows, [rest for _, rest in parts], completions)
   return tasks.Judged(metrics | {'n': len(rows)}, rows)
 
@@ -158,7 +155,7 @@ def _row(record, opening, rest, completion, known):
   row: dict[str, Any] = {
       'script': verse.script_share(completion, _script(record, opening)),
       'rhyme': verse.rhyme(opening, lines),
-      'line_length': verse.evenness(opening, lines)}
+      'line_length': verse.length_match(opening, lines)}
   if known:
     own = {verse.key(line) for line in opening}
     row['copied'] = sum(
@@ -166,14 +163,14 @@ def _row(record, opening, rest, completion, known):
     ) / max(1, len(lines))
   if not rest:
     return row
-  spare = max(_SPARE_LINES, _SPARE_SHARE * len(rest))
-  row['lines'] = float(bool(lines) and abs(len(lines) - len(rest)) <= spare)
+  max_off = max(_MAX_LINES_OFF, _MAX_SHARE_OFF * len(rest))
+  row['lines'] = float(bool(lines) and abs(len(lines) - len(rest)) <= max_off)
   row['repeated'] = max(0.0, verse.repeats(opening, lines)
                         - verse.repeats(opening, rest))
   row['exact'] = float([*map(verse.key, lines)] == [*map(verse.key, rest)])
   row['form'] = row['script'] * row['lines'] * (1 - row['repeated'])
   if refrain := verse.refrain(opening, rest):
-    row['refrain'] = refrain.kept(lines, rest)
+    row['refrain'] = refrain.score(lines, rest)
     row['form'] *= row['refrain']
   elif rhyme := verse.rhyme(opening, rest):
     row['form'] *= min(1.0, row['rhyme'] / rhyme)
@@ -186,16 +183,16 @@ def _training_lines(training):
 
 
 def _overlap(rows, references, completions):
-  """Returns BLEU and chrF++ of all, and adds those of each to its row."""
-  from sacrebleu import metrics  # With lxml and numpy: only to judge.
+  """Returns BLEU and chrF++ over all songs, and adds each song's to its row."""
+  from sacrebleu import metrics  # Imports lxml, which only judging needs.
 
   scored = [(row, ' '.join(lines), ' '.join(verse.lines(completion)))
             for row, lines, completion in zip(rows, references, completions)
             if lines]
   if not scored:
     return {}
-  # The default, 13a, leaves a danda on its word. effective_order: a song may
-  # well share no four words in a row with another.
+  # The default tokenisation, 13a, does not split a danda from its word. With
+  # effective_order, a song without four common words in a row still scores.
   bleu = metrics.BLEU(tokenize='intl', effective_order=True)
   corpus = metrics.BLEU(tokenize='intl')
   chrf = metrics.CHRF(word_order=2)
@@ -205,16 +202,16 @@ def _overlap(rows, references, completions):
     row['sentence_chrf'] = chrf.sentence_score(
         hypothesis, [reference]).score / 100
   texts = [[h for *_, h in scored], [[r for _, r, _ in scored]]]
-  # A perfect score comes back as a hundred and a rounding error.
+  # A perfect score is 100 plus a rounding error.
   return {'bleu': min(1.0, corpus.corpus_score(*texts).score / 100),
           'chrf': min(1.0, chrf.corpus_score(*texts).score / 100)}
 
 
 def check_answers(records: Sequence[records_lib.Record]) -> list[str]:
-  """Returns a line for each song in two scripts, with markup, or seen twice."""
+  """Returns a line for each song in two scripts, with markup, or repeated."""
   problems, first = [], {}
   for record in records:
-    if _asks(record):
+    if _is_question(record):
       continue
     opening, rest = _parts(record)
     script = _script(record, opening)

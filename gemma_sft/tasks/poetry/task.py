@@ -1,16 +1,14 @@
 """Classical Chinese poems, judged by form, rhyme book and tone pattern.
 
-The judge is strict where the genre is: rhymes are those of the Pingshui book,
-tone patterns those of regulated verse. Real poems do not always pass (many are
-in the older, free style), so each rate also stands relative to theirs.
+The judge is as strict as the genre: it uses the rhymes of the Pingshui book and
+the tone patterns of regulated verse. Real poems do not always pass (many are in
+the older, free style), so the judge also gives each rate relative to theirs.
 """
 
 import collections
 import functools
 import hashlib
-import importlib.resources
 import itertools
-import json
 import re
 from typing import Any
 from typing import Sequence
@@ -25,25 +23,26 @@ HEADLINE = 'rhyme'
 LOWER_IS_BETTER = frozenset({'copied', 'repeated'})
 FIELDS = ('title', 'form', 'rhyme')
 
-# Characters a line x lines: (traditional, simplified) names.
+# {characters per line x lines: (traditional name, simplified name)}.
 FORMS = {
     '5x4': ('五言絕句', '五言绝句'),
     '7x4': ('七言絕句', '七言绝句'),
     '5x8': ('五言律詩', '五言律诗'),
     '7x8': ('七言律詩', '七言律诗'),
 }
-# What share of real poems rhymes, and follows a tone pattern, by this judge:
-# tests/benchmarks/calibrate_poetry.py on 3,300 poems (790, 825, 835 and 850) by
-# Tang poets in github.com/chinese-poetry/chinese-poetry, old style and new.
+# The share of real poems that rhyme, and that follow a tone pattern, by this
+# judge: tests/benchmarks/calibrate_poetry.py on 3,300 poems (790, 825, 835 and
+# 850) by Tang poets in github.com/chinese-poetry/chinese-poetry, in the old and
+# the new style.
 REAL_RHYME = {'5x4': 0.759, '7x4': 0.952, '5x8': 0.911, '7x8': 0.929}
 REAL_TONE = {'5x4': 0.549, '7x4': 0.862, '5x8': 0.775, '7x8': 0.847}
 
 _PROMPT = ('請以《{title}》為題，寫一首{form}{rhyme}。',
            '请以《{title}》为题，写一首{form}{rhyme}。')
-# The rhyme and its commonest words: a poet writes with the rhyme book at hand.
+# Names the rhyme and its commonest words, as poets write with the rhyme book.
 _RHYME = ('，押「{name}」韻（{words}）', '，押「{name}」韵（{words}）')
 _DEFAULT_FORM = '7x4'
-# Of a question that names no rhyme: among those that poets use most.
+# A question that names no rhyme gets one of this many that poets use most.
 _N_COMMON_RHYMES = 10
 _NAMES = {name: form for form, names in FORMS.items() for name in names} | {
     '五絕': '5x4', '五绝': '5x4', '七絕': '7x4', '七绝': '7x4',
@@ -57,10 +56,10 @@ _MEANS = ('form', 'rhyme', 'asked_rhyme', 'tone', 'rhyme_of_real',
 def to_messages(record: records_lib.Record) -> Sequence[chat.Message] | str:
   """Returns a request for the poem by title, form and rhyme, and the poem.
 
-  Takes {title, text, form, rhyme} or chinese-poetry's {title, paragraphs}; text
-  without a title is trained as plain text. A title alone, or with a form, is a
-  question: the answer is ''. The request names the rhyme and twelve of its
-  words, see `asked_rhyme`; that of a poem without a level rhyme names none.
+  Reads {title, text, form, rhyme} or chinese-poetry's {title, paragraphs}; text
+  without a title is trained as plain text. A record without a poem is a
+  question, so its answer is ''. The request names a rhyme (see `asked_rhyme`)
+  and twelve of its words, but none for a poem without a level rhyme.
 
   Raises:
     UserError: if there is no poem, none of the four forms, or no such rhyme.
@@ -71,14 +70,14 @@ def to_messages(record: records_lib.Record) -> Sequence[chat.Message] | str:
     return text
   if not title:
     raise errors.UserError(
-        f'{record.where}: no title', 'what the poem is to be about',
+        f'{record.where}: no title', 'the subject of the poem',
         'fill in the title')
   form = asked_form(record)
   if form not in FORMS:
     raise errors.UserError(
         f'{record.where}: the form is {form or "none that is known"!r}',
         ', '.join(f'{k} {v[0]}' for k, v in FORMS.items()),
-        'remove the row, or mend its lines')
+        'remove the row, or correct its lines')
   simplified = is_simplified(title + text + (
       str(record.fields.get('form') or '')))
   rhyme = ''
@@ -93,14 +92,14 @@ def to_messages(record: records_lib.Record) -> Sequence[chat.Message] | str:
 
 
 def to_form(record: records_lib.Record) -> dict[str, str]:
-  """Returns what the request names; nothing of a poem without a title."""
+  """Returns title, form and rhyme; nothing for a poem without a title."""
   title = record.fields.get('title')
   return {'title': title, 'form': asked_form(record),
           'rhyme': asked_rhyme(record)[-1:]} if title else {}
 
 
 def has_poem(record: records_lib.Record) -> bool:
-  """Whether a record has an answer, not the prompt alone."""
+  """Whether a record has a poem besides the fields of the prompt."""
   return not record.fields.keys() <= set(FIELDS)
 
 
@@ -110,15 +109,16 @@ def poem_text(record: records_lib.Record) -> str:
   lines: Any = fields.get('paragraphs', fields.get('text'))
   text = '\n'.join(lines) if isinstance(lines, list) else lines
   if not isinstance(text, str) or not text.strip():
-    raise errors.UserError(
-        f'{record.where}: columns {", ".join(fields)}',
-        'text, or paragraphs as chinese-poetry has them',
-        "name your column: --config.data.columns='text=poem'")
+    raise tasks.wrong_columns(
+        record, 'text, or paragraphs as chinese-poetry has them', 'text=poem')
   return text.strip()
 
 
 def asked_form(record: records_lib.Record) -> str:
-  """Returns the form that a record asks for, as '5x4', or what it says."""
+  """Returns the form that a record asks for, such as '5x4'.
+
+  A form that is not known is returned as the record has it.
+  """
   if form := record.fields.get('form'):
     form = str(form).strip()
     return _NAMES.get(form, form.lower().replace('×', 'x'))
@@ -128,9 +128,9 @@ def asked_form(record: records_lib.Record) -> str:
 def asked_rhyme(record: records_lib.Record) -> str:
   """Returns the rhyme that a record asks for, such as '下平八庚'.
 
-  That of its column `rhyme` (庚, 八庚 or 下平八庚); else that of its poem, ''
-  where the even lines share no level rhyme; else, for a question, one of the
-  commonest, by the title, the same each time.
+  It is the one in the column `rhyme` (庚, 八庚 or 下平八庚); else the rhyme of
+  the poem, '' if its even lines share no level rhyme; else, for a question, one
+  of the commonest rhymes, chosen by a hash of the title.
 
   Raises:
     UserError: if the book has no such rhyme.
@@ -143,7 +143,7 @@ def asked_rhyme(record: records_lib.Record) -> str:
         f'{record.where}: the rhyme is {asked!r}',
         'a level rhyme of the Pingshui book: '
         + ''.join(rhyme[-1] for rhyme in rhyme_words()),
-        'name one of these, or none')
+        'name one of these, or leave it out')
   if has_poem(record):
     return pingshui.rhyme_of(split_lines(to_traditional(poem_text(record))))
   common = list(rhyme_words())[:_N_COMMON_RHYMES]
@@ -152,20 +152,18 @@ def asked_rhyme(record: records_lib.Record) -> str:
   return common[digest[0] % len(common)]
 
 
-@functools.cache
 def rhyme_words() -> dict[str, str]:
   """Returns the level rhymes, the commonest first, each with twelve words.
 
-  Rhymes and words by how often 2,653 rhyming Tang poems of the four forms
-  end a line in them (`calibrate_poetry.py --rhyme_words`); where those have
-  fewer than twelve, the book's first ones.
+  Both are sorted by how often 2,653 rhyming Tang poems of the four forms end a
+  line in them (`calibrate_poetry.py --rhyme_words`). Where the poems have fewer
+  than twelve words, the first ones of the book follow.
   """
-  folder = importlib.resources.files('gemma_sft.tasks.poetry')
-  return json.loads((folder / 'rhyme_words.json').read_text(encoding='utf-8'))
+  return pingshui.read_json('rhyme_words.json')
 
 
 def form_of(text: str) -> str:
-  """Returns '5x4' and so on; '' for any other shape."""
+  """Returns the form of a text, such as '5x4', '' if it has none."""
   lines = split_lines(text)
   lengths = {len(line) for line in lines}
   form = f'{lengths.pop()}x{len(lines)}' if len(lengths) == 1 else ''
@@ -173,16 +171,16 @@ def form_of(text: str) -> str:
 
 
 def split_lines(text: str) -> list[str]:
-  """Returns the lines of a poem without punctuation, two of them a couplet."""
+  """Returns the lines of a poem, two for a couplet, without punctuation."""
   return [line for line in _BREAK.split(text) if line]
 
 
 def is_simplified(text: str) -> bool:
   """Whether a text is written in simplified characters.
 
-  Characters of both scripts, such as 松, 里 or 峰, may be converted either way:
-  what no conversion to simplified changes, and one to traditional does, is
-  simplified.
+  Some characters, such as 松, 里 or 峰, belong to both scripts. A text is
+  simplified if a conversion to simplified characters leaves it as it is, and
+  one to traditional characters changes it.
   """
   return (_converter('t2s').convert(text) == text
           and _converter('s2t').convert(text) != text)
@@ -196,11 +194,11 @@ def _converter(name):
 
 
 def to_traditional(text: str) -> str:
-  """Returns text in the script of the rhyme book.
+  """Returns a text in the script of the rhyme book.
 
-  Traditional text has characters that a conversion takes for simplified ones
-  (里, 松), so only text without a character of traditional script alone is
-  converted as a whole, else those that the book lacks.
+  A conversion would mistake some traditional characters for simplified ones
+  (里, 松). So a text with any character that is only traditional is not
+  converted as a whole, but only its characters that the book lacks.
   """
   to_t = _converter('s2t')
   if _converter('t2s').convert(text) == text:
@@ -213,18 +211,24 @@ def judge(
     completions: Sequence[str],
     training: Sequence[records_lib.Record] = (),
 ) -> tasks.Judged:
-  """Scores poems; plain text is the poem that continues its first line.
+  """Scores poems; for plain text, the poem that continues its first line.
 
-  Metrics, as shares of the poems: `form` (exactly the lines and characters
-  asked for, all Chinese), `rhyme` and `tone` (of those in form: see
-  `pingshui`), `asked_rhyme` (that of the request), `rhyme_of_real` and
-  `tone_of_real` (divided by the rate of real poems of the form, at most 1).
-  `bleu4` is the corpus BLEU-4 of characters with punctuation (sacrebleu,
-  tokenize='char') against the record's own poem, `sentence_bleu4` the mean over
-  poems. `distinct1` and `distinct2` are the
-  different characters and pairs of them, within lines, over all. Lower is
-  better: `copied` (share of a poem's lines that stand in a training poem; only
-  with `training`) and `repeated` (that stood in it before).
+  Metrics, as shares of the poems unless stated otherwise:
+
+    form: exactly the lines and characters asked for, all of them Chinese.
+    rhyme, tone: in form, and with a level rhyme, or a tone pattern
+      (`pingshui`).
+    asked_rhyme: with the rhyme that the request names.
+    rhyme_of_real, tone_of_real: rhyme and tone divided by the rate of real
+      poems of the form, at most 1.
+    bleu4: corpus BLEU-4 of characters with punctuation (sacrebleu,
+      tokenize='char') against the record's own poem; `sentence_bleu4` is the
+      mean over poems.
+    distinct1, distinct2: different characters, and pairs of them within a line,
+      over all characters or pairs.
+    copied: the share of a poem's lines that are in a training poem. Only with
+      `training`.
+    repeated: the share of a poem's lines that repeat an earlier one.
   """
   known = {line for record in training if has_poem(record)
            for line in split_lines(to_traditional(poem_text(record)))}
@@ -248,23 +252,22 @@ def judge(
       row['sentence_bleu4'] = _sentence_bleu(*pairs[-1])
     rows.append(row)
   n_left_out = rows.count({})
+  means = tasks.means(rows, _MEANS)
   metrics = {
-      name: min(1.0, sum(values) / max(1, len(values)))
-      for name in _MEANS
-      if (values := [row[name] for row in rows if name in row])
-      or name in ('form', 'rhyme', 'tone')}
+      name: min(1.0, means.get(name, 0.0)) for name in _MEANS
+      if name in means or name in ('form', 'rhyme', 'tone')}
   if pairs:
     metrics['bleu4'] = _corpus_bleu(pairs)
   for size in (1, 2):
     metrics[f'distinct{size}'] = _distinct(completions, size)
   return tasks.Judged(
       metrics | {'n': len(rows) - n_left_out}, rows,
-      f'{n_left_out} poems of plain text are one line of the file each, with'
-      ' nothing left to write: break them into couplets' if n_left_out else '')
+      f'{n_left_out} poems of plain text are a single line, so nothing is left'
+      ' to write: break them into couplets' if n_left_out else '')
 
 
 def _reference(record):
-  """Returns (what the model should write, what it was given of the poem)."""
+  """Returns (what the model should write, the part that the prompt gives)."""
   if not has_poem(record):
     return '', ''
   text = poem_text(record)
@@ -308,13 +311,13 @@ def _corpus_bleu(pairs):
 
   answers, references = zip(*pairs)
   score = bleu.BLEU(tokenize='char').corpus_score(answers, [references]).score
-  return min(1.0, score / 100)  # Rounding can leave it a hair above.
+  return min(1.0, score / 100)  # Rounding can exceed 1.
 
 
 def _sentence_bleu(answer, reference):
   from sacrebleu.metrics import bleu
 
-  # Of a poem with fewer than four characters, the orders that it has.
+  # effective_order: a poem with fewer than four characters has fewer orders.
   metric = bleu.BLEU(tokenize='char', effective_order=True)
   return min(1.0, metric.sentence_score(answer, [reference]).score / 100)
 
@@ -327,7 +330,7 @@ def _distinct(completions, size):
 
 
 def check_answers(records: Sequence[records_lib.Record]) -> list[str]:
-  """Returns a line for each training poem that its own judge would fail."""
+  """Returns a line for each training poem that the judge would fail."""
   problems = []
   for record in records:
     if not has_poem(record):
@@ -338,7 +341,7 @@ def check_answers(records: Sequence[records_lib.Record]) -> list[str]:
       found = ', '.join(f'{len(list(same))} of {length} characters' for
                         length, same in itertools.groupby(lines, len))
       wrong = [f'lines: {found[:80]}; wanted: {form or ", ".join(FORMS)}'
-               ' (in a text file a blank line parts two poems)']
+               ' (in a text file a blank line separates two poems)']
     else:
       faults = pingshui.tone_faults(lines)
       wrong = [] if pingshui.rhyme_of(lines) else [

@@ -1,0 +1,1 @@
+"""New slang terms, judged by rules."""

@@ -7,7 +7,6 @@ from typing import Any
 from typing import Sequence
 
 from gemma_sft import chat
-from gemma_sft import errors
 from gemma_sft import tasks
 from gemma_sft.inputs import records as records_lib
 from gemma_sft.tasks.slang import terms
@@ -16,7 +15,7 @@ HEADLINE = 'good'
 LOWER_IS_BETTER = frozenset({'copied', 'acronym_gap'})
 FIELDS = ('context', 'condition')
 
-# What data sets of the field call the columns, in lower case.
+# The names of the columns in data sets of slang, in lower case.
 _NAMES = {
     'slang': ('slang', 'term', 'keyword', 'word', 'emoji'),
     'description': ('description', 'definition', 'meaning'),
@@ -33,21 +32,24 @@ _CONDITION_SHORT = 'Give the term and its description.'
 _LABELS = ('slang', 'description', 'example')
 _LINE = re.compile(r'(slang|description|example)[ \t]*:(.*)', re.IGNORECASE)
 _MARKUP = ' \t*_`#>-'
-# More are a sentence; no term of data/slang has more than four.
-_MOST_WORDS = 6
-# In a shorter term one letter makes another word: bop, bot.
-_CLOSE_FROM = 5
-# By chance: no two of the 453 rows of data/slang share seven in a row.
+# A longer term is a sentence; no term of data/slang has more than four words.
+_MAX_WORDS = 6
+# Shorter terms that differ in one letter are different words: bop, bot.
+_MIN_LETTERS_CLOSE = 5
+# This many equal words in a row are no chance: no two of the 453 rows of
+# data/slang share seven.
 _COPIED_WORDS = 8
+_MEANS = ('good', 'format', 'in_example', 'novel', 'first', 'copied',
+          'on_topic', 'spelled')
 
 
 def to_messages(record: records_lib.Record) -> Sequence[chat.Message]:
-  """Returns tag, context and condition, and the term with what belongs to it.
+  """Returns a request for a term for a context, and the term with its texts.
 
-  A row without a context asks for a word for its description; without an
-  example the condition asks for none; a column `condition` says it in other
-  words. A record with a context and no column for a term is a question alone:
-  its answer is ''.
+  A row without a context asks for a word for its description. Without an
+  example the request asks for none. A column `condition` replaces the sentence
+  that says what to give. A record with a context and no column for a term is a
+  question, so its answer is ''.
 
   Raises:
     UserError: if there is no term or no description.
@@ -57,10 +59,9 @@ def to_messages(record: records_lib.Record) -> Sequence[chat.Message]:
     return _conversation(
         row['context'], row['condition'] or _CONDITION, '')
   if not row['slang'] or not row['description']:
-    raise errors.UserError(
-        f'{record.where}: columns {", ".join(record.fields)}',
-        'a slang term and its description, in columns of such names',
-        "name your columns: --config.data.columns='slang=phrase'")
+    raise tasks.wrong_columns(
+        record, 'a slang term and its description, in columns of such names',
+        'slang=phrase')
   context = row['context'] or f'A word is wanted for this: {row["description"]}'
   answer = [f'Slang: {row["slang"]}', f'Description: {row["description"]}']
   if row['example']:
@@ -79,22 +80,24 @@ def _conversation(context, condition, answer):
 
 
 def _is_question(record, row):
-  """A row of a table with empty cells is none, but a mistake in the table."""
+  """Whether a record has a context and no columns for a term.
+
+  Empty cells in such columns are a mistake in the table, not a question.
+  """
   given = {str(name).strip().lower() for name in record.fields}
   return bool(row['context']) and given.isdisjoint(
       name for label in _LABELS for name in _NAMES[label])
 
 
 def to_form(record: records_lib.Record) -> dict[str, str]:
-  """Returns a row's context, or the description that stands for it, and what
-  the term has to come with."""
+  """Returns a row's context, or its description, and its condition."""
   row = columns(record)
   return {'context': row['context'] or row['description'],
           'condition': _condition(row)}
 
 
 def columns(record: records_lib.Record) -> dict[str, str]:
-  """Returns slang, description, example, context and condition, '' for none."""
+  """Returns slang, description, example, context and condition, or ''."""
   given = {str(k).strip().lower(): v for k, v in record.fields.items()}
   row = {}
   for name, others in _NAMES.items():
@@ -106,7 +109,7 @@ def columns(record: records_lib.Record) -> dict[str, str]:
 def parse(answer: str) -> dict[str, str]:
   """Returns the first slang, description and example of an answer, or ''.
 
-  Markdown around labels and values is put up with here, not in the format.
+  Markdown around labels and values is ignored here; `has_format` refuses it.
   """
   row = dict.fromkeys(_LABELS, '')
   for line in answer.splitlines():
@@ -122,29 +125,29 @@ def judge(
     completions: Sequence[str],
     training: Sequence[records_lib.Record] = (),
 ) -> tasks.Judged:
-  """Scores terms by what can be counted; whether one is funny, people say.
+  """Scores terms by what can be counted; only people can rate wit.
 
-  Metrics, each the mean of a value of the rows unless it says otherwise:
+  Metrics, means over the rows unless stated otherwise:
 
-    good: format, in_example, novel and first at once, and not copied.
+    good: format, in_example, novel and first all hold, and copied does not.
     format: the lines Slang:, Description: and Example: (this one only if the
-      prompt asks for an example), once each, in this order, none empty, no
-      other line, and a term of at most six words.
-    in_example: the example has the term in it (`terms.occurs`). Left out
-      where no example is asked for.
-    novel: the term is none of `training`, nor one letter away (terms of five
-      letters or more), and does not stand in the context as it is.
-    first: no answer before it has the same term: the mean is the share of
+      prompt asks for an example), once each, in this order, none of them empty,
+      no other line, and a term of at most six words.
+    in_example: the example contains the term (`terms.occurs`). Left out if no
+      example is asked for.
+    novel: the term is not in `training`, nor one letter away from one there
+      (terms of five letters or more), nor in the context as it stands.
+    first: no earlier answer has the same term; the mean is the share of
       different terms.
-    copied: description or example is one of `training`, or has eight words in a
-      row of one.
-    on_topic: the share of the other contexts of these records that the answer
-      has less in common with than with its own; 0.5 is chance. Words are
-      weighted by how few contexts have them. Only with contexts of one's own.
-    spelled: among acronyms, those whose letters are initials in a row of the
-      description's words.
-    acronym_gap: how far the share of acronyms is from that of the records'
-      own terms, either way: more of them is neither better nor worse. A total.
+    copied: the description or the example is in `training`, or shares eight
+      words in a row with one there.
+    on_topic: the share of the other records' contexts with which the answer has
+      less in common than with its own; 0.5 is chance. Rare words weigh more.
+      Left out for records without a context.
+    spelled: for acronyms, whether the letters are initials of consecutive words
+      of the description.
+    acronym_gap: the absolute difference between the share of acronyms in the
+      answers and in the records' own terms. A total.
     distinct1, distinct2: different words and pairs of words over all of them.
       Totals; they fall as the number of answers grows.
   """
@@ -157,12 +160,7 @@ def judge(
     rows.append(_verdict(text, row, asks_example, known, seen))
     if contexts.n_others(i):
       rows[-1]['on_topic'] = contexts.nearness(i, text)
-  metrics = {}
-  for name in ('good', 'format', 'in_example', 'novel', 'first', 'copied',
-               'on_topic', 'spelled'):
-    values = [row[name] for row in rows if name in row]
-    if values:
-      metrics[name] = sum(values) / len(values)
+  metrics = tasks.means(rows, _MEANS)
   references = [terms.is_acronym(row['slang'], row['description'])
                 for row in wanted if row['slang']]
   if references:
@@ -175,16 +173,16 @@ def judge(
 
 
 def _verdict(text, row, asks_example, known, seen) -> dict[str, Any]:
-  """Returns one answer's row; adds its term to those that were seen."""
+  """Returns the row of one answer, and adds its term to `seen`."""
   answer = parse(text)
   term, term_key = answer['slang'], terms.key(answer['slang'])
-  like = known.like(term_key)
-  # A description that stands for the context may well use the term.
+  similar = known.similar(term_key)
+  # Without a context the prompt shows the description, which may use the term.
   echoed = terms.occurs(term, row['context'], inflected=False)
   verdict = {
       'term': term,
       'format': has_format(text, asks_example),
-      'novel': bool(term_key) and not like and not echoed,
+      'novel': bool(term_key) and not similar and not echoed,
       'first': bool(term_key) and term_key not in seen,
       'copied': (known.has_text(answer['description'])
                  or known.has_text(answer['example'])),
@@ -194,8 +192,8 @@ def _verdict(text, row, asks_example, known, seen) -> dict[str, Any]:
     verdict['in_example'] = terms.occurs(term, answer['example'])
   if verdict['acronym']:
     verdict['spelled'] = terms.spells(term, answer['description'])
-  if like:
-    verdict['like'] = like
+  if similar:
+    verdict['like'] = similar
   verdict['good'] = (
       verdict['format'] and verdict['novel'] and verdict['first']
       and not verdict['copied'] and verdict.get('in_example', True))
@@ -204,9 +202,9 @@ def _verdict(text, row, asks_example, known, seen) -> dict[str, Any]:
 
 
 def has_format(answer: str, asks_example: bool = True) -> bool:
-  """Whether an answer is the two or three lines that the prompt asks for.
+  """Whether an answer is exactly the lines that the prompt asks for.
 
-  Blank lines and the case of the labels do not matter; Markdown does.
+  Blank lines and the case of labels do not matter; Markdown is wrong.
   """
   lines = [line.strip() for line in answer.splitlines() if line.strip()]
   matches = [_LINE.fullmatch(line) for line in lines]
@@ -215,7 +213,7 @@ def has_format(answer: str, asks_example: bool = True) -> bool:
     return False
   values = [m[2].strip() for m in matches]
   return all(map(terms.key, values)) and (
-      len(values[0].split()) <= _MOST_WORDS)
+      len(values[0].split()) <= _MAX_WORDS)
 
 
 def distinct(texts: Sequence[Sequence[str]], n: int) -> float:
@@ -226,7 +224,7 @@ def distinct(texts: Sequence[Sequence[str]], n: int) -> float:
 
 
 class _Training:
-  """The terms and sentences that an answer may have been copied from."""
+  """The terms and sentences that an answer may be copied from."""
 
   def __init__(self, records):
     rows = [columns(r) for r in records]
@@ -239,11 +237,11 @@ class _Training:
         self._texts.add(found)
         self._runs.update(_runs(found))
 
-  def like(self, term_key) -> str:
-    """Returns the training term that this one is or nearly is, or ''."""
+  def similar(self, term_key) -> str:
+    """Returns the training term that is equal or one letter away, or ''."""
     if term_key in self._terms:
       return self._terms[term_key]
-    if len(term_key) < _CLOSE_FROM:
+    if len(term_key) < _MIN_LETTERS_CLOSE:
       return ''
     return next((term for key, term in self._terms.items()
                  if terms.is_close(term_key, key)), '')
@@ -269,14 +267,17 @@ class _Contexts:
                     for s, n in n_with.items()}
 
   def _others(self, i):
-    """Contexts with other words than the i-th: two may ask the same."""
+    """Returns the contexts whose words differ from those of the i-th."""
     return [s for s in self._stems if s and s != self._stems[i]]
 
   def n_others(self, i) -> int:
     return len(self._others(i)) if self._stems[i] else 0
 
   def nearness(self, i, answer) -> float:
-    """Returns the share of others that are less covered; a tie is a half."""
+    """Returns the share of other contexts that the answer covers less.
+
+    Ties count as a half.
+    """
     found = _stems(answer)
     own = self._covered(self._stems[i], found)
     others = [self._covered(s, found) for s in self._others(i)]
@@ -288,7 +289,7 @@ class _Contexts:
 
 
 def _stems(text):
-  # Five letters part minute from minister and hold bake, bakes and baked.
+  # Five letters separate minute from minister and unite bakes and baked.
   return {w[:5] for w in terms.words(text) if len(w) > 2}
 
 
@@ -302,6 +303,6 @@ def check_answers(records: Sequence[records_lib.Record]) -> list[str]:
                    f' {row["slang"]!r}')
     place = first.setdefault(terms.key(row['slang']), record.where)
     if place != record.where:
-      found.append(f'{record.where}: the term {row["slang"]!r} is that of'
+      found.append(f'{record.where}: the term {row["slang"]!r} is also at'
                    f' {place}')
   return found

@@ -1,0 +1,1 @@
+"""Questions about databases, judged by running the queries on SQLite."""

@@ -1,9 +1,9 @@
-"""SQLite for scripts and queries that nobody has read: bounded, read-only.
+"""Runs untrusted SQL on SQLite: read-only and within limits.
 
-`build` and `open_file` give connections on which nothing but reading works.
-`run` takes a query to its rows, or to the reason why it has none. Run as a
-script, the file answers such jobs in a process of its own (`_sqlite_worker`),
-where memory is bounded too; so it imports the standard library alone.
+`build` and `open_file` return connections that allow nothing but reading, and
+`run` returns the rows of a query. As a script this file answers jobs in a
+process of its own (`worker`), where memory is limited too; that is why it
+imports only the standard library.
 """
 
 import json
@@ -13,8 +13,8 @@ import sqlite3
 import sys
 import urllib.parse
 
-# Instructions of SQLite's virtual machine (about 40 million a second). The
-# slowest gold query of ten of Spider's databases takes 15 thousand.
+# Instructions of SQLite's virtual machine, about 40 million a second. The
+# slowest reference query of ten of Spider's databases takes 15 thousand.
 MAX_STEPS = 20_000_000
 MAX_ROWS = 20_000
 MAX_RESULT_CHARS = 2_000_000
@@ -25,11 +25,11 @@ _MAX_SCRIPT_PAGES = 16_384  # 64 MiB.
 _MAX_HEAP_BYTES = 256 * 2**20
 _MAX_ADDRESS_BYTES = 2 * 2**30
 _CPU_SECONDS = 2
-_STEPS_A_CALL = 10_000
-_KEPT_DATABASES = 16
+_STEPS_PER_CALL = 10_000
+_MAX_OPEN_DATABASES = 16
 
-# Neither what reads files or loads code, nor what is random (a query has one
-# answer), nor printf, which counts to any width in a single step.
+# Leaves out functions that read files, load code or are random (a query has one
+# answer), and printf, which can pad to any width in a single step.
 _FUNCTIONS = frozenset('''
     abs avg ceil ceiling char coalesce concat concat_ws count cume_dist
     current_date current_time current_timestamp date datetime dense_rank exp
@@ -50,26 +50,26 @@ _LIMITS = {
     sqlite3.SQLITE_LIMIT_TRIGGER_DEPTH: 0,
     sqlite3.SQLITE_LIMIT_WORKER_THREADS: 0,
 }
-# Of the schema; serialize() asks for the last.
+# The first two read the schema; serialize() needs the last.
 _PRAGMAS = ('table_info', 'foreign_key_list', 'page_count')
 
 
 def build(script: str) -> sqlite3.Connection:
   """Runs CREATE TABLE, INDEX, VIEW and INSERT ... VALUES in memory.
 
-  PRAGMA statements, which dumps begin with, are skipped.
+  Skips PRAGMA statements, with which dumps begin.
 
   Returns:
-    A connection for reading.
+    A read-only connection.
 
   Raises:
-    sqlite3.Error: for any other statement, and for too much work or data.
+    sqlite3.Error: for any other statement, or too much work or data.
   """
   connection = sqlite3.connect(':memory:')
   connection.execute(f'PRAGMA max_page_count = {_MAX_SCRIPT_PAGES}')
   _bound(connection)
-  # instr() and the like look at each character of one text for each of another
-  # in a single step, and a script is not run in a process of its own.
+  # Functions such as instr() take time proportional to the product of two
+  # lengths in a single step, and a script runs outside of the caged process.
   connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_SCRIPT_VALUE_BYTES)
   connection.set_authorizer(_ScriptAuthorizer())
   try:
@@ -82,30 +82,30 @@ def build(script: str) -> sqlite3.Connection:
 
 
 def open_file(path: str) -> sqlite3.Connection:
-  """Returns a connection for reading to a database file.
+  """Returns a read-only connection to a database file.
 
   Raises:
     sqlite3.Error: if there is no such file.
   """
-  # Immutable: no lock, no journal, also on a read-only disk.
+  # Immutable needs no lock and no journal, so it works on a read-only disk.
   connection = sqlite3.connect(
       f'file:{urllib.parse.quote(path)}?mode=ro&immutable=1', uri=True)
   return guard(connection)
 
 
 def guard(connection: sqlite3.Connection) -> sqlite3.Connection:
-  """Returns the connection, with which nothing but reading works from now."""
+  """Makes a connection read-only and returns it."""
   _bound(connection)
   connection.set_authorizer(_authorize_reading)
   return connection
 
 
 def run(connection: sqlite3.Connection, query: str) -> list[list]:
-  """Returns the rows of one SELECT; a blob as {'blob': hexadecimal digits}.
+  """Returns the rows of one SELECT; a blob is {'blob': hexadecimal digits}.
 
   Raises:
-    sqlite3.Error: what SQLite says, and for queries that are no SELECT, are
-      several, or take more than MAX_STEPS, MAX_ROWS or MAX_RESULT_CHARS.
+    sqlite3.Error: for an error in SQLite, for a query that is no SELECT or
+      several statements, and beyond MAX_STEPS, MAX_ROWS or MAX_RESULT_CHARS.
   """
   if query.lstrip()[:6].upper() not in ('SELECT', 'VALUES') and (
       query.lstrip()[:4].upper() != 'WITH'):
@@ -117,7 +117,7 @@ def _fetch(cursor):
   rows, chars = [], 0
   for row in cursor:
     values = [{'blob': v.hex()} if isinstance(v, bytes) else v for v in row]
-    # Of a value of a megabyte there may be many.
+    # A value may have a megabyte, so rows alone are no limit.
     chars += sum(len(v) if isinstance(v, str) else 8 for v in values)
     rows.append(values)
     if len(rows) > MAX_ROWS or chars > MAX_RESULT_CHARS:
@@ -126,12 +126,12 @@ def _fetch(cursor):
 
 
 def has_rows(connection: sqlite3.Connection) -> bool:
-  """Whether any table has a row: without one a result says nothing."""
+  """Whether any table has a row; without rows a result says nothing."""
   tables = connection.execute(
       "SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
   for table, in tables:
     name = table.replace('"', '""')
-    # The name is quoted, and nothing but reading works.
+    # The name is quoted, and the connection is read-only.
     if not table.startswith('sqlite_') and connection.execute(
         f'SELECT 1 FROM "{name}" LIMIT 1').fetchone():  # nosec B608
       return True
@@ -144,20 +144,21 @@ def _bound(connection):
   connection.execute('PRAGMA temp_store = MEMORY')
   for category, limit in _LIMITS.items():
     connection.setlimit(category, limit)
-  # Public databases hold text that is not UTF-8.
+  # Public databases contain text that is not UTF-8.
   connection.text_factory = lambda data: data.decode(errors='replace')
 
 
 def _with_steps(connection, work):
-  """Runs work() within MAX_STEPS, the same on a busy machine as on an idle."""
-  left = MAX_STEPS // _STEPS_A_CALL
+  """Runs work() within MAX_STEPS, a limit that does not depend on the machine.
+  """
+  left = MAX_STEPS // _STEPS_PER_CALL
 
   def count():
     nonlocal left
     left -= 1
     return left < 0
 
-  connection.set_progress_handler(count, _STEPS_A_CALL)
+  connection.set_progress_handler(count, _STEPS_PER_CALL)
   try:
     return work()
   except sqlite3.OperationalError:
@@ -176,7 +177,7 @@ def _authorize_reading(action, first, second, database, source):
   if action == sqlite3.SQLITE_FUNCTION:
     fine = second.lower() in _FUNCTIONS
   elif action == sqlite3.SQLITE_PRAGMA:
-    fine = first.lower() in _PRAGMAS  # `run` lets no PRAGMA come here.
+    fine = first.lower() in _PRAGMAS  # `run` itself refuses PRAGMA.
   else:
     fine = action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ,
                       sqlite3.SQLITE_RECURSIVE)
@@ -184,11 +185,11 @@ def _authorize_reading(action, first, second, database, source):
 
 
 class _ScriptAuthorizer:
-  """Lets a script make tables and fill them from literals.
+  """Lets a script create tables and fill them from literals.
 
-  SQLite reports VALUES as a SELECT and the columns of a CHECK as READ. Reading
-  is only granted of the table being created, so nothing can be multiplied: a
-  script makes no more data than it is long.
+  SQLite reports VALUES as a SELECT and the columns of a CHECK as READ. Only the
+  table that is being created may be read, so a script cannot multiply its data:
+  the database grows no larger than the script.
   """
 
   _FINE = (sqlite3.SQLITE_CREATE_TABLE, sqlite3.SQLITE_CREATE_INDEX,
@@ -224,7 +225,7 @@ class _ScriptAuthorizer:
 def _answer(job, databases):
   key = (job.get('path'), job.get('script'))
   if key not in databases:
-    while len(databases) >= _KEPT_DATABASES:
+    while len(databases) >= _MAX_OPEN_DATABASES:
       databases.pop(next(iter(databases))).close()
     databases[key] = open_file(key[0]) if key[0] else build(key[1])
   connection = databases[key]
@@ -233,26 +234,26 @@ def _answer(job, databases):
 
 
 def main() -> None:
-  """Answers jobs, a JSON object a line, within the limits of this process."""
+  """Answers jobs, one JSON object per line, within limits on the process."""
   for kind, limit in ((resource.RLIMIT_AS, _MAX_ADDRESS_BYTES),
                       (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
     try:
       resource.setrlimit(kind, (limit, limit))
-    except (ValueError, OSError):  # macOS knows no limit on address space.
+    except (ValueError, OSError):  # macOS cannot limit the address space.
       pass
-  # Of the whole process, which is why it is not set in `run`.
+  # The heap limit holds for the whole process, so `run` does not set it.
   sqlite3.connect(':memory:').execute(
       f'PRAGMA hard_heap_limit = {_MAX_HEAP_BYTES}')
   signal.signal(signal.SIGPROF, signal.SIG_DFL)
   print(READY, flush=True)
   databases = {}
   for line in sys.stdin:
-    # Single steps may be long (GLOB over a long text). The signal ends the
-    # process, and the other side starts the next.
+    # A single step may be long (GLOB over a long text). Then the signal ends
+    # this process, and `worker` starts another.
     signal.setitimer(signal.ITIMER_PROF, _CPU_SECONDS)
     try:
       answer = _answer(json.loads(line), databases)
-    # Warning: sqlite3 takes two statements for one.
+    # sqlite3 may raise Warning for several statements.
     except (sqlite3.Error, sqlite3.Warning, MemoryError) as error:
       answer = {'error': str(error) or type(error).__name__}
     print(json.dumps(answer), flush=True)

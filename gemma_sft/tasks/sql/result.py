@@ -1,4 +1,4 @@
-"""Whether two queries gave the same rows."""
+"""Compares the rows of two queries."""
 
 import collections
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ _MAX_TRIES = 10_000
 
 
 def same(a: Rows, b: Rows, ordered: bool) -> bool:
-  """Whether the rows are the same, in this order or in any.
+  """Whether two results have the same rows, in the same order if `ordered`.
 
-  As in Spider's evaluation by execution the columns may stand in another order
-  (github.com/taoyds/test-suite-sql-eval); their names do not count. Numbers
-  are compared to nine digits, 3 equals 3.0, and text is compared as it is.
+  As in Spider's evaluation by execution, columns may be in another order
+  (github.com/taoyds/test-suite-sql-eval), and their names do not count. Numbers
+  are compared to nine digits, 3 equals 3.0, and text must be identical.
   """
   if len(a) != len(b):
     return False
@@ -31,12 +31,12 @@ def same(a: Rows, b: Rows, ordered: bool) -> bool:
 
 
 def is_empty(rows: Rows) -> bool:
-  """Whether rows say nothing: there are none, or only NULL is in them."""
+  """Whether there are no rows, or only NULL in them."""
   return all(value is None for row in rows for value in row)
 
 
 def _normal(value):
-  """Returns what equal values share; sums differ in their last digits."""
+  """Returns a form that equal values share; sums differ in the last digits."""
   if isinstance(value, float):
     value = float(f'{value:.9g}')
     if value.is_integer():
@@ -47,9 +47,12 @@ def _normal(value):
 
 
 def _same_with_columns_moved(a, b):
-  """Looks for an order of b's columns; one prefix of columns after another."""
+  """Searches an order of b's columns that gives the rows of a.
+
+  Extends a prefix of columns by one matching column at a time.
+  """
   a_columns, b_columns = list(zip(*a)), list(zip(*b))
-  like = [[j for j, column in enumerate(b_columns)
+  candidates = [[j for j, column in enumerate(b_columns)
            if collections.Counter(column) == collections.Counter(wanted)]
           for wanted in a_columns]
   tries = 0
@@ -60,7 +63,7 @@ def _same_with_columns_moved(a, b):
     if i == len(a_columns):
       return True
     wanted = collections.Counter(zip(*a_columns[:i + 1]))
-    for j in like[i]:
+    for j in candidates[i]:
       if j in chosen or tries >= _MAX_TRIES:
         continue
       tries += 1

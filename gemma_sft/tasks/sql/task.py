@@ -1,9 +1,10 @@
 """Questions about a database, judged by running the queries on SQLite.
 
-Queries are somebody else's text: they run in `_sqlite_cage`, a process that
-reads and does nothing else, within limits on steps, time and memory.
+Queries are untrusted text: they run in the process of `cage`, which can only
+read, within limits on steps, time and memory.
 """
 
+import collections
 import contextlib
 import functools
 import os
@@ -28,17 +29,19 @@ FIELDS = ('question', 'schema')
 
 _PROMPT = '{schema}\n\nQuestion: {question}\nWrite the SQLite query.'
 _SHOWN_ROWS = 5
-_SHOWN_CHARS = 120  # Of a row, and of an error.
+_SHOWN_CHARS = 120  # Of each row, or of an error.
+_TABLES = ("SELECT name, sql FROM sqlite_master WHERE type = 'table' AND name"
+           " NOT LIKE 'sqlite_%' ORDER BY rowid")
 
 
 def to_messages(record: records_lib.Record) -> Sequence[chat.Message]:
-  """Returns schema and question, and the query.
+  """Returns a prompt of schema and question, and the query.
 
-  Takes Spider's {db_id, question, query}, with the databases beside the file
-  as `database/<db_id>/<db_id>.sqlite` or, in text, `.sql`;
-  create-table-context's {context, question, answer}; and what a form gives:
-  {question, schema}, with '' for the query. Context and schema are CREATE TABLE
-  statements; INSERT may follow.
+  Reads Spider's {db_id, question, query}, with the databases beside the file
+  as `database/<db_id>/<db_id>.sqlite` or, as text, `.sql`;
+  create-table-context's {context, question, answer}; and a form's {question,
+  schema}, whose query is ''. Context and schema are CREATE TABLE statements,
+  and INSERT may follow.
 
   Raises:
     UserError: if a column or the database is missing.
@@ -47,10 +50,8 @@ def to_messages(record: records_lib.Record) -> Sequence[chat.Message]:
   question, query = fields.get('question'), _gold(record)
   is_form = fields.keys() <= set(FIELDS)
   if not _is_text(question) or not (query or is_form):
-    raise errors.UserError(
-        f'{record.where}: columns {", ".join(fields)}',
-        'question and query, and db_id or context',
-        "name your columns: --config.data.columns='query=sql'")
+    raise tasks.wrong_columns(
+        record, 'question and query, and db_id or context', 'query=sql')
   schema = '' if is_form and not fields.get('schema') else schema_text(record)
   return [
       chat.Message('user', _PROMPT.format(
@@ -71,25 +72,20 @@ def _is_text(value):
 def to_form(record: records_lib.Record) -> dict[str, str]:
   """Returns the question, and its tables as CREATE TABLE statements."""
   with contextlib.closing(connect(record)) as connection:
-    tables = connection.execute(
-        "SELECT sql FROM sqlite_master WHERE type = 'table' AND name NOT LIKE"
-        " 'sqlite_%' ORDER BY rowid").fetchall()
+    tables = connection.execute(_TABLES).fetchall()
   return {'question': record.fields['question'],
-          'schema': ';\n'.join(sql for sql, in tables) + ';'}
+          'schema': ';\n'.join(sql for _, sql in tables) + ';'}
 
 
 def schema_text(record: records_lib.Record) -> str:
-  """Returns the tables that a question is about, a line each.
+  """Returns the schema that a question is about, one table per line.
 
-  A line is `singer(Singer_ID int, Name text)`; foreign keys follow as
+  A table is `singer(Singer_ID int, Name text)`; foreign keys follow as
   `song.Singer_ID = singer.Singer_ID`.
   """
   with contextlib.closing(connect(record)) as connection:
-    tables = [row[0] for row in connection.execute(
-        "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE"
-        " 'sqlite_%' ORDER BY rowid")]
     lines, keys = [], []
-    for table in tables:
+    for table, _ in connection.execute(_TABLES).fetchall():
       quoted = _quoted(table)
       columns = ', '.join(
           f'{_name(name)} {_type(kind)}'.strip() for _, name, kind, *_ in
@@ -107,7 +103,7 @@ def _name(name):
 
 
 def _type(kind):
-  """Returns int, real or text as SQLite's affinity rules do, 3.1."""
+  """Returns int, real or text, as SQLite's rules of affinity (3.1) do."""
   kind = kind.upper()
   if 'INT' in kind:
     return 'int'
@@ -122,13 +118,14 @@ def connect(record: records_lib.Record) -> sqlite3.Connection:
   """Opens the record's database for reading: its context, else its db_id.
 
   Raises:
-    UserError: if it names none, the file is not there, or SQLite refuses its
-      script, in which only CREATE TABLE, INDEX, VIEW and INSERT of values work.
+    UserError: if the record names no database, the file does not exist, or
+      SQLite refuses the script, in which only CREATE TABLE, INDEX, VIEW and
+      INSERT of values are allowed.
   """
   place = _database(record)
   try:
     connection = _open(*place)
-    # Only now is a file read; one that is no database says so here.
+    # SQLite reads the file only now, and reports one that is no database.
     connection.execute('SELECT count(*) FROM sqlite_master')
     return connection
   # ValueError: a script with a NUL.
@@ -136,7 +133,7 @@ def connect(record: records_lib.Record) -> sqlite3.Connection:
     raise errors.UserError(
         f'{record.where}: SQLite refuses its database: {error}',
         'a database file, or CREATE TABLE and INSERT INTO ... VALUES',
-        'mend or remove it') from None
+        'correct or remove it') from None
 
 
 def _has_database(record):
@@ -151,38 +148,34 @@ def referenced_files(records: Sequence[records_lib.Record]) -> list[str]:
   return [path for path in paths if path]
 
 
-def _database_file(record):
-  """Returns the path of the database that a db_id names, '' if there is none.
-  """
+def _database_stem(record):
+  """Returns (db_id, the path of its database without the ending)."""
   name = str(record.fields.get('db_id', ''))
-  path = _database_path(record, name)
+  folder = os.path.dirname(re.sub(r'(:\d+|\[\d+\])$', '', record.where))
+  return name, os.path.join(folder, 'database', name, name)
+
+
+def _database_file(record):
+  """Returns the path of the database that db_id names, '' without a file."""
+  name, stem = _database_stem(record)
   if re.fullmatch(r'\w+', name):
     for ending in ('.sqlite', '.sql'):
-      if os.path.isfile(path + ending):
-        return path + ending
+      if os.path.isfile(stem + ending):
+        return stem + ending
   return ''
 
 
-def _database_path(record, name):
-  folder = os.path.dirname(re.sub(r'(:\d+|\[\d+\])$', '', record.where))
-  return os.path.join(folder, 'database', name, name)
-
-
 def _database(record):
-  """Returns (path of a database, '') or ('', script that makes one)."""
-  fields = record.fields
+  """Returns (path of a database, '') or ('', script that creates one)."""
   for name in ('context', 'schema'):
-    if fields.get(name):
-      return '', fields[name]
-  path = _database_file(record)
-  if path.endswith('.sqlite'):
-    return path, ''
-  if path:
-    return '', _script(path, os.stat(path).st_mtime_ns)
-  name = str(fields.get('db_id', ''))
-  path = _database_path(record, name)
+    if record.fields.get(name):
+      return '', record.fields[name]
+  if path := _database_file(record):
+    return (path, '') if path.endswith('.sqlite') else (
+        '', _script(path, os.stat(path).st_mtime_ns))
+  name, stem = _database_stem(record)
   raise errors.UserError(
-      f'{record.where}: db_id is {name!r}, and there is no {path}.sqlite'
+      f'{record.where}: db_id is {name!r}, and there is neither {stem}.sqlite'
       ' nor .sql',
       'a database beside the file, or a context column with CREATE TABLE',
       'copy the database folder there')
@@ -190,7 +183,7 @@ def _database(record):
 
 @functools.lru_cache(maxsize=64)
 def _script(path, changed_ns):
-  """Returns the text of a script, read again if the file changes."""
+  """Returns the text of a script; reads it again if the file has changed."""
   del changed_ns
   return readers.read_text(path)
 
@@ -223,7 +216,7 @@ def _from_script(script):
 
 @functools.lru_cache(maxsize=64)
 def _image(script):
-  """Returns the bytes of the database that a script makes."""
+  """Returns the bytes of the database that a script creates."""
   with contextlib.closing(cage.build(script)) as connection:
     return connection.serialize()
 
@@ -233,28 +226,33 @@ def judge(
     completions: Sequence[str],
     training: Sequence[records_lib.Record] = (),
 ) -> tasks.Judged:
-  """Runs the answers' queries and the records' own, and compares.
+  """Runs the queries of answers and records, and compares their rows.
 
-  Metrics, as shares: `execution` (the query gives the same rows: in any order
-  unless the record's query ends in ORDER BY, with columns in any order),
-  `valid` (it runs), `exact` (it is the record's query but for spelling, see
-  `text.normal_form`), and `execution_easy` to `execution_extra` by
-  Spider's hardness of the record's query. Execution is not counted where it
-  would say nothing: in a database without rows (create-table-context), and
-  where the record's own query gives no rows or does not run. The note says
-  how often.
+  Metrics, as shares:
+
+    execution: the query gives the same rows as the record's query; the order of
+      rows counts only if the record's query ends in ORDER BY, the order of
+      columns never.
+    valid: the query runs.
+    exact: the query is the record's except for spelling (`text.normal_form`).
+    execution_easy to execution_extra: execution by Spider's hardness of the
+      record's query.
+
+  Execution is not counted if it would say nothing: if the database has no rows
+  (create-table-context), or the record's own query gives no rows or does not
+  run. The note says how often.
   """
   del training
-  taken = [text_lib.extract(completion) for completion in completions]
+  extracted = [text_lib.extract(completion) for completion in completions]
   jobs: dict[tuple[str, str, str], int] = {}
-  for record, (query, problem) in zip(records, taken):
+  for record, (query, problem) in zip(records, extracted):
     if _has_database(record):
       for text in (_gold(record), '' if problem else query):
         if text:
           jobs.setdefault((*_database(record), text), len(jobs))
   answers = _run([*jobs])
-  rows, left_out = [], {}
-  for record, (query, problem) in zip(records, taken):
+  rows, left_out = [], collections.Counter()
+  for record, (query, problem) in zip(records, extracted):
     row = {'query': query}
     rows.append(row)
     if not _has_database(record):
@@ -269,7 +267,7 @@ def judge(
     wanted = answers[jobs[*database, gold]]
     if reason := _why_not_counted(wanted):
       row['not_counted'] = reason
-      left_out[reason] = left_out.get(reason, 0) + 1
+      left_out[reason] += 1
       continue
     row['expected'] = _shown(wanted['rows'])
     row['execution'] = 'rows' in got and result.same(
@@ -280,12 +278,7 @@ def judge(
                  for reason, n in left_out.items()).strip()
   names = [HEADLINE, 'valid', 'exact',
            *(f'execution_{level}' for level in text_lib.HARDNESS)]
-  return tasks.Judged(_means(rows, names) | {'n': len(rows)}, rows, note)
-
-
-def _means(rows, names):
-  values = {name: [r[name] for r in rows if name in r] for name in names}
-  return {name: sum(v) / len(v) for name, v in values.items() if v}
+  return tasks.Judged(tasks.means(rows, names) | {'n': len(rows)}, rows, note)
 
 
 def _run(jobs) -> list[dict[str, Any]]:
@@ -318,7 +311,7 @@ def _why_not_counted(wanted):
 
 
 def _shown(rows):
-  """Returns the first rows as text."""
+  """Returns the first few rows as text."""
   lines = [' | '.join('NULL' if v is None else str(v) for v in row)[
       :_SHOWN_CHARS] for row in rows[:_SHOWN_ROWS]]
   if len(rows) > _SHOWN_ROWS:

@@ -1,4 +1,4 @@
-"""Queries as text: found in an answer, in a normal form, by hardness."""
+"""Finds queries in answers, normalises them and rates their hardness."""
 
 from collections.abc import Collection
 import re
@@ -9,13 +9,13 @@ SEVERAL = 'several statements'
 _FENCE = re.compile(r'```[\w-]*[ \t]*\n?(.*?)(?:```|\Z)', re.DOTALL)
 _LABEL = re.compile(r'\A(?:the )?(?:sqlite|sql|query|answer)(?: query)?\s*:\s*',
                     re.IGNORECASE)
-# In prose too a sentence begins with With, Create or Drop.
+# Case counts for most words: an English sentence may begin with Create or Drop.
 _STATEMENT = re.compile(
     r'(?i:SELECT\b|VALUES\s*\('
     r'|WITH\s+(?:RECURSIVE\b|\S+?\s*(?:\([^)]*\))?\s*AS\b))'
     r'|(?:INSERT|UPDATE|DELETE|DROP|CREATE|ALTER|ATTACH|DETACH|PRAGMA|REPLACE'
     r'|VACUUM|BEGIN|EXPLAIN|REINDEX|ANALYZE)\b')
-# In prose "select" is a word; on a line of its own or in capitals it is SQL.
+# In capitals, or at the start of a line, "SELECT" is SQL and not English.
 _IN_PROSE = re.compile(
     r'^[ \t]*((?:SELECT|WITH)\b)|\b((?:SELECT|WITH)\b)', re.MULTILINE)
 _TOKEN = re.compile(
@@ -30,11 +30,11 @@ _CLAUSES = frozenset(
 
 
 def extract(answer: str) -> tuple[str, str]:
-  """Returns (the query in a model's answer, '' or why it cannot be taken).
+  """Returns (the query in a model's answer, '' or why it is refused).
 
-  Taken off are a Markdown fence, a label such as `SQL:`, prose before and
-  after, and the semicolon. A second statement is refused: nobody asked for it,
-  and which of the two would be the answer?
+  Removes a Markdown fence, a label such as `SQL:`, prose before and after, and
+  the semicolon. A second statement is refused, because it is not clear which of
+  the two is the answer.
   """
   fenced = _FENCE.search(answer)
   text = (fenced.group(1) if fenced else answer).strip()
@@ -70,8 +70,8 @@ def _without_comments(text):
 
 
 def parse(query: str):
-  """Returns the query's tree, or None if sqlglot cannot read it."""
-  import sqlglot  # Only needed where queries are judged.
+  """Returns the query's tree, or None if sqlglot cannot parse it."""
+  import sqlglot  # Only judging needs it.
 
   try:
     return sqlglot.parse_one(query, read='sqlite')
@@ -80,7 +80,7 @@ def parse(query: str):
 
 
 def is_ordered(query: str) -> bool:
-  """Whether the rows of a query have an order: an ORDER BY at its top."""
+  """Whether a query's rows are ordered, by an ORDER BY at its top level."""
   tree = parse(query)
   if tree is None:
     return 'order by' in query.rpartition(')')[2].lower()
@@ -88,17 +88,16 @@ def is_ordered(query: str) -> bool:
 
 
 def normal_form(query: str, names: Collection[str] = ()) -> str | None:
-  """Returns what queries share that differ in spelling only, or None.
+  """Returns a form that queries share if only their spelling differs, or None.
 
-  Spelling is: upper and lower case, space, AS, INNER and ASC, an alias of a
-  table (replaced by the table unless it occurs twice), an alias in the result
-  that nothing refers to, the table before a column where there is only one
-  table, and "x" for 'x', which SQLite reads as text where no column has the
-  name.
+  Spelling means: upper and lower case; space; AS, INNER and ASC; the alias of a
+  table (replaced by the table unless it occurs twice); an alias in the result
+  that nothing refers to; the table before a column if there is only one table;
+  and "x" for 'x', which SQLite reads as text if no column has that name.
 
   Args:
     query: SQL.
-    names: Tables and columns of the database, in lower case; without them "x"
+    names: Tables and columns of the database, in lower case. Without them "x"
       stays a name.
   """
   from sqlglot import exp
@@ -106,7 +105,7 @@ def normal_form(query: str, names: Collection[str] = ()) -> str | None:
   tree = parse(query)
   try:
     return None if tree is None else _normalised(tree, names, exp)
-  except RecursionError:  # Nested more deeply than a query that runs can be.
+  except RecursionError:  # Nested more deeply than SQLite can run.
     return None
 
 
@@ -168,7 +167,7 @@ def _resolve_aliases(select, exp):
 
 
 def _is_hidden(column, select, exp):
-  """Whether a SELECT between the two gives the column's table its name."""
+  """Whether a SELECT nested in between defines the column's table name."""
   inner = column.find_ancestor(exp.Select)
   while inner is not None and inner is not select:
     if any(s.alias_or_name == column.table for s in _tables(inner, exp)):
@@ -178,12 +177,12 @@ def _is_hidden(column, select, exp):
 
 
 def hardness(query: str) -> str | None:
-  """Returns easy, medium, hard or extra as Spider's evaluation.py counts.
+  """Returns easy, medium, hard or extra, counted as in Spider's evaluation.py.
 
-  What it counts is odd in places (NOT as an aggregate, those of HAVING not at
-  all, of a set operation only the first SELECT), and kept: only so are the
-  classes those of published results (github.com/taoyds/spider, eval_hardness).
-  None if the query cannot be parsed.
+  Its oddities (NOT counts as an aggregate, aggregates in HAVING do not count,
+  and of a set operation only the first SELECT does) stay, so that the classes
+  are those of published results (github.com/taoyds/spider, eval_hardness).
+  Returns None if the query cannot be parsed.
   """
   from sqlglot import exp
 
@@ -234,7 +233,7 @@ def _level(clauses, n_nested, others):
 
 
 def _conditions(expressions, exp):
-  """Returns the conditions that AND and OR join, and how many ORs."""
+  """Returns the conditions that AND and OR join, and the number of ORs."""
   found, n_or, left = [], 0, list(expressions)
   while left:
     part = left.pop()

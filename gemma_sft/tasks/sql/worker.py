@@ -1,4 +1,4 @@
-"""Runs queries in the process of `_sqlite_cage`."""
+"""Runs queries in a process of `cage`."""
 
 from collections.abc import Sequence
 import importlib.resources
@@ -16,11 +16,11 @@ def run_all(jobs: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
   """Returns an answer to each {'path' or 'script', 'query'}, in order.
 
   An answer is {'rows': [[...], ...], 'filled': whether the database has any
-  row} or {'error': what SQLite or the cage says}. A job that ends the process
-  does no harm to the others.
+  row} or {'error': the message of SQLite or the cage}. A job that ends the
+  process does not affect the others.
 
   Raises:
-    RuntimeError: if the process does not even start.
+    RuntimeError: if the process does not start.
   """
   answers = []
   with importlib.resources.as_file(
@@ -31,10 +31,10 @@ def run_all(jobs: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
 
 
 def _run_until_it_ends(script, jobs):
-  """Returns the answers up to the job at which the process ended."""
+  """Returns the answers up to the job that ended the process."""
   answers = []
   with subprocess.Popen(
-      # -I and -S: nothing is imported but the standard library.
+      # With -I and -S only the standard library can be imported.
       [sys.executable, '-I', '-S', str(script)], cwd='/', encoding='utf-8',
       stdin=subprocess.PIPE, stdout=subprocess.PIPE,
       stderr=subprocess.DEVNULL) as process:
@@ -54,7 +54,7 @@ def _run_until_it_ends(script, jobs):
 
 
 def _ask(process, line):
-  """Returns the process's line, or None if it has ended."""
+  """Sends a line and returns the answer, or None if the process has ended."""
   try:
     process.stdin.write(line)
     process.stdin.flush()

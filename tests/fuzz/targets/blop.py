@@ -28,7 +28,7 @@ def check(case: bytes, folder: str) -> None:
     return
   program = case.decode('utf-8', 'replace')
   os.environ['SECRET_OF_THE_HOST'] = _SENTINEL
-  lines = run_js.run([run_js.Pair(
+  lines = run_js.run([run_js.ProgramPair(
       _REFERENCE, {'js': program, 'names': {}})])[0]
   if len(lines) < 2 or 'Hi' not in lines[1].get('traces', {}):
     raise judging.Loss('the reference has no trace of its own')
