@@ -1,10 +1,10 @@
-"""What the judge of Blop says of right answers and of broken ones.
+"""Prints the judge's scores of right and of broken Blop answers.
 
     python tests/benchmarks/calibrate_blop.py [--data=FILE.txt,FILE.txt]
 
-Each answer with code is judged as it stands and after a change. A judge is of
-use if the first two rows are near 1 and the others near 0. Takes six minutes
-for data/blop on two cores.
+Judges each answer with code unchanged and after each change. The first two rows
+should be near 1 and the others near 0. Takes six minutes for data/blop on two
+cores.
 """
 
 import pathlib
@@ -27,7 +27,7 @@ _COLUMNS = ('strict', 'component', 'right', 'same_tags', 'fallback')
 
 
 def reworded(code: str) -> str | None:
-  """Another wrapper and other class names: as right as before."""
+  """Changes wrappers and class names, which leaves an answer right."""
   changed = re.sub(r"class='([\w-]+)'", r"class='the-\1'", code)
   changed = re.sub(r'<(/?)(?:section|article)\b', r'<\1div', changed)
   changed = re.sub(r'<(/?)(?:strong|em|b|small)\b', r'<\1span', changed)
@@ -35,7 +35,7 @@ def reworded(code: str) -> str | None:
 
 
 def renamed(code: str) -> str | None:
-  """Defines everything by other names."""
+  """Renames everything that the code defines."""
   names = re.findall(r'^(?:async )?(?:def|class) (\w+)', code, re.MULTILINE)
   for name in names:
     code = re.sub(rf'\b{name}\b', f'{name}Two', code)
@@ -43,7 +43,7 @@ def renamed(code: str) -> str | None:
 
 
 def retagged(code: str) -> str | None:
-  """Another tag where the tag means something."""
+  """Replaces a tag that means something."""
   others = {'button': 'span', 'li': 'p', 'tr': 'div', 'td': 'b', 'a': 'span',
             'input': 'img', 'img': 'span', 'h2': 'p', 'h3': 'p',
             'select': 'div', 'svg': 'div', 'h1': 'p', 'textarea': 'pre',
@@ -56,13 +56,13 @@ def retagged(code: str) -> str | None:
 
 
 def without_handlers(code: str) -> str | None:
-  """Nothing happens on a click."""
+  """Removes the event handlers."""
   changed = re.sub(r' on=\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}', '', code)
   return changed if changed != code else None
 
 
 def other_field(code: str, prompt: str) -> str | None:
-  """Uses a field that nobody gave it for one that the prompt names."""
+  """Reads a field that does not exist instead of one that the prompt names."""
   fields = [f for f in re.findall(r'\w\.(\w+)\b(?!\()', code)
             if f not in ('length', 'blop', 'target', 'value', 'css', 'js')
             and re.search(rf'\b{f}\b', prompt)]
@@ -72,7 +72,7 @@ def other_field(code: str, prompt: str) -> str | None:
 
 
 def other_condition(code: str) -> str | None:
-  """A condition the other way round."""
+  """Negates a condition."""
   for old, new in (('==', '!='), (' < ', ' >= '), (' > ', ' <= '),
                    ('if !', 'if ')):
     if old in code:
@@ -82,7 +82,7 @@ def other_condition(code: str) -> str | None:
 
 
 def javascript(code: str) -> str:
-  """As JavaScript writes it."""
+  """Writes the code as in JavaScript."""
   code = re.sub(r'^(\s*)(async )?def (?=\w)', r'\1\2function ', code,
                 flags=re.MULTILINE)
   code = re.sub(r'^(\s*)(\w+) = ', r'\1const \2 = ', code, flags=re.MULTILINE)
@@ -91,7 +91,7 @@ def javascript(code: str) -> str:
 
 
 def python(code: str) -> str:
-  """As Python writes it."""
+  """Writes the code as in Python."""
   code = re.sub(r'^(\s*)(def .*\)|for .*|while .*|if .*|else|try) \{$',
                 r'\1\2:', code, flags=re.MULTILINE)
   code = re.sub(r'^\s*\}.*\n?', '', code, flags=re.MULTILINE)
@@ -99,12 +99,8 @@ def python(code: str) -> str:
 
 
 def truncated(code: str) -> str:
-  """The first two thirds, as where the tokens end."""
+  """Returns the first two thirds, as if cut at the limit of tokens."""
   return code[:len(code) * 2 // 3]
-
-
-def _prompt(record):
-  return chat_task.to_messages(record)[-2].content
 
 
 def main(argv):
@@ -112,7 +108,7 @@ def main(argv):
   rows = [r for path in _DATA.value for r in records_lib.read(path)
           if task.looks_like_code(chat_task.answer(r))]
   codes = [task.extract_code(chat_task.answer(r)) for r in rows]
-  if _DATA.default != _DATA.value:  # Others' answers need not compile.
+  if _DATA.default != _DATA.value:  # Answers of others may not compile.
     good = [v['strict'] for v in task.compile_snippets(codes)]
     rows = [r for r, ok in zip(rows, good) if ok]
     codes = [c for c, ok in zip(codes, good) if ok]
@@ -121,8 +117,8 @@ def main(argv):
       "another record's answer": codes[1:] + codes[:1],
       'another name': map(renamed, codes), 'another tag': map(retagged, codes),
       'no event handlers': map(without_handlers, codes),
-      'another field': map(other_field, codes, map(_prompt, rows)),
-      'a condition turned round': map(other_condition, codes),
+      'another field': map(other_field, codes, map(chat_task.prompt, rows)),
+      'a negated condition': map(other_condition, codes),
       'JavaScript': map(javascript, codes), 'Python': map(python, codes),
       'two thirds of it': map(truncated, codes)}
   print(f'| answers | n | {" | ".join(_COLUMNS)} |')

@@ -1,10 +1,10 @@
-"""What the judge of lyrics says of real songs and of broken ones.
+"""Prints the judge's scores of real and of broken songs.
 
     python tests/benchmarks/calibrate_lyrics.py --data=test.jsonl \
         --train=train.jsonl
 
-Prints a table: a row for the songs themselves and for each way of breaking
-them, a column for each metric.
+The table has a row for the songs themselves and for each way of breaking them,
+and a column for each metric.
 """
 
 import argparse
@@ -15,24 +15,19 @@ from gemma_sft.inputs import records
 from gemma_sft.tasks.lyrics import task
 
 
-def _shuffled(items: list[str], rng: random.Random) -> list[str]:
-  return rng.sample(items, len(items))
-
-
 def broken(openings: list[list[str]], rests: list[list[str]],
            training: list[list[str]]) -> dict[str, list[list[str]]]:
-  """Returns {what was done: the completions, as lists of lines}."""
+  """Returns {what was changed: the completions, as lists of lines}."""
   rng = random.Random(0)
-  others = rests[1:] + rests[:1]
   rows = {
       'the song itself': rests,
-      'its lines shuffled': [_shuffled(rest, rng) for rest in rests],
+      'its lines shuffled': [rng.sample(rest, len(rest)) for rest in rests],
       'its first half': [rest[:len(rest) // 2] for rest in rests],
       'romanised': [[*map(romanise.romanise, rest)] for rest in rests],
       'characters of each line shuffled': [
-          [''.join(_shuffled(list(line), rng)) for line in rest]
+          [''.join(rng.sample(line, len(line))) for line in rest]
           for rest in rests],
-      "another song's rest": others,
+      "another song's rest": rests[1:] + rests[:1],
       'the first line again and again': [
           opening[:1] * len(rest) for opening, rest in zip(openings, rests)],
       'nothing': [[] for _ in rests],
@@ -46,7 +41,7 @@ def broken(openings: list[list[str]], rests: list[list[str]],
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--data', required=True, help='songs, such as test.jsonl')
-  parser.add_argument('--train', help='training songs, for what is copied')
+  parser.add_argument('--train', help='training songs, for `copied`')
   args = parser.parse_args()
   songs = records.read(args.data)
   training = records.read(args.train) if args.train else []

@@ -1,12 +1,12 @@
-"""What real poems score by the judge of poetry, and what broken ones score.
+"""Prints the judge's scores of real and of broken poems.
 
     python tests/benchmarks/calibrate_poetry.py --data=FILE [--data=FILE]
     python tests/benchmarks/calibrate_poetry.py --data=FILE --rhyme_words
 
-FILE: poems as `records` reads them, such as the JSON of
+FILE has poems in a format that `records` reads, such as the JSON of
 github.com/chinese-poetry/chinese-poetry; poems of other shapes are left out.
-The second form prints gemma_sft/tasks/poetry/rhyme_words.json: give it no poem
-that is to be tested on.
+The second form prints gemma_sft/tasks/poetry/rhyme_words.json; do not give it
+poems that a model will be tested on.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def _cut(characters, form):
 
 
 def _rhyme_words(texts):
-  """Returns {rhyme: its words}, both by how often poems rhyme so."""
+  """Returns {rhyme: its words}, both sorted by how often poems use them."""
   counts = {rhyme: collections.Counter() for rhyme in pingshui.level_book()}
   for text in texts:
     lines = task.split_lines(task.to_traditional(text))
@@ -53,7 +53,7 @@ def _rhyme_words(texts):
 
 
 def main() -> None:
-  """Prints a table: rhyme / tone of each kind of poem by form."""
+  """Prints a table of rhyme / tone for each form and kind of poem."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--data', action='append', required=True)
   parser.add_argument('--rhyme_words', action='store_true')

@@ -1,11 +1,11 @@
-"""What the judge of slang gives real answers, and answers broken on purpose.
+"""Prints the judge's scores of real and of broken slang answers.
 
     python tests/benchmarks/calibrate_slang.py --data=data/slang/test.csv \\
         --training=data/slang/train.csv
 
-Prints a Markdown table. Each row is an answer a record, made from the records
-alone, always the same; '-' where a metric does not apply (no examples, no
-contexts, no acronyms).
+Each row of the table has one answer per record, made from the records alone and
+the same every time. '-' means that a metric does not apply (no examples, no
+contexts or no acronyms).
 """
 
 import argparse
@@ -30,7 +30,7 @@ def _text(row):
 
 
 def _elsewhere(rows, rng):
-  """Returns the rows in an order in which none is where it was."""
+  """Returns the rows in an order in which no row keeps its place."""
   order = list(range(len(rows)))
   rng.shuffle(order)
   moved = dict(zip(order, order[1:] + order[:1]))
@@ -49,7 +49,7 @@ def _with_term(row, term):
 
 
 def answers(rows, training, rng) -> dict[str, list[str]]:
-  """Returns {what was done: an answer for each row}."""
+  """Returns {what was changed: an answer for each row}."""
   others = _elsewhere(rows, rng)
   kinds = {
       'real': [_text(r) for r in rows],

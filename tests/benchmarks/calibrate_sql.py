@@ -1,10 +1,10 @@
-"""What the SQL judge says of queries that are known to be right or wrong.
+"""Prints the judge's scores of right and of broken queries.
 
     python tests/benchmarks/calibrate_sql.py --data=data/sql/test.jsonl
 
-Prints a table: each line is the data's own queries, broken in one way, judged
-as answers to its questions. Shares are of the records that `execution` counts;
-a dash where a query has nothing to break (one table, no condition).
+Each row of the table judges the data's own queries, broken in one way, as
+answers to its questions. Shares are of the records that `execution` counts.
+Queries with nothing to break (one table, no condition) are left out.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def _own(record, records, rng):
 
 
 def _spelled_otherwise(record, records, rng):
-  """Capitals the other way round outside of strings, and fenced."""
+  """Swaps upper and lower case outside of strings, and adds a fence."""
   del records, rng
   parts = re.split(r"('(?:[^']|'')*'|\"[^\"]*\")", record.fields['query'])
   query = ''.join(p if i % 2 else p.swapcase() for i, p in enumerate(parts))

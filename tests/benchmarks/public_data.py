@@ -1,8 +1,8 @@
-"""Splits public data of the five domains for runs of the five configs.
+"""Splits public data of the five domains for the five configs.
 
     python tests/benchmarks/public_data.py --source=DIR --out=OUT
 
-DIR holds what others published, fetched by you:
+DIR holds published data, which you download:
 
     blop/input.txt                    github.com/batiste/gemma-learn-blop
     poetry/tang_{train,val}.jsonl     regular Tang poems of
@@ -11,8 +11,9 @@ DIR holds what others published, fetched by you:
     slang/genz_slang.csv              github.com/kaspercools/genz-dataset
     sql/dev.jsonl, sql/database/      Spider's dev questions and databases
 
-Written are OUT/<domain>/{train,validation,test}; the same every time. Groups
-stay together: a slang term, a database, a poem's title, a poet's opening line.
+Writes OUT/<domain>/{train,validation,test}, the same every time. Rows of one
+group stay in one split: a slang term, a database, a poem's title, the opening
+of a song.
 """
 
 import argparse
@@ -22,14 +23,14 @@ import json
 import pathlib
 import shutil
 
-# Databases that no training question is about: with different subjects, and
-# about a fifth of the questions each.
+# Databases of the held-out splits: no training question is about them, their
+# subjects differ, and each split has about a fifth of the questions.
 _SQL_VALIDATION = ('pets_1', 'voter_1')
 _SQL_TEST = ('car_1', 'singer', 'museum_visit')
 
 
 def _share(key: str) -> float:
-  """Returns a number from 0 to 1 that depends on the key alone."""
+  """Returns a number from 0 to 1 that depends only on the key."""
   return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) / 2**32
 
 
@@ -63,7 +64,7 @@ def _grouped(rows, key):
 def _poetry(source, out):
   train = _jsonl(source / 'tang_train.jsonl')
   held = sorted(_jsonl(source / 'tang_val.jsonl'), key=lambda r: r['id'])
-  # A title that several poems bear must not ask for one of another split.
+  # Poems of one title have the same prompt, so they stay in one split.
   seen, splits = set(), {'train': train, 'validation': [], 'test': []}
   seen.update((r['title'], r['form']) for r in train)
   for row in held:
@@ -89,7 +90,7 @@ def _slang(source, out):
              'description': (r['description'] or '').strip()}
             for r in csv.DictReader(file)]
   rows = [r for r in rows if all(r.values())]
-  # Two terms with one description are the same prompt.
+  # Terms with the same description have the same prompt.
   first = {}
   for row in rows:
     first.setdefault(row['description'].lower(), row['slang'].lower())

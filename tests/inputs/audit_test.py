@@ -1,4 +1,4 @@
-"""Every fault that fails quietly in training stops the run, with its row."""
+"""The audit stops a run for every mistake that training would not notice."""
 
 import dataclasses
 import re
@@ -25,13 +25,6 @@ def _check(examples, tokenizer, **settings):
   return audit.check_split('train', examples, tokenizer, **settings)
 
 
-def _with(examples, row, **changes):
-  """Returns the examples with one of them (counted from 1) changed."""
-  examples = list(examples)
-  examples[row - 1] = dataclasses.replace(examples[row - 1], **changes)
-  return examples
-
-
 def _refused(examples, tokenizer, got, **settings):
   with pytest.raises(errors.UserError, match=got):
     _check(examples, tokenizer, **settings)
@@ -49,48 +42,39 @@ def test_good_examples_are_counted(tokenizer, examples):
       ' control-token text (kept as ordinary text)')
 
 
-def test_a_doubled_bos_is_found(tokenizer, examples):
-  second = examples[1]
-  faulty = _with(
-      examples, 2, tokens=np.concatenate([second.tokens[:1], second.tokens]),
-      loss_mask=np.concatenate([[False], second.loss_mask]))
-  _refused(faulty, tokenizer, r'train\.txt:2: 2 BOS tokens')
-
-
-def test_a_missing_bos_is_found(tokenizer, examples):
-  faulty = _with(examples, 3, tokens=examples[2].tokens[1:],
-                 loss_mask=examples[2].loss_mask[1:])
-  _refused(faulty, tokenizer,
-           r"train\.txt:3: 0 BOS tokens, the first token is '<start_of_turn>'")
-
-
-def test_a_bos_at_another_place_is_found(tokenizer, examples):
-  _refused(_with(examples, 1, tokens=np.roll(examples[0].tokens, 1)),
-           tokenizer, r'train\.txt:1: 1 BOS tokens, the first token is')
-
-
-def test_an_untrained_terminator_is_found(tokenizer, examples):
-  mask = examples[1].loss_mask.copy()
+def _last_untrained(mask):
+  mask = mask.copy()
   mask[np.flatnonzero(mask)[-1]] = False
-  _refused(_with(examples, 2, loss_mask=mask), tokenizer,
-           r"train\.txt:2: the last trained token is 'at'")
+  return mask
 
 
-def test_an_empty_mask_is_found(tokenizer, examples):
-  _refused(_with(examples, 3, loss_mask=np.zeros_like(examples[2].loss_mask)),
-           tokenizer, r'train\.txt:3: no token is trained')
+@pytest.mark.parametrize('row, change, got', [
+    (2, lambda e: dict(tokens=np.concatenate([e.tokens[:1], e.tokens]),
+                       loss_mask=np.concatenate([[False], e.loss_mask])),
+     '2 BOS tokens'),
+    (3, lambda e: dict(tokens=e.tokens[1:], loss_mask=e.loss_mask[1:]),
+     "0 BOS tokens, the first token is '<start_of_turn>'"),
+    (1, lambda e: dict(tokens=np.roll(e.tokens, 1)),
+     '1 BOS tokens, the first token is'),
+    (2, lambda e: dict(loss_mask=_last_untrained(e.loss_mask)),
+     "the last trained token is 'at'"),
+    (3, lambda e: dict(loss_mask=np.zeros_like(e.loss_mask)),
+     'no token is trained'),
+    (1, lambda e: dict(loss_mask=np.ones_like(e.loss_mask)),
+     'every token is trained')],
+    ids=('doubled BOS', 'no BOS', 'BOS elsewhere', 'untrained terminator',
+         'empty mask', 'full mask'))
+def test_a_wrong_example_is_refused(tokenizer, examples, row, change, got):
+  faulty = [dataclasses.replace(e, **change(e)) if i == row else e
+            for i, e in enumerate(examples, 1)]
+  _refused(faulty, tokenizer, rf'train\.txt:{row}: {got}')
 
 
-def test_a_full_mask_is_found(tokenizer, examples):
-  _refused(_with(examples, 1, loss_mask=np.ones_like(examples[0].loss_mask)),
-           tokenizer, r'train\.txt:1: every token is trained')
-
-
-def test_no_examples_are_a_fault(tokenizer):
+def test_no_examples_are_refused(tokenizer):
   _refused([], tokenizer, 'the train split has no examples')
 
 
-def test_a_row_that_is_too_long_is_found(tokenizer, examples):
+def test_a_row_that_is_too_long_is_refused(tokenizer, examples):
   # The longest has 26 tokens: 25 of input.
   _check(examples, tokenizer, max_length=25)
   _refused(examples, tokenizer, max_length=24, got=(
@@ -104,7 +88,7 @@ def test_the_share_that_it_names_lets_the_rows_be_cut(tokenizer, examples):
   checked, report = _check(
       examples, tokenizer, max_length=24, max_cut_share=share)
   assert report.n_cut == 1 and '1 CUT at the limit' in str(report)
-  assert report.longest == 26  # As it came.
+  assert report.longest == 26  # Before cutting.
   # An example has one token more than its input.
   assert [len(e.tokens) for e in checked] == [24, 25, 23]
   np.testing.assert_array_equal(checked[1].tokens, examples[1].tokens[:25])
@@ -129,7 +113,7 @@ def test_bits_per_byte_count_what_a_cut_leaves(tokenizer):
   assert whole.target_bytes == len(answer)
 
 
-def test_a_cut_that_leaves_no_answer_is_found(tokenizer, examples):
+def test_a_cut_that_leaves_no_answer_is_refused(tokenizer, examples):
   _refused(examples, tokenizer, r'train\.txt:1: no token is trained',
            max_length=12, max_cut_share=1.0)
 
@@ -172,9 +156,11 @@ def test_other_prompts_are_no_leak():
       'validation': [('What is a Blop?', 'b')],
       'test': [('What is the Blop?', 'c')]})
   audit.check_leakage({'test': [('What is Blop?', 'c')]})
+  audit.check_leakage({'train': [('🦊🍇', 'a')], 'test': [('☕ -> ?', 'b')]})
 
 
-def test_validation_chooses_so_test_may_not_share_its_prompts():
+def test_validation_and_test_may_not_share_prompts():
+  # Validation chooses the checkpoint that test measures.
   with pytest.raises(errors.UserError, match='c has the prompt of b'):
     audit.check_leakage({
         'train': [('What is Blop?', 'a')],
@@ -190,9 +176,5 @@ def test_normal_form():
     ('कि', 'का'),  # Devanagari: one consonant, another vowel sign.
     ('กิน', 'กัน'),  # Thai: eat, together.
 ))
-def test_vowel_signs_tell_prompts_apart(one, other):
+def test_vowel_signs_count(one, other):
   assert audit.normalise(one) != audit.normalise(other)
-
-
-def test_prompts_of_signs_only_differ():
-  audit.check_leakage({'train': [('🦊🍇', 'a')], 'test': [('☕ -> ?', 'b')]})

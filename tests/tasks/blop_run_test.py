@@ -120,15 +120,15 @@ def hostile():
 
 @needs_node
 @pytest.mark.parametrize('name', _HOSTILE)
-def test_what_a_hostile_program_comes_to(hostile, name):
+def test_a_hostile_program(hostile, name):
   assert _outcome(hostile[name]) in _HOSTILE[name][1].split(' or ')
-  # Whatever it does, the reference's trace was made before and is out.
+  # The reference's trace was finished before and is intact.
   trace = hostile[name][1]['traces']['Hi']
   assert [run['tree'][3] for run in trace['runs']][:3] == [
       ['name_1'], ['name_1'], ['same_0']]
 
 
-# The second wall: what a program could do if it got out of its context.
+# The second barrier: what a program could do outside of its context.
 @needs_node
 @pytest.mark.parametrize('script', [
     "require('fs').readFileSync('/etc/passwd')",
@@ -317,7 +317,7 @@ class Steps extends Component {
         (True, True, None)),
     'output': ('Log hello in Blop.', "x = 1\nconsole.log('hello')",
                "x = 1\nconsole.log('bye')", (None, False, None)),
-    # Nothing to tell it by: its words are its author's.
+    # Nothing to compare: its words are the author's choice.
     'a static page': (
         'Write Empty, a friendly message.', "def Empty() {\n  <p>'None'</p>\n}",
         "def Empty() {\n  <p>'Nothing here'</p>\n}", (True, None, True)),
@@ -388,7 +388,7 @@ _GOOD_ANSWER = ('Blop is a language for the web with HTML-like tags in code.'
     (_GOOD_ANSWER, 1.0),
     ('Blop is a programming language for building user interfaces.', 0.4),
     ('I do not know.', 0.0),
-    # One false word takes the rest back.
+    # A single contradiction makes it 0.
     (_GOOD_ANSWER + ' It was developed by Google.', 0.0),
     ('Blop is a board game in which virtual DOM tags of a language...', 0.0),
     ('Blop is a dialect of Python, a language for the web.', 0.0),

@@ -1,4 +1,4 @@
-"""The judge of poetry, on poems that every schoolchild knows."""
+"""The judge of poetry, on well-known poems."""
 
 import json
 
@@ -140,8 +140,8 @@ def test_one_line_four_times_is_no_poem():
   assert row['form'] and not row['rhyme'] and row['repeated'] == 0.75
 
 
-def test_simplified_and_mixed_script_read_alike():
-  # A converter makes 鬆 and 裏 of 松 and 里, words of their own in this script.
+def test_simplified_and_mixed_script_are_converted():
+  # A converter would make 鬆 and 裏 of 松 and 里, which are other words.
   for text in (_STORKS, '一松獨釣玉虹蟠', '萬里無聲去'):
     assert task.to_traditional(text) == text
   assert task.to_traditional(_STORKS_SIMPLIFIED) == _STORKS
@@ -159,6 +159,7 @@ def test_rates_are_relative_to_real_poems():
       0.5 / task.REAL_TONE['5x4'])
   best = task.judge(rows, [_STORKS, _BROCADE]).metrics
   assert best['rhyme_of_real'] == best['tone_of_real'] == 1
+  assert task.judge([], []).metrics[task.HEADLINE] == 0
 
 
 def test_bleu_is_of_characters():
@@ -220,22 +221,17 @@ def test_plain_text_continues_its_first_line():
   row, = judged.rows
   assert (row['form'], row['rhyme'], row['tone']) == (True, True, True)
   assert judged.metrics['bleu4'] == pytest.approx(1)
-  # Prose has no form to keep; what it repeats still counts.
+  # Prose has no form, but its repetitions count.
   prose = records.Record({'text': '一二三\n四五'}, 'train.txt:9')
   assert 'form' not in task.judge([prose], [rest]).rows[0]
 
 
-def test_plain_text_of_one_line_is_left_out_and_said():
+def test_plain_text_of_one_line_is_left_out_with_a_note():
   one = records.Record({'text': _STORKS.replace('\n', '')}, 'train.txt:1')
   judged = task.judge([one, _record()], ['', _STORKS])
   assert judged.rows[0] == {} and judged.metrics['n'] == 1
   assert judged.metrics['rhyme'] == 1
   assert '1 poems of plain text' in judged.note
-
-
-def test_no_records():
-  metrics = task.judge([], []).metrics
-  assert metrics['n'] == 0 and metrics[task.HEADLINE] == 0
 
 
 def test_prompts():
@@ -268,7 +264,7 @@ def test_a_title_is_a_question(form, asked):
     ({'rhyme': '东'}, '上平一東'),  # Simplified.
     ({'text': _STORKS}, '下平十一尤'), ({'text': _STORKS_SIMPLIFIED},
                                         '下平十一尤'),
-    # Old style: the even lines share no level rhyme, and none is asked for.
+    # Old style: the even lines share no level rhyme, so the prompt names none.
     ({'text': _STORKS.replace('樓', '日')}, '')])
 def test_which_rhyme_is_asked_for(fields, rhyme):
   record = records.Record({'title': '題', 'form': '5x4'} | fields, 'x')
@@ -309,10 +305,10 @@ def test_the_rhyme_asked_for_is_judged_apart(asked, as_asked):
     ({'title': '題', 'form': 'sonnet'}, "'sonnet'"),
     ({'title': '題', 'text': '一二三'}, 'none that is known'),
     ({'title': '', 'form': '5x4'}, 'no title'),
-    # No answer is not an empty answer: the column may have another name.
+    # A missing answer is a mistake: the column may have another name.
     ({'title': '題', 'poem': _STORKS}, 'columns title, poem'),
     ({'title': '題', 'text': ' '}, 'columns title, text')])
-def test_mistakes_are_said(fields, got):
+def test_mistakes_are_reported(fields, got):
   with pytest.raises(errors.UserError, match=got) as error:
     task.to_messages(records.Record(fields, 'x.jsonl:7'))
   assert 'x.jsonl:7' in str(error.value)
@@ -350,7 +346,7 @@ def test_reads_text_files(tmp_path):
   assert 'blank line' in problem
 
 
-def test_check_answers_says_what_is_wrong():
+def test_check_answers_names_the_mistakes():
   rows = [
       _record(), _record(_STORKS_SIMPLIFIED), _question('5x4'), _record(_QUIET),
       _record(_STORKS.replace('樓', '堂')), _record(form='7x4'),
@@ -373,7 +369,7 @@ def test_real_rates_are_those_of_every_form():
 @pytest.mark.parametrize('text, simplified', [
     ('登高望遠', False), ('登高望远', True), ('萬里松峰群山背', False),
     ('松下问童子', True), ('春眠不覺曉', False),
-    # Written alike in both: the prompt of the rhyme book's script.
+    # Equal in both scripts: the prompt is in the script of the rhyme book.
     ('白日依山', False)])
 def test_the_script_of_a_prompt(text, simplified):
   assert task.is_simplified(text) == simplified

@@ -1,4 +1,4 @@
-"""The task of slang: its prompts, and a judge that tells real from broken."""
+"""The task of slang: its prompts, and a judge of real and broken answers."""
 
 import pytest
 
@@ -53,7 +53,6 @@ def test_a_context_alone_is_the_same_question_without_an_answer():
   asked = task.to_messages(_record(context=_ROW['Context']))
   assert asked[0] == task.to_messages(_record(**_ROW))[0]
   assert asked[1].role == 'model' and asked[1].content == ''
-  assert task.FIELDS == ('context', 'condition')
 
 
 def test_a_condition_of_ones_own():
@@ -126,13 +125,9 @@ def test_markdown_is_wrong_but_read():
   row = _judge('**Slang:** `zippo`\n- Description: c\n* **Example**: a zippo')
   assert (row['term'], row['format'], row['in_example']) == (
       'zippo', False, True)
-
-
   assert task.parse('- **Description:** c d **') == {
       'slang': '', 'description': 'c d', 'example': ''}
-
-
-def test_first_of_repeated_labels_counts():
+  # The first of repeated labels counts.
   assert task.parse('Slang: a\nSlang: b\nnothing\nExample: c') == {
       'slang': 'a', 'description': '', 'example': 'c'}
 
@@ -267,7 +262,7 @@ def test_acronym_gap_runs_both_ways():
 # Totals ----------------------------------------------------------------------
 
 
-def test_real_answers_score_full_marks():
+def test_real_answers_score_1():
   records = [_record(**_ROW), _record(**_OTHER)]
   judged = task.judge(
       records, [_answer(_ROW), _answer(_OTHER)], [_record(**_TRAINING)])
@@ -286,7 +281,6 @@ def test_the_same_answer_again_is_good_once():
 
 
 def test_totals_are_means_of_the_rows():
-  # Or the report could not give them an interval.
   records = [_record(**_ROW), _record(**_OTHER), _record(**_TRAINING)]
   answers = [_answer(_ROW), 'Slang: LWB', _answer(_ROW)]
   judged = task.judge(records, answers)
@@ -332,13 +326,9 @@ def test_distinct():
 
 
 @pytest.mark.parametrize('answers', [[''], ['\n\n'], ['Slang:'], ['x' * 5000]])
-def test_answers_that_are_none(answers):
+def test_empty_answers(answers):
   judged = task.judge([_record(**_ROW)], answers)
   assert judged.metrics['good'] == 0 and judged.metrics['n'] == 1
-
-
-def test_no_answers():
-  assert task.judge([], []).metrics['n'] == 0
 
 
 # The data --------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The judge of SQL: what models answer, and what nobody should run."""
+"""The judge of SQL: what models answer, and queries that must not run."""
 
 import contextlib
 import json
@@ -157,7 +157,7 @@ def test_a_form_has_no_query():
     ({'question': 'q', 'query': None, 'db_id': 'text'}, 'columns'),
     ({'question': 'q', 'query': 'SELECT 1'}, "db_id is ''"),
     ({'question': 'q', 'query': 'SELECT 1', 'db_id': 'none'}, 'none.sqlite'),
-    # A name is no path, even where there is a file at its end.
+    # A name is not a path, even if the path exists.
     ({'question': 'q', 'query': 'SELECT 1', 'db_id': 'text/../text'},
      'db_id is'),
     ({'question': 'q', 'query': 'SELECT 1', 'context': 'CREATE TABEL t (a)'},
@@ -255,7 +255,7 @@ def test_spelling_does_not_count(a, b):
     ('SELECT id FROM singer WHERE "name" = 1',
      "SELECT id FROM singer WHERE 'name' = 1"),
 ])
-def test_meaning_does(a, b):
+def test_meaning_counts(a, b):
   assert (text_lib.normal_form(a, _NAMES)
           != text_lib.normal_form(b, _NAMES))
 
@@ -321,7 +321,7 @@ def test_same_rows(a, b, ordered, same):
   assert result.same(b, a, ordered) is same
 
 
-def test_many_equal_columns_do_not_take_for_ever():
+def test_many_equal_columns_take_a_short_time():
   rows = [[i % 2 if j % 2 else 1 - i % 2 for j in range(40)] for i in range(6)]
   other = [row[:-1] + [7] for row in rows]
   assert result.same(rows, [row[::-1] for row in rows], False)
@@ -347,7 +347,7 @@ def test_execution(gold, answer, right):
   assert _is_right(gold, answer) is right
 
 
-def test_judge_counts_what_can_be_counted():
+def test_judge_counts_queries_that_say_something():
   reference = [
       _record('SELECT Name FROM singer WHERE id = 1'),  # Right.
       _record('SELECT Name FROM singer WHERE id = 2'),  # Runs, and is wrong.
@@ -376,7 +376,7 @@ def test_judge_counts_what_can_be_counted():
   assert row['hardness'] == 'easy' and row['execution_easy'] is False
 
 
-def test_judge_of_a_form_says_what_it_can():
+def test_judge_of_a_form():
   fields = {'question': 'Who?', 'schema': _TABLES}
   judged = task.judge([records_lib.Record(fields, 'form')] * 2,
                      ['SELECT Name FROM singer', 'SELECT nope FROM singer'])
@@ -385,11 +385,6 @@ def test_judge_of_a_form_says_what_it_can():
   row, = task.judge(
       [records_lib.Record({'question': 'Who?'}, 'form')], ['SELECT 1']).rows
   assert row == {'query': 'SELECT 1'}
-
-
-def test_judge_of_nothing():
-  judged = task.judge([], [])
-  assert judged.metrics == {'n': 0} and judged.rows == []
 
 
 def test_rows_are_json_and_short():
@@ -471,14 +466,14 @@ def test_hostile_queries_are_refused(tmp_path, folder):
   for job, answer, after in zip(jobs[::2], answers[::2], answers[1::2]):
     reason = _HOSTILE[job['query'].replace(str(path), '{path}')]
     assert reason in answer['error'], (job['query'], answer)
-    assert after == {'rows': [[3]], 'filled': True}  # And no harm was done.
+    assert after == {'rows': [[3]], 'filled': True}  # Nothing was changed.
   assert database.read_bytes() == before and not path.exists()
   assert sorted(p.name for p in database.parent.iterdir()) == [
       'binary', 'binary.sqlite']
 
 
-def test_a_query_that_ends_the_process_ends_itself_alone():
-  # Each comparison is a single step, and a long one.
+def test_a_query_that_ends_the_process_does_not_affect_others():
+  # Each comparison is one long step.
   slow = (f'WITH RECURSIVE {_LONG} SELECT count(*) FROM r a, n, r b'
           " WHERE instr(a.x, b.x || 'b')")
   good = {'script': _SCRIPT, 'query': 'SELECT count(*) FROM singer'}
@@ -488,7 +483,7 @@ def test_a_query_that_ends_the_process_ends_itself_alone():
   assert bad == {'error': worker.TOO_LONG}
 
 
-def test_a_process_that_does_not_start_is_no_verdict(monkeypatch):
+def test_a_process_that_does_not_start_is_an_error(monkeypatch):
   monkeypatch.setattr(sys, 'executable', '/bin/false')
   with pytest.raises(RuntimeError, match='ended with status 1'):
     worker.run_all([{'script': _SCRIPT, 'query': 'SELECT 1'}])
@@ -511,7 +506,7 @@ def test_a_process_that_does_not_start_is_no_verdict(monkeypatch):
     ('CREATE VIRTUAL TABLE t USING fts5(a)', 'not authorized'),
     ('CREATE TABLE t (a); CREATE TRIGGER u AFTER INSERT ON t BEGIN'
      ' INSERT INTO t VALUES (1); END', 'not authorized'),
-    # Nothing that multiplies: a script makes no more than it says.
+    # A script cannot multiply its data.
     (_ENDLESS.format('count(*)'), 'not authorized'),
     ('CREATE TABLE t (a); INSERT INTO t VALUES (1);'
      'INSERT INTO t SELECT a FROM t', 'prohibited'),
@@ -526,8 +521,8 @@ def test_hostile_scripts_are_refused(tmp_path, script, reason):
   assert not path.exists()
 
 
-def test_ordinary_scripts_are_taken():
-  # What dumps of SQLite and other databases' schemas have.
+def test_ordinary_scripts_are_accepted():
+  # Statements of dumps by SQLite and of other databases' schemas.
   record = _record(context='''
       PRAGMA foreign_keys = OFF; BEGIN TRANSACTION;
       CREATE TABLE IF NOT EXISTS t (a INT CHECK (a > 0) PRIMARY KEY,
@@ -551,7 +546,7 @@ def test_connections_only_read(folder):
           connection.execute(statement)
 
 
-def test_text_that_is_no_utf8_is_read(tmp_path):
+def test_text_that_is_not_utf8_is_read(tmp_path):
   path = tmp_path / 'a.sqlite'
   with contextlib.closing(sqlite3.connect(path)) as connection:
     connection.execute('CREATE TABLE t (a TEXT)')

@@ -95,10 +95,15 @@ def defined(reference: dict[str, Any], answer: dict[str, Any]) -> bool | None:
     worked = [run['k'] for run in trace['runs'] if _works(run)]
     if trace['kind'] == 'value' or not worked:
       continue
-    other = answer['traces'].get(name, {'runs': []})
-    runs = {run['k']: run for run in other['runs']}
+    runs = _runs(answer, name)
     verdicts.append(worked[0] in runs and _works(runs[worked[0]]))
   return all(verdicts) if verdicts else None
+
+
+def _runs(answer, name):
+  """Returns {k: run} of an answer's trace; empty if it does not define name."""
+  trace = answer['traces'].get(name, {'runs': []})
+  return {run['k']: run for run in trace['runs']}
 
 
 def _works(run):
@@ -113,8 +118,7 @@ def same_tags(
   """
   seen = False
   for name, trace in reference['traces'].items():
-    runs = {run['k']: run
-            for run in answer['traces'].get(name, {'runs': []})['runs']}
+    runs = _runs(answer, name)
     for run in trace['runs']:
       if _works(run) and run.get('tree'):
         seen = True
@@ -144,24 +148,22 @@ def same_behaviour(reference: dict[str, Any], answer: dict[str, Any],
 def _checks(reference, answer, prompt):
   """Yields (whether the reference shows something, the difference or '')."""
   for name, trace in reference['traces'].items():
-    other = answer['traces'].get(name, {'runs': []})
     if trace['kind'] == 'value':
       # Only variables that the prompt names count.
       if (name.lower() in prompt.words
           and not _named(trace['value'], 'function')):
-        same = other.get('value') == trace['value']
+        value = answer['traces'].get(name, {}).get('value')
+        same = value == trace['value']
         yield True, '' if same else f'{name} has another value'
       continue
-    runs = {run['k']: run for run in other['runs']}
+    runs = _runs(answer, name)
     pages = [(run, runs.get(run['k'], {})) for run in trace['runs']
              if _works(run) and run.get('tree')]
-    groups = _groups(mine for mine, _ in pages)
-    if groups != _groups(its for _, its in pages):
-      yield len(set(groups)) > 1, (
-          f'{name}: text that depends on other things' if runs
-          else f'{name}: fails, or is not defined')
-    else:
-      yield len(set(groups)) > 1, ''
+    groups = _groups(run for run, _ in pages)
+    problem = ('text that depends on other things' if runs
+               else 'fails, or is not defined')
+    yield len(set(groups)) > 1, '' if (
+        groups == _groups(run for _, run in pages)) else f'{name}: {problem}'
     for run in trace['runs']:
       expected = _behaviour(run, run, prompt)
       if expected is not None:

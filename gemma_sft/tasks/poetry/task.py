@@ -249,7 +249,8 @@ def judge(
       row['copied'] = sum(x in known for x in lines) / max(1, len(lines))
     if reference:
       pairs.append((completion.strip(), reference))
-      row['sentence_bleu4'] = _sentence_bleu(*pairs[-1])
+      # effective_order: a poem of fewer than four characters has fewer orders.
+      row['sentence_bleu4'] = _corpus_bleu(pairs[-1:], effective_order=True)
     rows.append(row)
   n_left_out = rows.count({})
   means = tasks.means(rows, _MEANS)
@@ -306,20 +307,13 @@ def describe(lines: Sequence[str], faults: Sequence[tuple]) -> str:
                    f' {tone}' for i, at, tone in faults)
 
 
-def _corpus_bleu(pairs):
-  from sacrebleu.metrics import bleu
+def _corpus_bleu(pairs, **options):
+  from sacrebleu.metrics import bleu  # Imports lxml, which only judging needs.
 
   answers, references = zip(*pairs)
-  score = bleu.BLEU(tokenize='char').corpus_score(answers, [references]).score
+  score = bleu.BLEU(tokenize='char', **options).corpus_score(
+      answers, [references]).score
   return min(1.0, score / 100)  # Rounding can exceed 1.
-
-
-def _sentence_bleu(answer, reference):
-  from sacrebleu.metrics import bleu
-
-  # effective_order: a poem with fewer than four characters has fewer orders.
-  metric = bleu.BLEU(tokenize='char', effective_order=True)
-  return min(1.0, metric.sentence_score(answer, [reference]).score / 100)
 
 
 def _distinct(completions, size):

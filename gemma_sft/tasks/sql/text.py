@@ -3,6 +3,9 @@
 from collections.abc import Collection
 import re
 
+import sqlglot
+from sqlglot import exp
+
 HARDNESS = ('easy', 'medium', 'hard', 'extra')
 SEVERAL = 'several statements'
 
@@ -71,8 +74,6 @@ def _without_comments(text):
 
 def parse(query: str):
   """Returns the query's tree, or None if sqlglot cannot parse it."""
-  import sqlglot  # Only judging needs it.
-
   try:
     return sqlglot.parse_one(query, read='sqlite')
   except (sqlglot.errors.SqlglotError, RecursionError):
@@ -100,16 +101,14 @@ def normal_form(query: str, names: Collection[str] = ()) -> str | None:
     names: Tables and columns of the database, in lower case. Without them "x"
       stays a name.
   """
-  from sqlglot import exp
-
   tree = parse(query)
   try:
-    return None if tree is None else _normalised(tree, names, exp)
+    return None if tree is None else _normalised(tree, names)
   except RecursionError:  # Nested more deeply than SQLite can run.
     return None
 
 
-def _normalised(tree, names, exp):
+def _normalised(tree, names):
   aliases = {a.alias.lower() for a in tree.find_all(exp.Alias)}
   for name in list(tree.find_all(exp.Identifier)):
     column = name.parent
@@ -123,7 +122,7 @@ def _normalised(tree, names, exp):
       name.set('this', name.name.lower())
       name.set('quoted', False)
   for select in list(tree.find_all(exp.Select)):
-    _resolve_aliases(select, exp)
+    _resolve_aliases(select)
   for key in tree.find_all(exp.Ordered):
     key.set('desc', key.args.get('desc') or None)
   for join in tree.find_all(exp.Join):
@@ -140,21 +139,21 @@ def _normalised(tree, names, exp):
   return tree.sql(dialect='sqlite', comments=False)
 
 
-def _tables(select, exp):
+def _tables(select):
   """Returns the tables and subqueries in a SELECT's FROM and JOINs."""
   start = select.args.get('from_')
   joins = select.args.get('joins') or ()
   return [part.this for part in (*([start] if start else ()), *joins)]
 
 
-def _resolve_aliases(select, exp):
-  sources = _tables(select, exp)
+def _resolve_aliases(select):
+  sources = _tables(select)
   tables = [s for s in sources if isinstance(s, exp.Table)]
   named = [t.name for t in tables]
   names = {t.alias: t.name for t in tables
            if t.alias and named.count(t.name) == 1}
   for column in select.find_all(exp.Column):
-    if column.table in names and not _is_hidden(column, select, exp):
+    if column.table in names and not _is_hidden(column, select):
       column.set('table', exp.to_identifier(names[column.table]))
   for table in tables:
     if table.alias in names:
@@ -166,11 +165,11 @@ def _resolve_aliases(select, exp):
         column.set('table', None)
 
 
-def _is_hidden(column, select, exp):
+def _is_hidden(column, select):
   """Whether a SELECT nested in between defines the column's table name."""
   inner = column.find_ancestor(exp.Select)
   while inner is not None and inner is not select:
-    if any(s.alias_or_name == column.table for s in _tables(inner, exp)):
+    if any(s.alias_or_name == column.table for s in _tables(inner)):
       return True
     inner = inner.find_ancestor(exp.Select)
   return False
@@ -184,8 +183,6 @@ def hardness(query: str) -> str | None:
   are those of published results (github.com/taoyds/spider, eval_hardness).
   Returns None if the query cannot be parsed.
   """
-  from sqlglot import exp
-
   tree = parse(query)
   if tree is None:
     return None
@@ -196,7 +193,7 @@ def hardness(query: str) -> str | None:
   if not isinstance(first, exp.Select):
     return None
   where, having, on = (
-      _conditions(expression, exp) for expression in (
+      _conditions(expression) for expression in (
           [first.args['where'].this] if first.args.get('where') else [],
           [first.args['having'].this] if first.args.get('having') else [],
           [j.args['on'] for j in first.args.get('joins') or ()
@@ -205,13 +202,13 @@ def hardness(query: str) -> str | None:
   order, group = first.args.get('order'), first.args.get('group')
   clauses = (bool(where[0]) + bool(group) + bool(order)
              + bool(first.args.get('limit'))
-             + max(0, len(_tables(first, exp)) - 1)
+             + max(0, len(_tables(first)) - 1)
              + where[1] + having[1] + on[1]
-             + sum(isinstance(_plain(c, exp), exp.Like) for c in conditions))
-  n_nested += sum(_subqueries(_plain(c, exp), exp) for c in conditions)
+             + sum(isinstance(_plain(c), exp.Like) for c in conditions))
+  n_nested += sum(_subqueries(_plain(c)) for c in conditions)
   aggregates = sum(
       item.find(exp.AggFunc) is not None for item in first.expressions)
-  aggregates += sum(_is_negated(c, exp) for c in where[0] + having[0])
+  aggregates += sum(_is_negated(c) for c in where[0] + having[0])
   if order:
     aggregates += sum(1 for _ in order.find_all(exp.AggFunc))
   others = ((aggregates > 1) + (len(first.expressions) > 1)
@@ -232,7 +229,7 @@ def _level(clauses, n_nested, others):
   return 'hard' if clauses <= 1 and not others and n_nested == 1 else 'extra'
 
 
-def _conditions(expressions, exp):
+def _conditions(expressions):
   """Returns the conditions that AND and OR join, and the number of ORs."""
   found, n_or, left = [], 0, list(expressions)
   while left:
@@ -247,18 +244,18 @@ def _conditions(expressions, exp):
   return found, n_or
 
 
-def _plain(condition, exp):
+def _plain(condition):
   while isinstance(condition, (exp.Not, exp.Paren)):
     condition = condition.this
   return condition
 
 
-def _is_negated(condition, exp):
+def _is_negated(condition):
   return isinstance(condition, exp.Not) and not isinstance(
       condition.this, exp.Is) or bool(condition.args.get('negate'))
 
 
-def _subqueries(condition, exp):
+def _subqueries(condition):
   return sum(
       1 for s in condition.find_all(exp.Select)
       if s.find_ancestor(exp.Select) is condition.find_ancestor(exp.Select))
