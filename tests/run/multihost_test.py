@@ -39,11 +39,12 @@ _STEPS = 60
 # work, and every example that a batch reads written down.
 _TRAIN = """
 import json, runpy, sys, threading, time
-from gemma_sft import data, token_cache
+from gemma_sft import batches
+from gemma_sft.inputs import token_cache
 seconds, path = float(sys.argv.pop(1)), sys.argv.pop(1)
 here, log = threading.local(), open(path, 'a')
-make_batch, read = data.Batches.__getitem__, token_cache.Examples.__getitem__
-extend_chain = data.extend_chain
+make_batch, read = batches.Batches.__getitem__, token_cache.Examples.__getitem__
+extend_chain = batches.extend_chain
 
 def make_batch_(self, index):
   here.index = index
@@ -62,9 +63,9 @@ def extend_chain_(*arguments):
   time.sleep(seconds)
   return extend_chain(*arguments)
 
-data.Batches.__getitem__ = make_batch_
+batches.Batches.__getitem__ = make_batch_
 token_cache.Examples.__getitem__ = read_
-data.extend_chain = extend_chain_
+batches.extend_chain = extend_chain_
 runpy.run_module('gemma_sft.train', run_name='__main__', alter_sys=True)
 """
 
