@@ -158,8 +158,8 @@ def judge(
   for i, (record, row, text) in enumerate(zip(records, wanted, completions)):
     asks_example = bool(row['example']) or _is_question(record, row)
     rows.append(_verdict(text, row, asks_example, known, seen))
-    if contexts.n_others(i):
-      rows[-1]['on_topic'] = contexts.nearness(i, text)
+    if (on_topic := contexts.on_topic(i, text)) is not None:
+      rows[-1]['on_topic'] = on_topic
   metrics = tasks.means(rows, _MEANS)
   references = [terms.is_acronym(row['slang'], row['description'])
                 for row in wanted if row['slang']]
@@ -266,22 +266,19 @@ class _Contexts:
     self._weight = {s: math.log((len(contexts) + 1) / n)
                     for s, n in n_with.items()}
 
-  def _others(self, i):
-    """Returns the contexts whose words differ from those of the i-th."""
-    return [s for s in self._stems if s and s != self._stems[i]]
-
-  def n_others(self, i) -> int:
-    return len(self._others(i)) if self._stems[i] else 0
-
-  def nearness(self, i, answer) -> float:
+  def on_topic(self, i, answer) -> float | None:
     """Returns the share of other contexts that the answer covers less.
 
-    Ties count as a half.
+    Ties count as a half. None if record i has no context, or no other context
+    has other words.
     """
+    others = [s for s in self._stems if s and s != self._stems[i]]
+    if not self._stems[i] or not others:
+      return None
     found = _stems(answer)
     own = self._covered(self._stems[i], found)
-    others = [self._covered(s, found) for s in self._others(i)]
-    return sum((own > o) + 0.5 * (own == o) for o in others) / len(others)
+    covered = [self._covered(s, found) for s in others]
+    return sum((own > o) + 0.5 * (own == o) for o in covered) / len(others)
 
   def _covered(self, context, found):
     return (sum(sorted(self._weight[s] for s in context & found))

@@ -20,7 +20,6 @@ from gemma_sft.inputs import readers
 from gemma_sft.inputs import records as records_lib
 from gemma_sft.tasks.sql import cage
 from gemma_sft.tasks.sql import result
-from gemma_sft.tasks.sql import text as text_lib
 from gemma_sft.tasks.sql import worker
 
 HEADLINE = 'execution'
@@ -205,10 +204,8 @@ def _quoted(name):
 
 
 def _open(path, script):
-  return cage.open_file(path) if path else _from_script(script)
-
-
-def _from_script(script):
+  if path:
+    return cage.open_file(path)
   connection = sqlite3.connect(':memory:')
   connection.deserialize(_image(script))
   return cage.guard(connection)
@@ -243,6 +240,9 @@ def judge(
   run. The note says how often.
   """
   del training
+  # Imports sqlglot, which takes a second and which only judging needs.
+  from gemma_sft.tasks.sql import text as text_lib
+
   extracted = [text_lib.extract(completion) for completion in completions]
   jobs: dict[tuple[str, str, str], int] = {}
   for record, (query, problem) in zip(records, extracted):
@@ -263,7 +263,7 @@ def judge(
     row |= _valid(got)
     if not gold:
       continue
-    row |= _compared(query, gold, _names(*database))
+    row |= text_lib.compare(query, gold, _names(*database))
     wanted = answers[jobs[*database, gold]]
     if reason := _why_not_counted(wanted):
       row['not_counted'] = reason
@@ -291,14 +291,6 @@ def _valid(got):
   if 'error' in got:
     return {'valid': False, 'error': got['error'][:_SHOWN_CHARS]}
   return {'valid': True, 'result': _shown(got['rows'])}
-
-
-def _compared(query, gold, names):
-  form = text_lib.normal_form(query, names)
-  row = {'exact': form is not None
-                  and form == text_lib.normal_form(gold, names)}
-  level = text_lib.hardness(gold)
-  return row | {'hardness': level} if level else row
 
 
 def _why_not_counted(wanted):

@@ -175,6 +175,19 @@ def _is_hidden(column, select):
   return False
 
 
+def compare(
+    query: str, reference: str, names: Collection[str]
+) -> dict[str, bool | str]:
+  """Returns {exact: the normal forms are equal, hardness: the reference's}.
+
+  `hardness` is left out if the reference cannot be parsed.
+  """
+  form = normal_form(query, names)
+  row = {'exact': form is not None and form == normal_form(reference, names)}
+  level = hardness(reference)
+  return row | {'hardness': level} if level else row
+
+
 def hardness(query: str) -> str | None:
   """Returns easy, medium, hard or extra, counted as in Spider's evaluation.py.
 
