@@ -76,6 +76,13 @@ def means(
   return {name: sum(v) / len(v) for name, v in values.items() if v}
 
 
+def distinct(texts: Sequence[Sequence[str]], n: int) -> float:
+  """Returns different n-grams over all n-grams (Li et al. 2016), 0 if none."""
+  grams = [tuple(text[i:i + n]) for text in texts
+           for i in range(len(text) - n + 1)]
+  return len(set(grams)) / max(1, len(grams))
+
+
 def wrong_columns(
     record: records_lib.Record, expected: str, columns: str
 ) -> errors.UserError:

@@ -304,15 +304,6 @@ def test_an_answer_to_a_form_is_judged():
   assert not judged.rows[0]['format'] and not judged.rows[0]['in_example']
 
 
-def test_distinct():
-  # a b, b a, a b: two of three pairs, and two of four words, differ.
-  assert task.distinct([['a', 'b', 'a', 'b']], 2) == 2 / 3
-  assert task.distinct([['a', 'b', 'a', 'b']], 1) == 0.5
-  # No pair across two answers.
-  assert task.distinct([['a', 'b'], ['a', 'b']], 2) == 0.5
-  assert task.distinct([['a']], 2) == 0
-
-
 @pytest.mark.parametrize('answers', [[''], ['\n\n'], ['Slang:'], ['x' * 5000]])
 def test_empty_answers(answers):
   judged = task.judge([_record(**_ROW)], answers)

@@ -151,7 +151,7 @@ def _checks(reference, answer, prompt):
     if trace['kind'] == 'value':
       # Only variables that the prompt names count.
       if (name.lower() in prompt.words
-          and not _named(trace['value'], 'function')):
+          and not _is_kind(trace['value'], 'function')):
         value = answer['traces'].get(name, {}).get('value')
         same = value == trace['value']
         yield True, '' if same else f'{name} has another value'
@@ -198,7 +198,7 @@ def _difference(expected, got):
   return next((f'other {k}' for k in expected if expected[k] != got.get(k)), '')
 
 
-def _named(value, kind):
+def _is_kind(value, kind):
   return isinstance(value, dict) and value.get('$') == kind
 
 
@@ -221,12 +221,12 @@ def _behaviour(run, model, prompt):
   logs = any(e[0] == 'log' for e in model.get('effects', []))
   effects = [e for e in run.get('effects', []) if e[0] != 'log' or logs]
   result = run.get('result')
-  if _named(model.get('result'), 'node'):
-    if not _named(result, 'node'):
+  if _is_kind(model.get('result'), 'node'):
+    if not _is_kind(result, 'node'):
       return None
     result = _seen(result['tree'], prompt)
   return {
-      'result': None if _named(result, 'undefined') else result,
+      'result': None if _is_kind(result, 'undefined') else result,
       'methods': run.get('methods'), 'returned function': run.get('calls'),
       # Arguments count only if they are changed.
       'changes to its arguments': _changed(run),
@@ -273,7 +273,7 @@ def _calls(effects, prompt):
   for kind, *rest in effects:
     if kind == 'log' or kind == 'prevent' and not prevents:
       continue
-    rest = [[a for a in r if not _named(a, 'event')]
+    rest = [[a for a in r if not _is_kind(a, 'event')]
             if isinstance(r, list) else r for r in rest]
     calls.append(json.dumps([kind, *rest], sort_keys=True))
   return sorted(calls)
@@ -293,7 +293,7 @@ def _seen(tree, prompt, typed=False):
         texts.update(w for w in _WORD.findall(child) if _counts(w, prompt))
     for name, value in attributes.items():
       if (tag[0].isupper() and name.lower() in prompt.words
-          and not _named(value, 'undefined')):
+          and not _is_kind(value, 'undefined')):
         marks[f'{tag} {name}'] += 1  # An attribute of a component.
       marks.update(_marks(name, value, prompt, typed))
   return {'text': texts, 'tags': tags, 'attributes': marks}

@@ -259,8 +259,9 @@ def judge(
       if name in means or name in ('form', 'rhyme', 'tone')}
   if pairs:
     metrics['bleu4'] = _corpus_bleu(pairs)
-  for size in (1, 2):
-    metrics[f'distinct{size}'] = _distinct(completions, size)
+  lines = [line for c in completions for line in _HAN.findall(c)]
+  for n in (1, 2):
+    metrics[f'distinct{n}'] = tasks.distinct(lines, n)
   return tasks.Judged(
       metrics | {'n': len(rows) - n_left_out}, rows,
       f'{n_left_out} poems of plain text are a single line, so nothing is left'
@@ -314,13 +315,6 @@ def _corpus_bleu(pairs, **options):
   score = bleu.BLEU(tokenize='char', **options).corpus_score(
       answers, [references]).score
   return min(1.0, score / 100)  # Rounding can exceed 1.
-
-
-def _distinct(completions, size):
-  grams = [line[i:i + size]
-           for c in completions for line in _HAN.findall(c)
-           for i in range(len(line) - size + 1)]
-  return len(set(grams)) / max(1, len(grams))
 
 
 def check_answers(records: Sequence[records_lib.Record]) -> list[str]:

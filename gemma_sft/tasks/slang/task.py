@@ -168,7 +168,7 @@ def judge(
     metrics['acronym_gap'] = abs(share - sum(references) / len(references))
   answers = [terms.words(' '.join(parse(c).values())) for c in completions]
   for n in (1, 2):
-    metrics[f'distinct{n}'] = distinct(answers, n)
+    metrics[f'distinct{n}'] = tasks.distinct(answers, n)
   return tasks.Judged(metrics | {'n': len(rows)}, rows)
 
 
@@ -214,13 +214,6 @@ def has_format(answer: str, asks_example: bool = True) -> bool:
   values = [m[2].strip() for m in matches]
   return all(map(terms.key, values)) and (
       len(values[0].split()) <= _MAX_WORDS)
-
-
-def distinct(texts: Sequence[Sequence[str]], n: int) -> float:
-  """Returns different n-grams over all n-grams (Li et al. 2016), 0 if none."""
-  grams = [tuple(words[i:i + n]) for words in texts
-           for i in range(len(words) - n + 1)]
-  return len(set(grams)) / max(1, len(grams))
 
 
 class _Training:
