@@ -63,8 +63,7 @@ def check_split(
     max_length: Longest input in tokens. An example may have one token more,
       because its last token is only a target.
     max_cut_share: Share of examples that may be longer than that.
-    n_control_text: Number of examples whose text looks like a control token,
-      for the report.
+    n_control_text: How many examples contain control tokens as text.
 
   Raises:
     UserError: naming the offending row.

@@ -73,12 +73,9 @@ def text_features(*names: str) -> dict[str, tfds.features.Text]:
 
 def prepare(
     builder: type[Builder], source: pathlib.Path, out: pathlib.Path) -> None:
-  """Writes a data set, each of its configs, and prints where.
+  """Writes a data set from the files in `source`, and prints where.
 
-  Args:
-    builder: The class of the data set.
-    source: The folder of its files.
-    out: The folder to write to. A data set there that is up to date stays.
+  Writes all of its configs. A data set in `out` that is up to date stays.
   """
   for config in builder.builder_configs or {None: None}:
     made = builder(source=source, config=config, data_dir=out,

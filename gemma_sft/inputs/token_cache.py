@@ -135,11 +135,7 @@ class CachedSplit:
 def make_key(
     *parts: str | bytes | int | float,
     sources: Iterable[str | os.PathLike] = ()) -> str:
-  """Returns a hash of everything that decides the examples.
-
-  Args:
-    *parts: Values; their order counts.
-    sources: Source files that render and audit; their content counts.
+  """Returns a hash of values, in their order, and of the content of sources.
   """
   digest = hashlib.sha256(_VERSION)
   for part in (*parts, *(pathlib.Path(s).read_bytes() for s in sources)):
@@ -157,13 +153,8 @@ def save(
 ) -> None:
   """Writes an entry for `load`, then removes the entries unused for longest.
 
-  A full or read-only disk costs only time: a warning says so on one line.
-
-  Args:
-    folder: The cache.
-    key: From `make_key`.
-    split: The entry.
-    max_bytes: Size limit of the cache; the new entry stays in any case.
+  The new entry stays even if it exceeds `max_bytes` by itself. A full or
+  read-only disk costs only time: a warning says so on one line.
   """
   path = folder / key
   facts = np.frombuffer(json.dumps(split.facts).encode(), np.uint8)

@@ -88,10 +88,7 @@ def wrong_columns(
 ) -> errors.UserError:
   """Returns the error for a record that lacks the columns of its task.
 
-  Args:
-    record: The record.
-    expected: The columns that the task reads.
-    columns: An example for `config.data.columns`, such as 'text=poem'.
+  `columns` is an example for `config.data.columns`, such as 'text=poem'.
   """
   return errors.UserError(
       f'{record.where}: columns {", ".join(record.fields)}', expected,

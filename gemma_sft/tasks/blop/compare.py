@@ -225,35 +225,27 @@ def _behaviour(run, model, prompt):
     if not _is_kind(result, 'node'):
       return None
     result = _seen(result['tree'], prompt)
+  arguments = [a for a in run.get('args', []) if isinstance(a, (dict, list))]
   return {
       'result': None if _is_kind(result, 'undefined') else result,
       'methods': run.get('methods'), 'returned function': run.get('calls'),
       # Arguments count only if they are changed.
-      'changes to its arguments': _changed(run),
+      'changes to its arguments': arguments or None,
       'calls': effects}
 
 
-def _changed(run):
-  return [a for a in run.get('args', []) if isinstance(a, (dict, list))] or None
-
-
 def _page_behaviour(run, prompt):
-  events = collections.Counter(
-      json.dumps(_outcome(event, prompt), sort_keys=True)
-      for event in run.get('events', []))
+  events = run.get('events', [])
   return {
       **_seen(run['tree'], prompt),
       **{f'{kind} after a while': counts for kind, counts in _seen(
           run.get('later') or run['tree'], prompt).items()},
-      'events': _event_types(run),
-      'reactions': events,
+      'events': collections.Counter(
+          _SAME_EVENT.get(e['type'], e['type']) for e in events),
+      'reactions': collections.Counter(
+          json.dumps(_outcome(e, prompt), sort_keys=True) for e in events),
       'effects': _calls(
           run.get('mounted', []) + run.get('unmounted', []), prompt)}
-
-
-def _event_types(run):
-  return collections.Counter(
-      _SAME_EVENT.get(e['type'], e['type']) for e in run.get('events', []))
 
 
 def _outcome(event, prompt):

@@ -140,7 +140,8 @@ def judge(
   An opening without a song has no reference, so its row has only script, rhyme,
   line_length and copied.
   """
-  known = _training_lines(training)
+  known = {verse.key(line) for record in training
+           for line in song_lines(record)} - {''}
   parts = [_parts(record) for record in records]
   rows = [_row(record, opening, rest, completion, known)
           for record, (opening, rest), completion in zip(
@@ -175,11 +176,6 @@ def _row(record, opening, rest, completion, known):
   elif rhyme := verse.rhyme(opening, rest):
     row['form'] *= min(1.0, row['rhyme'] / rhyme)
   return row
-
-
-def _training_lines(training):
-  return {verse.key(line) for record in training
-          for line in song_lines(record)} - {''}
 
 
 def _overlap(rows, references, completions):

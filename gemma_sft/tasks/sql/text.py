@@ -95,11 +95,8 @@ def normal_form(query: str, names: Collection[str] = ()) -> str | None:
   table (replaced by the table unless it occurs twice); an alias in the result
   that nothing refers to; the table before a column if there is only one table;
   and "x" for 'x', which SQLite reads as text if no column has that name.
-
-  Args:
-    query: SQL.
-    names: Tables and columns of the database, in lower case. Without them "x"
-      stays a name.
+  `names` are the tables and columns of the database, in lower case; without
+  them "x" stays a name.
   """
   tree = parse(query)
   try:
