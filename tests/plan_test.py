@@ -1,4 +1,4 @@
-"""What a person reads before renting."""
+"""What `plan` prints."""
 
 import conftest
 import pytest
@@ -13,40 +13,40 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 def _lines(config, topology='kaggle-tpu', **options):
-  place = hardware.parse(topology)
+  target = hardware.parse(topology)
   options = {'analytic': True, 'search': False, **options}
-  return '\n'.join(plan.render(plan.make_plan(config, place, **options)))
+  return '\n'.join(plan.render(plan.make_plan(config, target, **options)))
 
 
 def test_verdict_first_then_memory_by_kind_time_and_disk(config):
   text = _lines(config)
-  places = [text.index(word) for word in (
+  positions = [text.index(word) for word in (
       'MEMORY  fits', 'TIME    fits', 'DISK    fits', 'base', 'adapters',
       'optimizer', 'activations', 'logits', 'rest', 'peak', 'largest that fits',
       'data: 4 examples', 'FLOPs of a step', 'a step:', '6 updates: ',
       'checkpoints: 3 x', 'exports, GB')]
-  assert places == sorted(places)
+  assert positions == sorted(positions)
   assert 'of 9 h' in text and 'of 19.5 GB' in text
   assert 'estimated' in text and 'never timed there' in text
+  assert 'GB above resident memory' in text
+  assert 'recomputed in the backward pass: elementwise' in text
   assert max(map(len, text.splitlines())) <= 140
 
 
-def test_the_largest_gemma_that_fits_nowhere_gets_a_proposal(config):
-  config.model.update(name='gemma3_12b', weights='', tokenizer='byte')
+def test_a_model_that_does_not_fit_gets_a_proposal(config):
+  config.model.update(name='gemma3_12b', weights='random', tokenizer='byte')
   config.data.update(batch_size=16, max_length=2048)
-  config.model.weights = 'random'
   text = _lines(config)
   assert 'DOES NOT FIT' in text
-  # Nobody has its weights here, and nothing was read.
   assert '--config.mesh.fsdp=8' in text
   assert 'GB too much' in text
 
 
-def test_data_that_are_not_there_are_assumed_aloud(config):
+def test_missing_data_are_assumed_and_the_plan_says_so(config):
   config.data.train = 'nowhere.jsonl'
   text = _lines(config)
   assert 'not counted, because' in text and 'nowhere.jsonl' in text
-  assert 'assumed: rows full, 25%' in text
+  assert 'assumed instead: full rows, 25%' in text
 
 
 def test_a_card_without_a_compiler_is_estimated(config):

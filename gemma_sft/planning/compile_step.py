@@ -1,16 +1,15 @@
-"""The training step without its weights, its data or its devices.
+"""The training step, traced and compiled without weights, data or devices.
 
-Shapes, dtypes and shardings are made by the functions that a run is made by
-(`runs`, `sharding`, `model`), so what is traced and compiled here is the
-program that would run; nothing is read and nothing is allocated. TPUs are
-compiled for by libtpu, which needs no TPU.
+Shapes, dtypes and shardings come from the functions that build a real run
+(`run.build`, `sharding`, `model`), so the program traced and compiled here is
+the program that would run. No weights are read and no arrays are allocated.
+libtpu compiles for TPUs on a machine without one.
 """
 
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
 import pathlib
 import re
 import time
@@ -41,14 +40,10 @@ class Program:
   """A step that can be traced and compiled.
 
   Attributes:
-    config: The whole config.
-    model: The architecture.
-    settings: For `train.train_step`.
-    optimizer: Optax's.
-    base: Shapes of the frozen weights in their shards, or None.
-    state: Of the state, in the form that steps run on.
-    batch: Of the arrays of a batch.
-    max_trained: See `head.masked_nll`.
+    base: Shapes and shardings of the frozen weights; None if all are trained.
+    state: Shapes and shardings of the state, in the form that steps run on.
+    batch: Shapes and shardings of a batch.
+    max_trained: Bound on the trained tokens of a device, see `head.masked_nll`.
   """
 
   config: Any
@@ -67,23 +62,22 @@ class Program:
   @property
   def rows(self) -> int:
     """Rows of a microbatch on one device."""
-    A, B, _ = self.batch['tokens'].shape
-    del A
-    return B // self.settings.groups
+    return self.batch['tokens'].shape[1] // self.settings.groups
 
   @property
   def length(self) -> int:
+    """Tokens of a row."""
     return self.batch['tokens'].shape[2]
-
-  @property
-  def n_embedding(self) -> int:
-    """Weights of the tied embedding."""
-    return self.weights['embedder']['input_embedding'].size
 
   @property
   def weights(self) -> Any:
     """All weights of the model: the base, or what is trained."""
     return self.base if self.base is not None else self.state.trainable
+
+  @property
+  def n_embedding(self) -> int:
+    """Weights of the tied embedding."""
+    return self.weights['embedder']['input_embedding'].size
 
 
 def row_length(config: Any) -> int:
@@ -91,21 +85,25 @@ def row_length(config: Any) -> int:
   return max((config.data.max_length, *config.data.buckets))
 
 
+def make_mesh(config: Any, devices: Sequence[Any]) -> jax.sharding.Mesh:
+  """Returns the mesh of a config on devices, which need not exist."""
+  return sharding.make_mesh(
+      data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor,
+      devices=devices)
+
+
 def make_program(
     config: Any, devices: Sequence[Any], *, max_trained: int) -> Program:
-  """Returns the step of a config on devices, which need not be there.
+  """Returns the step of a validated config on devices, which need not exist.
 
   Args:
-    config: Validated.
-    devices: Of JAX, of a topology, or `hardware.AbsentDevice`s.
+    devices: JAX's, those of a topology, or `hardware.AbsentDevice`s.
     max_trained: Bound on the trained tokens of a device, see `batches.Batches`.
 
   Raises:
-    UserError: for a mesh, batch or kernel that the devices cannot have.
+    UserError: for a mesh, batch or kernel that the devices do not support.
   """
-  mesh = sharding.make_mesh(
-      data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor,
-      devices=devices)
+  mesh = make_mesh(config, devices)
   layout = build.make_layout(config, mesh)
   model = base_lib.load_model(config.model)
   base_lib.check_length(config.data.max_length, model)
@@ -119,59 +117,62 @@ def make_program(
       model, dtype if adapted else jnp.dtype('float32'),
       config.model.quantization, stacked)
 
-  def fresh(params):
+  def initial_state(params):
     state = build.make_state(config, model, optimizer, dtype, params)
     if stacked:
       state = state_lib.stack_layers(state, model.config.num_layers)
     return state
 
-  state = _placed(jax.eval_shape(fresh, base), mesh)
+  state = _with_shardings(jax.eval_shape(initial_state, base), mesh)
   A, B, T = layout.microbatches, layout.batch_size, row_length(config)
-  place = sharding.batch_sharding(mesh)
+  rows = sharding.batch_sharding(mesh)
   batch = {
-      name: jax.ShapeDtypeStruct((A, B // A, T), kind, sharding=place)
+      name: jax.ShapeDtypeStruct((A, B // A, T), kind, sharding=rows)
       for name, kind in (('tokens', jnp.int32), ('targets', jnp.int32),
                          ('positions', jnp.int32), ('segment_ids', jnp.int32),
                          ('loss_mask', jnp.bool))}
-  batch['rows'] = jax.ShapeDtypeStruct((A, B // A), jnp.int32, sharding=place)
+  batch['rows'] = jax.ShapeDtypeStruct((A, B // A), jnp.int32, sharding=rows)
   return Program(
       config=config, model=model,
       settings=build.make_settings(config, model, mesh, dtype, execution),
-      optimizer=optimizer, base=_placed(base, mesh) if adapted else None,
+      optimizer=optimizer,
+      base=_with_shardings(base, mesh) if adapted else None,
       state=state, batch=batch, max_trained=max_trained)
 
 
 def _base_shapes(model, dtype, quantization, stacked):
-  """Returns the shapes of what `base.load_base` loads."""
+  """Returns the shapes of the weights that `base.load_base` loads."""
   params = model_lib.abstract_params(model)
 
-  def of(path, leaf):
+  def shape_of(path, leaf):
     name = '/'.join(str(p.key) for p in path)
     if quantization and quantize.is_quantized(name):
       return _quantized_shape(leaf.shape, quantization)
     return jax.ShapeDtypeStruct(leaf.shape, dtype)
 
-  params = jax.tree_util.tree_map_with_path(of, params)
+  params = jax.tree_util.tree_map_with_path(shape_of, params)
   return blocks.stack(params) if stacked else params
 
 
 def _quantized_shape(shape, kind):
-  """Returns the `quantize.Quantized` of shapes; blocks lie along the last axis,
-  so one row of zeros tells them."""
+  """Returns a `quantize.Quantized` of shapes.
+
+  Blocks lie along the last axis, so quantising one row of zeros gives them.
+  """
   row = quantize.quantize(np.zeros(shape[-1:], np.float32), kind)
   return jax.tree.map(
       lambda x: jax.ShapeDtypeStruct((*shape[:-1], *x.shape), x.dtype), row)
 
 
-def _placed(tree, mesh):
+def _with_shardings(tree, mesh):
   return jax.tree.map(
-      lambda leaf, place: jax.ShapeDtypeStruct(
-          leaf.shape, leaf.dtype, sharding=place),
+      lambda leaf, leaf_sharding: jax.ShapeDtypeStruct(
+          leaf.shape, leaf.dtype, sharding=leaf_sharding),
       tree, sharding.tree_shardings(tree, mesh))
 
 
 def local_bytes(tree: Any) -> int:
-  """Returns the bytes of a tree of placed shapes on one device."""
+  """Returns the bytes on one device of a tree of shapes with shardings."""
   return sum(
       int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
       * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
@@ -182,16 +183,16 @@ def local_bytes(tree: Any) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
-  """What a program's trace tells, over all devices.
+  """What the trace of a step shows, over all devices.
 
   Attributes:
     flops: Of the matrix products of a step, recomputed ones counted again.
-    kept: Bytes that the forward pass of a microbatch leaves for the backward
-      one; 0 where layers are not scanned.
+    residuals: Bytes that the forward pass of a microbatch saves for the
+      backward pass; 0 where layers are not scanned.
   """
 
   flops: float
-  kept: int
+  residuals: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,13 +200,12 @@ class Compiled:
   """What the compiler says of a step, in bytes on one device.
 
   Attributes:
-    arguments: State, base and batch, as they lie on the device.
-    temporaries: Besides them, while the step runs.
-    peak: Most that is in use at a time; where the step does not fit, what it
-      would need.
-    added: What a step needs above what lies there before it.
-    available: What the compiler has; 0 if it knows no bound.
-    fits: Whether the compiler took the program.
+    arguments: State, base and batch.
+    temporaries: Allocated while the step runs.
+    peak: The most in use at any time; what a step that does not fit would need.
+    added: The most in use above the arguments.
+    available: The compiler's limit; 0 if it has none.
+    fits: Whether the compiler accepted the program.
     seconds: CPU time of the compilation.
     compiler: Its name and version.
   """
@@ -221,31 +221,28 @@ class Compiled:
 
 
 def trace(step_fn: Any, program: Program) -> tuple[Any, Traced]:
-  """Returns (JAX's traced step, what it tells).
-
-  Args:
-    step_fn: `train.train_step`.
-    program: From `make_program`.
-  """
+  """Returns (JAX's traced step, its counts)."""
   traced = step_fn.trace(
       program.state, program.base, program.batch,
       optimizer=program.optimizer, settings=program.settings,
       max_trained=program.max_trained)
   kinds = [kind.name for kind in program.model.config.attention_types]
   local = kinds.count('LOCAL_SLIDING') / len(kinds)
-  L = program.model.config.num_layers
-  # The step's one cond of two branches: global layers, local layers.
+  # The step's only cond with two branches: global layers, local layers.
   return traced, Traced(
       flops_lib.product_flops(traced.jaxpr, branch_shares=(1 - local, local)),
-      flops_lib.kept_bytes(traced.jaxpr, L))
+      flops_lib.residual_bytes(
+          traced.jaxpr, program.model.config.num_layers))
 
 
 def compile_step(lowered: Any, compiler: str) -> Compiled:
-  """Compiles a step; that it does not fit is a result.
+  """Compiles a lowered step; a step that does not fit is a result, no error.
 
   Args:
-    lowered: What `trace` returns first, lowered.
-    compiler: From `hardware.compiler_name`.
+    lowered: `trace(...)[0].lower()`.
+
+  Raises:
+    UserError: if the compiler refuses the step for another reason than memory.
   """
   start = time.process_time()
   try:
@@ -258,7 +255,7 @@ def compile_step(lowered: Any, compiler: str) -> Compiled:
            - memory.alias_size_in_bytes)
   peak = memory.peak_memory_in_bytes
   if compiler.startswith('XLA'):
-    # Of a CPU it is what the temporaries are without the arguments, or 0.
+    # On a CPU, XLA's peak leaves out the arguments, or is 0.
     peak = memory.argument_size_in_bytes + added
   return Compiled(
       memory.argument_size_in_bytes, memory.temp_size_in_bytes, peak, added, 0,
@@ -269,11 +266,7 @@ _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
 def _overflow(message: str) -> tuple[int, int]:
-  """Returns (needed, available) bytes of a compiler's refusal.
-
-  Raises:
-    UserError: if it refused for another reason.
-  """
+  """Returns (needed, available) bytes from a compiler's message."""
   found = re.search(
       r'\(([\d.]+)([KMGT]?)B?\) exceeds available \w+ \(([\d.]+)([KMGT]?)B?\)',
       message)
@@ -282,66 +275,73 @@ def _overflow(message: str) -> tuple[int, int]:
     raise errors.UserError(
         'the compiler refuses the step: ' + ' '.join(lines[:2])[:600],
         'a step that compiles for these devices',
-        'try --config.model.attention=chunked; if it helps, a kernel does not'
-        ' work there')
+        'try --config.model.attention=chunked; if that helps, an attention'
+        ' kernel does not work there')
   needed, unit, available, unit_2 = found.groups()
   return (int(float(needed) * _UNITS[unit]),
           int(float(available) * _UNITS[unit_2]))
 
 
-# What was compiled before ----------------------------------------------------
+# The cache of results --------------------------------------------------------
 
-# The modules that decide what a step's program is.
-_SOURCES = ('adapters/*.py', 'nn/*.py', 'loss.py', 'model.py', 'optimizer.py',
-            'planning/compile_step.py', 'planning/flops.py', 'run/build.py',
-            'sharding.py', 'state.py', 'train.py')
+# The modules that decide what a step's program is; a test compares them with
+# those that `train_step` and `make_program` reach.
+_SOURCES = (
+    'adapters/*.py', 'batches.py', 'loss.py', 'model.py', 'nn/*.py',
+    'optimizer.py', 'planning/compile_step.py', 'planning/flops.py',
+    'run/base.py', 'run/build.py', 'run/devices.py', 'sharding.py', 'state.py',
+    'train.py', 'weights/*.py')
 
 
 def cached(
-    step_fn: Any, program: Program, place: hardware.Slice, *, compiled: bool
+    step_fn: Any, program: Program, target: hardware.Slice, *, compiled: bool
 ) -> tuple[Traced, Compiled | None]:
-  """Returns trace and compilation, from the cache where they are known.
+  """Returns the results of tracing and compiling, from the cache if possible.
 
-  A result is kept under a hash of config, devices, versions and the modules of
-  the step; and once more under the program itself, so that a change of those
-  modules that leaves it the same costs no compilation.
+  A result is stored under a hash of config, devices, versions and the step's
+  modules. A compilation is also stored under a hash of the program itself, so
+  that an edit of those modules that leaves the program as it is costs none.
 
   Args:
-    step_fn: `train.train_step`.
-    program: From `make_program`.
-    place: Of its devices.
-    compiled: Or trace it only.
+    compiled: False to trace only.
   """
-  compiler = hardware.compiler_name(place) if compiled else ''
-  key = _key(program, place, compiler)
-  if known := _load(key):
-    return known
-  traced, facts = trace(step_fn, program)
+  compiler = hardware.compiler_name(target) if compiled else ''
+  key = _key(program, target, compiler)
+  if known := _read(key):
+    return Traced(**known['traced']), (
+        known['compiled'] and Compiled(**known['compiled']))
+  traced, counts = trace(step_fn, program)
   if not compiled:
-    _save(key, facts, None)
-    return facts, None
+    _write(key, counts, None)
+    return counts, None
   lowered = traced.lower()
   by_program = hashlib.sha256(
-      f'{place.topology} {program.mesh.size} {compiler}\n'.encode()
+      f'{target.topology} {program.mesh.size} {compiler}\n'.encode()
       + lowered.as_text().encode()).hexdigest()
-  known = _load(by_program)
-  result = known[1] if known else compile_step(lowered, compiler)
-  _save(by_program, facts, result)
-  _save(key, facts, result)
-  return facts, result
+  if known := _read(by_program):
+    result = Compiled(**known['compiled'])
+  else:
+    result = compile_step(lowered, compiler)
+    _write(by_program, counts, result)
+  _write(key, counts, result)
+  return counts, result
 
 
-def is_cached(program: Program, place: hardware.Slice) -> bool:
-  """Returns whether `cached` would answer at once."""
-  compiler = hardware.compiler_name(place)
-  return _load(_key(program, place, compiler)) is not None
+def is_cached(program: Program, target: hardware.Slice) -> bool:
+  """Returns whether `cached` would return a compilation at once."""
+  compiler = hardware.compiler_name(target)
+  return _read(_key(program, target, compiler)) is not None
 
 
-def _key(program, place, compiler):
+def _source_files() -> list[pathlib.Path]:
   package = pathlib.Path(__file__).parents[1]
+  return [path for pattern in _SOURCES
+          for path in sorted(package.glob(pattern))]
+
+
+def _key(program, target, compiler):
   sources = hashlib.sha256(b''.join(
-      path.read_bytes() for pattern in _SOURCES
-      for path in sorted(package.glob(pattern)))).hexdigest()
+      path.read_bytes() for path in _source_files())).hexdigest()
   config = {
       key: value for key, value in config_lib.leaves(program.config)
       if key.startswith(('model.', 'lora.', 'mesh.', 'optimizer.', 'train.',
@@ -353,28 +353,25 @@ def _key(program, place, compiler):
   versions = {name: importlib.metadata.version(name)
               for name in ('jax', 'jaxlib', 'gemma', 'flax', 'optax')}
   return hashlib.sha256(json.dumps([
-      sources, config, versions, compiler, place.topology, program.mesh.size,
+      sources, config, versions, compiler, target.topology, program.mesh.size,
       program.mesh.devices.flat[0].device_kind, program.max_trained,
       program.length], sort_keys=True).encode()).hexdigest()
 
 
-def _load(key):
+def _read(key):
   try:
-    kept = json.loads(_path(key).read_text(encoding='utf-8'))
+    return json.loads(_path(key).read_text('utf-8'))
   except (OSError, json.JSONDecodeError):
     return None
-  compiled = kept['compiled']
-  return Traced(**kept['traced']), compiled and Compiled(**compiled)
 
 
-def _save(key, traced, compiled):
+def _write(key, traced, compiled):
   path = _path(key)
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_suffix(f'.{os.getpid()}')
-  partial.write_text(json.dumps({
-      'traced': dataclasses.asdict(traced),
-      'compiled': compiled and dataclasses.asdict(compiled)}), 'utf-8')
-  os.replace(partial, path)
+  with cache.replacing(path) as partial:
+    partial.write_text(json.dumps({
+        'traced': dataclasses.asdict(traced),
+        'compiled': compiled and dataclasses.asdict(compiled)}), 'utf-8')
 
 
 def _path(key):

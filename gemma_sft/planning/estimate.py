@@ -1,10 +1,10 @@
 """Memory, FLOPs, time and disk of a training step, by arithmetic.
 
-Base, adapters, optimizer and batch are exact: the shapes that a run has, in
-their shards. What the forward pass keeps is read off the trace. The rest, what
-one block and its gradient need while they are computed, is a model with the
-constants below, held within 15 % of five steps compiled for TPUs (README,
-"Memory, found by compiling") by tests/planning/estimate_test.py.
+The sizes of base, adapters, optimizer and batch are exact: they are the shapes
+of a real run, per shard. What the forward pass saves for the backward pass is
+read off the trace. The rest, what one block and its gradient need while they
+are computed, is a model with the constants below; a test holds it within 15 %
+of five steps that were compiled for TPUs (tests/planning/estimate_test.py).
 """
 
 import dataclasses
@@ -27,12 +27,11 @@ from gemma_sft.weights import load
 from gemma_sft.weights import names
 from gemma_sft.weights import safetensors_file
 
-# By which the estimate may be off: a step that is nearer to the limit is said
-# to be uncertain.
+# Error of the estimate: a step that is nearer to the limit counts as uncertain.
 MARGIN = 0.15
-# Arrays of the MLP's and of the model's width that live while one block's
-# gradient is made: gate, up, their product and the cotangents of each.
-_OF_MLP, _OF_WIDTH = 6, 4
+# Arrays that live while the gradient of one block is computed: of the MLP's
+# width gate, up, their product and the cotangent of each, and of the model's.
+_OF_MLP_WIDTH, _OF_MODEL_WIDTH = 6, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +40,16 @@ class Memory:
 
   Attributes:
     base: The frozen weights.
-    adapters: Or all weights where all are trained.
+    adapters: What is trained: all weights, without LoRA.
     optimizer: Its moments.
     batch: Tokens, targets, masks.
-    activations: What the forward pass keeps for the backward pass.
+    activations: What the forward pass saves for the backward pass.
     logits: Of one chunk of the loss.
     rest: Gradients, and what the compiler needs besides.
-    limit: What the device has for programs; 0 if that is not known.
-    fits: Whether the compiler took it, or the sum is below the limit.
-    compiler: Of the peak; '' where it is the estimate.
-    added: What the step needs above what lies there before it.
+    limit: What the device leaves to programs; 0 if unknown.
+    fits: Whether the compiler accepted it, or the sum is below the limit.
+    compiler: That found the peak; '' if the peak is the estimate.
+    added: What the step needs above resident memory.
   """
 
   base: float
@@ -66,13 +65,13 @@ class Memory:
   added: float
 
   @property
-  def held(self) -> float:
-    """Lies there between the steps too."""
+  def resident(self) -> float:
+    """What is in memory between steps too."""
     return self.base + self.adapters + self.optimizer + self.batch
 
   @property
   def peak(self) -> float:
-    return self.held + self.activations + self.logits + self.rest
+    return self.resident + self.activations + self.logits + self.rest
 
 
 def memory(
@@ -84,47 +83,47 @@ def memory(
   """Returns a step's memory.
 
   Args:
-    program: From `compile_step.make_program`.
-    limit: Bytes of a device; 0 if not known. The compiler's own comes first.
-    traced: From `compile_step.cached`; None estimates what is kept, too.
-    compiled: From `compile_step.cached`; None estimates the rest.
+    limit: Bytes of a device; 0 if unknown. A limit that the compiler names
+      replaces it.
+    traced: None to estimate the activations too.
+    compiled: None to estimate the rest too.
   """
-  state, groups = program.state, program.settings.groups
-  known = dict(
+  resident = dict(
       base=compile_step.local_bytes(program.base),
-      adapters=compile_step.local_bytes(state.trainable),
-      optimizer=compile_step.local_bytes(state.opt_state),
+      adapters=compile_step.local_bytes(program.state.trainable),
+      optimizer=compile_step.local_bytes(program.state.opt_state),
       batch=compile_step.local_bytes(program.batch))
-  kept = traced.kept / groups if traced else 0
-  kept = kept or kept_bytes(program)
-  logits = _logits(program)
+  activations = traced.residuals / program.settings.groups if traced else 0
+  activations = activations or residual_bytes(program)
+  logits = _logits_bytes(program)
   if compiled is None:
-    rest = _working(program)
-    peak = sum(known.values()) + kept + logits + rest
+    rest = _working_bytes(program)
+    added = activations + logits + rest
     return Memory(
-        **known, activations=kept, logits=logits, rest=rest, limit=limit,
-        fits=not limit or peak <= limit, compiler='',
-        added=kept + logits + rest)
-  above = max(0.0, compiled.peak - sum(known.values()))
-  # The compiler may find that less has to be kept, or share its place.
-  kept = min(kept, above)
-  logits = min(logits, above - kept)
+        **resident, activations=activations, logits=logits, rest=rest,
+        limit=limit, fits=not limit or sum(resident.values()) + added <= limit,
+        compiler='', added=added)
+  temporary = max(0.0, compiled.peak - sum(resident.values()))
+  # The compiler may save less than the trace shows, or reuse its memory.
+  activations = min(activations, temporary)
+  logits = min(logits, temporary - activations)
   limit = compiled.available or limit
   return Memory(
-      **known, activations=kept, logits=logits, rest=above - kept - logits,
-      limit=limit,
+      **resident, activations=activations, logits=logits,
+      rest=temporary - activations - logits, limit=limit,
       fits=compiled.fits and (not limit or compiled.peak <= limit),
-      compiler=compiled.compiler, added=compiled.added or above)
+      compiler=compiled.compiler, added=compiled.added or temporary)
 
 
-def _width(program):
+def _item_size(program):
+  """Returns the bytes of an activation."""
   dtype = jnp.dtype(program.settings.compute_dtype)
-  # What float16 products give is float32.
+  # Products of float16 give float32.
   return 4 if dtype == jnp.float16 else dtype.itemsize
 
 
-def kept_bytes(program: compile_step.Program) -> float:
-  """Returns the estimate of what the forward pass keeps, on one device."""
+def residual_bytes(program: compile_step.Program) -> float:
+  """Returns an estimate of what the forward pass saves, on one device."""
   config, remat = program.model.config, program.settings.execution.remat
   D, F = config.embed_dim, config.hidden_dim
   N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
@@ -133,48 +132,49 @@ def kept_bytes(program: compile_step.Program) -> float:
     # q, k, v, attention's output, its projection, gate, up, down.
     per_token += 2 * N * H + 2 * K * H + 2 * D + 2 * F
   if remat == 'none':
-    # Norms, rotations, activations, products: as much again and a half.
+    # Norms, rotations, activations, products: 1.5 times as much again.
     per_token *= 2.5
   return (per_token * config.num_layers * program.rows * program.length
-          * _width(program))
+          * _item_size(program))
 
 
-def _logits(program):
-  chunks = -(-program.max_trained // program.settings.loss_chunk)
-  rows = -(-program.max_trained // chunks)
+def _logits_bytes(program):
+  n_chunks = -(-program.max_trained // program.settings.loss_chunk)
+  tokens = -(-program.max_trained // n_chunks)
   V = program.model.config.num_embed
   if program.settings.lora_enabled:
     V = min(V, head.VOCABULARY_BLOCK)
-  return 4.0 * rows * V
+  return 4.0 * tokens * V
 
 
-def _working(program):
-  """Gradients, and one block forward and backward."""
+def _working_bytes(program):
+  """Estimates the gradients, and one block forward and backward."""
   config, settings = program.model.config, program.settings
-  tokens, width = program.rows * program.length, _width(program)
-  block = tokens * width * (
-      _OF_MLP * config.hidden_dim + _OF_WIDTH * config.embed_dim)
+  tokens, item_size = program.rows * program.length, _item_size(program)
+  block = tokens * item_size * (
+      _OF_MLP_WIDTH * config.hidden_dim + _OF_MODEL_WIDTH * config.embed_dim)
   N, T = config.num_heads, program.length
-  keys = {'einsum': T * T, 'chunked': min(T, attention.QUERY_CHUNK) * T}.get(
-      settings.execution.attention, 0)
-  scores = 3 * 4.0 * program.rows * N * keys
+  per_head = {
+      'einsum': T * T, 'chunked': min(T, attention.QUERY_CHUNK) * T,
+  }.get(settings.execution.attention, 0)
+  scores = 3 * 4.0 * program.rows * N * per_head
   trained = compile_step.local_bytes(program.state.trainable)
   # The sum over microbatches and the gradient of one.
   total = block + scores + 2 * trained
   if not settings.lora_enabled:
-    # The copy to compute with, stacked, and its gradient, stacked.
-    total += 2 * trained * width / 4 + program.n_embedding * 4
+    # The stacked copy in the compute dtype, and its stacked gradient.
+    total += 2 * trained * item_size / 4 + program.n_embedding * 4
   layers = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(
       program.weights) if 'layer' in str(path[0])]
-  n = sum(leaf.size for leaf in layers) / config.num_layers
+  per_layer = sum(leaf.size for leaf in layers) / config.num_layers
   sharded = settings.mesh.shape['fsdp'] * settings.mesh.shape['tensor'] > 1
   if sharded or program.config.model.quantization:
-    # A layer's weights in full, and the next one's on their way.
-    total += 2 * n * width
+    # A layer's full weights, while the next layer's are gathered.
+    total += 2 * per_layer * item_size
   if settings.mesh.devices.flat[0].platform == 'tpu':
-    # About half of the packed codes, of all layers at once, get another tiling
-    # before the loop: 1.3 GB with a layer's weights for Gemma 3 4B in nf4, 3.5
-    # GB for 12B, as libtpu 0.0.50.1 compiles them. int8 stays as it lies.
+    # Before the loop, about half of the packed codes of all layers are copied
+    # into another tiling: with one layer's weights 1.3 GB for Gemma 3 4B in
+    # nf4 and 3.5 GB for 12B, as libtpu 0.0.50.1 compiles them. int8 is not.
     total += sum(compile_step.local_bytes(leaf) for leaf in jax.tree.leaves(
         program.base) if leaf.dtype == jnp.uint8) / 2
   return total
@@ -188,27 +188,26 @@ def needed_flops(
 ) -> float:
   """Returns the FLOPs that a step of so many tokens needs, over all devices.
 
-  `metrics.step_flops` and the attention: 4 N H a token and key that it sees
-  forward, twice that backward; rows are taken for one example each, so that
-  packed ones need less. Nothing that is computed a second time counts.
+  `metrics.step_flops` plus the attention: 4 N H per token and visible key
+  forward, twice that backward. Each row counts as one example, so packed rows
+  need less. Recomputation does not count.
   """
-  weights_ = program.weights
-  embedding = program.n_embedding
-  tables = weights_['embedder'].get('per_layer_embeddings')
-  body = (model_lib.count_params(weights_) - embedding
-          - (tables.size if tables is not None else 0))
+  n_weights = model_lib.count_params(program.weights)
+  tables = program.weights['embedder'].get('per_layer_embeddings')
+  n_tables = tables.size if tables is not None else 0
   config, T = program.model.config, program.length
-  keys = 0.0
+  visible_keys = 0.0
   for kind in config.attention_types:
     window = config.sliding_window_size
     if kind.name == 'LOCAL_SLIDING' and window and window < T:
-      keys += window - window * (window - 1) / (2 * T)
+      visible_keys += window - window * (window - 1) / (2 * T)
     else:
-      keys += (T + 1) / 2
+      visible_keys += (T + 1) / 2
   return metrics.step_flops(
-      body_params=body, embedding_params=embedding, n_tokens=n_tokens,
+      body_params=n_weights - program.n_embedding - n_tables,
+      embedding_params=program.n_embedding, n_tokens=n_tokens,
       n_trained=n_trained, frozen_base=program.settings.lora_enabled,
-  ) + 12 * config.num_heads * config.head_dim * keys * n_tokens
+  ) + 12 * config.num_heads * config.head_dim * visible_keys * n_tokens
 
 
 # Shares of a chip's peak in products: slow and quick. MaxText's pretraining of
@@ -232,42 +231,40 @@ class Seconds:
 
 
 def step_seconds(
-    program: compile_step.Program, place: hardware.Slice, flops: float
+    program: compile_step.Program, target: hardware.Slice, flops: float
 ) -> Seconds:
   """Returns the range of a step's time.
 
   Args:
-    program: From `compile_step.make_program`.
-    place: Of its devices.
-    flops: Counted, of all devices.
+    flops: `Traced.flops`, over all devices.
   """
-  share = flops / program.mesh.size
-  if place.chip is None:
+  flops /= program.mesh.size
+  if target.chip is None:
     slow, quick = CPU_SHARES
     rate = product_rate(program.settings.compute_dtype)
     return Seconds(
-        share / (quick * rate), share / (slow * rate),
+        flops / (quick * rate), flops / (slow * rate),
         f'{slow:.0%} to {quick:.0%} of the {rate / 1e9:,.0f} GFLOP/s that plain'
         ' products reach here now; measured runs: 53 % on a CPU')
   slow, quick = ACCELERATOR_SHARES
-  chip = place.chip
-  # Weights are read forward and backward, for each microbatch.
+  chip = target.chip
+  # Each microbatch reads the weights forward and backward.
+  n_bytes = sum(leaf.size * leaf.dtype.itemsize
+                for leaf in jax.tree.leaves(program.weights))
   A = program.config.train.gradient_accumulation_steps
-  base = sum(leaf.size * leaf.dtype.itemsize
-             for leaf in jax.tree.leaves(program.weights))
-  traffic = 2 * A * base / chip.bandwidth
+  reading = 2 * A * n_bytes / chip.bandwidth
   return Seconds(
-      max(share / (quick * chip.peak_flops), traffic),
-      max(share / (slow * chip.peak_flops), traffic),
+      max(flops / (quick * chip.peak_flops), reading),
+      max(flops / (slow * chip.peak_flops), reading),
       f'{slow:.0%} to {quick:.0%} of the {chip.peak_flops / 1e12:.3g} TFLOP/s'
-      f' of a {chip.name}; compiled or counted, never timed there')
+      f' of a {chip.name}; calculated, never timed there')
 
 
 @functools.lru_cache(maxsize=4)
 def product_rate(dtype: Any, size: int = 1024) -> float:
   """Returns the FLOP/s of a plain product on the first local device.
 
-  Measured once, so that the runs of one plan or sweep compare.
+  Measured once, so that the runs of one plan or sweep are comparable.
   """
   x = jnp.ones((size, size), dtype)
   multiply = jax.jit(jnp.matmul)
@@ -292,7 +289,7 @@ def checkpoint_bytes(program: compile_step.Program) -> int:
 
 
 def export_bytes(program: compile_step.Program) -> dict[str, int]:
-  """Returns the size of what `export` writes, by format."""
+  """Returns {format: size of what `export` writes}."""
   layout = load.make_layout(program.model)
   n_layers = names.n_layers(layout)
   sizes = {}
@@ -310,5 +307,5 @@ def export_bytes(program: compile_step.Program) -> dict[str, int]:
             names.file_shapes(layout, 'gguf'), name.removeprefix('gguf-'),
             n_layers)
       except errors.UserError:
-        pass  # Not for this model: `export` says why.
+        pass  # This model has no such file; `export` says why.
   return sizes

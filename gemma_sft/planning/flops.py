@@ -1,8 +1,8 @@
-"""What a traced step does: FLOPs of its products, and what autodiff keeps.
+"""What a traced step costs: FLOPs of its products, and bytes of residuals.
 
-XLA's own `cost_analysis` counts the body of a loop once, whatever its length:
-of a step that scans over its layers it sees one. Here loops count as often as
-they run.
+XLA's `cost_analysis` counts the body of a loop once, whatever its length: for
+a step that scans over its layers it counts one layer. Here a loop counts as
+often as it runs.
 """
 
 import math
@@ -17,30 +17,30 @@ def product_flops(jaxpr: Any, *, branch_shares: tuple[float, ...] = ()
                   ) -> float:
   """Returns the FLOPs of all matrix products of a program, over all devices.
 
-  What is computed a second time in the backward pass counts again. The body of
-  a `while` counts once, since its length is not known; the step has none. Of a
-  Pallas kernel all blocks of its grid count, masked ones too.
+  Products that are recomputed in the backward pass count again. The body of a
+  `while` loop counts once, because its length is not known; the training step
+  has none. A Pallas kernel counts all blocks of its grid, masked ones too.
 
   Args:
-    jaxpr: Of `jax.jit(...).trace(...)`.
-    branch_shares: How often each branch of a `cond` is taken, for those with as
-      many branches; others count their dearest one.
+    jaxpr: From `jax.jit(...).trace(...)`.
+    branch_shares: How often each branch of a `cond` is taken, for every `cond`
+      with that many branches; the others count their most expensive branch.
   """
   total = 0.0
-  for eqn in _plain(jaxpr).eqns:
+  for eqn in _open(jaxpr).eqns:
     name, params = eqn.primitive.name, eqn.params
     if name == 'dot_general':
       (contracted, _), _ = params['dimension_numbers']
       total += 2 * eqn.outvars[0].aval.size * math.prod(
           eqn.invars[0].aval.shape[axis] for axis in contracted)
       continue
-    parts = [product_flops(inner, branch_shares=branch_shares)
-             for inner in _inside(eqn)]
+    inner = [product_flops(program, branch_shares=branch_shares)
+             for program in _inner_programs(eqn)]
     if name == 'cond':
-      if len(parts) == len(branch_shares):
-        total += sum(n * share for n, share in zip(parts, branch_shares))
+      if len(inner) == len(branch_shares):
+        total += sum(n * share for n, share in zip(inner, branch_shares))
       else:
-        total += max(parts, default=0.0)
+        total += max(inner, default=0.0)
       continue
     times = 1
     if name == 'scan':
@@ -50,19 +50,19 @@ def product_flops(jaxpr: Any, *, branch_shares: tuple[float, ...] = ()
     elif name == 'pallas_call':
       times = math.prod(
           n for n in params['grid_mapping'].grid if isinstance(n, int))
-      # Blocks are skipped by conditions inside: the dearest branch counts.
-      parts = [product_flops(inner) for inner in _inside(eqn)]
-    total += times * sum(parts)
+      # A `cond` inside a kernel skips blocks; the branch that works counts.
+      inner = [product_flops(program) for program in _inner_programs(eqn)]
+    total += times * sum(inner)
   return total
 
 
-def kept_bytes(jaxpr: Any, n_layers: int) -> int:
-  """Returns what the forward scan over the layers leaves for the backward one.
+def residual_bytes(jaxpr: Any, n_layers: int) -> int:
+  """Returns what the forward scan over the layers saves for the backward pass.
 
-  Over all devices, of one microbatch: the stacked results of the first scan of
-  that length. 0 where there is none (layers in a loop).
+  Over all devices, for one microbatch: the stacked outputs of the first scan of
+  that length. 0 if there is no such scan (layers in a Python loop).
   """
-  for eqn in _walk(jaxpr):
+  for eqn in _all_equations(jaxpr):
     if eqn.primitive.name == 'scan' and eqn.params['length'] == n_layers:
       stacked = [v.aval for v in eqn.outvars
                  if v.aval.shape[:1] == (n_layers,)]
@@ -71,19 +71,19 @@ def kept_bytes(jaxpr: Any, n_layers: int) -> int:
   return 0
 
 
-def _walk(jaxpr: Any) -> Iterator[Any]:
-  for eqn in _plain(jaxpr).eqns:
+def _all_equations(jaxpr: Any) -> Iterator[Any]:
+  for eqn in _open(jaxpr).eqns:
     yield eqn
-    for inner in _inside(eqn):
-      yield from _walk(inner)
+    for program in _inner_programs(eqn):
+      yield from _all_equations(program)
 
 
-def _plain(jaxpr):
+def _open(jaxpr):
   return jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
 
 
-def _inside(eqn) -> list[Any]:
-  """Returns the programs among an equation's parameters."""
+def _inner_programs(eqn) -> list[Any]:
+  """Returns the jaxprs among an equation's parameters."""
   def is_program(x):
     return isinstance(x, (core.Jaxpr, core.ClosedJaxpr))
 

@@ -1,8 +1,12 @@
-"""The accelerators that people rent, their limits, and their compilers.
+"""The accelerators that people rent: memory, speed, devices and compilers.
 
-Memory is what is left for programs: for TPUs the figure that libtpu 0.0.50.1
-itself names when a program asks for too much ("exceeds available HBM
-(15.75G)"), for the T4 three quarters of 15,360 MiB, which JAX takes unless
+A step is planned for a `Slice` (`parse`), on its devices (`devices_of`), which
+need not exist here: for arithmetic they are stand-ins with a name, for the
+compiler they come from libtpu, which compiles for TPUs without one.
+
+The memory of a chip is what it leaves to programs. For TPUs that is the figure
+that libtpu 0.0.50.1 prints when a program asks for too much ("exceeds available
+HBM (15.75G)"); for the T4 three quarters of 15,360 MiB, which JAX takes unless
 XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 """
 
@@ -26,15 +30,15 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One device.
+  """One device of an accelerator.
 
   Attributes:
-    name: For people.
-    device_kind: As JAX names it.
+    name: As people call it.
+    device_kind: As JAX calls it.
     platform: 'tpu' or 'gpu'.
     memory: Bytes that programs may use.
-    peak_flops: Dense FLOP/s in the dtype that a run takes there.
-    bandwidth: Bytes a second of its memory, from the vendor's data sheet.
+    peak_flops: Dense FLOP/s in the dtype that a run computes in there.
+    bandwidth: Bytes per second of its memory, from the vendor's data sheet.
     compute_capability: Of an NVIDIA GPU, else 0.
   """
 
@@ -57,25 +61,28 @@ CHIPS = {
     # cloud.google.com/tpu/docs/v6e: 32 GB, 1,640 GB/s.
     'v6e': Chip('TPU v6e', 'TPU v6 lite', 'tpu', 31.24 * _GIB,
                 metrics.PEAK_FLOPS['TPU v6e'], 1640e9),
-    # NVIDIA's data sheet: 320 GB/s, 65 TFLOP/s in float16, which products are
-    # made in there: the card has no bfloat16 (`devices.choose_dtype`).
+    # NVIDIA's data sheet: 320 GB/s, 65 TFLOP/s in float16, the dtype of
+    # products there: the card has no bfloat16 (`devices.choose_dtype`).
     't4': Chip('Tesla T4', 'Tesla T4', 'gpu', 0.75 * 15 * _GIB,
                metrics.PEAK_FLOPS['Tesla T4'], 320e9, 7.5),
 }
 
 
+# Slices ----------------------------------------------------------------------
+
+
 @dataclasses.dataclass(frozen=True)
 class Slice:
-  """Devices that are rented together.
+  """Devices that are rented together, or those of this machine.
 
   Attributes:
-    name: For people.
-    chip: Of `CHIPS`; None for the devices of this machine.
-    topology: libtpu's name, such as 'v5e:2x4'; of this machine 'cpu' or 'gpu',
-      and '' where no compiler is at hand.
-    n_devices: Of the slice; 0 for those of this machine.
+    name: As people call it.
+    chip: One of `CHIPS`; None for this machine.
+    topology: libtpu's name, such as 'v5e:2x4'; 'cpu' or 'gpu' for this machine;
+      '' where no compiler is available.
+    n_devices: 0 for this machine, whose devices are counted when needed.
     hours: Longest session; 0 for no limit.
-    disk: Bytes of the disk that is kept; 0 for no limit.
+    disk: Bytes of the disk that outlives a session; 0 for no limit.
   """
 
   name: str
@@ -90,19 +97,8 @@ class Slice:
     return self.chip is not None and self.chip.platform == 'tpu'
 
 
-@dataclasses.dataclass(frozen=True)
-class AbsentDevice:
-  """A device that is not there: a mesh of these has shapes, no arrays."""
-
-  id: int
-  platform: str
-  device_kind: str
-  compute_capability: float
-  process_index: int = 0
-
-
-# Cloud TPU's names: of v5e and v6e by chips, of v5p by cores, two a chip.
-_TOPOLOGIES = {
+# Cloud TPU counts chips in the names of v5e and v6e, cores (two a chip) in v5p.
+_SHAPES = {
     **{f'{chip}-{n}': (chip, shape, n) for chip in ('v5e', 'v6e')
        for n, shape in ((1, '1x1'), (4, '2x2'), (8, '2x4'), (16, '4x4'),
                         (32, '4x8'), (64, '8x8'), (128, '8x16'),
@@ -111,100 +107,93 @@ _TOPOLOGIES = {
        for n, shape in ((4, '2x2x1'), (8, '2x2x2'), (16, '2x2x4'),
                         (32, '2x4x4'), (64, '4x4x4'), (128, '4x4x8'))},
 }
-_SLICES = {
-    name: Slice(f'Cloud TPU {name}', CHIPS[chip], f'{chip}:{shape}', n)
-    for name, (chip, shape, n) in _TOPOLOGIES.items()}
+_CLOUD = {name: Slice(f'Cloud TPU {name}', CHIPS[chip], f'{chip}:{shape}', n)
+          for name, (chip, shape, n) in _SHAPES.items()}
 
-# A Kaggle notebook: 9 hours of accelerators a session and 19.5 GB that are
-# kept, /kaggle/working, as its users report them (github.com/unslothai/unsloth,
-# pull request 8439).
+# A Kaggle notebook: 9 hours of accelerators a session, and 19.5 GB that stay in
+# /kaggle/working, as its users report (github.com/unslothai/unsloth, pull
+# request 8439).
 _KAGGLE = dict(hours=9.0, disk=19.5e9)
 
-_PLATFORMS = {
+_SLICES = {
     'kaggle-tpu': Slice(
         'Kaggle TPU v5e-8', CHIPS['v5e'], 'v5e:2x4', 8, **_KAGGLE),
     'kaggle-t4x2': Slice('Kaggle T4 x2', CHIPS['t4'], '', 2, **_KAGGLE),
     'cpu': Slice('this machine', None, 'cpu', 0),
     'gpu': Slice('this machine', None, 'gpu', 0),
+    **_CLOUD,
 }
-_BY_TOPOLOGY = {place.topology: place for place in _SLICES.values()}
+_BY_TOPOLOGY = {target.topology: target for target in _CLOUD.values()}
 
 
 def known() -> tuple[str, ...]:
-  """Returns the names that `parse` takes, without the chips' shapes."""
-  return (*_PLATFORMS, *_SLICES)
+  """Returns the names that `parse` takes, besides topologies like v5e:2x4."""
+  return tuple(_SLICES)
 
 
 def parse(name: str) -> Slice:
   """Returns the slice of a name: v5e-8, v5e:2x4, kaggle-tpu, cpu, gpu.
 
   Raises:
-    UserError: naming the nearest, and all that are known.
+    UserError: for an unknown name, with the nearest and all known ones.
   """
   plain = re.sub('^v5litepod-', 'v5e-', name.strip().lower())
-  for table in (_PLATFORMS, _SLICES, _BY_TOPOLOGY):
-    if plain in table:
-      return table[plain]
-  shapes = tuple(_BY_TOPOLOGY)
+  names = _SLICES | _BY_TOPOLOGY
+  if plain in names:
+    return names[plain]
   raise errors.UserError(
       f'--topology={name}',
       ', '.join(known()) + '; a slice also by its shape: v5e:2x4, v5p:2x2x1',
-      errors.nearest(plain, (*known(), *shapes)) + 'Set --topology.')
+      errors.nearest(plain, tuple(names)) + 'Set --topology.')
 
 
-def absent_devices(place: Slice) -> list[AbsentDevice]:
+# Devices ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class AbsentDevice:
+  """A stand-in for a device: a mesh of these has shapes, but no arrays."""
+
+  id: int
+  platform: str
+  device_kind: str
+  compute_capability: float
+  process_index: int = 0
+
+
+def absent_devices(target: Slice) -> list[AbsentDevice]:
   """Returns stand-ins for the devices of a slice."""
-  chip = place.chip
+  chip = target.chip
   return [
       AbsentDevice(i, chip.platform, chip.device_kind, chip.compute_capability)
-      for i in range(place.n_devices)]
+      for i in range(target.n_devices)]
 
 
-# Compilers -------------------------------------------------------------------
-
-# The compiler for TPUs. Not a requirement of the package: where it is on the
-# import path of a machine without a TPU, every start of JAX looks for one, and
-# says on stderr that there is none. launch/libtpu.sh puts it in the cache.
-LIBTPU = 'libtpu==0.0.50.*'
-
-
-def local_memory() -> float:
-  """Returns the bytes that a step may have on a device of this machine."""
-  device = jax.local_devices()[0]
-  if device.platform != 'cpu':
-    return (device.memory_stats() or {}).get('bytes_limit', 0)
-  lines = pathlib.Path('/proc/meminfo').read_text().splitlines()
-  available = {line.partition(':')[0]: int(line.split()[1]) * 1024
-               for line in lines}['MemAvailable']
-  return available / jax.local_device_count()
-
-
-def devices_of(place: Slice, *, analytic: bool) -> list[Any]:
-  """Returns the devices of a slice, as the compiler or a mesh knows them.
+def devices_of(target: Slice, *, analytic: bool) -> list[Any]:
+  """Returns the devices of a slice, for a mesh or a compiler.
 
   Call it before anything else has made JAX look for devices.
 
   Args:
-    place: From `parse`.
-    analytic: Stand-ins will do: nothing is compiled.
+    analytic: Nothing will be compiled, so stand-ins are enough.
 
   Raises:
     UserError: if libtpu is missing, or there is no GPU here.
   """
-  if place.topology != 'gpu':
-    # Or JAX would take the accelerators of this machine for itself.
+  if target.topology != 'gpu':
+    # Otherwise JAX would occupy the accelerators of this machine.
     jax.config.update('jax_platforms', 'cpu')
-  if place.chip is None:
+  if target.chip is None:
     found = jax.devices()
-    if found[0].platform != place.topology:
+    if found[0].platform != target.topology:
       raise errors.UserError(
           '--topology=gpu', f'a GPU; JAX finds {found[0].device_kind}',
           "install JAX's GPU version: pip install -e '.[cuda]'; or name what"
-          ' is to be rented, such as --topology=kaggle-tpu')
+          ' you want to rent, such as --topology=kaggle-tpu')
     return list(found)
-  if analytic or not place.topology:
-    return list(absent_devices(place))
-  return _tpu_devices(place.topology)
+  if analytic or not target.topology:
+    return list(absent_devices(target))
+  return _tpu_devices(target.topology)
 
 
 @functools.cache
@@ -212,40 +201,59 @@ def _tpu_devices(topology: str) -> list[Any]:
   from jax.experimental import topologies
 
   os.environ['TPU_LIBRARY_PATH'] = find_libtpu()
-  # No TPU is looked for, and nobody is told that there is none.
+  # libtpu does not look for a TPU, and does not warn that there is none.
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
-  # Compiling takes no TPU, so two processes may.
+  # Compiling occupies no TPU, so two processes may load the library.
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-8')
   return list(topologies.get_topology_desc(
       platform='tpu', topology_name=topology).devices)
 
 
+def local_memory() -> float:
+  """Returns the bytes that a step may use on one device of this machine."""
+  device = jax.local_devices()[0]
+  if device.platform != 'cpu':
+    return (device.memory_stats() or {}).get('bytes_limit', 0)
+  lines = pathlib.Path('/proc/meminfo').read_text().splitlines()
+  n_bytes = {line.partition(':')[0]: int(line.split()[1]) * 1024
+             for line in lines}
+  return n_bytes['MemAvailable'] / jax.local_device_count()
+
+
+# Compilers -------------------------------------------------------------------
+
+# The compiler for TPUs. The package does not require it: on a machine without a
+# TPU, if libtpu is on the import path, every start of JAX looks for a TPU and
+# prints a warning. launch/libtpu.sh puts it into the cache instead.
+LIBTPU = 'libtpu==0.0.50.*'
+
+
 def find_libtpu() -> str:
   """Returns the path of libtpu.so.
 
   Raises:
-    UserError: if it is in none of its places.
+    UserError: if it is not installed.
   """
-  places = [os.environ.get('TPU_LIBRARY_PATH', ''),
-            str(cache.folder('libtpu', 'libtpu', 'libtpu.so'))]
+  cached = str(cache.folder('libtpu', 'libtpu', 'libtpu.so'))
+  candidates = [os.environ.get('TPU_LIBRARY_PATH', ''), cached]
   spec = importlib.util.find_spec('libtpu')
   if spec is not None and spec.origin:
-    places.append(str(pathlib.Path(spec.origin).parent / 'libtpu.so'))
-  for path in places:
+    candidates.append(str(pathlib.Path(spec.origin).parent / 'libtpu.so'))
+  for path in candidates:
     if path and os.path.exists(path):
       return path
   raise errors.UserError(
-      'the compiler for TPUs, libtpu, is not there',
-      f'{places[1]}, or TPU_LIBRARY_PATH',
-      'bash launch/libtpu.sh (0.2 GB, no TPU needed); or --analytic for'
-      ' figures without a compiler')
+      'the compiler for TPUs, libtpu, is not installed',
+      f'{cached}, or TPU_LIBRARY_PATH',
+      'bash launch/libtpu.sh (0.2 GB, no TPU needed); or --analytic for an'
+      ' estimate without a compiler')
 
 
-def compiler_name(place: Slice) -> str:
-  """Returns name and version of what compiles for a slice."""
-  if not place.is_tpu:
+def compiler_name(target: Slice) -> str:
+  """Returns the name and version of the compiler for a slice."""
+  if not target.is_tpu:
     return f'XLA of jaxlib {importlib.metadata.version("jaxlib")}'
   folder = pathlib.Path(find_libtpu()).parent.parent
   found = sorted(folder.glob('libtpu-*.dist-info'))

@@ -1,8 +1,7 @@
-"""What would fit: the largest batch and length, and what to change if it does
-not.
+"""The largest batch and length that fit, and what to change if a step does not.
 
 Memory is linear in the rows of a device, and nearly so in their length; the
-largest that fit are where the line meets the limit.
+largest sizes that fit are where that line meets the limit.
 """
 
 from collections.abc import Callable
@@ -24,9 +23,9 @@ class Largest:
   """The most that fits.
 
   Attributes:
-    batch_size: Rows of a global batch, the rest of the config as it is.
-    length: Tokens of a row, the batch as it is.
-    confirmed: Whether the compiler has taken both.
+    batch_size: Rows of a global batch, the rest of the config unchanged.
+    length: Tokens of a row, the rest of the config unchanged.
+    confirmed: Whether the compiler accepted both.
   """
 
   batch_size: int
@@ -34,15 +33,25 @@ class Largest:
   confirmed: bool
 
 
-# (config) -> the memory of its step, or None where it cannot run at all.
+# (config) -> the memory of its step, or None if it cannot run at all.
 Measure = Callable[[Any], estimate.Memory | None]
 
 
 def changed(config: Any, changes: Mapping[str, Any]) -> Any:
-  """Returns a locked copy of a config with some of its leaves changed."""
+  """Returns a locked copy of a config with {key: value} changed."""
   copy = config.copy_and_resolve_references().unlock()
   copy.update_from_flattened_dict(dict(changes))
   return copy.lock()
+
+
+def measuring(measure: Callable[[Any], estimate.Memory]) -> Measure:
+  """Returns a `Measure`: None for a config that cannot run on the devices."""
+  def measured(config):
+    try:
+      return measure(config)
+    except errors.UserError:
+      return None
+  return measured
 
 
 def largest(
@@ -53,83 +62,92 @@ def largest(
   """Returns the largest batch and length that fit.
 
   Args:
-    program: As configured.
-    memory: Its memory, with a limit.
-    measure: Compiles other sizes, for a line through two points and to confirm
-      where it meets the limit; None extrapolates from `memory` alone.
+    memory: Of `program`, with a limit.
+    measure: Compiles other sizes, to draw a line through two points and to
+      confirm where it meets the limit; None extrapolates from `memory` alone.
   """
   config, rows, T = program.config, program.rows, program.length
-  shares = config.data.batch_size // rows
+  # Microbatches times devices.
+  n_parts = config.data.batch_size // rows
   context = architecture.context_length(
       program.model.config, program.model.generation)
-  # Of what lies there during a step alone some comes once, whatever the batch:
-  # weights of a layer in full, for one.
-  growing = (memory.peak - memory.held) * _growing_share(program)
-  more = max(0.0, 1 + (memory.limit - memory.peak) / max(1.0, growing))
+  # Part of a step's temporary memory does not grow with the batch: the full
+  # weights of a layer, for instance.
+  growing = (memory.peak - memory.resident) * _growing_share(program)
+  factor = max(0.0, 1 + (memory.limit - memory.peak) / max(1.0, growing))
 
-  def of_rows(n):
-    return {'data.batch_size': max(0, n) * shares}
+  def with_rows(n):
+    return {'data.batch_size': max(0, n) * n_parts}
 
-  def of_length(n):
+  def with_length(n):
     return {'data.max_length': n, 'data.buckets': ()}
 
   def round_length(n):
     return min(context, int(n) // 128 * 128 if n >= 128 else int(n))
 
-  n_rows, length = int(rows * more), round_length(T * more)
-  if measure is None:
-    return Largest(n_rows * shares, length, False)
-  n_rows = _search(config, memory, rows, n_rows, of_rows, measure)
-  length = _search(
-      config, memory, T, length, of_length, measure, round_length)
-  return Largest(n_rows * shares, length, True)
+  n_rows, length = int(rows * factor), round_length(T * factor)
+  if measure is not None:
+    n_rows = _search(config, memory, rows, n_rows, with_rows, measure)
+    length = _search(
+        config, memory, T, length, with_length, measure, round_length)
+  return Largest(n_rows * n_parts, length, measure is not None)
 
 
 def _growing_share(program):
-  """Returns which share of a step's own memory is in proportion to its rows,
-  as estimated from twice the rows."""
-  twice = dataclasses.replace(
+  """Returns the share of a step's temporary memory that grows with its rows.
+
+  Estimated from twice the rows.
+  """
+  doubled = dataclasses.replace(
       program, max_trained=2 * program.max_trained, batch={
           name: jax.ShapeDtypeStruct(
               (a.shape[0], 2 * a.shape[1], *a.shape[2:]), a.dtype,
               sharding=a.sharding)
           for name, a in program.batch.items()})
-  one, two = (estimate.memory(p, 0) for p in (program, twice))
-  return (two.peak - one.peak) / max(1.0, one.peak - one.held)
+  one, two = (estimate.memory(p, 0) for p in (program, doubled))
+  return (two.peak - one.peak) / max(1.0, one.peak - one.resident)
 
 
-def _search(config, memory, here, guess, changes, measure, rounded=int):
-  """Returns the largest size that the compiler takes.
+def _search(config, memory, size, guess, changes, measure, rounded=int):
+  """Returns the largest size that the compiler accepts.
 
-  A second point gives the line; where it meets the limit is tried, and a tenth
-  less as long as it does not fit.
+  A second point gives the line. The size where it meets the limit is tried,
+  then a tenth less while that does not fit.
+
+  Args:
+    memory: At `size`.
+    size: As configured.
+    guess: Where the estimate meets the limit.
+    changes: size -> changes of the config.
+    measure: Compiles a config.
+    rounded: Rounds a size down.
   """
-  if guess != here and guess > 0:
-    there = measure(changed(config, changes(guess)))
-    if there is not None and there.peak != memory.peak:
-      slope = (there.peak - memory.peak) / (guess - here)
+  if guess != size and guess > 0:
+    second = measure(changed(config, changes(guess)))
+    if second is not None and second.peak != memory.peak:
+      slope = (second.peak - memory.peak) / (guess - size)
       if slope > 0:
-        guess = rounded(here + (memory.limit - memory.peak) / slope)
+        guess = rounded(size + (memory.limit - memory.peak) / slope)
   for _ in range(4):
     if guess <= 0:
       return 0
-    if guess == here:
-      return here if memory.fits else 0
-    there = measure(changed(config, changes(guess)))
-    if there is not None and there.fits:
+    if guess == size:
+      return size if memory.fits else 0
+    tried = measure(changed(config, changes(guess)))
+    if tried is not None and tried.fits:
       return guess
     guess = rounded(min(guess - 1, guess * 0.9))
-  return max(0, guess if guess < here and memory.fits else 0)
+  return max(0, guess if guess < size and memory.fits else 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-  """Changes under which a step fits.
+  """Changes with which a step fits.
 
   Attributes:
-    changes: Config leaves.
-    cost: What they cost, for people.
-    memory: Under them.
+    changes: {key of the config: value}.
+    cost: What they cost, in words.
+    memory: With the changes.
   """
 
   changes: dict[str, Any]
@@ -149,22 +167,22 @@ def propose(
     confirm: Measure | None,
     tries: int = 3,
 ) -> Proposal | None:
-  """Returns the cheapest changes under which the step fits, or None.
+  """Returns the cheapest changes with which the step fits, or None.
 
   Args:
-    config: Of a step that does not.
+    config: Of a step that does not fit.
     n_devices: Of the slice.
     rows: Of a microbatch on one device.
     measure: Estimates a config's memory.
-    confirm: Compiles it; None takes the estimate's word.
-    tries: Compilations at most.
+    confirm: Compiles a config; None trusts the estimate.
+    tries: Largest number of compilations.
   """
   for changes, cost in candidates(config, n_devices, rows):
     memory = measure(changed(config, changes))
     if memory is None or memory.peak > memory.limit * (1 + estimate.MARGIN):
       continue
     if confirm is None:
-      # Nobody will look again: with the estimate's error it has to fit too.
+      # Nothing confirms it, so it has to fit with the estimate's error too.
       if memory.peak * (1 + estimate.MARGIN) <= memory.limit:
         return Proposal(changes, cost, memory)
       continue
@@ -177,65 +195,55 @@ def propose(
   return None
 
 
+_COSTS = {
+    'half': 'the same updates from smaller microbatches: no more arithmetic',
+    'split': 'the same updates from smaller microbatches: no more arithmetic',
+    'shard': 'each device holds a part of the weights, which are gathered layer'
+             ' by layer: some communication',
+    'light': 'norms and activations are computed twice: a few per cent',
+    'block': 'the forward pass is computed twice: up to half as much time'
+             ' again'}
+_COMBINATIONS = (
+    ('half',), ('split',), ('light',), ('light', 'split'), ('shard',),
+    ('split', 'shard'), ('light', 'split', 'shard'), ('block',),
+    ('block', 'split'), ('block', 'shard'), ('block', 'split', 'shard'))
+
+
 def candidates(config: Any, n_devices: int, rows: int
                ) -> Iterator[tuple[dict[str, Any], str]]:
   """Yields (changes, what they cost), the cheapest first.
 
-  The order is that of arithmetic (LoRA: body forward 2, backward 2 FLOPs a
-  weight and token): smaller microbatches repeat nothing; sharded weights are
-  gathered while the layer before computes; a block that is made again is its
-  forward once more, half of the body's work; a quantised base is dequantised
-  for each product and changes the numbers; adapters for all weights are
-  another method.
+  The order follows the arithmetic of LoRA, 2 FLOPs per weight and token forward
+  and 2 backward: smaller microbatches repeat nothing; sharded weights are
+  gathered while the layer before computes; recomputing a block is its forward
+  pass once more, half of its work; a quantised base is dequantised for each
+  product and changes the numbers; adapters instead of all weights are another
+  method.
   """
-  A = config.train.gradient_accumulation_steps
-  key = 'train.gradient_accumulation_steps'
-  split = {key: A * rows} if rows > 1 else {}
-  half = {key: 2 * A} if rows > 2 and rows % 2 == 0 else {}
-  shard = {'mesh.fsdp': n_devices, 'mesh.data': 1} if (
-      n_devices > 1 and config.mesh.fsdp != n_devices) else {}
-  light = ({'train.remat': 'elementwise'} if config.train.remat == 'none'
-           else {})
-  block = {'train.remat': 'block'} if config.train.remat != 'block' else {}
-  smaller = 'the same updates from smaller parts: no more arithmetic'
-  says = {
-      'half': smaller, 'split': smaller,
-      'shard': 'each device holds a part of the weights, gathered layer by'
-               ' layer: some communication',
-      'light': 'norms and activations are computed twice: a few per cent',
-      'block': 'the forward pass is computed twice: up to half as much time'
-               ' again'}
-  parts = {'half': half, 'split': split, 'shard': shard, 'light': light,
-           'block': block}
-  combinations = [
-      ('half',), ('split',), ('light',), ('light', 'split'), ('shard',),
-      ('split', 'shard'), ('light', 'split', 'shard'), ('block',),
-      ('block', 'split'), ('block', 'shard'), ('block', 'split', 'shard')]
+  A, remat = config.train.gradient_accumulation_steps, config.train.remat
+  accumulation = 'train.gradient_accumulation_steps'
+  steps = {
+      'split': {accumulation: A * rows} if rows > 1 else {},
+      'half': {accumulation: 2 * A} if rows > 2 and rows % 2 == 0 else {},
+      'shard': {'mesh.fsdp': n_devices, 'mesh.data': 1} if (
+          n_devices > 1 and config.mesh.fsdp != n_devices) else {},
+      'light': {'train.remat': 'elementwise'} if remat == 'none' else {},
+      'block': {'train.remat': 'block'} if remat != 'block' else {}}
   seen = []
 
-  def ladder(extra, told):
-    for names in combinations:
-      used = [name for name in names if parts[name]]
-      changes = {k: v for name in used for k, v in parts[name].items()} | extra
+  def combine(extra, cost):
+    for names in _COMBINATIONS:
+      used = [name for name in names if steps[name]]
+      changes = {k: v for name in used for k, v in steps[name].items()} | extra
       if changes and changes not in seen:
         seen.append(changes)
-        yield changes, '; '.join([*(says[name] for name in used), *told])
+        yield changes, '; '.join([*(_COSTS[name] for name in used), *cost])
 
-  yield from ladder({}, [])
+  yield from combine({}, [])
   if not config.lora.enabled:
-    yield from ladder({'lora.enabled': True}, [
+    yield from combine({'lora.enabled': True}, [
         'adapters instead of all weights: another method'])
   elif not config.model.quantization:
     for kind, error in (('int8', '0.65 %'), ('nf4', '9 %')):
-      yield from ladder({'model.quantization': kind}, [
+      yield from combine({'model.quantization': kind}, [
           f'the base rounded by {error}: other numbers'])
-
-
-def measuring(measure: Callable[[Any], estimate.Memory]) -> Measure:
-  """Returns a `Measure`: None for a config that cannot run on the devices."""
-  def measured(config):
-    try:
-      return measure(config)
-    except errors.UserError:
-      return None
-  return measured

@@ -1,4 +1,4 @@
-"""Training speed of `train_step` beside that of peers, on the same work.
+"""Compares the training speed of `train_step` and its peers on equal work.
 
     python tests/benchmarks/peers.py --shape=270m --rows=2 --length=256 \
         --share=0.25 --dtype=float32 --rounds=3 --out=FOLDER
@@ -26,20 +26,20 @@ from peers import table
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 _SHAPE = flags.DEFINE_enum(
-    'shape', '270m', sorted(common.SHAPES), 'Of the model.')
+    'shape', '270m', sorted(common.SHAPES), 'The model.')
 _ROWS = flags.DEFINE_integer('rows', 2, 'Rows of a batch.', lower_bound=1)
 _LENGTH = flags.DEFINE_integer('length', 256, 'Tokens of a row.', lower_bound=8)
 _SHARE = flags.DEFINE_float(
     'share', 0.25, 'Share of the tokens that are trained.', 0.01, 0.99)
 _DTYPE = flags.DEFINE_enum(
-    'dtype', 'float32', sorted(table.TOLERANCES), 'Of base and compute.')
+    'dtype', 'float32', sorted(table.TOLERANCES), 'Of the base and of compute.')
 _STEPS = flags.DEFINE_integer(
-    'steps', 6, 'Optimizer steps of a process, the first not timed.',
+    'steps', 6, 'Optimizer steps per process; the first is not timed.',
     lower_bound=6)
 _ROUNDS = flags.DEFINE_integer(
-    'rounds', 3, 'Processes of each peer, taken in turn.', lower_bound=1)
+    'rounds', 3, 'Processes per peer, in turn.', lower_bound=1)
 _PEERS = flags.DEFINE_list(
-    'peers', [p for p in table.PEERS if p != 'ours'], 'Rows besides ours.')
+    'peers', [p for p in table.PEERS if p != 'ours'], 'Peers to compare with.')
 _OUT = flags.DEFINE_string('out', None, 'Folder for results.', required=True)
 _CORE = flags.DEFINE_integer(
     'core', -1, 'The core that every process is pinned to; -1: the last one.')
@@ -56,14 +56,14 @@ _TRIALS = flags.DEFINE_bool(
 
 
 def start(spec: common.Spec, module: str, torch: bool) -> dict:
-  """Runs one peer in a process of its own and returns what it printed."""
+  """Runs one peer in its own process and returns what it printed."""
   spec = dataclasses.replace(spec, started=time.time())
   path = pathlib.Path(spec.work, 'spec.json')
   path.write_text(json.dumps(dataclasses.asdict(spec)))
   environment = dict(
       os.environ, PYTHONPATH=f'{_ROOT / "tests/benchmarks"}:{_ROOT}',
       GEMMA_SFT_CACHE=str(pathlib.Path(spec.work, 'cache')),
-      # The package sets a folder of its own; the other JAX peers take this.
+      # The package sets its own folder; the other JAX peers use this one.
       JAX_COMPILATION_CACHE_DIR=str(pathlib.Path(spec.work, 'cache-peers')),
       HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false')
   if not spec.gpu:
@@ -122,7 +122,7 @@ def choose_torch_settings(spec: common.Spec) -> tuple[common.Spec, list[dict]]:
     candidate = dataclasses.replace(spec, **change)
     taken = seconds(candidate)
     say(f'  trial {describe(candidate)}: {taken:.3g} s')
-    # Within 3 % the plainer one stays.
+    # A gain below 3 % does not justify the less plain settings.
     return (candidate, taken) if taken < 0.97 * best else (spec, best)
 
   best = seconds(spec)
@@ -135,13 +135,13 @@ def choose_torch_settings(spec: common.Spec) -> tuple[common.Spec, list[dict]]:
 
 
 def describe(spec: common.Spec) -> str:
-  """Returns the PyTorch settings in words."""
+  """Describes the PyTorch settings."""
   return ' '.join([spec.attention] + ['autocast'] * spec.autocast
                   + ['torch.compile'] * spec.compiled)
 
 
 def describe_machine(spec: common.Spec) -> dict:
-  """Returns what the figures depend on besides the code."""
+  """Returns what the figures depend on besides the settings."""
   def output(*command):
     try:
       return subprocess.run(
@@ -185,7 +185,7 @@ def main(argv):
         share=_SHARE.value, dtype=_DTYPE.value, steps=_STEPS.value, gpu=gpu,
         work=work, layers=_LAYERS.value, kernel=_KERNEL.value)
     for outcomes, machine, trials in measure(spec):
-      # After every round, so that a command that is stopped leaves a table.
+      # After every round, so that an interrupted command leaves a table.
       text, agreed = write_report(out, spec, outcomes, machine, trials)
   print(text)
   return 0 if agreed else 1
@@ -228,7 +228,7 @@ def measure(spec: common.Spec):
       _, module, torch, _ = table.PEERS[peer]
       chosen = torch_spec if torch else spec
       if peer == 'trl':
-        # It chooses autocast itself, and its fused head wants a plain model.
+        # It chooses autocast itself, and its fused head needs a plain model.
         chosen = dataclasses.replace(chosen, compiled=False, autocast=False)
       try:
         result = start(

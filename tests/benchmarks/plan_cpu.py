@@ -3,10 +3,10 @@
     python tests/benchmarks/plan_cpu.py --config=configs/slang.py \
         --config.data.batch_size=2 --config.data.max_length=512
 
-Prepares the run as `train` does (the base is read), notes what is resident,
-takes a few steps and prints the peak above that beside what
-`gemma_sft.plan --topology=cpu` says that a step adds. Compiling takes memory
-too, which a plan does not promise: it is measured apart.
+Prepares the run as `train` does (with the base's weights), notes the resident
+memory, takes a few steps and prints their peak above it beside what
+`gemma_sft.plan --topology=cpu` says that a step needs above resident memory.
+Compiling takes memory too, which a plan does not cover: it is measured apart.
 """
 
 import pathlib
@@ -28,7 +28,8 @@ def _status(key: str) -> int:
   raise KeyError(key)
 
 
-def _forget_peak() -> None:
+def _reset_peak() -> None:
+  # Linux: sets VmHWM back to VmRSS.
   pathlib.Path('/proc/self/clear_refs').write_text('5')
 
 
@@ -45,8 +46,8 @@ def main(_):
 
   config = _CONFIG.value
   config_lib.validate(config)
-  place = hardware.parse('cpu')
-  devices = hardware.devices_of(place, analytic=False)
+  target = hardware.parse('cpu')
+  devices = hardware.devices_of(target, analytic=False)
   with tempfile.TemporaryDirectory() as folder:
     run = prepare.prepare(config, folder)
     batch = run.source[0]
@@ -54,21 +55,21 @@ def main(_):
     arrays = sharding.put_batch(batch, run.mesh)
     state = run.enter(run.initial_state)
     jax.block_until_ready((state, arrays, run.base))
-    _forget_peak()
+    _reset_peak()
     before = _status('VmRSS')
     static = dict(optimizer=run.optimizer,
                   settings=run.settings, max_trained=max_trained)
     step = train.train_step.lower(state, run.base, arrays, **static).compile()
     compiling = _status('VmHWM') - before
     compiled = _status('VmRSS')
-    _forget_peak()
+    _reset_peak()
     for _ in range(_STEPS):
       state, _ = step(state, run.base, arrays)
     jax.block_until_ready(state)
     peak = _status('VmHWM')
   program = compile_step.make_program(config, devices, max_trained=max_trained)
   planned = estimate.memory(program, 0, *compile_step.cached(
-      train.train_step, program, place, compiled=True))
+      train.train_step, program, target, compiled=True))
   estimated = estimate.memory(
       program, 0, compile_step.trace(train.train_step, program)[1])
   print(f'{config.model.name}, {config.data.batch_size} x'
@@ -79,7 +80,7 @@ def main(_):
       ('measured: peak of steps above resident before compiling',
        peak - before),
       ('measured: the same above resident after compiling', peak - compiled),
-      ('measured: compiling, for a while', compiling)):
+      ('measured: compiling, temporarily', compiling)):
     print(f'| {name} | {n / 1e6:,.0f} | {planned.added / n - 1:+.1%} |')
   print(f'| plan, compiled | {planned.added / 1e6:,.0f} | |')
   print(f'| plan, --analytic | {estimated.added / 1e6:,.0f} |'

@@ -1,16 +1,16 @@
 """The README's table of what fits where.
 
     bash launch/libtpu.sh
-    python tests/benchmarks/plan_table.py            # compiled cells as cached
-    python tests/benchmarks/plan_table.py --compile  # compiles those missing
+    python tests/benchmarks/plan_table.py            # what the cache has
+    python tests/benchmarks/plan_table.py --compile  # compiles what is missing
 
 LoRA and QLoRA of rank 16 on q, k, v and o, rows of 2,048 tokens of which a
-quarter are trained, --rows=1 at a time on each device, blocks made again in the
-backward pass. A cell is the peak of a device and the most rows that it takes;
-~ marks what is estimated. Where replicated weights do not fit, they are split
+quarter are trained, --rows=1 at a time on each device, blocks recomputed in the
+backward pass. A cell shows the peak memory of a device and the most rows that
+fit; ~ marks an estimate. Where replicated weights do not fit, they are sharded
 over the slice's devices (fsdp). Each compilation takes one to four minutes of
-a core and is kept in the cache. Below the table: what was compiled beside what
-would have been estimated.
+a core and is cached. Below the table, compiled peaks stand beside the estimates
+of the same cells.
 """
 
 import os
@@ -28,19 +28,19 @@ from gemma_sft.planning import estimate
 from gemma_sft.planning import hardware
 from gemma_sft.planning import suggest
 
-_COMPILE = flags.DEFINE_bool('compile', False, 'Compile what is not kept.')
+_COMPILE = flags.DEFINE_bool('compile', False, 'Compile what is not cached.')
 _ONLY = flags.DEFINE_list(
-    'only', [], 'Of these models alone, such as gemma3_270m.')
+    'only', [], 'Only these models, such as gemma3_270m.')
 _ROWS = flags.DEFINE_integer('rows', 1, 'Rows on each device.', lower_bound=1)
 _LENGTH, _SHARE = 2048, 0.25
 
 _MODELS = ('gemma3_270m', 'gemma3_1b', 'gemma3_4b', 'gemma3_12b', 'gemma2_2b',
            'gemma2_9b')
 _METHODS = {'LoRA': '', 'QLoRA int8': 'int8', 'QLoRA nf4': 'nf4'}
-_PLACES = ('v5e-1', 'v5e-8', 'v6e-8', 'v5p-8', 'kaggle-t4x2')
-# The twelve that are compiled; the rest is estimated.
+_TARGETS = ('v5e-1', 'v5e-8', 'v6e-8', 'v5p-8', 'kaggle-t4x2')
+# These twelve are compiled; the rest is estimated.
 _COMPILED = frozenset(
-    (model, method, place) for model, method, places in (
+    (model, method, target) for model, method, targets in (
         ('gemma3_270m', 'LoRA', ('v5e-1', 'v5e-8')),
         ('gemma3_1b', 'LoRA', ('v5e-1', 'v5e-8')),
         ('gemma3_4b', 'LoRA', ('v5e-1', 'v5e-8')),
@@ -50,7 +50,7 @@ _COMPILED = frozenset(
         ('gemma2_2b', 'LoRA', ('v5e-1',)),
         ('gemma2_9b', 'LoRA', ('v5e-8',)),
         ('gemma2_9b', 'QLoRA nf4', ('v5e-1',)))
-    for place in places)
+    for target in targets)
 
 
 def _config(model: str, quantization: str, n_devices: int, fsdp: int):
@@ -64,35 +64,35 @@ def _config(model: str, quantization: str, n_devices: int, fsdp: int):
       'mesh.fsdp': fsdp, 'mesh.data': n_devices // fsdp})
 
 
-def _cell(model: str, method: str, name: str, beside: list[str]) -> str:
-  """Returns '4.1 GB, 24 rows', with what had to be changed.
+def _cell(model: str, method: str, name: str, comparisons: list[str]) -> str:
+  """Returns '4.1 GB; ~24 rows', with fsdp if the weights had to be sharded.
 
   Args:
-    model: Of `_MODELS`.
-    method: Of `_METHODS`.
-    name: Of `_PLACES`.
-    beside: Gets a line if the cell was compiled.
+    model: One of `_MODELS`.
+    method: One of `_METHODS`.
+    name: One of `_TARGETS`.
+    comparisons: Gets a line if the cell was compiled.
   """
-  place = hardware.parse(name)
-  n, limit = place.n_devices, place.chip.memory
+  target = hardware.parse(name)
+  n, limit = target.n_devices, target.chip.memory
   max_trained = round(_LENGTH * _SHARE) * _ROWS.value
   memory = program = None
   for fsdp in (1, n) if n > 1 else (1,):
     config = _config(model, _METHODS[method], n, fsdp)
     program = compile_step.make_program(
-        config, hardware.absent_devices(place), max_trained=max_trained)
+        config, hardware.absent_devices(target), max_trained=max_trained)
     memory = estimate.memory(program, limit)
     if memory.fits:
       break
   if (model, method, name) in _COMPILED:
     program = compile_step.make_program(
-        config, hardware.devices_of(place, analytic=False),
+        config, hardware.devices_of(target, analytic=False),
         max_trained=max_trained)
-    if _COMPILE.value or compile_step.is_cached(program, place):
+    if _COMPILE.value or compile_step.is_cached(program, target):
       memory = estimate.memory(program, limit, *compile_step.cached(
-          train.train_step, program, place, compiled=True))
+          train.train_step, program, target, compiled=True))
       estimated = estimate.memory(program, limit).peak
-      beside.append(
+      comparisons.append(
           f'{model}, {method}, {name}: compiled {memory.peak / 1e9:.2f} GB,'
           f' estimated {estimated / 1e9:.2f}'
           f' ({estimated / memory.peak - 1:+.0%})')
@@ -106,15 +106,15 @@ def _cell(model: str, method: str, name: str, beside: list[str]) -> str:
 
 def main(_):
   heads = [f'{name} ({hardware.parse(name).chip.memory / 1e9:.1f} GB)'
-           for name in _PLACES]
+           for name in _TARGETS]
   print('| | ' + ' | '.join(heads) + ' |')
-  print('|---' * (len(_PLACES) + 1) + '|', flush=True)
-  beside = []
+  print('|---' * (len(_TARGETS) + 1) + '|', flush=True)
+  comparisons = []
   for model in _ONLY.value or _MODELS:
     for method in _METHODS:
-      cells = [_cell(model, method, name, beside) for name in _PLACES]
+      cells = [_cell(model, method, name, comparisons) for name in _TARGETS]
       print(f'| {model}, {method} | ' + ' | '.join(cells) + ' |', flush=True)
-  print('', *beside, sep='\n')
+  print('', *comparisons, sep='\n')
   used = resource.getrusage(resource.RUSAGE_SELF)
   print(f'\n{used.ru_utime + used.ru_stime:.0f} CPU-seconds,'
         f' {used.ru_maxrss / 1e6:.1f} GB')

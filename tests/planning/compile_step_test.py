@@ -1,5 +1,9 @@
 """The abstract step is the step that training runs."""
 
+import ast
+import functools
+import pathlib
+
 import conftest
 import jax
 import pytest
@@ -68,24 +72,95 @@ def test_a_quantised_base_has_the_bytes_of_its_kind(config):
   assert body('nf4') == pytest.approx(dense * 4.25 / 16, rel=1e-3)
 
 
-def test_results_are_kept_and_a_change_is_seen(config, monkeypatch):
-  config.data.batch_size = 8
-  place = hardware.parse('cpu')
+def test_results_are_cached_and_a_change_is_seen(config, monkeypatch, tmp_path):
+  config.data.batch_size, rank = 8, config.lora.rank
+  target = hardware.parse('cpu')
 
   def program_of(**changes):
     config.update_from_flattened_dict(changes)
     return compile_step.make_program(config, jax.devices()[:1], max_trained=64)
 
   program = program_of()
-  assert not compile_step.is_cached(program, place)
-  first = compile_step.cached(train.train_step, program, place, compiled=True)
+  assert not compile_step.is_cached(program, target)
+  first = compile_step.cached(train.train_step, program, target, compiled=True)
   assert first[1].peak > first[1].arguments > 0
-  assert compile_step.is_cached(program, place)
+  assert compile_step.is_cached(program, target)
   # From the cache: there is no step to compile any more.
-  assert compile_step.cached(None, program, place, compiled=True) == first
+  assert compile_step.cached(None, program, target, compiled=True) == first
   # What changes no program is no new one; what does is.
-  assert compile_step.is_cached(program_of(**{'train.log_every': 7}), place)
-  assert not compile_step.is_cached(program_of(**{'lora.rank': 2}), place)
+  assert compile_step.is_cached(program_of(**{'train.log_every': 7}), target)
+  assert not compile_step.is_cached(program_of(**{'lora.rank': 2}), target)
+  # An edit of any module of the step is seen, but costs no compilation if the
+  # program stays the same.
+  program = program_of(**{'lora.rank': rank})
+  assert compile_step.is_cached(program, target)
+  files = compile_step._source_files()
+  for i, file in enumerate(files):
+    edited = tmp_path / 'edited.py'
+    edited.write_bytes(file.read_bytes() + b'#')
+    monkeypatch.setattr(compile_step, '_source_files', functools.partial(
+        list, [*files[:i], edited, *files[i + 1:]]))
+    assert not compile_step.is_cached(program, target), file
+  monkeypatch.setattr(compile_step, 'compile_step', None)
+  assert compile_step.cached(
+      train.train_step, program, target, compiled=True) == first
+
+
+_PACKAGE = pathlib.Path(compile_step.__file__).parents[1]
+
+
+@functools.cache
+def _parse(path):
+  """Returns ({name: imported file of the package}, {name: definitions})."""
+  imports, definitions = {}, {}
+  tree = ast.parse(path.read_text())
+  for node in ast.walk(tree):
+    if isinstance(node, ast.ImportFrom) and node.module.startswith('gemma_sft'):
+      for alias in node.names:
+        stem = _PACKAGE.parent.joinpath(*node.module.split('.'), alias.name)
+        imports[alias.asname or alias.name] = next(
+            f for f in (stem.with_suffix('.py'), stem / '__init__.py')
+            if f.exists())
+  for node in tree.body:
+    names = [node.name] if isinstance(
+        node, (ast.FunctionDef, ast.ClassDef)) else [
+            name.id for name in ast.walk(node) if isinstance(name, ast.Name)
+            and isinstance(name.ctx, ast.Store)]
+    for name in names:
+      definitions.setdefault(name, []).append(node)
+  return imports, definitions
+
+
+def _reached(*roots):
+  """Returns the files of all definitions that (file, name) refer to."""
+  seen, remaining = set(), list(roots)
+  while remaining:
+    file, name = remaining.pop()
+    if (file, name) in seen:
+      continue
+    seen.add((file, name))
+    imports, definitions = _parse(file)
+    for definition in definitions.get(name, ()):
+      for node in ast.walk(definition):
+        if isinstance(node, ast.Attribute) and getattr(
+            node.value, 'id', None) in imports:
+          remaining.append((imports[node.value.id], node.attr))
+        elif isinstance(node, ast.Name) and node.id in definitions:
+          remaining.append((file, node.id))
+  return {file for file, _ in seen}
+
+
+def test_the_cache_knows_every_module_of_the_step():
+  compiler = _PACKAGE / 'planning/compile_step.py'
+  reached = _reached((_PACKAGE / 'train.py', 'train_step'),
+                     (compiler, 'make_program'), (compiler, 'trace'))
+  # These decide no program: messages and type annotations.
+  reached -= {_PACKAGE / 'errors.py', _PACKAGE / 'shapes.py'}
+  for name in ('loss', 'nn/float16', 'nn/loss_scale', 'adapters/dora',
+               'run/devices', 'optimizer'):
+    assert _PACKAGE / f'{name}.py' in reached
+  assert not reached - set(compile_step._source_files())
+  assert all(list(_PACKAGE.glob(p)) for p in compile_step._SOURCES)
 
 
 def test_a_refusal_is_a_result():
@@ -107,7 +182,7 @@ def test_a_missing_libtpu_says_how_to_get_it(monkeypatch):
   assert 'launch/libtpu.sh' in caught.value.fix
 
 
-def test_no_gpu_is_told():
+def test_a_missing_gpu_is_an_error():
   with pytest.raises(errors.UserError, match='--topology=gpu'):
     hardware.devices_of(hardware.parse('gpu'), analytic=False)
 

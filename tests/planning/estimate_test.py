@@ -44,7 +44,7 @@ def test_the_estimate_is_near_what_was_compiled(
 
 def test_a_compiled_peak_is_parted_into_kinds():
   program = _program('gemma3_270m', 'v5e-1', rows=2, length=512)
-  traced = compile_step.Traced(flops=1e12, kept=300_000_000)
+  traced = compile_step.Traced(flops=1e12, residuals=300_000_000)
   compiled = compile_step.Compiled(
       arguments=10**9, temporaries=10**9, peak=2 * 10**9, added=10**9,
       available=0, fits=True, seconds=1.0, compiler='test')
@@ -54,7 +54,7 @@ def test_a_compiled_peak_is_parted_into_kinds():
   assert memory.rest > 0 and memory.fits
   # Less was used than autodiff keeps: no kind is negative.
   small = estimate.memory(program, 10e9, traced, compile_step.Compiled(
-      10**9, 0, int(memory.held + 10**8), 10**8, 0, True, 1.0, 'test'))
+      10**9, 0, int(memory.resident + 10**8), 10**8, 0, True, 1.0, 'test'))
   assert (small.activations, small.logits, small.rest) == (1e8, 0, 0)
   # Refused: what it would need, and the limit that the compiler names.
   refused = estimate.memory(program, 10e9, traced, compile_step.Compiled(

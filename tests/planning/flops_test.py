@@ -73,8 +73,8 @@ def test_kept_bytes_are_those_that_the_backward_scan_reads():
     return jax.lax.scan(body, x, w_LDD)[0].sum()
 
   trace = jax.jit(jax.grad(loss)).trace(jnp.ones((4, 8)), jnp.ones((5, 8, 8)))
-  kept = flops.kept_bytes(trace.jaxpr, 5)
+  kept = flops.residual_bytes(trace.jaxpr, 5)
   # For the gradient of x alone, the cosine is enough.
   assert kept == 5 * 4 * 8 * 4
-  assert flops.kept_bytes(trace.jaxpr, 7) == 0
+  assert flops.residual_bytes(trace.jaxpr, 7) == 0
   assert np.isfinite(kept)

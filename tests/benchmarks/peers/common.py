@@ -1,6 +1,6 @@
-"""The work that every peer is given: shape, weights, adapters, batches.
+"""The work of every peer: shape, weights, adapters, batches.
 
-Only numpy and safetensors, so that it loads in every peer's environment.
+Imports only numpy and safetensors, which every peer's environment has.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ RANK = 16
 ALPHA = 16.0  # Factor 1: the official library's adapters have none.
 OPTIMIZER = dict(
     learning_rate=1e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
-N_BATCHES = 2  # Taken in turn, so that the loss falls within few steps.
-WARM_UP = 1  # The first step compiles or fills allocators; it is told apart.
+N_BATCHES = 2  # Few and in turn, so that the loss falls quickly.
+WARM_UP = 1  # The first step compiles or fills allocators: shown apart.
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """A text-only Gemma 3; five local layers to a global one."""
+  """A text-only Gemma 3 with five local layers per global one."""
 
   vocab: int
   layers: int
@@ -66,17 +66,17 @@ class Spec:
     shape: A key of `SHAPES`.
     rows: Rows of a batch.
     length: Tokens of a row; there is no padding.
-    share: Share of the positions whose next token is trained: the row's last.
+    share: Share of trained positions, which are the last of each row.
     dtype: Of the frozen base and of compute.
-    steps: Optimizer steps, `WARM_UP` among them.
-    gpu: Whether to use one, and then the wall clock.
+    steps: Optimizer steps, including `WARM_UP`.
+    gpu: Whether to use a GPU and measure by the wall clock.
     work: Folder with the weights.
-    attention: Of the PyTorch peers: 'sdpa' or 'eager'.
-    autocast: Of the PyTorch peers in bfloat16: products of the adapters too.
-    compiled: Of the PyTorch peers: through `torch.compile`.
-    layers: Of ours, as `config.model.layers`.
-    kernel: Of ours, as `config.model.attention`.
-    started: Unix time at which the process was asked for.
+    attention: PyTorch peers: 'sdpa' or 'eager'.
+    autocast: PyTorch peers in bfloat16: the adapters' products in bfloat16 too.
+    compiled: PyTorch peers: through `torch.compile`.
+    layers: Ours: config.model.layers.
+    kernel: Ours: config.model.attention.
+    started: Unix time at which the process was started.
   """
 
   peer: str
@@ -204,13 +204,13 @@ def labels(spec: Spec, ids_BT: np.ndarray) -> np.ndarray:
 
 
 def flops(spec: Spec) -> float:
-  """Returns the products that a step cannot do without.
+  """Returns the FLOPs of the products that a step needs at least.
 
-  Body forward 2 N and activation gradient 2 N a token, less that of the first
-  layer's q, k and v, whose input needs none; no gradient of frozen weights, no
-  recomputation; attention over the keys that are seen, its backward 2.5 times
-  its forward; the head 4 D V for trained positions only. Adapters (below 1 %)
-  are left out.
+  Per token the body's forward pass takes 2 N and its activation gradient 2 N,
+  except for the first layer's q, k and v, whose input needs no gradient.
+  Attention counts visible keys, and its backward pass 2.5 times its forward
+  pass. The head takes 4 D V per trained position. Gradients of frozen weights,
+  recomputation and adapters (below 1 %) do not count.
   """
   shape = spec.dimensions
   first = sum(n * m for name, (n, m) in shape.projections().items()

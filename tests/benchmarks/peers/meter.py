@@ -1,4 +1,4 @@
-"""Times, memory and losses of one peer's steps."""
+"""Measures time, memory and losses of one peer's steps."""
 
 import dataclasses
 import gc
@@ -23,11 +23,10 @@ def _reset_peak() -> None:
 
 
 class Meter:
-  """Begun with the weights in memory, ticked after every step.
+  """Call `begin` with the weights in memory, and `tick` after every step.
 
-  The time of a step is all that the process did since the last tick, whoever
-  drives the loop; a tick comes after the loss was read, so that nothing is
-  left running on the device.
+  The time of a step is everything since the last tick, whoever drives the loop.
+  A tick comes after the loss was read, so nothing still runs on the device.
   """
 
   def __init__(self, spec: common.Spec):
@@ -62,10 +61,10 @@ class Meter:
     """Prints the result as one line of JSON.
 
     Args:
-      product: n -> runs an (n, n) by (n, n) product in the dtype, to the end.
+      product: n -> runs an (n, n) by (n, n) product in the dtype, and waits.
       versions: Of the libraries.
-      device_bytes: On a GPU, its peak above what it held before the steps.
-      **more: For the record.
+      device_bytes: On a GPU, the peak above its memory before the steps.
+      **more: Added to the result.
     """
     peak_steps = _status('VmHWM')
     clock = self._wall if self._spec.gpu else self._cpu

@@ -1,9 +1,9 @@
 """The official library's own LoRA loop, with all logits.
 
-The library's transformer with its own adapters on the attention's projections:
-what `gm.nn.LoRA` does, which takes the MLP's projections besides, untrained
-elsewhere here. Keys and values share one A, so that there are fewer adapter
-weights and the loss is the others' only before the first update.
+The library's transformer with its own adapters, on the attention's projections
+only, as all peers here; `gm.nn.LoRA` also adapts the MLP. Keys and values share
+one A, so there are fewer adapter weights, and the loss equals the others' only
+before the first update.
 """
 
 import functools
@@ -42,7 +42,7 @@ def make_model(spec: common.Spec):
 
 
 def adapted(module):
-  """Returns what `gm.nn.LoRA` puts in a module's place: attention only."""
+  """Replaces a module as `gm.nn.LoRA` does: attention only."""
   if not isinstance(module, gm.nn.Einsum) or module.weight_name != 'w':
     return module
   return _lora._LoRAEinsum(
@@ -50,7 +50,7 @@ def adapted(module):
 
 
 def make_adapters(spec: common.Spec) -> dict:
-  """Returns the tree of a and b; A of the keys serves the values too."""
+  """Returns the tree of a and b; the values share the keys' A."""
   shape = spec.dimensions
   tree = {f'layer_{i}': {'attn': {}} for i in range(shape.layers)}
   outputs = {
@@ -71,7 +71,7 @@ def make_adapters(spec: common.Spec) -> dict:
 
 
 def main() -> None:
-  """Trains and prints what was measured."""
+  """Trains and prints the measurements."""
   spec = common.read_spec()
   model = make_model(spec)
   base = library_tree.load(spec)

@@ -1,6 +1,6 @@
 """This project's `train_step`, and Tunix's default loss over its model.
 
-All contact with the package is here.
+The only module of the benchmark that imports the package's parts.
 """
 
 import functools
@@ -39,7 +39,7 @@ def make_model(spec: common.Spec) -> model_lib.Model:
 def make_execution(
     spec: common.Spec, model: model_lib.Model, mesh: jax.sharding.Mesh
 ) -> blocks.Execution:
-  """Returns what a run without further settings would choose here."""
+  """Returns what a run with default settings would choose here."""
   layers, _ = devices.choose_layers(spec.layers, model)
   kernel, _ = devices.choose_attention(
       spec.kernel, model, mesh, dtype=jnp.dtype(spec.dtype),
@@ -50,7 +50,7 @@ def make_execution(
 
 
 def make_adapters(spec: common.Spec, model: model_lib.Model):
-  """Returns the package's adapters with the common A put in."""
+  """Returns the package's adapters with the common A."""
   adapters = lora.init_adapters(
       model_lib.abstract_params(model), rank=common.RANK, targets='attn/',
       transposed_gating=model.transposed_gating, seed=0)
@@ -99,7 +99,7 @@ def own_step(spec, model, mesh, optimizer, execution):
 
 
 def tunix_step(spec, model, optimizer, execution):
-  """The same with the default loss of Tunix 0.1.7's PeftTrainer.
+  """Returns the same with the default loss of Tunix 0.1.7's PeftTrainer.
 
   All logits, and their log-softmax times f32 one-hot targets, written from its
   description; model, adapters and optimizer are ours.
@@ -134,7 +134,7 @@ def tunix_step(spec, model, optimizer, execution):
 
 
 def main() -> None:
-  """Trains and prints what was measured."""
+  """Trains and prints the measurements."""
   spec = common.read_spec()
   if spec.peer == 'ours':
     devices.enable_compilation_cache()

@@ -1,8 +1,8 @@
-"""A training loop by hand over transformers and PEFT.
+"""A hand-written training loop over transformers and PEFT.
 
-`peft_completion` runs the head over the trained positions alone: the most that
-a person gets out of these libraries without writing a kernel. `peft_full` asks
-for all logits, as most examples do.
+`peft_completion` runs the head over the trained positions alone, the fastest
+that these libraries allow without a new kernel. `peft_full` computes all
+logits, as most examples do.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from peers import torch_model
 
 
 def main() -> None:
-  """Trains and prints what was measured."""
+  """Trains and prints the measurements."""
   spec = common.read_spec()
   model = peft.get_peft_model(
       torch_model.load_base(spec), torch_model.lora_config())

@@ -1,4 +1,4 @@
-"""What comes of the runs: agreement of the losses, the table, the picture."""
+"""The results: agreement of the losses, the table, the figure."""
 
 import dataclasses
 import pathlib
@@ -11,7 +11,7 @@ from peers import common
 
 TOLERANCES = {'float32': 1e-3, 'bfloat16': 2e-2}  # Relative, of every loss.
 
-# name: (row's title, module, whether PyTorch's environment, its remark).
+# name: (row's title, module, whether it needs PyTorch, remark).
 PEERS = {
     'ours': ('**gemma_sft** `train_step`', 'ours', False, ''),
     'peft_completion': (
@@ -39,7 +39,7 @@ class Outcome:
 
   Attributes:
     peer: A key of `PEERS`.
-    results: What its processes printed, one a round.
+    results: What its processes printed, one per round.
     problem: Why it was not run or is not shown, else ''.
   """
 
@@ -73,7 +73,7 @@ def deviation(outcome: Outcome, ours: Outcome) -> float:
 
 def check_losses(
     outcomes: list[Outcome], dtype: str) -> list[Outcome]:
-  """Takes the speed from every peer whose losses are not ours."""
+  """Hides the speed of every peer whose losses differ from ours."""
   ours = outcomes[0]
   checked = []
   for outcome in outcomes:
@@ -87,7 +87,7 @@ def check_losses(
 
 
 def ratio(outcome: Outcome, ours: Outcome) -> str:
-  """Returns how many times our time it takes, by best and by round."""
+  """Returns its time over ours: of the best step (range over rounds)."""
   rounds = [min(theirs['step_s']) / min(own['step_s'])
             for theirs, own in zip(outcome.results, ours.results)]
   return (f'{outcome.best / ours.best:.2f}x'
@@ -97,7 +97,7 @@ def ratio(outcome: Outcome, ours: Outcome) -> str:
 def markdown(
     outcomes: list[Outcome], spec: common.Spec, machine: dict[str, Any]
 ) -> str:
-  """Returns the table with its title, and the remarks."""
+  """Returns title, table and remarks."""
   ours = outcomes[0]
   peak = max(r['product_gflops'] for o in outcomes for r in o.results)
   unit = 's' if spec.gpu else 'CPU-s'
@@ -166,7 +166,7 @@ def draw(outcomes: list[Outcome], path: pathlib.Path) -> None:
   shown = [outcome for outcome in outcomes if outcome.results]
   for i, outcome in enumerate(shown):
     losses = outcome.results[0]['losses']
-    # Wide to narrow, so that curves that agree stay visible.
+    # Wide to narrow, so that equal curves stay visible.
     axes.plot(
         range(1, len(losses) + 1), losses, label=outcome.peer,
         linewidth=2 * (len(shown) - i), alpha=0.7)

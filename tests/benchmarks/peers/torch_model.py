@@ -22,13 +22,13 @@ def load_base(spec: common.Spec) -> transformers.PreTrainedModel:
       spec.work, dtype=getattr(torch, spec.dtype),
       attn_implementation=spec.attention)
   for parameter in model.parameters():
-    # Not views of a mapped file, whose pages would count as the steps' memory.
+    # Copies: pages of a mapped file would count as memory of the steps.
     parameter.data = parameter.data.clone()
   return model.to(device(spec))
 
 
 def lora_config() -> peft.LoraConfig:
-  """Returns PEFT's settings of the common adapters."""
+  """Returns PEFT's settings for the common adapters."""
   return peft.LoraConfig(
       r=common.RANK, lora_alpha=common.ALPHA, lora_dropout=0.0, bias='none',
       task_type='CAUSAL_LM',
@@ -36,7 +36,7 @@ def lora_config() -> peft.LoraConfig:
 
 
 def fill_adapters(spec: common.Spec, model: torch.nn.Module) -> None:
-  """Puts the common A in PEFT's place; B is zero there already."""
+  """Sets PEFT's A to the common one; its B is zero already."""
   layers = model.get_base_model().model.layers
   for layer, name, a_RI in common.load_adapters(spec):
     module = getattr(layers[layer].self_attn, f'{name}_proj')
@@ -66,7 +66,7 @@ def product(spec: common.Spec):
 
 
 def device_bytes(spec: common.Spec, *, peak: bool) -> int:
-  """Returns what the allocator holds now or, with `peak`, held at most."""
+  """Returns the allocated bytes, now or at their peak."""
   if not spec.gpu:
     return 0
   return (torch.cuda.max_memory_allocated() if peak

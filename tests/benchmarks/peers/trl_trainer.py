@@ -1,7 +1,7 @@
 """TRL's SFTTrainer with PEFT, completion-only, without packing.
 
-Its fused loss leaves out the positions that are not trained only where Triton
-runs: on a CPU it scores every position, besides entropy and top-1 accuracy.
+Its fused loss skips untrained positions only where Triton runs: on a CPU it
+computes the loss of every position, and entropy and top-1 accuracy too.
 """
 
 import importlib.metadata
@@ -42,7 +42,7 @@ class _Trainer(trl.SFTTrainer):
 
 
 def _tokenizer():
-  """Returns one that is asked only for its padding."""
+  """Returns a tokenizer that only has to pad."""
   made = tokenizers.Tokenizer(models.WordLevel(
       {'<pad>': 0, '<eos>': 1, '<bos>': 2, '<unk>': 3}, '<unk>'))
   return transformers.PreTrainedTokenizerFast(
@@ -51,9 +51,8 @@ def _tokenizer():
 
 
 def main() -> None:
-  """Trains and prints what was measured."""
+  """Trains and prints the measurements."""
   spec = common.read_spec()
-  # In bfloat16 the trainer's own way: f32 adapters under autocast.
   ids = common.load_ids(spec)
   rows = [
       {'input_ids': row_T.tolist(), 'labels': label_T.tolist()}
@@ -75,6 +74,7 @@ def main() -> None:
             weight_decay=settings['weight_decay'], max_grad_norm=0.0,
             optim='adamw_torch', max_length=spec.length, packing=False,
             train_sampling_strategy='sequential', logging_steps=10**6,
+            # In bfloat16 the trainer keeps f32 adapters under autocast.
             bf16=spec.dtype == 'bfloat16', fp16=False,
             use_cpu=not spec.gpu, save_strategy='no', report_to='none',
             disable_tqdm=True, dataloader_num_workers=0,
