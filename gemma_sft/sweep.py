@@ -1,4 +1,4 @@
-"""Runs a config with several settings and seeds, and compares what comes of it.
+"""Runs a config with several settings and seeds, and compares the results.
 
     python -m gemma_sft.sweep --config=configs/slang.py --workdir=W --seeds=3 \\
         --grid='lora.rank=4,8;train.epochs=1,5'
@@ -6,19 +6,21 @@
     python -m gemma_sft.sweep --config=configs/slang.py --workdir=W \\
         --search='optimizer.learning_rate=1e-5..1e-3:log;lora.rank=4,8,16'
 
-The first form runs every combination of the factors' values, the second what
-`sweep()` in the config file says (gemma_sft/sweeping/grid.py), the third a
-search, judged on validation alone, whose hopeless trials are ended early. Each
-run is an ordinary workdir in W/runs, trained and evaluated by processes of its
-own. The same command again goes on: what is finished is never repeated, what
-was interrupted continues. --dry_run lists the runs with their time: that of
-finished ones, else a range by the FLOPs of a step (--topology names another
-device than this machine's, such as kaggle-tpu).
+The first form runs every combination of the factors' values. The second runs
+what `sweep()` in the config file returns (see gemma_sft/sweeping/grid.py). The
+third searches, judged on the validation split alone, and ends hopeless trials
+early.
 
---parallel=2 runs two at a time, each on a GPU or TPU chip of its own;
---shard=0/2 and --shard=1/2 on two hosts that share W take every other run, and
-the last to end has the whole comparison: W/sweep.html, report.md, sweep.json.
-Options of all runs are overrides as in training: --config.train.steps=100.
+Each run is an ordinary workdir in W/runs, trained and evaluated by processes of
+its own. The same command again continues: finished runs are never repeated,
+interrupted runs continue. --dry_run lists the runs and how long each will take,
+judging by finished runs, or else by the FLOPs of a step (--topology names
+another device than this machine, such as kaggle-tpu).
+
+--parallel=2 runs two at a time, each on a GPU or TPU chip of its own. With
+--shard=0/2 and --shard=1/2, two hosts that share W take every other run each,
+and the last to end writes the whole comparison: W/sweep.html, report.md,
+sweep.json. Overrides hold for all runs: --config.train.steps=100.
 """
 
 from gemma_sft import cli
@@ -71,13 +73,14 @@ from gemma_sft.planning import hardware
 from gemma_sft.run import workdir as workdir_lib
 from gemma_sft.sweeping import grid as grid_lib
 from gemma_sft.sweeping import page
-from gemma_sft.sweeping import pictures
 from gemma_sft.sweeping import processes
 from gemma_sft.sweeping import results as results_lib
 from gemma_sft.sweeping import runs as runs_lib
 from gemma_sft.sweeping import search as search_lib
 from gemma_sft.sweeping import source as source_lib
 from gemma_sft.sweeping import wording
+
+_HERE = hardware.parse('cpu')
 
 
 def main(
@@ -97,9 +100,9 @@ def main(
   """Runs the sweep; see the module's docstring."""
   cli.require('config', config, '--config=configs/slang.py')
   cli.require('workdir', workdir, '--workdir=sweeps/slang')
-  # Weights and data are hashed here; the devices are for the runs.
+  # This process only hashes weights and data; the runs need the devices.
   jax.config.update('jax_platforms', 'cpu')
-  source = source_lib.Source.from_flag(*cli.config_source())
+  source = source_lib.SweepSource.from_flag(*cli.config_source())
   if seeds < 0:
     raise errors.UserError(
         f'--seeds={seeds}', 'at least 1', 'for example --seeds=3')
@@ -114,11 +117,11 @@ def main(
   return compare(
       source, config, workdir, grid=grid, seeds=seeds, baseline=baseline_cell,
       evaluate=evaluate, slots=slots, shard=shard, dry_run=dry_run,
-      place=hardware.parse(topology))
+      target=hardware.parse(topology))
 
 
 def compare(
-    source: source_lib.Source,
+    source: source_lib.SweepSource,
     config: Any,
     workdir: str,
     *,
@@ -129,36 +132,29 @@ def compare(
     slots: Sequence[Mapping[str, str]],
     shard: str = '',
     dry_run: bool = False,
-    place: hardware.Slice | None = None,
+    target: hardware.Slice = _HERE,
 ) -> int:
   """Runs what is missing of a grid and compares; returns the exit status.
 
   Args:
-    source: The config file.
-    config: Its config.
-    workdir: Of the sweep.
-    grid: Of --grid; '' for the file's `sweep()`.
-    seeds: Of --seeds; 0 for the file's.
-    baseline: Of --baseline_cell; '' for the file's.
-    evaluate: auto, test, validation or none.
-    slots: Of `processes.make_slots`.
-    shard: Of --shard; '' for all runs.
+    seeds: --seeds; 0 for the file's.
+    baseline: --baseline_cell; '' for the file's.
+    shard: --shard; '' for all runs.
     dry_run: List the runs, and stop.
-    place: Whose time a dry run tells where no run is finished; None for the
-      local CPU.
+    target: For the time estimates of a dry run, where no run is finished.
   """
   part, n_parts = parse_shard(shard)
   sweep = grid_lib.make_sweep(
       source, config, grid=grid, seeds=seeds, baseline=baseline)
-  plan = runs_lib.Planner(source, workdir, evaluate).plan(
+  planned = runs_lib.Planner(source, workdir, evaluate).plan(
       sweep.cells, sweep.seeds)
   if dry_run:
-    _list(source, plan[part::n_parts], len(slots),
-          place or hardware.parse('cpu'))
+    _list(source, planned[part::n_parts], len(slots), target)
     return 0
   with workdir_lib.lock_workdir(workdir if not shard else os.path.join(
       workdir, 'shards', f'{part}-of-{n_parts}')):
-    return _run(sweep, plan, plan[part::n_parts], slots, workdir, source.path)
+    return _run(
+        sweep, planned, planned[part::n_parts], slots, workdir, source.path)
 
 
 def _refuse_with_search(**flags: Any) -> None:
@@ -167,7 +163,7 @@ def _refuse_with_search(**flags: Any) -> None:
       raise errors.UserError(
           f'--{name} with --search', 'a search or a grid: a trial is one run'
           ' with config.seed, scored on validation',
-          'search first; then compare the best with --grid and --seeds')
+          'search first, then compare the best with --grid and --seeds')
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -190,18 +186,18 @@ def parse_shard(text: str) -> tuple[int, int]:
 # The runs --------------------------------------------------------------------
 
 
-def _run(sweep, plan, mine, slots, workdir, config) -> int:
-  """Runs this host's part, then compares all that is finished."""
+def _run(sweep, planned, mine, slots, workdir, config) -> int:
+  """Runs this host's part, then compares all finished runs."""
   progress = Progress(mine, len(slots))
   with processes.Stop() as stop:
     outcomes = processes.run_all(
         mine, slots, stop, on_start=progress.start, on_end=progress.end)
   messages = {w: o.message for w, o in outcomes.items()
               if o.state != 'finished'}
-  summary = page.write(sweep, plan, messages, workdir, config)
+  summary = page.write(sweep, planned, messages, workdir, config)
   print()
-  for text in summary['sentences']:
-    print(text)
+  for sentence in summary['sentences']:
+    print(sentence)
   print(f'comparison: {os.path.join(workdir, "sweep.html")}')
   for run in mine:
     if run.workdir in messages:
@@ -212,100 +208,105 @@ def _run(sweep, plan, mine, slots, workdir, config) -> int:
     print(f'stopped by {stop.signal.name}; the same command goes on from here')
     return 128 + stop.signal
   if not summary['complete'] and not messages:
-    print('other hosts are still at their runs; the last one, or the same'
+    print('other hosts are still running; the last one to end, or the same'
           ' command again, completes the comparison')
   return 1 if messages else 0
 
 
 class Progress:
-  """Says how far the runs are: a line at the start and end of each."""
+  """Prints a line at the start and the end of each run."""
 
-  def __init__(self, runs: Sequence[runs_lib.Run], parallel: int):
-    """Tells what is finished already.
-
-    Args:
-      runs: Of this host.
-      parallel: Runs at a time.
-    """
+  def __init__(self, runs: Sequence[runs_lib.PlannedRun], parallel: int):
+    """Prints how many are finished already."""
     self._runs, self._parallel = list(runs), parallel
-    found = [r for run in runs if (r := results_lib.read(run))]
-    self._timings = [r.timing for r in found]
-    self._open = [r for r in runs if r.state() != runs_lib.FINISHED]
-    _say(f'{len(runs)} runs: {len(found)} finished, {len(self._open)} to go'
-         + _left(self._open, self._timings, parallel))
+    self._finished = _finished(runs)
+    self._open = _unfinished(runs)
+    _say(f'{len(runs)} runs: {len(self._finished)} finished,'
+         f' {len(self._open)} to go' + self._time_left())
 
-  def start(self, run: runs_lib.Run) -> None:
-    """Says that a run begins, or goes on."""
-    step = run.step()
-    state = {runs_lib.TO_CONTINUE: f'goes on after {step} updates',
-             runs_lib.TO_EVALUATE: 'is trained; evaluation'}
+  def start(self, run: runs_lib.PlannedRun) -> None:
+    """Prints that a run starts or continues."""
+    state = {
+        runs_lib.TO_CONTINUE: f'continues after {run.step()} updates',
+        runs_lib.TO_EVALUATE: 'is trained; evaluation'}
     _say(f'{self._name(run)} | {state.get(run.state(), "starts")}')
 
-  def end(self, run: runs_lib.Run, outcome: processes.Outcome) -> None:
-    """Says how a run ended, and what is left."""
+  def end(self, run: runs_lib.PlannedRun, outcome: processes.Outcome) -> None:
+    """Prints how a run ended, and what is left."""
     text = f'{outcome.state} after {metrics.duration(outcome.seconds)}'
     self._open.remove(run)
     result = results_lib.read(run)
     if outcome.state == 'finished' and result is not None:
-      self._timings.append(result.timing)
+      self._finished.append(result)
       for name in dict.fromkeys((result.headline, 'loss')):
-        text += (f' | {pictures.label(name)}'
+        text += (f' | {wording.label(name)}'
                  f' {wording.show(name, result.scores.get(name))}')
     if outcome.message:
       text += f' | {outcome.message}'
     _say(f'{self._name(run)} | {text} | {len(self._open)} left'
-         + _left(self._open, self._timings, self._parallel))
+         + self._time_left())
 
   def _name(self, run):
-    place = self._runs.index(run) + 1
-    width = len(str(len(self._runs)))
-    return (f'run {place:{width}d}/{len(self._runs)} | {run.cell.name} | seed'
-            f' {run.seed}')
+    number, n_runs = self._runs.index(run) + 1, len(self._runs)
+    return (f'run {number:{len(str(n_runs))}d}/{n_runs} | {run.cell.name} |'
+            f' seed {run.seed}')
+
+  def _time_left(self):
+    return _time_left(self._open, self._finished, self._parallel)
 
 
 def _say(text):
   print(text, flush=True)
 
 
-def _left(runs, timings, parallel):
-  """Returns ', about 2 h 05 m', '' with nothing to do."""
+def _finished(runs):
+  return [r for run in runs if (r := results_lib.read(run))]
+
+
+def _unfinished(runs):
+  return [run for run in runs if run.state() != runs_lib.FINISHED]
+
+
+def _time_left(runs, finished, parallel):
+  """Returns ', about 2 h 05 m', or '' if no run is left."""
   if not runs:
     return ''
-  seconds = [runs_lib.estimate_seconds(run, timings) for run in runs]
+  seconds = [results_lib.estimate_seconds(run, finished) for run in runs]
   if None in seconds:
-    return ', time unknown' + ('' if timings else ' until the first is done')
+    return ', time unknown' + ('' if finished else ' until one is finished')
   return f', about {metrics.duration(sum(seconds) / parallel)}'
 
 
-def _list(source, runs, parallel, place) -> None:
-  """Prints what would be run."""
-  timings = [r.timing for run in runs if (r := results_lib.read(run))]
-  open_runs = [run for run in runs if run.state() != runs_lib.FINISHED]
-  reckoned = {}  # Of a cell, where no finished run says.
+def _list(source, runs, parallel, target) -> None:
+  """Prints the runs, and how long those that are not finished take."""
+  finished, unfinished = _finished(runs), _unfinished(runs)
+  by_flops = {}  # {cell: estimate}, for cells of which no finished run says.
   for run in runs:
     time = ''
-    if run in open_runs:
-      seconds = runs_lib.estimate_seconds(run, timings)
+    if run in unfinished:
+      seconds = results_lib.estimate_seconds(run, finished)
       if seconds is not None:
         time = f' | about {metrics.duration(seconds)}'
       else:
-        if run.cell.name not in reckoned:
-          reckoned[run.cell.name] = plan_entry.training_seconds(
-              grid_lib.load_cell(source, run.cell), place)
-        time = f' | training {_range(reckoned[run.cell.name])}'
+        name = run.cell.name
+        if name not in by_flops:
+          by_flops[name] = plan_entry.training_seconds(
+              grid_lib.load_cell(source, run.cell), target)
+        time = f' | training {_range(by_flops[name])}'
     _say(f'{run.state():11} | {run.cell.name} | seed {run.seed}{time} |'
          f' {run.workdir}')
-  left = _left(open_runs, timings, parallel)
-  if reckoned:
-    ranges = [reckoned.get(run.cell.name) for run in open_runs]
-    left = ', training ' + _range(estimate.Seconds(
-        sum(r.quick for r in ranges) / parallel,
-        sum(r.slow for r in ranges) / parallel, '')) if all(ranges) else left
-    said = next(iter(reckoned.values())).assumption
-    _say(f'training by the FLOPs of a step on {place.name}, at {said};'
-         ' answers of the judged split come on top')
-  _say(f'{len(runs)} runs: {len(runs) - len(open_runs)} finished,'
-       f' {len(open_runs)} to go' + left)
+  left = _time_left(unfinished, finished, parallel)
+  if by_flops:
+    ranges = [by_flops.get(run.cell.name) for run in unfinished]
+    if all(ranges):
+      left = ', training ' + _range(estimate.Seconds(
+          sum(r.quick for r in ranges) / parallel,
+          sum(r.slow for r in ranges) / parallel, ''))
+    assumption = next(iter(by_flops.values())).assumption
+    _say(f'training time from the FLOPs of a step on {target.name}, at'
+         f' {assumption}; answering the judged split comes on top')
+  _say(f'{len(runs)} runs: {len(finished)} finished,'
+       f' {len(unfinished)} to go' + left)
   _say('dry run: nothing was started')
 
 

@@ -1,4 +1,4 @@
-"""Sweeps: their cells, their runs as processes, kills, searches."""
+"""Sweeps: cells, runs as processes, kills, searches."""
 
 import json
 import os
@@ -21,6 +21,7 @@ from gemma_sft.monitor import metrics
 from gemma_sft.run import workdir as workdir_lib
 from gemma_sft.sweeping import grid
 from gemma_sft.sweeping import processes
+from gemma_sft.sweeping import results as results_lib
 from gemma_sft.sweeping import runs as runs_lib
 from gemma_sft.sweeping import search
 from gemma_sft.sweeping import source as source_lib
@@ -34,15 +35,15 @@ def source(run_config):
   base = dict(config_lib.leaves(tiny.get_config()))
   changed = {k: tuple(v) if isinstance(v, list) else v
              for k, v in config_lib.leaves(run_config) if base[k] != v}
-  return source_lib.Source(_TINY, None, changed)
+  return source_lib.SweepSource(_TINY, None, changed)
 
 
-def _write_config(path: pathlib.Path, body: str) -> source_lib.Source:
+def _write_config(path: pathlib.Path, body: str) -> source_lib.SweepSource:
   path.write_text(
       'from configs import tiny\n\n\n'
       'def get_config(arg: str = "3"):\n  return tiny.get_config(arg)\n\n\n'
       + body, 'utf-8')
-  return source_lib.Source(str(path), None, {})
+  return source_lib.SweepSource(str(path), None, {})
 
 
 # Cells -----------------------------------------------------------------------
@@ -50,7 +51,7 @@ def _write_config(path: pathlib.Path, body: str) -> source_lib.Source:
 
 def test_a_grid_is_every_combination_with_values_of_the_keys_types():
   sweep = grid.make_sweep(
-      source_lib.Source(_TINY, None, {}), tiny.get_config(), seeds=2,
+      source_lib.SweepSource(_TINY, None, {}), tiny.get_config(), seeds=2,
       grid="lora.rank=4,8; optimizer.learning_rate=1e-3;"
       "lora.targets='attn/','q,v';data.packing=true,False;"
       'data.buckets=(64,128),()')
@@ -66,23 +67,41 @@ def test_a_grid_is_every_combination_with_values_of_the_keys_types():
   assert sweep.seeds == (0, 1)
 
 
-@pytest.mark.parametrize('text, parts', [
-    ('data.epochs=1,5', ["data.epochs", "Did you mean 'train.epochs'?"]),
-    ('lora.rnk=1', ["Did you mean 'lora.rank'?"]),
-    ('lora.rank=4,many', ['lora.rank=many', 'int']),
-    ('lora.rank=4,4', ['each value once']),
-    ('lora.rank=4,,8', ['a value between commas']),
-    ('lora.rank', ['key=value']),
-    ('lora.rank=4;lora.rank=8', ['comes twice']),
-    ('data.packing=maybe', ['true or false']),
-    ('data.buckets=64', ['tuple']),
-    ('seed=1,2', ['--seeds']),
-], ids=lambda x: x if isinstance(x, str) else '')
-def test_mistakes_in_a_grid_are_named(text, parts):
+def _assert_mistake(parts, parse, *args):
   with pytest.raises(errors.UserError) as error:
-    grid.parse_grid(text, tiny.get_config())
+    parse(*args)
   for part in parts:
     assert part in str(error.value)
+
+
+def _name(value):
+  """A test's name: the text, not the function or the expected parts."""
+  return value if isinstance(value, str) else ''
+
+
+@pytest.mark.parametrize('parse, text, parts', [
+    (grid.parse_grid, text, parts) for text, *parts in (
+        ('data.epochs=1,5', 'data.epochs', "Did you mean 'train.epochs'?"),
+        ('lora.rnk=1', "Did you mean 'lora.rank'?"),
+        ('lora.rank=4,many', 'lora.rank=many', 'int'),
+        ('lora.rank=4,4', 'each value once'),
+        ('lora.rank=4,,8', 'a value between commas'),
+        ('lora.rank', 'key=value'),
+        ('lora.rank=4;lora.rank=8', 'comes twice'),
+        ('data.packing=maybe', 'true or false'),
+        ('data.buckets=64', 'tuple'),
+        ('seed=1,2', '--seeds'))
+] + [
+    (search.parse_space, text, parts) for text, *parts in (
+        ('lora.rnk=1,2', "Did you mean 'lora.rank'?"),
+        ('lora.rank=4', 'at least two values'),
+        ('lora.rank=8..4', 'the lower one first'),
+        ('optimizer.learning_rate=0..1:log', 'above 0'),
+        ('optimizer.learning_rate=1e-5..1e-3:lg', 'low..high:log'),
+        ('optimizer.learning_rate=a..b', 'learning_rate=a', 'float'),
+        ('data.packing=true..false', 'numbers'))], ids=_name)
+def test_mistakes_in_a_grid_or_a_space_are_named(parse, text, parts):
+  _assert_mistake(parts, parse, text, tiny.get_config())
 
 
 def test_the_file_says_what_to_sweep_and_flags_say_it_instead(tmp_path):
@@ -107,34 +126,32 @@ def test_the_file_says_what_to_sweep_and_flags_say_it_instead(tmp_path):
 
 @pytest.mark.parametrize('body, parts', [
     ('', ['no --grid, and no sweep()']),
-    ('def sweep():\n  return [1]\n', ['a dict with grid or cells']),
-    ("def sweep():\n  return {'gird': 'lora.rank=1'}\n", ['gird']),
-    ("def sweep():\n  return {'grid': {'lora.rank': ('4',)}}\n",
+    ('return [1]', ['a dict with grid or cells']),
+    ("return {'gird': 'lora.rank=1'}", ['gird']),
+    ("return {'grid': {'lora.rank': ('4',)}}",
      ["lora.rank='4'", 'its default 4']),
-    ("def sweep():\n  return {'grid': {'lora.rnk': (4,)}}\n",
-     ["Did you mean 'lora.rank'?"]),
-    ("def sweep():\n  return {'grid': 'lora.rank=4', 'baseline': 'rnk=4'}\n",
+    ("return {'grid': {'lora.rnk': (4,)}}", ["Did you mean 'lora.rank'?"]),
+    ("return {'grid': 'lora.rank=4', 'baseline': 'rnk=4'}",
      ["Did you mean 'rank=4'?"]),
-], ids=range(6))
+    ("return {'grid': 'lora.rank=4', 'seeds': (1, 1)}", ['seeds: (1, 1)']),
+    ("return {'cells': {}}", ['no cell in sweep()']),
+], ids=_name)
 def test_mistakes_in_a_files_sweep_are_named(tmp_path, body, parts):
-  source = _write_config(tmp_path / 'c.py', body)
-  with pytest.raises(errors.UserError) as error:
-    grid.make_sweep(source, tiny.get_config())
-  for part in parts:
-    assert part in str(error.value)
+  source = _write_config(
+      tmp_path / 'c.py', body and f'def sweep():\n  {body}\n')
+  _assert_mistake(parts, grid.make_sweep, source, tiny.get_config())
 
 
 def test_slangs_attempts_are_one_comparison():
-  source = source_lib.Source('configs/slang.py', None, {})
-  sweep = grid.make_sweep(
-      source_lib.Source(slang.__file__, None, {}), slang.get_config())
+  source = source_lib.SweepSource(slang.__file__, None, {})
+  sweep = grid.make_sweep(source, slang.get_config())
   assert [c.name for c in sweep.cells] == ['attempt1', 'attempt2', 'attempt3']
   assert len(sweep.seeds) == 3
   assert source.arguments(sweep.cells[1].changes) == [
-      '--config=configs/slang.py:attempt2']
+      f'--config={slang.__file__}:attempt2']
 
 
-# The plan --------------------------------------------------------------------
+# The runs --------------------------------------------------------------------
 
 
 def _plan(source, text, workdir, seeds=1):
@@ -144,7 +161,7 @@ def _plan(source, text, workdir, seeds=1):
       sweep.cells, sweep.seeds)
 
 
-def test_runs_go_by_what_decides_their_result(source, tmp_path):
+def test_a_run_is_identified_by_what_decides_its_result(source, tmp_path):
   plan = _plan(source, 'lora.rank=4,8;train.steps=2', tmp_path, seeds=2)
   assert [(r.cell.name, r.seed) for r in plan] == [
       ('rank=4, steps=2', 0), ('rank=8, steps=2', 0),
@@ -171,30 +188,30 @@ def test_runs_go_by_what_decides_their_result(source, tmp_path):
     ('data.train=nowhere.txt', ['cell train=nowhere.txt', 'does not exist']),
     ('task=chat,caht', ["cell task=caht", "'chat'"]),
     ('config=3,2,nine', ['nine']),
-], ids=lambda x: x if isinstance(x, str) else '')
+], ids=_name)
 def test_a_cell_that_cannot_run_is_refused_before_any_run(
     source, tmp_path, text, parts):
-  with pytest.raises(errors.UserError) as error:
-    _plan(source, text, tmp_path)
-  for part in parts:
-    assert part in str(error.value)
+  _assert_mistake(parts, _plan, source, text, tmp_path)
   assert not (tmp_path / 'runs').exists()
 
 
-def test_times_go_by_the_same_cell_or_by_updates(source, tmp_path):
+def test_times_are_estimated_by_cell_or_by_updates(source, tmp_path):
   plan = _plan(source, 'lora.rank=4,8;train.epochs=1,4;train.steps=0', tmp_path)
-  timing = runs_lib.Timing(plan[0].cell.name, plan[0].leaves, 10, 20.0, 5.0)
-  assert runs_lib.estimate_seconds(plan[0], []) is None
-  assert runs_lib.estimate_seconds(plan[0], [timing]) == 25.0
-  assert runs_lib.estimate_seconds(plan[1], [timing]) == 5.0 + 4 * 20.0
+  finished = results_lib.RunResult(
+      run=plan[0], steps=10, seconds=20.0, evaluating=5.0, scores={}, rows={},
+      headline='loss', lower=frozenset(), train=[], validation=[], peak_bytes=0,
+      tokens_per_second=None, trained_weights=0, starts=1)
+  assert results_lib.estimate_seconds(plan[0], []) is None
+  assert results_lib.estimate_seconds(plan[0], [finished]) == 25.0
+  assert results_lib.estimate_seconds(plan[1], [finished]) == 5.0 + 4 * 20.0
   by_steps, other = (_plan(source, text, tmp_path)[0] for text in (
       'train.steps=30', 'data.batch_size=16;train.steps=0'))
-  assert runs_lib.estimate_seconds(by_steps, [timing]) == 5.0 + 3 * 20.0
-  # How many updates other batches make is not known.
-  assert runs_lib.estimate_seconds(other, [timing]) is None
+  assert results_lib.estimate_seconds(by_steps, [finished]) == 5.0 + 3 * 20.0
+  # With other batches the number of updates is unknown.
+  assert results_lib.estimate_seconds(other, [finished]) is None
 
 
-def test_each_run_at_a_time_has_a_device(tmp_path):
+def test_parallel_runs_have_a_device_each(tmp_path):
   make = processes.make_slots
   assert make(3, {'A': '1'}, str(tmp_path)) == [{'A': '1'}] * 3
   for name in ('nvidia0', 'nvidia1', 'nvidiactl'):
@@ -225,8 +242,7 @@ def test_a_wrong_shard_is_refused(text):
 # Whole sweeps ----------------------------------------------------------------
 
 
-# On a machine with other work a process may wait long for its turn.
-_PATIENCE = 1200
+_TIMEOUT = 1200  # Seconds, for a busy machine.
 
 
 def _compare(source, workdir, text, **options) -> int:
@@ -247,7 +263,7 @@ def _records(workdir):
 
 
 def _wait(condition, process=None):
-  deadline = time.monotonic() + _PATIENCE
+  deadline = time.monotonic() + _TIMEOUT
   while not condition():
     assert process is None or process.poll() is None, process.communicate()
     assert time.monotonic() < deadline
@@ -259,9 +275,9 @@ def _trained_steps(workdir, name):
   return max(conftest.losses(found[0].parent), default=0) if found else 0
 
 
-def test_a_killed_sweep_goes_on_and_repeats_nothing(source, tmp_path, capfd):
+def test_a_killed_sweep_continues_and_repeats_nothing(source, tmp_path, capfd):
   """Killed outright in its second run, then stopped by SIGTERM in it."""
-  source = source_lib.Source(source.path, None, {
+  source = source_lib.SweepSource(source.path, None, {
       **source.overrides, 'checkpoint.every': 5, 'eval.every': 10_000})
   workdir = tmp_path / 'w'
   quick, slow = 'steps-2-targets-attn-seed-0', 'steps-10000-targets-attn-seed-0'
@@ -269,7 +285,7 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(source, tmp_path, capfd):
       'sweep', *source.arguments({}), f'--workdir={workdir}',
       '--grid=train.steps=2,10000;lora.targets=attn/', devices=1)
   _wait(lambda: _trained_steps(workdir, slow) >= 6, process)
-  os.kill(process.pid, signal.SIGKILL)  # Its child is left at work.
+  os.kill(process.pid, signal.SIGKILL)  # Its child is left running.
   process.communicate()
   done = _records(workdir)[quick]
   assert done['end']['finished'] and len(done['starts']) == 1
@@ -295,7 +311,7 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(source, tmp_path, capfd):
   assert '4 runs: 1 finished, 3 to go' in out
   assert 'targets=nowhere | seed 0 | failed after' in out
   assert 'matches no projection' in out
-  assert 'targets=attn/ | seed 0 | goes on after' in out
+  assert 'targets=attn/ | seed 0 | continues after' in out
   assert 'stopped by SIGTERM; the same command goes on from here' in out
   assert {p: p.stat().st_mtime_ns for p in times} == times
   records = _records(workdir)
@@ -315,7 +331,7 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(source, tmp_path, capfd):
 
 def test_shards_and_parallel_runs_make_one_comparison(source, tmp_path, capfd):
   """The first host's page is unfinished, the second's is whole."""
-  source = source_lib.Source(
+  source = source_lib.SweepSource(
       source.path, None, {**source.overrides, 'train.steps': 2})
   options = dict(evaluate='none', parallel=2)
   summaries = []
@@ -347,7 +363,7 @@ def test_shards_and_parallel_runs_make_one_comparison(source, tmp_path, capfd):
   assert 'to do       | rank=16 | seed 0 | about' in capfd.readouterr().out
 
 
-def test_a_dry_run_before_any_other_reckons(source, tmp_path, capfd):
+def test_a_dry_run_estimates_times_by_flops(source, tmp_path, capfd):
   # The second cell trains three times as many updates of the same step.
   assert _compare(source, tmp_path / 'w', 'train.steps=2,6', dry_run=True) == 0
   out = capfd.readouterr().out
@@ -357,29 +373,13 @@ def test_a_dry_run_before_any_other_reckons(source, tmp_path, capfd):
   assert not (tmp_path / 'w').exists()
 
 
-def test_a_workdir_is_of_one_sweep_at_a_time(source, tmp_path):
+def test_a_workdir_has_one_sweep_at_a_time(source, tmp_path):
   with workdir_lib.lock_workdir(str(tmp_path / 'w')):
     with pytest.raises(errors.UserError, match='is in use by process'):
       _compare(source, tmp_path / 'w', 'lora.rank=4')
 
 
 # Searches --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize('text, parts', [
-    ('lora.rnk=1,2', ["Did you mean 'lora.rank'?"]),
-    ('lora.rank=4', ['at least two values']),
-    ('lora.rank=8..4', ['the lower one first']),
-    ('optimizer.learning_rate=0..1:log', ['above 0']),
-    ('optimizer.learning_rate=1e-5..1e-3:lg', ['low..high:log']),
-    ('optimizer.learning_rate=a..b', ['learning_rate=a', 'float']),
-    ('data.packing=true..false', ['numbers']),
-], ids=lambda x: x if isinstance(x, str) else '')
-def test_mistakes_in_a_space_are_named(text, parts):
-  with pytest.raises(errors.UserError) as error:
-    search.parse_space(text, tiny.get_config())
-  for part in parts:
-    assert part in str(error.value)
 
 
 def test_a_space_has_ranges_and_choices():
@@ -393,10 +393,10 @@ def test_a_space_has_ranges_and_choices():
   assert buckets.choices == ('(64,)', '(32, 64)')
 
 
-def test_a_killed_search_goes_on_and_ends_hopeless_trials(
+def test_a_killed_search_continues_and_ends_hopeless_trials(
     source, tmp_path, capfd):
   """Trials of an earlier call are written; the one under way then is run."""
-  source = source_lib.Source(source.path, None, {
+  source = source_lib.SweepSource(source.path, None, {
       **source.overrides, 'train.steps': 10_000, 'eval.every': 3})
   config, workdir = source.load({}), str(tmp_path / 'w')
   text = 'lora.rank=2,4;optimizer.learning_rate=1e-5..1e-3:log'
@@ -424,7 +424,7 @@ def test_a_killed_search_goes_on_and_ends_hopeless_trials(
   assert record['config']['lora.rank'] == under_way.params['lora.rank']
   assert summary['best']['value'] == 0.1
   html = (tmp_path / 'w/sweep.html').read_text('utf-8')
-  assert 'pruned' in html and 'flattered by the choice' in html
+  assert 'pruned' in html and 'its value is too good' in html
   # The same again has nothing to do; another search is not mixed in.
   assert search.run(source, config, text, dry_run=False, **options) == 0
   with pytest.raises(errors.UserError, match='holds trials of'):

@@ -1,29 +1,24 @@
-"""Which cells a sweep has: from texts of the command line, or a config file.
+"""The cells of a sweep, from the command line or the config file.
 
-A cell is one setting of the factors; run with several seeds, it is several
-runs. A factor is a key of configs/default.py, or `config`, the argument of the
-config file (the part after the colon in configs/slang.py:attempt1).
+A cell is one setting of the factors. It is run once for each seed. A factor is
+a key of configs/default.py, or `config`: the argument of the config file (the
+part after the colon in configs/slang.py:attempt1).
 """
 
 import ast
 import dataclasses
-import inspect
 import itertools
 import re
 from typing import Any
 from typing import Mapping
-from typing import Sequence
 
 from gemma_sft import cli
 from gemma_sft import config as config_lib
 from gemma_sft import errors
 from gemma_sft.sweeping import source as source_lib
 
-_EXAMPLE = "--grid='lora.rank=4,8;train.epochs=1,5'"
-_HOOK = {'grid', 'cells', 'seeds', 'baseline'}
-
-
-# The cells -------------------------------------------------------------------
+_EXAMPLE = "for example --grid='lora.rank=4,8;train.epochs=1,5'"
+_SWEEP_KEYS = {'grid', 'cells', 'seeds', 'baseline'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +26,7 @@ class Cell:
   """One setting of the factors.
 
   Attributes:
-    name: For people, such as 'rank=4, epochs=1'.
+    name: To print, such as 'rank=4, epochs=1'.
     changes: {factor: value}.
   """
 
@@ -41,10 +36,10 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-  """What is to be compared.
+  """What a sweep compares.
 
   Attributes:
-    cells: In order; no two of the same changes.
+    cells: In order, all with different changes.
     factors: Keys that differ between cells, in order.
     seeds: config.seed of the runs of each cell.
     baseline: Name of the cell that the others are compared with.
@@ -57,8 +52,8 @@ class Sweep:
 
 
 def make_sweep(
-    source: source_lib.Source, config: Any, *, grid: str = '', seeds: int = 0,
-    baseline: str = '') -> Sweep:
+    source: source_lib.SweepSource, config: Any, *, grid: str = '',
+    seeds: int = 0, baseline: str = '') -> Sweep:
   """Returns the sweep of the flags, or else of the config file's `sweep()`.
 
   `sweep()` takes nothing and returns a dict with
@@ -69,121 +64,119 @@ def make_sweep(
       baseline   the name of a cell (default: the first).
 
   Args:
-    source: The config file.
-    config: Its config, for the types of values and the first seed.
-    grid: Of --grid; '' for the file's.
-    seeds: Of --seeds; 0 for the file's, or 1.
-    baseline: Of --baseline_cell; '' for the file's, or the first.
+    grid: --grid; '' for the file's.
+    seeds: --seeds; 0 for the file's, or 1.
+    baseline: --baseline_cell; '' for the file's, or the first.
 
   Raises:
-    UserError: for a key that does not exist (naming the nearest), a value that
-      is none of its type, or a sweep without cells.
+    UserError: for an unknown key, a value of the wrong type, or no cells.
   """
-  hook = {} if grid else _hook(source)
-  if 'cells' in hook:
-    cells = [Cell(str(name), _typed(changes, config))
-             for name, changes in hook['cells'].items()]
+  options = {} if grid else _file_options(source)
+  if 'cells' in options:
+    cells = [Cell(str(name), _check_types(changes, config))
+             for name, changes in options['cells'].items()]
     factors = list(dict.fromkeys(k for c in cells for k in c.changes))
   else:
-    text = grid or hook.get('grid', '')
-    if not text:
+    values = grid or options.get('grid', '')
+    if not values:
       raise errors.UserError(
           f'no --grid, and no sweep() in {source.path}',
-          'what to compare', f'for example {_EXAMPLE}')
-    if isinstance(text, str):
-      values = parse_grid(text, config)
+          'what to compare', _EXAMPLE)
+    if isinstance(values, str):
+      values = parse_grid(values, config)
     else:
-      values = {k: [_typed({k: v}, config)[k] for v in vs]
-                for k, vs in text.items()}
+      values = {k: [_check_types({k: v}, config)[k] for v in vs]
+                for k, vs in values.items()}
     factors = list(values)
-    names = short_names(factors)
-    cells = []
-    for combination in itertools.product(*values.values()):
-      changes = dict(zip(factors, combination))
-      cells.append(Cell(', '.join(
-          show_value(v) if k == source_lib.ARGUMENT and len(factors) == 1 else
-          f'{names[k]}={show_value(v)}' for k, v in changes.items()), changes))
-  wanted = seeds or hook.get('seeds', 1)
-  first = config.seed
-  chosen = (tuple(range(first, first + wanted)) if isinstance(wanted, int)
-            else tuple(wanted))
+    cells = [make_cell(dict(zip(factors, combination)))
+             for combination in itertools.product(*values.values())]
+  if not cells:
+    raise errors.UserError(
+        f'no cell in sweep() of {source.path}', 'at least one', _EXAMPLE)
+  wanted = seeds or options.get('seeds', 1)
+  chosen = tuple(range(config.seed, config.seed + wanted) if (
+      isinstance(wanted, int)) else wanted)
   if not chosen or len(set(chosen)) < len(chosen):
     raise errors.UserError(
         f'seeds: {wanted!r}', 'a number from 1, or different seeds',
         'for example --seeds=3')
-  return Sweep(tuple(cells), tuple(factors), chosen,
-               _find(cells, baseline or hook.get('baseline', ''), factors))
+  return Sweep(tuple(cells), tuple(factors), chosen, _find_baseline(
+      cells, baseline or options.get('baseline', ''), factors))
 
 
-def _hook(source) -> dict[str, Any]:
+def make_cell(changes: Mapping[str, Any]) -> Cell:
+  """Returns a cell, named by its changes."""
+  if list(changes) == [source_lib.ARGUMENT]:
+    return Cell(show_value(changes[source_lib.ARGUMENT]), changes)
+  last = [key.rpartition('.')[2] for key in changes]
+  # The whole key where two keys end alike.
+  names = [name if last.count(name) == 1 else key
+           for key, name in zip(changes, last)]
+  return Cell(', '.join(
+      f'{name}={show_value(value)}'
+      for name, value in zip(names, changes.values())), changes)
+
+
+def _file_options(source) -> dict[str, Any]:
   """Returns what a config file's `sweep()` returns, or {}."""
   module = source_lib.load_module(source.path)
   if not hasattr(module, 'sweep'):
     return {}
-  hook = module.sweep()
-  where = f'sweep() of {source.path}'
-  if not isinstance(hook, Mapping) or set(hook) - _HOOK or (
-      'grid' in hook) == ('cells' in hook):
-    got = sorted(hook) if isinstance(hook, Mapping) else hook
+  options = module.sweep()
+  if not isinstance(options, Mapping) or set(options) - _SWEEP_KEYS or (
+      'grid' in options) == ('cells' in options):
+    got = sorted(options) if isinstance(options, Mapping) else options
     raise errors.UserError(
-        f'{where} returns {got!r}',
+        f'sweep() of {source.path} returns {got!r}',
         'a dict with grid or cells, and maybe seeds and baseline',
-        inspect.cleandoc("for example {'grid': {'lora.rank': (4, 8)},"
-                         " 'seeds': 3}"))
-  return dict(hook)
+        "for example {'grid': {'lora.rank': (4, 8)}, 'seeds': 3}")
+  return dict(options)
 
 
-def _typed(changes, config) -> dict[str, Any]:
+def _check_types(changes, config) -> dict[str, Any]:
   """Checks keys and types of values given in Python."""
-  typed = {}
+  checked = {}
   for key, value in changes.items():
     _check_key(key)
     if key == source_lib.ARGUMENT:
-      typed[key] = str(value)
+      checked[key] = str(value)
       continue
     default = source_lib.get_value(config, key)
-    good = isinstance(value, type(default)) and (
-        isinstance(value, bool) == isinstance(default, bool)) or (
-            isinstance(default, float) and type(value) is int)
-    if not good:
+    same_type = isinstance(value, type(default)) and (
+        isinstance(value, bool) == isinstance(default, bool))
+    if not same_type and not (
+        isinstance(default, float) and type(value) is int):
       raise errors.UserError(
           f'sweep(): {key}={value!r}',
           f'a value like its default {default!r}', 'correct sweep()')
-    typed[key] = float(value) if isinstance(default, float) else value
-  return typed
+    checked[key] = float(value) if isinstance(default, float) else value
+  return checked
 
 
-def _find(cells, name, factors) -> str:
-  """Returns the name of the baseline's cell."""
+def _find_baseline(cells, name, factors) -> str:
+  """Returns the name of the baseline's cell, also for 'lora.rank=4'."""
   if not name:
     return cells[0].name
-  shown = {re.sub(r'\s', '', c.name): c.name for c in cells}
-  shown |= {';'.join(f'{k}={show_value(c.changes[k])}' for k in factors
+  known = {re.sub(r'\s', '', c.name): c.name for c in cells}
+  known |= {';'.join(f'{k}={show_value(c.changes[k])}' for k in factors
                      if k in c.changes): c.name for c in cells}
-  wanted = re.sub(r'\s', '', name)
-  if wanted not in shown:
+  without_spaces = re.sub(r'\s', '', name)
+  if without_spaces not in known:
     names = [c.name for c in cells]
     raise errors.UserError(
         f'baseline cell {name!r}', 'one of ' + '; '.join(names),
         errors.nearest(name, names) or 'name one of them')
-  return shown[wanted]
-
-
-def short_names(factors: Sequence[str]) -> dict[str, str]:
-  """Returns {'lora.rank': 'rank'}, whole keys where the last part is shared."""
-  last = [key.rpartition('.')[2] for key in factors]
-  return {key: name if last.count(name) == 1 else key
-          for key, name in zip(factors, last)}
+  return known[without_spaces]
 
 
 def show_value(value: Any) -> str:
-  """Returns a value for people: 0.001 as 0.001, 1.3e-05 as 1.3e-05."""
+  """Returns a value to print: 0.001 as 0.001, 1.3e-05 as 1.3e-05."""
   if isinstance(value, float):
     return f'{value:.4g}'
   return source_lib.as_text(value).replace("'", '')
 
 
-# The text --------------------------------------------------------------------
+# Parsing ---------------------------------------------------------------------
 
 
 def parse_grid(text: str, config: Any) -> dict[str, list[Any]]:
@@ -191,10 +184,6 @@ def parse_grid(text: str, config: Any) -> dict[str, list[Any]]:
 
   A comma inside brackets or quotes belongs to the value:
   `data.buckets=(128,256),(512,)`, `lora.targets='attn/','q,v'`.
-
-  Args:
-    text: Of --grid.
-    config: For the types of values.
 
   Raises:
     UserError: see `make_sweep`.
@@ -214,58 +203,50 @@ def parse_grid(text: str, config: Any) -> dict[str, list[Any]]:
 
 
 def split_factors(text: str) -> list[tuple[str, str]]:
-  """Returns [(key, rest)] of 'key=rest;key=rest', keys checked.
+  """Returns [(key, rest)] of 'key=rest;key=rest'.
 
   Raises:
-    UserError: for a part without a key, or a key that does not exist or comes
-      twice.
+    UserError: for a part without a key, or an unknown or repeated key.
   """
-  found = []
+  found = {}
   for part in filter(None, split_outside(text, ';')):
-    key, equals, rest = part.partition('=')
-    key = key.strip()
-    if not equals or not rest.strip():
-      raise errors.UserError(
-          f'{part!r}', 'key=value,value', f'for example {_EXAMPLE}')
+    key, equals, rest = map(str.strip, part.partition('='))
+    if not equals or not rest:
+      raise errors.UserError(f'{part!r}', 'key=value,value', _EXAMPLE)
     _check_key(key)
-    if key in dict(found):
+    if key in found:
       raise errors.UserError(
           f'{key} comes twice', 'each key once',
-          'write its values behind one another, by commas')
-    found.append((key, rest.strip()))
+          'write all of its values after one key, separated by commas')
+    found[key] = rest
   if not found:
-    raise errors.UserError(
-        f'{text!r}', 'key=value,value', f'for example {_EXAMPLE}')
-  return found
+    raise errors.UserError(f'{text!r}', 'key=value,value', _EXAMPLE)
+  return list(found.items())
 
 
 def _check_key(key):
-  if key == source_lib.ARGUMENT:
-    return
   if key == 'seed':
     raise errors.UserError(
         'seed as a factor', 'seeds by --seeds: cells are compared seed by seed',
         'for example --seeds=3')
-  cli.check_key(key, key)
+  if key != source_lib.ARGUMENT:
+    cli.check_key(key, key)
 
 
 def parse_value(key: str, text: str, config: Any) -> Any:
   """Returns a text as a value of the key's type.
 
   Raises:
-    UserError: if it is none.
+    UserError: if it is not of that type.
   """
   text = text.strip()
-  if key == source_lib.ARGUMENT:
-    return _unquoted(text)
-  default = source_lib.get_value(config, key)
+  default = ('' if key == source_lib.ARGUMENT
+             else source_lib.get_value(config, key))
   try:
     if isinstance(default, bool):
       return {'true': True, 'false': False}[text.lower()]
-    if isinstance(default, int):
-      return int(text)
-    if isinstance(default, float):
-      return float(text)
+    if isinstance(default, (int, float)):
+      return type(default)(text)
     if isinstance(default, tuple):
       value = ast.literal_eval(text)
       if not isinstance(value, (tuple, list)):
@@ -277,38 +258,34 @@ def parse_value(key: str, text: str, config: Any) -> Any:
     raise errors.UserError(
         f'{key}={text}', f'a value of the type {kind}',
         'correct the value') from None
-  return _unquoted(text)
-
-
-def _unquoted(text):
   if len(text) > 1 and text[0] == text[-1] and text[0] in '\'"':
     return text[1:-1]
   return text
 
 
 def split_outside(text: str, separator: str) -> list[str]:
-  """Splits at a sign outside of brackets and quotes; parts are stripped."""
+  """Splits at a character outside brackets and quotes; parts are stripped."""
   parts, depth, quote = [''], 0, ''
-  for sign in text:
+  for character in text:
     if quote:
-      quote = '' if sign == quote else quote
-    elif sign in '\'"':
-      quote = sign
-    elif sign in '([':
+      quote = '' if character == quote else quote
+    elif character in '\'"':
+      quote = character
+    elif character in '([':
       depth += 1
-    elif sign in ')]':
+    elif character in ')]':
       depth = max(0, depth - 1)
-    elif sign == separator and not depth:
+    elif character == separator and not depth:
       parts.append('')
       continue
-    parts[-1] += sign
+    parts[-1] += character
   return [part.strip() for part in parts]
 
 
 # Checks ----------------------------------------------------------------------
 
 
-def load_cell(source: source_lib.Source, cell: Cell) -> Any:
+def load_cell(source: source_lib.SweepSource, cell: Cell) -> Any:
   """Returns the validated config of a cell.
 
   Raises:
@@ -318,11 +295,11 @@ def load_cell(source: source_lib.Source, cell: Cell) -> Any:
     config = source.load(cell.changes)
     config_lib.validate(config)
   except errors.UserError as error:
-    raise named(cell, error) from error
+    raise with_cell(cell, error) from error
   return config
 
 
-def named(cell: Cell, error: errors.UserError) -> errors.UserError:
-  """Returns an error that begins with the cell's name."""
+def with_cell(cell: Cell, error: errors.UserError) -> errors.UserError:
+  """Returns the error with the cell's name in front."""
   return errors.UserError(
       f'cell {cell.name}: {error.got}', error.expected, error.fix)

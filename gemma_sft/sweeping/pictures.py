@@ -1,59 +1,48 @@
-"""Pictures of a sweep: titles with PNGs in base64."""
+"""Figures of a sweep: each a title and a PNG."""
 
-import base64
 import collections
-import io
 from typing import Any
 from typing import Mapping
 from typing import Sequence
 
 import numpy as np
 
+from gemma_sft import pages
 from gemma_sft.sweeping import grid
-from gemma_sft.sweeping import results as results_lib
+from gemma_sft.sweeping import significance
+from gemma_sft.sweeping import wording
 
-Grouped = Mapping[str, Sequence[results_lib.Result]]
-# A title, and a PNG in base64.
-Picture = tuple[str, str]
-# More lines than this are not told apart by a legend; names longer than this
-# are numbers in a picture, and take a line of a legend each.
-_NAMED, _LONG = 16, 20
-
-
-def label(metric: str) -> str:
-  """Returns 'acronym gap' for judge/acronym_gap."""
-  return metric.removeprefix('judge/').replace('_', ' ')
+Picture = tuple[str, bytes]
+_BLUE, _ORANGE, _GREY = '#1f4e8c', '#c25b1e', '#aaaaaa'
+# A legend has at most so many entries. Names longer than this are numbers in a
+# figure, and take a line of the legend each.
+_MAX_LEGEND, _LONG_NAME = 16, 20
 
 
-def scaled(metric: str, value: float) -> float:
-  """Returns a judge's share in per cent, anything else as it is."""
+def _scaled(metric: str, value: float) -> float:
+  """Returns a judge's share in per cent, anything else unchanged."""
   return 100 * value if metric.startswith('judge/') else value
 
 
-def _plot(height=3.5):
-  """Returns a figure and its axis, as wide as a phone can show."""
-  import matplotlib
-
-  matplotlib.use('Agg')
-  from matplotlib import pyplot as plt
-
-  return plt.subplots(figsize=(5, height), layout='constrained')
+def _axis_label(metric: str) -> str:
+  """Returns 'good (%)' or 'loss'."""
+  return wording.label(metric) + (
+      ' (%)' if metric.startswith('judge/') else '')
 
 
-def _finish(figure, axis) -> str:
-  from matplotlib import pyplot as plt
-
-  axis.spines[['top', 'right']].set_visible(False)
-  axis.grid(alpha=0.25)
-  buffer = io.BytesIO()
-  # No metadata: the same results give the same bytes.
-  figure.savefig(buffer, dpi=150, metadata={'Software': None})
-  plt.close(figure)
-  return base64.b64encode(buffer.getvalue()).decode()
+def _are_numbers(values):
+  return all(isinstance(v, (int, float)) and not isinstance(v, bool)
+             for v in values)
 
 
-def colors(names: Sequence[str]) -> dict[str, Any]:
-  """Returns a colour for each cell, the same in all pictures."""
+def _use_log_scale(values):
+  """Returns whether numbers span at least a factor of ten."""
+  sizes = [abs(v) for v in values]
+  return min(sizes) > 0 and max(sizes) / min(sizes) >= 10
+
+
+def _colors(names: Sequence[str]) -> dict[str, Any]:
+  """Returns {cell: colour}, the same in all figures."""
   import matplotlib
 
   if len(names) <= 10:
@@ -62,196 +51,161 @@ def colors(names: Sequence[str]) -> dict[str, Any]:
       np.linspace(0.05, 0.95, len(names)))))
 
 
-def curves(grouped: Grouped) -> list[Picture]:
-  """Draws training and validation loss of each cell: mean and range of seeds.
-
-  Args:
-    grouped: Of `significance.by_cell`.
-  """
-  found = {name: rs for name, rs in grouped.items() if rs}
-  chosen, pictures = colors(list(found)), []
+def curves(grouped: significance.Grouped) -> list[Picture]:
+  """Draws each cell's training and validation loss: mean and range of seeds."""
+  finished = {name: results for name, results in grouped.items() if results}
+  colors, pictures = _colors(list(finished)), []
   for kind in ('train', 'validation'):
-    if not any(getattr(r, kind) for rs in found.values() for r in rs):
+    if not any(getattr(r, kind) for rs in finished.values() for r in rs):
       continue
-    named = len(found) <= _NAMED
-    columns = 1 if max(map(len, found)) > _LONG else 2
-    figure, axis = _plot(
-        3.5 + (0.2 * len(found) / columns if named else 0))
-    for name, rs in found.items():
-      at = collections.defaultdict(list)
-      for result in rs:
-        for step, value in getattr(result, kind):
-          at[step].append(value)
-      steps = sorted(at)
-      axis.plot(steps, [np.mean(at[s]) for s in steps], color=chosen[name],
-                linewidth=1.4, label=name,
-                marker='o' if kind == 'validation' else None, markersize=3)
-      if len(rs) > 1:
+    has_legend = len(finished) <= _MAX_LEGEND
+    columns = 1 if max(map(len, finished)) > _LONG_NAME else 2
+    figure, (axis,) = pages.make_figure(
+        height=3.5 + (0.2 * len(finished) / columns if has_legend else 0))
+    for name, results in finished.items():
+      losses = collections.defaultdict(list)
+      for result in results:
+        for step, loss in getattr(result, kind):
+          losses[step].append(loss)
+      steps = sorted(losses)
+      axis.plot(
+          steps, [np.mean(losses[s]) for s in steps], color=colors[name],
+          linewidth=1.4, label=name,
+          marker='o' if kind == 'validation' else None, markersize=3)
+      if len(results) > 1:
         axis.fill_between(
-            steps, [min(at[s]) for s in steps], [max(at[s]) for s in steps],
-            color=chosen[name], alpha=0.15, linewidth=0)
+            steps, [min(losses[s]) for s in steps],
+            [max(losses[s]) for s in steps], color=colors[name], alpha=0.15,
+            linewidth=0)
     axis.set(xlabel='updates', ylabel='loss (nats per trained token)')
-    if named:
+    if has_legend:
       figure.legend(frameon=False, fontsize='small', ncols=columns,
                     loc='outside lower center')
-    pictures.append((f'{kind} loss', _finish(figure, axis)))
+    pictures.append((f'{kind} loss', pages.to_png(figure)))
   return pictures
 
 
 def factors(
-    grouped: Grouped, names: Sequence[str], metric: str) -> list[Picture]:
-  """Draws a metric against each factor: a dot a run, a line a setting.
+    grouped: significance.Grouped, names: Sequence[str], metric: str
+) -> list[Picture]:
+  """Draws a metric against each factor that has more than one value.
 
-  Args:
-    grouped: Of `significance.by_cell`.
-    names: The factors.
-    metric: Such as judge/good.
-
-  Returns:
-    One picture a factor with more than one value.
+  A dot is a run; a line joins the cells that differ in this factor alone.
   """
-  every = [r for rs in grouped.values() for r in rs if metric in r.scores]
+  scored = [(r.run.cell.changes, _scaled(metric, r.scores[metric]))
+            for results in grouped.values() for r in results
+            if metric in r.scores]
   pictures = []
   for factor in names:
-    changes = [r.run.cell.changes for r in every]
-    values = list(dict.fromkeys(
-        repr(c[factor]) for c in changes if factor in c))
+    # By their texts, because a value may be unhashable.
+    values = {repr(changes[factor]): changes[factor]
+              for changes, _ in scored if factor in changes}
     if len(values) < 2:
       continue
-    raw = {repr(c[factor]): c[factor] for c in changes if factor in c}
-    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool)
-                  for v in raw.values())
+    numbers = _are_numbers(values.values())
     if numbers:
-      values.sort(key=lambda v: raw[v])
-    x = {v: raw[v] if numbers else i for i, v in enumerate(values)}
-    figure, axis = _plot()
+      values = dict(sorted(values.items(), key=lambda item: item[1]))
+    x = {key: value if numbers else i
+         for i, (key, value) in enumerate(values.items())}
     lines = collections.defaultdict(lambda: collections.defaultdict(list))
-    for result in every:
-      rest = {k: v for k, v in result.run.cell.changes.items() if k != factor}
-      if factor in result.run.cell.changes:
-        lines[repr(rest)][repr(result.run.cell.changes[factor])].append(
-            scaled(metric, result.scores[metric]))
-    for (_, points), color in zip(lines.items(), _cycle(len(lines))):
-      at = [v for v in values if v in points]
-      axis.plot([x[v] for v in at], [np.mean(points[v]) for v in at],
-                color=color, linewidth=1)
-      for v in at:
-        axis.plot([x[v]] * len(points[v]), points[v], 'o', color=color,
+    for changes, score in scored:
+      if factor in changes:
+        others = {k: v for k, v in changes.items() if k != factor}
+        lines[repr(others)][repr(changes[factor])].append(score)
+    figure, (axis,) = pages.make_figure()
+    colors = _colors(list(lines)) if len(lines) <= 10 else {}
+    for others, points in lines.items():
+      color = colors.get(others, _BLUE)
+      keys = [key for key in values if key in points]
+      axis.plot([x[key] for key in keys],
+                [np.mean(points[key]) for key in keys], color=color,
+                linewidth=1)
+      for key in keys:
+        axis.plot([x[key]] * len(points[key]), points[key], 'o', color=color,
                   markersize=4, alpha=0.7)
-    spread = [abs(v) for v in x.values()]
-    if numbers and min(spread) > 0 and max(spread) / min(spread) >= 10:
+    if numbers and _use_log_scale(x.values()):
       axis.set_xscale('log')
     elif not numbers or len(values) <= 6:
-      axis.set_xticks([x[v] for v in values],
-                      [grid.show_value(raw[v]) for v in values])
-    axis.set(xlabel=factor, ylabel=axis_label(metric))
-    pictures.append(
-        (f'{label(metric)} against {factor}', _finish(figure, axis)))
+      axis.set_xticks(list(x.values()), map(grid.show_value, values.values()))
+    axis.set(xlabel=factor, ylabel=_axis_label(metric))
+    pictures.append((f'{wording.label(metric)} against {factor}',
+                     pages.to_png(figure)))
   return pictures
 
 
-def _cycle(n):
-  import matplotlib
-
-  if n <= 10:
-    return matplotlib.colormaps['tab10'].colors[:n]
-  return ['#1f4e8c'] * n
-
-
-def axis_label(metric: str) -> str:
-  """Returns 'good (%)' or 'loss'."""
-  return label(metric) + (' (%)' if metric.startswith('judge/') else '')
-
-
-def fronts(points: Sequence[Mapping[str, Any]], metric: str, lower: bool
-           ) -> list[Picture]:
-  """Draws quality against time and against memory, the fronts as lines.
-
-  Args:
-    points: Of `significance.costs`.
-    metric: What quality is.
-    lower: Whether less of it is better.
-  """
-  cells = [p['cell'] for p in points]
-  chosen, pictures, names = colors(cells), [], {}
-  if len(cells) <= 6 and max(map(len, cells), default=0) <= _LONG:
+def fronts(
+    costs: Sequence[Mapping[str, Any]], metric: str, lower_is_better: bool
+) -> list[Picture]:
+  """Draws quality against time and against memory, the fronts as lines."""
+  if not costs:
+    return []
+  cells = [c['cell'] for c in costs]
+  colors, pictures, names = _colors(cells), [], {}
+  if len(cells) <= 6 and max(map(len, cells)) <= _LONG_NAME:
     names = dict(zip(cells, cells))
   elif len(cells) <= 40:
-    names = {p['cell']: str(p['number']) for p in points}
-  for cost, front, name in (
+    names = {c['cell']: str(c['number']) for c in costs}
+  for key, on_front, title in (
       ('seconds', 'on_time', 'training and answering (s)'),
       ('gigabytes', 'on_memory', 'peak memory (GB)')):
-    if not points:
-      continue
-    figure, axis = _plot()
-    for point in points:
-      y = scaled(metric, point['quality'])
-      axis.plot(point[cost], y, 'o', color=chosen[point['cell']], markersize=7,
-                markerfacecolor=chosen[point['cell']] if point[front]
-                else 'none')
+    points = sorted((c[key], _scaled(metric, c['quality']), c[on_front],
+                     c['cell']) for c in costs)
+    figure, (axis,) = pages.make_figure()
+    for x, y, filled, cell in points:
+      axis.plot(x, y, 'o', color=colors[cell], markersize=7,
+                markerfacecolor=colors[cell] if filled else 'none')
       if names:
-        axis.annotate(names[point['cell']], (point[cost], y), xytext=(5, 4),
+        axis.annotate(names[cell], (x, y), xytext=(5, 4),
                       textcoords='offset points', fontsize=8)
-    best = sorted((p for p in points if p[front]), key=lambda p: p[cost])
-    axis.plot([p[cost] for p in best],
-              [scaled(metric, p['quality']) for p in best],
+    axis.plot([x for x, _, filled, _ in points if filled],
+              [y for _, y, filled, _ in points if filled],
               color='#777777', linewidth=1, linestyle='--', zorder=0)
     axis.margins(0.2, 0.12)
     axis.ticklabel_format(useOffset=False)
-    axis.set(xlabel=name, ylabel=axis_label(metric) + (
-        ', lower is better' if lower else ''))
-    pictures.append((f'{label(metric)} against {name}', _finish(figure, axis)))
+    axis.set(xlabel=title, ylabel=_axis_label(metric) + (
+        ', lower is better' if lower_is_better else ''))
+    pictures.append((f'{wording.label(metric)} against {title}',
+                     pages.to_png(figure)))
   return pictures
 
 
-def trials(rows: Sequence[Mapping[str, Any]], metric: str, lower: bool
-           ) -> list[Picture]:
-  """Draws the value of each trial of a search, and the best so far.
-
-  Args:
-    rows: Of `search.rows`.
-    metric: Of the values.
-    lower: Whether less is better.
-  """
+def trials(
+    rows: Sequence[Mapping[str, Any]], metric: str, lower_is_better: bool
+) -> list[Picture]:
+  """Draws the value of each trial of a search, and the best so far."""
   done = [r for r in rows if r['value'] is not None]
   if not done:
     return []
-  (figure, axis), best, at = _plot(), [], []
+  (figure, (axis,)), best, numbers = pages.make_figure(), [], []
   for row in done:
-    complete = row['state'] == 'complete'
-    axis.plot(row['number'], scaled(metric, row['value']), 'o',
-              color='#1f4e8c' if complete else '#aaaaaa', markersize=5)
+    value, complete = _scaled(metric, row['value']), row['state'] == 'complete'
+    axis.plot(row['number'], value, 'o', color=_BLUE if complete else _GREY,
+              markersize=5)
     if complete:
-      values = best[-1:] + [scaled(metric, row['value'])]
-      best.append(min(values) if lower else max(values))
-      at.append(row['number'])
-  axis.step(at, best, where='post', color='#c25b1e', linewidth=1.2,
+      best.append((min if lower_is_better else max)([*best[-1:], value]))
+      numbers.append(row['number'])
+  axis.step(numbers, best, where='post', color=_ORANGE, linewidth=1.2,
             label='best so far')
   axis.legend(frameon=False, fontsize='small')
-  axis.set(xlabel='trial (grey: pruned)', ylabel=axis_label(metric))
-  return [('trials', _finish(figure, axis))]
+  axis.set(xlabel='trial (grey: pruned)', ylabel=_axis_label(metric))
+  return [('trials', pages.to_png(figure))]
 
 
-def parameters(rows: Sequence[Mapping[str, Any]], metric: str
-               ) -> list[Picture]:
-  """Draws the value of each complete trial against each parameter.
-
-  Args:
-    rows: Of `search.rows`.
-    metric: Of the values.
-  """
+def parameters(
+    rows: Sequence[Mapping[str, Any]], metric: str) -> list[Picture]:
+  """Draws the value of each complete trial against each parameter."""
   done = [r for r in rows if r['state'] == 'complete']
   pictures = []
   for name in (done[0]['parameters'] if done else ()):
     values = [r['parameters'][name] for r in done]
-    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool)
-                  for v in values)
-    shown = [v if numbers else grid.show_value(v) for v in values]
-    figure, axis = _plot()
-    axis.plot(shown, [scaled(metric, r['value']) for r in done], 'o',
-              color='#1f4e8c', markersize=5)
-    if numbers and min(values) > 0 and max(values) / min(values) >= 10:
+    numbers = _are_numbers(values)
+    figure, (axis,) = pages.make_figure()
+    axis.plot([v if numbers else grid.show_value(v) for v in values],
+              [_scaled(metric, r['value']) for r in done], 'o', color=_BLUE,
+              markersize=5)
+    if numbers and _use_log_scale(values):
       axis.set_xscale('log')
-    axis.set(xlabel=name, ylabel=axis_label(metric))
-    pictures.append((f'{label(metric)} against {name}', _finish(figure, axis)))
+    axis.set(xlabel=name, ylabel=_axis_label(metric))
+    pictures.append((f'{wording.label(metric)} against {name}',
+                     pages.to_png(figure)))
   return pictures

@@ -1,4 +1,4 @@
-"""Runs as processes: started, watched, stopped, one or several at a time."""
+"""Starts runs as processes, one or several at a time, and stops them."""
 
 import dataclasses
 import glob
@@ -18,15 +18,16 @@ from gemma_sft.monitor import stop as stop_lib
 from gemma_sft.run import workdir
 from gemma_sft.sweeping import runs
 
-# Seconds between looks at the processes.
-_POLL = 0.2
+_POLL_SECONDS = 0.2
 
 
 class Stop:
-  """SIGINT or SIGTERM: end the runs cleanly. A second one kills them."""
+  """Notes SIGINT and SIGTERM: the first stops the runs, a second kills them.
+
+  A context manager: signals are handled between enter and exit.
+  """
 
   def __init__(self):
-    """Takes no signals yet: it is a context manager."""
     self.signal: signal.Signals | None = None
     self.killed = False
     self._before: dict[int, Any] = {}
@@ -45,6 +46,13 @@ class Stop:
     self.killed = self.signal is not None
     self.signal = signal.Signals(number)
 
+  def pass_on(self, process: 'Process') -> None:
+    """Stops or kills a process if a signal came."""
+    if self.signal:
+      process.stop(f'stopped by {self.signal.name}')
+    if self.killed:
+      process.kill()
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -52,7 +60,7 @@ class Outcome:
 
   Attributes:
     state: finished, stopped or failed.
-    seconds: Since it was started here.
+    seconds: Since this process started it.
     message: Why it is not finished.
   """
 
@@ -62,15 +70,10 @@ class Outcome:
 
 
 class Process:
-  """One run: training, then evaluation, each a process of its own."""
+  """One run: training, then evaluation, each in its own process."""
 
-  def __init__(self, run: runs.Run, environment: Mapping[str, str]):
-    """Starts it, or waits where another process has its workdir.
-
-    Args:
-      run: Not finished.
-      environment: Of its processes.
-    """
+  def __init__(self, run: runs.PlannedRun, environment: Mapping[str, str]):
+    """Prepares an unfinished run; `poll` starts its processes."""
     self.run = run
     self._environment = dict(environment)
     self._process: subprocess.Popen | None = None
@@ -81,23 +84,23 @@ class Process:
     self.log = os.path.join(run.workdir, 'log.txt')
 
   def poll(self) -> Outcome | None:
-    """Goes on with it; returns how it ended, or None."""
+    """Starts what comes next; returns how the run ended, or None."""
     if self._process is None:
       if self._stopping:
         return self._outcome('stopped', self._stopping)
-      # A sweep that was killed outright leaves its child at work: wait for it.
+      # A sweep that was killed leaves its child running: wait for it.
       if not self._is_free():
         return None
       if not self._stages:
         return self._outcome('finished', '')
-      self._begin()
+      self._start_stage()
       return None
     status = self._process.poll()
     if status is None:
       return None
     self._process = None
     stage = self._stages.pop(0)
-    # One that stops by itself (a deadline, a signal) can go on.
+    # A training that stops by itself (deadline, signal) can be continued.
     if status not in (0, stop_lib.UNFINISHED) and not self._stopping:
       return self._outcome('failed', last_error(self.log, status))
     record = record_lib.read(self.run.workdir)
@@ -113,14 +116,14 @@ class Process:
     if self._stopping and self._stages or status:
       return self._outcome('stopped', self._stopping)
     if self._stages:
-      self._begin()
+      self._start_stage()
       return None
     return self._outcome('finished', '')
 
-  def stop(self, why: str) -> None:
-    """Lets the run save and end; `poll` then says so."""
+  def stop(self, reason: str) -> None:
+    """Makes the run save and end; `poll` returns the outcome."""
     if not self._stopping:
-      self._stopping = why
+      self._stopping = reason
       if self._process is not None:
         self._process.terminate()
 
@@ -141,42 +144,38 @@ class Process:
       self._stages = [s for s in self._stages if s != 'train']
     return True
 
-  def _begin(self):
-    module, more = self._stages[0], []
-    if module == 'evaluate':
-      more = [f'--split={self.run.split}']
+  def _start_stage(self):
+    module = self._stages[0]
     command = [sys.executable, '-u', '-m', f'gemma_sft.{module}',
-               *self.run.arguments, f'--workdir={self.run.workdir}', *more]
+               *self.run.arguments, f'--workdir={self.run.workdir}']
+    if module == 'evaluate':
+      command.append(f'--split={self.run.split}')
     with open(self.log, 'ab') as log:
       log.write(f'\n$ {" ".join(command[3:])}\n'.encode())
       log.flush()
-      # A session of its own: Ctrl-C is for the sweep, which passes on one
-      # SIGTERM; a second signal would end training without a checkpoint.
+      # In its own session, so that Ctrl-C reaches the sweep alone, which sends
+      # one SIGTERM; a second signal would end training without a checkpoint.
       self._process = subprocess.Popen(
           command, stdout=log, stderr=subprocess.STDOUT,
           stdin=subprocess.DEVNULL,
-          # Runs of their own, whatever else starts here with this sweep.
+          # A run is not one of several hosts, even if the sweep is.
           env=self._environment | {'JAX_NUM_PROCESSES': '1'},
           start_new_session=True)
 
 
 def last_error(path: str, status: int) -> str:
-  """Returns what a log says last of why its process failed.
-
-  Args:
-    path: The log.
-    status: Of the process.
-  """
+  """Returns why a process failed: the last error in its log."""
   with open(path, encoding='utf-8', errors='replace') as file:
     lines = [line.strip() for line in file.read().splitlines() if line.strip()]
-  begun = max((i for i, line in enumerate(lines) if line.startswith('$ ')),
+  start = max((i for i, line in enumerate(lines) if line.startswith('$ ')),
               default=0)
-  lines = lines[begun + 1:]
-  told = [line for line in lines if line.startswith('error: ')]
+  lines = lines[start + 1:]
   if status < 0:
-    ended = f'ended by {signal.Signals(-status).name}'
-    return ended + (', perhaps for want of memory' if status == -9 else '')
-  return (told or lines or [f'exit status {status}'])[-1].removeprefix(
+    name = signal.Signals(-status).name
+    return f'ended by {name}' + (
+        ', perhaps out of memory' if status == -signal.SIGKILL else '')
+  reported = [line for line in lines if line.startswith('error: ')]
+  return (reported or lines or [f'exit status {status}'])[-1].removeprefix(
       'error: ')
 
 
@@ -186,15 +185,13 @@ def last_error(path: str, status: int) -> str:
 def make_slots(
     parallel: int, environment: Mapping[str, str], dev: str = '/dev'
 ) -> list[dict[str, str]]:
-  """Returns the environment of each run that goes on at the same time.
+  """Returns one environment for each of the runs at a time.
 
-  One after another, a run has all devices. Several have a GPU or a TPU chip
-  each (the variables are those that JAX's own multi-process tests set), and
-  share the cores of a CPU.
+  A single run at a time has all devices. Several runs get a GPU or a TPU chip
+  each, by the variables that JAX's multi-process tests set; on a CPU they share
+  the cores.
 
   Args:
-    parallel: Their number.
-    environment: Of this process.
     dev: Folder of the devices.
 
   Raises:
@@ -228,41 +225,36 @@ def make_slots(
 
 
 def run_all(
-    plan: Sequence[runs.Run],
+    planned: Sequence[runs.PlannedRun],
     slots: Sequence[Mapping[str, str]],
     stop: Stop,
     *,
-    on_start: Callable[[runs.Run], None],
-    on_end: Callable[[runs.Run, Outcome], None],
+    on_start: Callable[[runs.PlannedRun], None],
+    on_end: Callable[[runs.PlannedRun, Outcome], None],
 ) -> dict[str, Outcome]:
   """Runs what is not finished; returns {workdir: outcome} of what was started.
 
   A run that fails does not end the others.
 
   Args:
-    plan: In order.
-    slots: See `make_slots`.
-    stop: Entered; asks the runs under way to save and end.
-    on_start: Called with each run.
-    on_end: Called with each run and how it ended.
+    stop: Entered; a signal makes running processes save and end.
+    on_start: Called with each run before it starts.
+    on_end: Called with each run and its outcome.
   """
-  waiting = [r for r in plan if r.state() != runs.FINISHED]
-  free, going, outcomes = list(range(len(slots))), {}, {}
-  while going or waiting and not stop.signal:
+  waiting = [r for r in planned if r.state() != runs.FINISHED]
+  free, running, outcomes = list(range(len(slots))), {}, {}
+  while running or waiting and not stop.signal:
     while free and waiting and not stop.signal:
       slot, run = free.pop(0), waiting.pop(0)
       on_start(run)
-      going[slot] = Process(run, slots[slot])
-    for slot, process in list(going.items()):
-      if stop.signal:
-        process.stop(f'stopped by {stop.signal.name}')
-      if stop.killed:
-        process.kill()
+      running[slot] = Process(run, slots[slot])
+    for slot, process in list(running.items()):
+      stop.pass_on(process)
       outcome = process.poll()
       if outcome is not None:
         outcomes[process.run.workdir] = outcome
         on_end(process.run, outcome)
-        del going[slot]
+        del running[slot]
         free.append(slot)
-    time.sleep(_POLL)
+    time.sleep(_POLL_SECONDS)
   return outcomes

@@ -1,10 +1,11 @@
-"""What finished runs say, read from their workdirs."""
+"""The results of finished runs, read from their workdirs."""
 
 import dataclasses
 import json
 import os
 from typing import Any
 from typing import Mapping
+from typing import Sequence
 
 from gemma_sft.evaluation import report
 from gemma_sft.monitor import metrics
@@ -16,11 +17,10 @@ LOSSES = frozenset(
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
-  """A finished run.
+class RunResult:
+  """The result of a finished run.
 
   Attributes:
-    run: What was planned.
     scores: {'loss': 2.1, 'judge/good': 0.4, ...} of the best checkpoint.
     rows: {'judge/good': {record: value}} of metrics that are means of records.
     headline: The metric that says how good the run is.
@@ -28,15 +28,15 @@ class Result:
     train: [(step, loss)].
     validation: [(step, loss)].
     steps: Updates.
-    seconds: Of training, all starts.
+    seconds: Of training, over all starts.
     evaluating: Seconds of answering afterwards.
     peak_bytes: The most memory of a device, or of the process on a CPU.
-    tokens_per_second: Median; None for runs too short to say.
+    tokens_per_second: Median; None for a run too short to have one.
     trained_weights: Their number.
     starts: How often training was started.
   """
 
-  run: runs.Run
+  run: runs.PlannedRun
   scores: Mapping[str, float]
   rows: Mapping[str, Mapping[str, float]]
   headline: str
@@ -52,15 +52,13 @@ class Result:
   starts: int
 
   @property
-  def timing(self) -> runs.Timing:
-    """For the estimates of runs to come."""
-    return runs.Timing(
-        self.run.cell.name, self.run.leaves, self.steps, self.seconds,
-        self.evaluating)
+  def total_seconds(self) -> float:
+    """Of training and answering."""
+    return self.seconds + self.evaluating
 
 
-def read(run: runs.Run) -> Result | None:
-  """Returns the result of a run, None unless it is finished."""
+def read(run: runs.PlannedRun) -> RunResult | None:
+  """Returns the result of a run; None if it is not finished."""
   if run.state() != runs.FINISHED:
     return None
   record = record_lib.read(run.workdir)
@@ -81,13 +79,12 @@ def read(run: runs.Run) -> Result | None:
     if run.leaves['eval.mode'] == 'min':
       lower.add(headline)
   end = record['end']
-  return Result(
+  return RunResult(
       run=run, scores=scores, rows=rows,
       headline=headline if headline in scores else 'loss',
       lower=frozenset(lower),
       train=[(r['step'], r['loss']) for r in lines if 'loss' in r],
-      validation=[
-          (r['step'], r['eval/loss']) for r in lines if 'eval/loss' in r],
+      validation=evaluations(lines, 'loss'),
       steps=end['step'], seconds=end['seconds'], evaluating=evaluating,
       peak_bytes=end['peak_bytes'],
       tokens_per_second=end['tokens_per_second'],
@@ -96,28 +93,60 @@ def read(run: runs.Run) -> Result | None:
 
 def evaluations(
     lines: list[dict[str, Any]], metric: str) -> list[tuple[int, float]]:
-  """Returns [(step, value)] of the evaluations of a metrics.jsonl."""
+  """Returns [(step, value)] of the evaluations in a metrics.jsonl."""
   key = f'eval/{metric}'
   return [(line['step'], line[key]) for line in lines if key in line]
 
 
 def best_scores(
     lines: list[dict[str, Any]], metric: str, mode: str) -> dict[str, float]:
-  """Returns the validation scores of the best checkpoint that training found.
+  """Returns the validation scores of the best checkpoint of a metrics.jsonl.
 
-  The untouched weights of step 0 are no checkpoint, as for `log.Tracker`.
+  As in `log.Tracker`, step 0 does not count, because the untouched weights are
+  no checkpoint, and ties go to the later step.
 
   Args:
     lines: Of metrics.jsonl.
     metric: config.eval.metric.
     mode: min or max.
   """
-  # The later one of equals, as there.
-  found = [line for line in reversed(lines)
-           if line['step'] and f'eval/{metric}' in line]
-  if not found:
-    return {}
+  key = f'eval/{metric}'
+  found = [line for line in reversed(lines) if line['step'] and key in line]
   choose = min if mode == 'min' else max
-  best = choose(found, key=lambda line: line[f'eval/{metric}'])
-  return {key.removeprefix('eval/'): value for key, value in best.items()
-          if key.startswith('eval/')}
+  best = choose(found, key=lambda line: line[key], default={})
+  return {name.removeprefix('eval/'): value for name, value in best.items()
+          if name.startswith('eval/')}
+
+
+# How long a run takes --------------------------------------------------------
+
+
+def estimate_seconds(
+    run: runs.PlannedRun, finished: Sequence[RunResult]) -> float | None:
+  """Returns the time that an unfinished run still takes; None if unknown.
+
+  A finished run of the same cell takes as long. Any other one is scaled by the
+  updates, if their number is known: from config.train.steps, or as many per
+  epoch as another run had on the same batches.
+  """
+  known = [(r.total_seconds, r.steps) for r in finished
+           if r.run.cell.name == run.cell.name]
+  known = known or [
+      (r.evaluating + r.seconds * steps / r.steps, steps) for r in finished
+      if (steps := _updates(run.leaves, r))]
+  if not known:
+    return None
+  mean = sum(seconds for seconds, _ in known) / len(known)
+  return mean * max(0.0, 1 - run.step() / max(1, known[0][1]))
+
+
+def _updates(leaves, result):
+  """Returns the updates of a run, judging by another one; 0 if unknown."""
+  if leaves['train.steps']:
+    return leaves['train.steps']
+  other = result.run.leaves
+  same_batches = all(leaves[k] == other[k] for k in leaves if k.startswith(
+      ('data.', 'train.gradient_accumulation_steps')))
+  if not same_batches or other['train.steps']:
+    return 0
+  return round(result.steps * leaves['train.epochs'] / other['train.epochs'])

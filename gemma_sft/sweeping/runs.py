@@ -1,4 +1,4 @@
-"""Which runs a sweep is made of, and how far each of them is."""
+"""The runs of a sweep, and how far each of them is."""
 
 import dataclasses
 import os
@@ -19,22 +19,18 @@ from gemma_sft.sweeping import source as source_lib
 
 FINISHED, TO_EVALUATE, TO_CONTINUE, TO_DO = (
     'finished', 'to evaluate', 'to continue', 'to do')
-# A name in front of the identity, for people; file systems take 255 bytes.
-_NAME = 60
+# Characters of a cell's name in the name of a folder, of 255 bytes at most.
+_NAME_LENGTH = 60
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class PlannedRun:
   """One run of a sweep: a cell with a seed.
 
   Attributes:
-    cell: What it is a run of.
-    seed: Its config.seed.
     identity: See `record.identity`.
-    workdir: Its folder.
     arguments: The command line of its config.
-    leaves: Its flat config.
-    split: Answered and judged after training; '' for none.
+    split: To be answered and judged after training; '' for none.
   """
 
   cell: grid.Cell
@@ -47,7 +43,7 @@ class Run:
 
   @property
   def evaluation(self) -> str:
-    """The file of its verdicts, '' if training's own are what counts."""
+    """The file of its verdicts; '' if the scores of training are used."""
     return self.split and os.path.join(
         self.workdir, 'evaluation', f'{self.split}-tuned.json')
 
@@ -62,7 +58,7 @@ class Run:
     return TO_CONTINUE if started else TO_DO
 
   def is_trained(self, record: Mapping[str, Any] | None) -> bool:
-    """Whether a run.json is of this run, trained to its end."""
+    """Returns whether a run.json is of this run, trained to its end."""
     return bool(record and record['identity'] == self.identity
                 and record['end'] and record['end']['finished'])
 
@@ -73,70 +69,67 @@ class Run:
 
 
 class Planner:
-  """Turns cells into runs."""
+  """Turns cells into runs; hashes weights and records once for all runs."""
 
-  def __init__(self, source: source_lib.Source, workdir: str, evaluate: str):
-    """Makes one that has read nothing yet.
-
-    Args:
-      source: The config file.
-      workdir: Of the sweep.
-      evaluate: auto, test, validation or none.
-    """
+  def __init__(
+      self, source: source_lib.SweepSource, workdir: str, evaluate: str):
+    """Reads nothing yet."""
     self._source, self._workdir = source, workdir
     self._evaluate = evaluate
-    # Weights and records are hashed once for all runs.
-    self._base: dict[Any, Any] = {}
-    self._records: dict[Any, str] = {}
+    self._weights: dict[Any, Any] = {}
+    self._data: dict[Any, str] = {}
 
   def plan(
-      self, cells: Sequence[grid.Cell], seeds: Sequence[int]) -> list[Run]:
+      self, cells: Sequence[grid.Cell], seeds: Sequence[int]
+  ) -> list[PlannedRun]:
     """Returns the runs, all cells of the first seed first.
 
-    After a kill those that are there are then complete pairs.
+    In this order the runs that are finished when a sweep is killed are
+    complete comparisons.
 
     Raises:
-      UserError: for a config that is not valid, naming the cell; for two cells
-        that are the same run.
+      UserError: for an invalid config, naming the cell; for two cells that are
+        the same run.
     """
     configs = {c.name: grid.load_cell(self._source, c) for c in cells}
-    plan, seen = [], {}
+    runs, cell_of = [], {}
     for seed in seeds:
       for cell in cells:
         run = self.run(cell, configs[cell.name], seed)
-        if run.identity in seen:
-          other = seen[run.identity]
+        if run.identity in cell_of:
           raise errors.UserError(
-              f'cell {cell.name} and cell {other.name} are the same run',
+              f'cell {cell.name} and cell {cell_of[run.identity].name} are the'
+              ' same run',
               'cells that differ in what decides the result: meshes, kernels,'
               ' remat and names of files do not',
               'remove one of them')
-        seen[run.identity] = cell
-        plan.append(run)
-    return plan
+        cell_of[run.identity] = cell
+        runs.append(run)
+    return runs
 
-  def run(self, cell: grid.Cell, config: Any, seed: int) -> Run:
+  def run(self, cell: grid.Cell, config: Any, seed: int) -> PlannedRun:
     """Returns the run of a cell, its validated config and a seed.
 
     Raises:
-      UserError: naming the cell, for data or weights that are not there.
+      UserError: naming the cell, for missing data or weights.
     """
     leaves = dict(config_lib.leaves(config)) | {'seed': seed}
     try:
+      data = self._data_hashes(config)
       identity = record_lib.identity(
-          leaves, self._base_hash(config, seed), self._data_hashes(config))
+          leaves, self._base_hash(config, seed), data)
       split = choose_split(config, self._evaluate)
     except errors.UserError as error:
-      raise grid.named(cell, error) from error
-    words = re.sub(r'[^A-Za-z0-9.]+', '-', cell.name).strip('-')[:_NAME]
-    return Run(
+      raise grid.with_cell(cell, error) from error
+    name = re.sub(r'[^A-Za-z0-9.]+', '-', cell.name).strip('-')[:_NAME_LENGTH]
+    return PlannedRun(
         cell=cell, seed=seed, identity=identity, split=split, leaves=leaves,
-        workdir=self._folder(identity, f'{words}-seed-{seed}'),
+        workdir=self._folder(identity, f'{name}-seed-{seed}'),
         arguments=tuple(
             self._source.arguments({**cell.changes, 'seed': seed})))
 
   def _folder(self, identity, name):
-    """Returns the run's folder: found by its identity, whatever its name."""
+    """Returns the run's folder: the one of its identity, or else a new one."""
     folder = os.path.join(self._workdir, 'runs')
     for found in sorted(os.listdir(folder) if os.path.isdir(folder) else ()):
       if found.endswith(f'-{identity}'):
@@ -145,9 +138,9 @@ class Planner:
 
   def _base_hash(self, config, seed):
     key = config.model.weights, config.model.weights_sha256
-    if key not in self._base:
-      self._base[key] = base.resolve_weights(config.model)
-    return base.base_hash(self._base[key], seed)
+    if key not in self._weights:
+      self._weights[key] = base.resolve_weights(config.model)
+    return base.base_hash(self._weights[key], seed)
 
   def _data_hashes(self, config):
     task, section, hashes = tasks.load(config.task), config.data, {}
@@ -156,19 +149,15 @@ class Planner:
         continue
       key = (name, config.task, section[name], section.format, section.columns,
              section.limit, tuple(section.fields))
-      if key not in self._records:
-        self._records[key] = splits.data_hash(
+      if key not in self._data:
+        self._data[key] = splits.data_hash(
             splits.read_split(section, name), task)
-      hashes[name] = self._records[key]
+      hashes[name] = self._data[key]
     return hashes
 
 
 def choose_split(config: Any, evaluate: str) -> str:
   """Returns the split to be judged after training, '' for none.
-
-  Args:
-    config: Of a run.
-    evaluate: auto, test, validation or none.
 
   Raises:
     UserError: if the config has no such split.
@@ -185,69 +174,3 @@ def choose_split(config: Any, evaluate: str) -> str:
         f' training): {known or "it has none"}',
         'set --config.data.validation')
   return evaluate
-
-
-# How long it takes ----------------------------------------------------------
-
-
-def estimate_seconds(
-    run: Run, finished: Sequence['Timing']) -> float | None:
-  """Returns how long a run takes, going by finished runs; None if none says.
-
-  A run of the same cell takes as long; another one by its updates, if the
-  number of them is known: set by config.train.steps, or as many an epoch as
-  a run on the same batches had.
-
-  Args:
-    run: Not finished.
-    finished: Timings of finished runs of the same sweep.
-  """
-  alike = [t for t in finished if t.cell == run.cell.name]
-  if not alike:
-    alike = [t for t in finished if _updates(run.leaves, t)]
-  if not alike:
-    return None
-  known = [
-      t.seconds if t.cell == run.cell.name else
-      t.evaluating + t.training * _updates(run.leaves, t) / t.steps
-      for t in alike]
-  mean = sum(known) / len(known)
-  total = alike[0].steps if alike[0].cell == run.cell.name else _updates(
-      run.leaves, alike[0])
-  return mean * max(0.0, 1 - run.step() / max(1, total))
-
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-  """How long a finished run took.
-
-  Attributes:
-    cell: Its cell's name.
-    leaves: Its flat config.
-    steps: Its updates.
-    training: Seconds of training, the start included.
-    evaluating: Seconds of answering afterwards.
-  """
-
-  cell: str
-  leaves: Mapping[str, Any]
-  steps: int
-  training: float
-  evaluating: float
-
-  @property
-  def seconds(self) -> float:
-    """Of both."""
-    return self.training + self.evaluating
-
-
-def _updates(leaves, timing):
-  """Returns the updates of a run, by those of another; 0 if unknown."""
-  if leaves['train.steps']:
-    return leaves['train.steps']
-  other = timing.leaves
-  same = all(leaves[k] == other[k] for k in leaves if k.startswith(
-      ('data.', 'train.gradient_accumulation_steps')))
-  if not same or other['train.steps']:
-    return 0
-  return round(timing.steps * leaves['train.epochs'] / other['train.epochs'])

@@ -1,11 +1,11 @@
-"""A search over a space by Optuna, hopeless trials ended early.
+"""A search over a space by Optuna, which ends hopeless trials early.
 
-A trial is a run with config.seed. It is scored by config.eval.metric on the
-validation split, as training found it, never on test. Trials are proposed by
-the tree-structured Parzen estimator (Bergstra et al., NeurIPS 2011) and, from
-the sixth on, ended when they are below the median of the earlier ones after as
-many updates (Golovin et al., KDD 2017, median stopping rule). All is kept in
-W/search.db: the same command goes on.
+A trial is a run with config.seed. Its value is config.eval.metric on the
+validation split, as found in training, never on the test split. Trials are
+proposed by the tree-structured Parzen estimator (Bergstra et al., NeurIPS
+2011). From the sixth on, a trial ends when it is below the median of the
+earlier ones after as many updates (Golovin et al., KDD 2017, median stopping
+rule). All trials are kept in W/search.db, so the same command continues.
 """
 
 import os
@@ -29,11 +29,11 @@ from gemma_sft.sweeping import wording
 
 _STUDY = 'search'
 _STARTUP_TRIALS = 5
-_POLL = 0.5
-_EXAMPLE = ("--search='optimizer.learning_rate=1e-5..1e-3:log;"
+_POLL_SECONDS = 0.5
+_EXAMPLE = ("for example --search='optimizer.learning_rate=1e-5..1e-3:log;"
             "lora.rank=4,8,16'")
-# Attributes of the study: what is searched; numbers of trials that later ones
-# do again because the search was stopped.
+# Attributes of the study: what is searched; numbers of interrupted trials,
+# which later trials repeat.
 _ABOUT, _REPEATED = 'about', 'repeated'
 
 
@@ -43,12 +43,8 @@ def parse_space(text: str, config: Any) -> dict[str, Any]:
   `low..high` is a range, with `:log` on a logarithmic scale; values between
   commas are a choice.
 
-  Args:
-    text: Of --search.
-    config: For the types of values.
-
   Raises:
-    UserError: for a key that does not exist, or values that are none.
+    UserError: for an unknown key, or values of the wrong type.
   """
   optuna = _import_optuna()
   space = {}
@@ -56,29 +52,26 @@ def parse_space(text: str, config: Any) -> dict[str, Any]:
     parts = grid.split_outside(rest, ',')
     bounds, colon, scale = rest.partition(':')
     low, dots, high = bounds.partition('..')
+    got = f'--search: {key}={rest}'
     if not dots:
       values = [grid.parse_value(key, part, config) for part in parts]
       if len(values) < 2:
         raise errors.UserError(
-            f'--search: {key}={rest}', 'a range or at least two values',
-            f'for example {_EXAMPLE}')
-      # Optuna keeps numbers, texts and truth values; a tuple as its text.
+            got, 'a range or at least two values', _EXAMPLE)
+      # Optuna stores numbers, texts and booleans, so a tuple becomes a text.
       space[key] = optuna.distributions.CategoricalDistribution(
           [source_lib.as_text(v) if isinstance(v, tuple) else v
            for v in values])
       continue
     if colon and scale != 'log':
-      raise errors.UserError(
-          f'--search: {key}={rest}', 'low..high or low..high:log',
-          f'for example {_EXAMPLE}')
+      raise errors.UserError(got, 'low..high or low..high:log', _EXAMPLE)
     low, high = (grid.parse_value(key, part, config) for part in (low, high))
     kinds = {int: optuna.distributions.IntDistribution,
              float: optuna.distributions.FloatDistribution}
     if type(low) not in kinds or low >= high or colon and low <= 0:
       raise errors.UserError(
-          f'--search: {key}={rest}', 'numbers, the lower one first'
-          + (', above 0 for a logarithmic scale' if colon else ''),
-          f'for example {_EXAMPLE}')
+          got, 'numbers, the lower one first'
+          + (', above 0 for a logarithmic scale' if colon else ''), _EXAMPLE)
     space[key] = kinds[type(low)](low, high, log=bool(colon))
   return space
 
@@ -95,7 +88,7 @@ def _import_optuna() -> Any:
 
 
 def run(
-    source: source_lib.Source,
+    source: source_lib.SweepSource,
     config: Any,
     text: str,
     *,
@@ -107,19 +100,14 @@ def run(
   """Searches until there are `trials`; returns the exit status.
 
   Args:
-    source: The config file.
-    config: Its config.
-    text: Of --search.
-    trials: Those of earlier calls counted.
-    workdir: Of the sweep.
-    slots: See `processes.make_slots`.
+    trials: Their number, including those of earlier calls.
     dry_run: Print the space and the trials so far, and stop.
   """
   if trials < 1:
     raise errors.UserError(
         f'--trials={trials}', 'at least 1', 'leave it out for 20')
   space = parse_space(text, config)
-  _try_values(source, config, space)
+  _check_values(source, config, space)
   if dry_run:
     for key, distribution in space.items():
       print(f'{key}: {distribution}')
@@ -135,7 +123,7 @@ def run(
     return 0
   search = Search(source, config, space, workdir)
   with workdir_lib.lock_workdir(workdir), processes.Stop() as stop:
-    failed = search.go_on(trials, slots, stop)
+    failed = search.run(trials, slots, stop)
     summary = search.write(trials)
   print()
   for sentence in summary['sentences']:
@@ -151,8 +139,8 @@ def _database(workdir):
   return os.path.join(os.path.abspath(workdir), 'search.db')
 
 
-def _try_values(source, config, space):
-  """Refuses a space with a value that is not valid, before any run."""
+def _check_values(source, config, space):
+  """Refuses a space with an invalid value before any run."""
   ends = {key: getattr(d, 'choices', None) or (d.low, d.high)
           for key, d in space.items()}
   for key, values in ends.items():
@@ -162,36 +150,23 @@ def _try_values(source, config, space):
 
 
 def _cell(parameters, config):
-  changes = {k: _value(k, v, config) for k, v in parameters.items()}
-  names = grid.short_names(list(changes))
-  return grid.Cell(', '.join(
-      f'{names[k]}={grid.show_value(v)}' for k, v in changes.items()), changes)
-
-
-def _value(key, value, config):
-  """Returns a parameter as the config has it: tuples come as texts."""
-  if key != source_lib.ARGUMENT and isinstance(
-      source_lib.get_value(config, key), tuple):
-    return grid.parse_value(key, value, config)
-  return value
+  """Returns the cell of a trial; Optuna stores tuples as texts."""
+  return grid.make_cell({
+      key: grid.parse_value(key, value, config)
+      if isinstance(value, str) else value
+      for key, value in parameters.items()})
 
 
 class Search:
   """The trials, in Optuna's storage: `study`."""
 
   def __init__(
-      self, source: source_lib.Source, config: Any, space: Mapping[str, Any],
-      workdir: str):
-    """Opens the storage, which need not be there.
-
-    Args:
-      source: The config file.
-      config: Its config.
-      space: Of `parse_space`.
-      workdir: Of the sweep.
+      self, source: source_lib.SweepSource, config: Any,
+      space: Mapping[str, Any], workdir: str):
+    """Opens or creates the storage.
 
     Raises:
-      UserError: if the trials there are of another metric or direction.
+      UserError: if it holds trials of another space, metric or direction.
     """
     optuna = _import_optuna()
     self._source, self._config, self._space = source, config, space
@@ -211,13 +186,13 @@ class Search:
     if seen != about:
       raise errors.UserError(
           f'{path} holds trials of {seen}', f'those of this search: {about}',
-          'go on with the same --search, or choose another --workdir')
+          'continue with the same --search, or choose another --workdir')
     self.study.set_user_attr(_ABOUT, about)
     with warnings.catch_warnings():
-      # Optuna calls constant_liar experimental, in each process.
+      # Optuna warns in each process that constant_liar is experimental.
       warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
       self.study.sampler = optuna.samplers.TPESampler(
-          # Another one each call: the same would propose the same trials again.
+          # Another seed each call; the same would propose the same trials.
           seed=config.seed + len(self.study.trials),
           n_startup_trials=_STARTUP_TRIALS, constant_liar=True)
     self.study.pruner = optuna.pruners.MedianPruner(
@@ -242,57 +217,56 @@ class Search:
           'message': trial.user_attrs.get('message', '')})
     return rows
 
-  def go_on(
+  def run(
       self, trials: int, slots: Sequence[Mapping[str, str]],
       stop: processes.Stop) -> int:
-    """Runs trials until there are so many; returns how many failed here."""
+    """Runs trials up to this number; returns how many failed in this call."""
     for trial in self.study.get_trials(deepcopy=False):
       if trial.state == self._states.RUNNING:  # When the search was killed.
-        self._again(trial)
-    free, going, failed = list(range(len(slots))), {}, 0
+        self._requeue(trial)
+    free, running, failed = list(range(len(slots))), {}, 0
     while True:
       while free and not stop.signal and len(self.rows()) < trials:
         process, trial = self._start(slots[free[0]])
         if process is None:
           failed += 1
         else:
-          going[free.pop(0)] = trial, process, set()
-      if not going:
+          running[free.pop(0)] = trial, process, set()
+      if not running:
         return failed
-      for slot, (trial, process, seen) in list(going.items()):
-        if stop.signal:
-          process.stop(f'stopped by {stop.signal.name}')
-        if stop.killed:
-          process.kill()
+      for slot, (trial, process, seen) in list(running.items()):
+        stop.pass_on(process)
         self._report(trial, process, seen)
         outcome = process.poll()
         if outcome is not None:
           self._report(trial, process, seen)
-          failed += self._tell(trial, process, outcome, stop)
-          del going[slot]
+          failed += self._end(trial, process, outcome, stop)
+          del running[slot]
           free.append(slot)
-      time.sleep(_POLL)
+      time.sleep(_POLL_SECONDS)
 
-  def _again(self, trial):
-    """Puts a trial in the queue: its run, the same one, goes on."""
+  def _requeue(self, trial):
+    """Queues the parameters of a trial again, which continues its run."""
     self.study.set_user_attr(_REPEATED, [
         *self.study.user_attrs.get(_REPEATED, []), trial.number])
     self.study.tell(trial.number, state=self._states.FAIL)
     self.study.enqueue_trial(trial.params)
 
   def _start(self, environment):
-    """Returns the next trial with its process, None if it cannot be run."""
+    """Returns (process, trial) of the next trial; no process if it is invalid.
+    """
     trial = self.study.ask(self._space)
     cell = _cell(trial.params, self._config)
     try:
-      run_ = self._planner.run(
+      planned = self._planner.run(
           cell, grid.load_cell(self._source, cell), self._config.seed)
     except errors.UserError as error:
       self._fail(trial, error.got)
       return None, trial
-    trial.set_user_attr('folder', os.path.relpath(run_.workdir, self._workdir))
-    print(f'trial {trial.number} | {cell.name} | {run_.state()}', flush=True)
-    return processes.Process(run_, environment), trial
+    trial.set_user_attr(
+        'folder', os.path.relpath(planned.workdir, self._workdir))
+    print(f'trial {trial.number} | {cell.name} | {planned.state()}', flush=True)
+    return processes.Process(planned, environment), trial
 
   def _fail(self, trial, message):
     trial.set_user_attr('message', message)
@@ -300,31 +274,31 @@ class Search:
     print(f'trial {trial.number} | failed: {message}', flush=True)
 
   def _report(self, trial, process, seen):
-    """Passes new evaluations on, and ends a run that falls behind."""
+    """Reports new evaluations to Optuna, and prunes a hopeless run."""
     lines = metrics.read_jsonl(
         os.path.join(process.run.workdir, 'metrics.jsonl'))
     for step, value in results_lib.evaluations(lines, self.metric):
-      # Evaluation 0 is of the untouched weights, the same for all.
+      # Evaluation 0 is of the untouched weights, the same for all trials.
       if step and step not in seen:
         seen.add(step)
         trial.report(value, step)
         if trial.should_prune():
           process.stop(f'pruned after {step} updates')
 
-  def _tell(self, trial, process, outcome, stop) -> bool:
-    """Tells Optuna how a trial ended; whether it failed."""
+  def _end(self, trial, process, outcome, stop) -> bool:
+    """Reports to Optuna how a trial ended; returns whether it failed."""
     result = results_lib.read(process.run)
     if result is not None and self.metric in result.scores:
       value = result.scores[self.metric]
       self.study.tell(trial, value)
-      text = (f'{pictures.label(self.metric)}'
+      text = (f'{wording.label(self.metric)}'
               f' {wording.show(self.metric, value)} after'
               f' {metrics.duration(outcome.seconds)}')
     elif outcome.message.startswith('pruned'):
       self.study.tell(trial, state=self._states.PRUNED)
       text = outcome.message
     elif stop.signal:
-      self._again(trial)
+      self._requeue(trial)
       text = outcome.message
     else:
       message = outcome.message or f'no {self.metric} among its scores'
@@ -335,45 +309,41 @@ class Search:
     return False
 
   def write(self, trials: int) -> dict[str, Any]:
-    """Writes the page of the search; returns what it says.
-
-    Args:
-      trials: How many were asked for.
-    """
+    """Writes the page of the search; returns the content of sweep.json."""
     rows = self.rows()
     done = [r for r in rows if r['state'] == 'complete']
     best = (min if self.lower else max)(
         done, key=lambda r: r['value'], default=None)
-    said = ['No trial is complete.'] if best is None else [
+    sentences = ['No trial is complete.'] if best is None else [
         f'The best of {len(done)} complete trials is number {best["number"]},'
         + ''.join(f' {k}={grid.show_value(v)}'
                   for k, v in best['parameters'].items())
-        + f', with {pictures.label(self.metric)}'
+        + f', with {wording.label(self.metric)}'
         f' {wording.show(self.metric, best["value"])} on the validation split.',
-        f'The best of {len(done)} is flattered by the choice, and it is one'
-        ' seed: compare it with what you have by --grid and --seeds=3.']
-    head = ['trial', 'state', pictures.label(self.metric), *self._space,
-            'updates', 'time', 'folder', '']
-    table = page.Block('Trials', head, [
-        [str(r['number']), r['state'], wording.show(self.metric, r['value']),
-         *(grid.show_value(r['parameters'].get(k, '-')) for k in self._space),
-         str(r['updates']), metrics.duration(r['seconds']), r['folder'],
-         r['message']] for r in sorted(rows, key=lambda r: (
-             r['state'] != 'complete', (1 if self.lower else -1)
-             * (r['value'] or 0)))],
+        'Being the best of several, its value is too good, and it is from one'
+        ' seed: compare it with your present setting by --grid and --seeds=3.']
+    ranked = sorted(rows, key=lambda r: (
+        r['state'] != 'complete',
+        (1 if self.lower else -1) * (r['value'] or 0)))
+    table = page.Block(
+        'Trials', ['trial', 'state', wording.label(self.metric), *self._space,
+                   'updates', 'time', 'folder', ''],
+        [[str(r['number']), r['state'], wording.show(self.metric, r['value']),
+          *(grid.show_value(r['parameters'].get(k, '-')) for k in self._space),
+          str(r['updates']), metrics.duration(r['seconds']), r['folder'],
+          r['message']] for r in ranked],
         ['best' if i == 0 and best else '' for i in range(len(rows))],
-        note='Pruned: ended early, being below the median of earlier trials'
-        ' after as many updates; its value is that of its last evaluation.')
-    blocks = [table, page.Block('Values', pictures=[
+        note='Pruned: ended early because it was below the median of earlier'
+        ' trials after as many updates; its value is from its last evaluation.')
+    values = page.Block('Values', pictures=[
         *pictures.trials(rows, self.metric, self.lower),
-        *pictures.parameters(rows, self.metric)])]
-    summary = {'sentences': said, 'metric': self.metric,
+        *pictures.parameters(rows, self.metric)])
+    summary = {'sentences': sentences, 'metric': self.metric,
                'lower_is_better': self.lower, 'trials': rows, 'best': best,
                'complete': len(rows) >= trials}
     page.write_files(
         self._workdir,
-        name=os.path.basename(os.path.abspath(self._workdir)),
         subtitle=f'{self._source.path}: search, {len(rows)} of {trials} trials,'
-        ' scored on the validation split', sentences=said, blocks=blocks,
+        ' scored on the validation split', blocks=[table, values],
         summary=summary)
     return summary

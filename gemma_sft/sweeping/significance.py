@@ -1,25 +1,25 @@
 """Which cell is better, by how much, and whether that is beyond chance.
 
 Runs of two cells are compared seed by seed. Where the judge has a verdict on
-each record, a difference d of two runs is known for each seed s and record r,
-and both are samples: of the seeds that might have been drawn, and of the
-questions that might have been asked. With
+each record, two runs have a difference d for each seed s and record r. Both are
+samples: of the seeds that could have been drawn, and of the questions that
+could have been asked. With
 
-    d_sr = mean + seed_s + record_r + rest_sr
+    d_sr = mean + seed_s + record_r + residual_sr
 
 independent and crossed, the variance of the mean over S seeds and R records is
 estimated by var(means of the seeds) / S + var(means of the records) / R -
-var(rest) / (S R), the last because both of the others hold it, and has
+var(residual) / (S R), the last because both of the others contain it. It has
 Satterthwaite's degrees of freedom (Biometrics Bulletin 2, 1946; the two-way
 random model, Searle, Casella and McCulloch, Variance Components, 1992). A t
-interval over three seeds alone would leave out that another set of questions
-gives another answer, a bootstrap over records alone that another seed does; a
-bootstrap of three seeds is too narrow by a third of the variance. Losses, of
-which only totals are kept, get the t interval of the seeds' differences.
+interval over three seeds alone would ignore that other questions give other
+answers, and a bootstrap over records alone that other seeds do; a bootstrap of
+three seeds underestimates the variance by a third. Losses, of which only totals
+are kept, get the t interval of the seeds' differences.
 
-Several cells against one baseline are several chances to be lucky: p values are
-adjusted by Holm (Scandinavian Journal of Statistics 6, 1979), the intervals
-are not.
+Comparing several cells with one baseline gives several chances to be lucky: p
+values are adjusted by Holm (Scandinavian Journal of Statistics 6, 1979),
+intervals are not.
 """
 
 import dataclasses
@@ -41,14 +41,14 @@ class Difference:
   """How much better one cell is than another on the same seeds.
 
   Attributes:
-    mean: Above 0 is better, whichever way the metric runs.
-    low: Of the 95 % interval; None without one.
-    high: Likewise.
+    mean: Above 0 is better, also where a lower metric is better.
+    low: Lower end of the 95 % interval; None without one.
+    high: Its upper end.
     p: Two-sided; None without an interval.
     n_seeds: Seeds that both have.
-    n_records: Records that all of those runs answered; 0 if it is not a mean
-      over records.
-    adjusted: p after Holm; None until `adjust`.
+    n_records: Records that all of these runs answered; 0 if the metric is not a
+      mean over records.
+    adjusted: p adjusted by Holm; None until `adjust`.
   """
 
   mean: float
@@ -65,17 +65,17 @@ class Difference:
     return self.adjusted is not None and self.adjusted < ALPHA
 
 
-Results = Sequence[results_lib.Result]
+Results = Sequence[results_lib.RunResult]
+Grouped = Mapping[str, Results]  # {cell: its finished runs}.
 
 
 def difference(
     pairs: Sequence[tuple[Results, Results]], metric: str) -> Difference | None:
-  """Compares runs of cells by a metric; None if they share no seed.
+  """Returns by how much a metric differs; None if no seed is shared.
 
   Args:
-    pairs: Finished runs of a cell and of the one that it is compared with; of
-      several such pairs the mean is taken, seed by seed and record by record.
-    metric: Such as judge/good.
+    pairs: Finished runs of a cell and of the one that it is compared with.
+      Several pairs are averaged, seed by seed and record by record.
   """
   runs = [tuple({r.run.seed: r for r in found if metric in r.scores}
                 for found in pair) for pair in pairs]
@@ -84,12 +84,12 @@ def difference(
   if not seeds:
     return None
   sign = -1 if metric in runs[0][0][seeds[0]].lower else 1
-  rows = [of[s].rows.get(metric, {}) for pair in runs for of in pair
+  rows = [by_seed[s].rows.get(metric, {}) for pair in runs for by_seed in pair
           for s in seeds]
   records = sorted(set.intersection(*map(set, rows)))
   if len(records) > 1:
     return crossed(sign * np.mean(
-        [[[a[s].rows[metric][w] - b[s].rows[metric][w] for w in records]
+        [[[a[s].rows[metric][r] - b[s].rows[metric][r] for r in records]
           for s in seeds] for a, b in runs], axis=0))
   return paired(sign * np.mean(
       [[a[s].scores[metric] - b[s].scores[metric] for s in seeds]
@@ -97,7 +97,7 @@ def difference(
 
 
 def paired(d_S: np.ndarray) -> Difference:
-  """Returns the t interval of differences, one a seed."""
+  """Returns the t interval of differences, one per seed."""
   n = len(d_S)
   if n < 2:
     return Difference(float(d_S[0]), None, None, None, 1, 0)
@@ -105,23 +105,24 @@ def paired(d_S: np.ndarray) -> Difference:
 
 
 def crossed(d_SR: np.ndarray) -> Difference:
-  """Returns the interval of differences, one a seed and record.
+  """Returns the interval of differences, one per seed and record.
 
-  With one seed it is over the records alone.
+  With one seed it covers the records alone.
   """
   n_seeds, n_records = d_SR.shape
   by_record = d_SR.mean(axis=0).var(ddof=1) / n_records
   if n_seeds == 1:
     return _interval(d_SR, by_record, n_records - 1, 1, n_records)
   by_seed = d_SR.mean(axis=1).var(ddof=1) / n_seeds
-  rest = (d_SR - d_SR.mean(axis=0) - d_SR.mean(axis=1, keepdims=True)
-          + d_SR.mean())
-  n_rest = (n_seeds - 1) * (n_records - 1)
-  both = (rest ** 2).sum() / n_rest / d_SR.size
+  residual_SR = (d_SR - d_SR.mean(axis=0) - d_SR.mean(axis=1, keepdims=True)
+                 + d_SR.mean())
+  n_residual = (n_seeds - 1) * (n_records - 1)
+  both = (residual_SR ** 2).sum() / n_residual / d_SR.size
   variance = by_seed + by_record - both
-  parts = [(by_seed, n_seeds - 1), (by_record, n_records - 1), (both, n_rest)]
+  parts = [(by_seed, n_seeds - 1), (by_record, n_records - 1),
+           (both, n_residual)]
   if variance < max(by_seed, by_record):
-    # An estimate below what one of its parts shows alone is noise.
+    # A sum below one of its parts is noise.
     variance, parts = max((by_seed, parts[:1]), (by_record, parts[1:2]),
                           key=lambda pair: pair[0])
   freedom = 1.0
@@ -135,7 +136,7 @@ def _interval(d, variance, freedom, n_seeds, n_records):
 
   mean, error = float(d.mean()), math.sqrt(variance)
   if error <= 1e-12 * max(1.0, abs(mean)):
-    # All alike: the chance that so many signs agree is what can be said.
+    # No spread: p is the chance that so many signs agree.
     p = 1.0 if mean == 0 else 2.0 ** (1 - max(n_seeds, n_records))
     return Difference(mean, mean, mean, p, n_seeds, n_records)
   half = float(stats.t.ppf(0.975, freedom)) * error
@@ -158,13 +159,12 @@ def adjust(differences: Sequence[Difference | None]) -> list[Difference | None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-  """A cell's line in the table of one metric.
+class CellScores:
+  """One metric of a cell.
 
   Attributes:
-    cell: Its name.
     values: {seed: value} of finished runs.
-    difference: To the baseline; None for the baseline itself.
+    difference: From the baseline; None for the baseline itself.
   """
 
   cell: str
@@ -185,8 +185,8 @@ class Row:
 
 
 def by_cell(
-    found: Sequence[results_lib.Result], cells: Sequence[grid.Cell]
-) -> dict[str, list[results_lib.Result]]:
+    found: Results, cells: Sequence[grid.Cell]
+) -> dict[str, list[results_lib.RunResult]]:
   """Returns {cell: its finished runs}, in the order of the cells."""
   grouped = {cell.name: [] for cell in cells}
   for result in found:
@@ -195,35 +195,27 @@ def by_cell(
 
 
 def compare(
-    grouped: Mapping[str, Results],
+    grouped: Grouped,
     metric: str,
     baseline: str,
-) -> list[Row]:
-  """Returns a row a cell, p values adjusted for their number.
-
-  Args:
-    grouped: Of `by_cell`.
-    metric: Such as judge/good or loss.
-    baseline: Name of a cell.
-  """
+) -> list[CellScores]:
+  """Returns the scores of each cell, p values adjusted for their number."""
   differences = adjust([
       None if name == baseline else difference(
           [(found, grouped[baseline])], metric)
       for name, found in grouped.items()])
   return [
-      Row(name, {r.run.seed: r.scores[metric] for r in found
-                 if metric in r.scores}, d)
+      CellScores(name, {r.run.seed: r.scores[metric] for r in found
+                        if metric in r.scores}, d)
       for (name, found), d in zip(grouped.items(), differences)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Effect:
-  """What a value of a factor does, whatever the other factors are.
+  """The main effect of one value of a factor.
 
   Attributes:
-    factor: Its key.
-    value: What is compared...
-    than: ...with the baseline's value.
+    than: The baseline's value, with which it is compared.
     difference: The mean over all settings of the other factors.
   """
 
@@ -234,19 +226,13 @@ class Effect:
 
 
 def effects(
-    grouped: Mapping[str, Results], cells: Sequence[grid.Cell],
+    grouped: Grouped, cells: Sequence[grid.Cell],
     factors: Sequence[str], metric: str, baseline: str) -> list[Effect]:
   """Returns the main effects of a grid, p values adjusted for their number.
 
-  Each is the mean of as many differences as there are settings of the other
-  factors, and so surer than a difference of two cells.
-
-  Args:
-    grouped: Of `by_cell`.
-    cells: Of the sweep.
-    factors: Of the sweep; with one alone, its effects are those of the cells.
-    metric: Such as judge/good.
-    baseline: Name of a cell.
+  Each is the mean over all settings of the other factors, and therefore more
+  precise than the difference of two cells. With one factor there are none:
+  they would be the differences of the cells.
   """
   base = next(c for c in cells if c.name == baseline).changes
   found = []
@@ -254,27 +240,27 @@ def effects(
     settings, values = {}, {}
     for cell in cells:
       if factor in cell.changes and factor in base:
-        rest = repr([(k, v) for k, v in cell.changes.items() if k != factor])
+        others = repr([(k, v) for k, v in cell.changes.items() if k != factor])
         values[repr(cell.changes[factor])] = cell.changes[factor]
-        settings.setdefault(rest, {})[repr(cell.changes[factor])] = cell.name
+        settings.setdefault(others, {})[repr(cell.changes[factor])] = cell.name
+    base_key = repr(base.get(factor))
     for key, value in values.items():
-      than = base[factor]
-      pairs = [(grouped[names[key]], grouped[names[repr(than)]])
+      pairs = [(grouped[names[key]], grouped[names[base_key]])
                for names in settings.values()
-               if key != repr(than) and key in names and repr(than) in names]
+               if key != base_key and key in names and base_key in names]
       if d := difference(pairs, metric):
-        found.append(Effect(factor, value, than, d))
+        found.append(Effect(factor, value, base[factor], d))
   return [dataclasses.replace(e, difference=d) for e, d in zip(
       found, adjust([e.difference for e in found]))]
 
 
 def alike(
-    grouped: Mapping[str, Results], metric: str, best: str
+    grouped: Grouped, metric: str, best: str
 ) -> list[str]:
-  """Returns the cells that cannot be told apart from the best.
+  """Returns the cells that do not differ from the best beyond chance.
 
-  Each of them is compared with the best on the same seeds, Holm-adjusted; so is
-  one without an interval.
+  Each is compared with the best on the same seeds, p adjusted by Holm. A cell
+  whose difference has no interval counts as not different.
   """
   others = [name for name, found in grouped.items() if name != best and found]
   compared = adjust([
@@ -284,11 +270,11 @@ def alike(
 
 
 def pareto(costs: Sequence[float], qualities: Sequence[float]) -> list[bool]:
-  """Returns which points no other beats in both cost and quality.
+  """Returns whether each point is on the Pareto front.
 
   Args:
     costs: Lower is better.
-    qualities: Higher is better; one a cost.
+    qualities: Of the same points; higher is better.
   """
   points = list(zip(costs, qualities))
   return [not any(
@@ -297,17 +283,11 @@ def pareto(costs: Sequence[float], qualities: Sequence[float]) -> list[bool]:
 
 
 def costs(
-    grouped: Mapping[str, Results],
+    grouped: Grouped,
     metric: str,
-    lower: bool,
+    lower_is_better: bool,
 ) -> list[dict[str, Any]]:
-  """Returns quality, time and memory of each cell, and who is on a front.
-
-  Args:
-    grouped: Of `by_cell`.
-    metric: What quality is.
-    lower: Whether less of it is better.
-  """
+  """Returns quality, time and memory of each cell, and which are on a front."""
   rows = []
   for number, (name, found) in enumerate(grouped.items(), 1):
     known = [r for r in found if metric in r.scores]
@@ -315,12 +295,12 @@ def costs(
       rows.append({
           'cell': name, 'number': number,
           'quality': float(np.mean([r.scores[metric] for r in known])),
-          'seconds': float(np.mean([r.timing.seconds for r in known])),
+          'seconds': float(np.mean([r.total_seconds for r in known])),
           'gigabytes': float(np.mean([r.peak_bytes for r in known])) / 1e9,
           'trained_weights': known[0].trained_weights,
           'tokens_per_second': _mean(
               [r.tokens_per_second for r in known])})
-  quality = [(-1 if lower else 1) * row['quality'] for row in rows]
+  quality = [(-1 if lower_is_better else 1) * row['quality'] for row in rows]
   for cost, front in (('seconds', 'on_time'), ('gigabytes', 'on_memory')):
     for row, best in zip(rows, pareto(
         [row[cost] for row in rows], quality)):
@@ -333,19 +313,22 @@ def _mean(values):
   return float(np.mean(known)) if known else None
 
 
-def best_cell(rows: Sequence[Row], lower: bool) -> Row | None:
-  """Returns the cell of the best mean; None if nothing is finished.
+def best_cell(
+    scores: Sequence[CellScores], lower_is_better: bool
+) -> CellScores | None:
+  """Returns the cell with the best mean; None if no run is finished.
 
-  Of equal ones the first, which is most often the baseline.
+  Ties go to the first cell, which is usually the baseline.
   """
-  known = [row for row in rows if row.values]
-  return (min if lower else max)(
-      known, key=lambda row: row.mean, default=None)
+  known = [cell for cell in scores if cell.values]
+  return (min if lower_is_better else max)(
+      known, key=lambda cell: cell.mean, default=None)
 
 
-def to_json(row: Row) -> dict[str, Any]:
-  """Returns a row as JSON takes it."""
-  return {'cell': row.cell, 'n': len(row.values), 'mean': row.mean,
-          'sd': row.spread, 'values': {
-              str(seed): value for seed, value in row.values.items()},
-          'difference': row.difference and dataclasses.asdict(row.difference)}
+def to_json(scores: CellScores) -> dict[str, Any]:
+  """Returns a cell's scores as plain JSON values."""
+  return {'cell': scores.cell, 'n': len(scores.values), 'mean': scores.mean,
+          'sd': scores.spread, 'values': {
+              str(seed): value for seed, value in scores.values.items()},
+          'difference': scores.difference and dataclasses.asdict(
+              scores.difference)}

@@ -9,17 +9,16 @@ from typing import Mapping
 
 from gemma_sft import errors
 
-# The factor that is no key of a config: the argument of get_config.
+# The factor that is no key of a config: the argument of `get_config`.
 ARGUMENT = 'config'
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-  """A config file, with what the command line changes in it.
+class SweepSource:
+  """A config file and the overrides that all runs of a sweep share.
 
   Attributes:
-    path: Of the file.
-    argument: Of its get_config; None for its default.
+    argument: Of its `get_config`; None for its default.
     overrides: {key: value} of `--config.key=value`.
   """
 
@@ -28,16 +27,13 @@ class Source:
   overrides: Mapping[str, Any]
 
   @classmethod
-  def from_flag(cls, name: str, overrides: Mapping[str, Any]) -> 'Source':
-    """Returns the source of `--config=NAME` and of its overrides."""
+  def from_flag(cls, name: str, overrides: Mapping[str, Any]) -> 'SweepSource':
+    """Returns the source of `--config=NAME` and its overrides."""
     path, colon, argument = name.partition(':')
     return cls(path, argument if colon else None, dict(overrides))
 
   def load(self, changes: Mapping[str, Any]) -> Any:
-    """Returns the locked config with the changes of a cell.
-
-    Args:
-      changes: {factor: value}.
+    """Returns the locked config with {factor: value} changed.
 
     Raises:
       UserError: if the file refuses its argument, or a key its value.
@@ -56,7 +52,7 @@ class Source:
     return config
 
   def arguments(self, changes: Mapping[str, Any]) -> list[str]:
-    """Returns the command line that makes `load(changes)`."""
+    """Returns the command line of `load(changes)`."""
     argument = changes.get(ARGUMENT, self.argument)
     name = self.path if argument is None else f'{self.path}:{argument}'
     return [f'--config={name}', *(
@@ -93,17 +89,15 @@ def set_value(config: Any, key: str, value: Any) -> None:
   """Sets a dotted key of a locked config.
 
   Raises:
-    UserError: if the value is of another type than the key.
+    UserError: if the value's type differs from the key's.
   """
-  node = config
-  *parents, name = key.split('.')
-  for parent in parents:
-    node = node[parent]
+  parent, _, name = key.rpartition('.')
+  section = get_value(config, parent) if parent else config
   try:
-    node[name] = value
+    section[name] = value
   except (TypeError, ValueError) as error:
     raise errors.UserError(
-        f'{key}={value!r}', f'a value like its default {node[name]!r}',
+        f'{key}={value!r}', f'a value like its default {section[name]!r}',
         'correct the value') from error
 
 

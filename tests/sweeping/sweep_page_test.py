@@ -148,7 +148,7 @@ def make_sweep(tmp_path):
     for seed in range(seeds):
       for i, (cell, (_, share)) in enumerate(
           zip(sweep.cells, cells.values())):
-        run = runs.Run(
+        run = runs.PlannedRun(
             cell, seed, f'{seed}{i}'.zfill(16),
             str(tmp_path / 'w/runs' / f'{i}-{seed}'), (),
             {'seed': seed, 'train.steps': 20}, 'test')
@@ -206,7 +206,7 @@ def test_the_page_says_which_cell_is_best(make_sweep, tmp_path):
   assert said.startswith('The best cell is good: strict')
   assert 'This is beyond chance (p' in said
   assert 'adjusted for 2 comparisons' in said
-  assert 'Not told apart' not in said
+  assert 'Not different' not in said
   with open(os.path.join(workdir, 'sweep.json'), encoding='utf-8') as file:
     kept = json.load(file)
   values = [r['scores']['judge/strict'] for r in kept['runs']
@@ -231,14 +231,14 @@ def test_a_gain_that_may_be_chance_is_called_so(make_sweep, tmp_path):
   summary = page.write(sweep, plan, {}, str(tmp_path / 'w'), 'c')
   said = ' '.join(summary['sentences'])
   assert 'This is not beyond chance' in said or 'baseline, base, is' in said
-  assert 'Not told apart from the best: ' in said
-  assert 'The quickest of them' in said
+  assert 'Not different from the best beyond chance: ' in said
+  assert 'The fastest of them' in said
 
 
 def test_one_seed_is_said_to_be_one(make_sweep, tmp_path):
   sweep, plan = make_sweep(_cells(base=0.3, good=0.8), seeds=1)
   summary = page.write(sweep, plan, {}, str(tmp_path / 'w'), 'c')
-  assert 'not of other seeds' in ' '.join(summary['sentences'])
+  assert 'not other seeds' in ' '.join(summary['sentences'])
 
 
 def test_an_unfinished_sweep_shows_what_failed(make_sweep, tmp_path):
@@ -293,8 +293,8 @@ def test_trials_are_drawn_whatever_they_hold():
           {'number': 1, 'state': 'pruned', 'value': 0.1,
            'parameters': {'lr': 1e-2, 'rank': 8, 'kind': 'b'}},
           {'number': 2, 'state': 'failed', 'value': None, 'parameters': {}}]
-  assert len(pictures.trials(rows, 'judge/x', lower=False)) == 1
+  assert len(pictures.trials(rows, 'judge/x', lower_is_better=False)) == 1
   assert len(pictures.parameters(rows, 'judge/x')) == 3
-  assert pictures.trials(rows[2:], 'loss', lower=True) == []
+  assert pictures.trials(rows[2:], 'loss', lower_is_better=True) == []
 
 
