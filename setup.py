@@ -1,5 +1,7 @@
 """Packaging of gemma_sft: `pip install -e .`, or the scripts in `launch/`."""
 
+import pathlib
+
 import setuptools
 
 # Ranges are "known to work" to "the next release that may break it".
@@ -7,7 +9,9 @@ REQUIREMENTS = [
     'absl-py>=2.3',
     # Retrieval of examples by BM25, the strongest cheap prompting.
     'bm25s>=0.3',
-    # The web page of `serve`.
+    # Paths that may lie in a bucket.
+    'etils>=1.12',
+    # The web pages of `serve`, with pydantic, starlette and uvicorn.
     'fastapi>=0.120',
     # Unicode repair of scraped text.
     'ftfy>=6.3',
@@ -20,13 +24,21 @@ REQUIREMENTS = [
     # Romanisation of Indic scripts.
     'indic-transliteration>=2.3.80',
     'jax>=0.11.1,<0.13',
+    # Named array types at public seams.
+    'jaxtyping>=0.3',
     'jinja2>=3.1',
     'matplotlib>=3.9',
     'ml-collections>=1.1,<2',
+    'ml_dtypes>=0.5',
+    'numpy>=2',
     'optax>=0.2.6,<0.3',
     # Simplified to traditional characters, which rhyme books are in.
     'opencc>=1.1.9',
     'orbax-checkpoint>=0.11.33,<0.13',
+    # The error that a damaged tokenizer.model raises.
+    'protobuf',
+    'pyarrow>=18',
+    'pydantic>=2.10',
     # The standard library's drops the vowel signs of Indic scripts from words.
     'regex>=2024.11',
     # Near-duplicates by MinHash.
@@ -44,11 +56,11 @@ REQUIREMENTS = [
     'sentencepiece==0.2.1',
     # Queries as trees, compared and graded by hardness.
     'sqlglot>=28',
+    'starlette>=0.49',
     'tensorboardX>=2.6',
     'tensorflow-datasets>=4.9.9',
     # tensorflow-datasets imports it without declaring it.
     'importlib_resources',
-    'tqdm',
     'uvicorn>=0.35',
 ]
 
@@ -74,12 +86,26 @@ setuptools.setup(
     name='gemma_sft',
     version='0.1.0',
     description='Fine-tune Gemma on a domain of your own, in pure JAX',
+    long_description=(
+        pathlib.Path(__file__).parent / 'README.md').read_text('utf-8'),
+    long_description_content_type='text/markdown',
     license='Apache-2.0',
+    keywords='gemma jax flax fine-tuning lora qlora gguf tpu',
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Intended Audience :: Developers',
+        'Intended Audience :: Science/Research',
+        'Operating System :: POSIX',
+        'Programming Language :: Python :: 3.12',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Typing :: Typed',
+    ],
+    entry_points={'console_scripts': ['gemma-sft = gemma_sft.__main__:main']},
     python_requires='>=3.12',
     packages=setuptools.find_packages(
         include=['gemma_sft', 'gemma_sft.*', 'configs']),
     package_data={
-        'gemma_sft': ['*.html'],
+        'gemma_sft': ['py.typed'],
         'gemma_sft.curation': ['lists/*.txt'],
         'gemma_sft.evaluation': ['*.html'],
         'gemma_sft.serving': ['static/*'],
@@ -111,6 +137,8 @@ setuptools.setup(
             'nbformat>=5.10',
             'httpx>=0.28',
             'hypothesis>=6',
+            # Types of the public modules: mypy.ini.
+            'mypy>=1.15',
             'packaging>=24',
             # The web pages, in a Chromium of the system.
             'playwright>=1.50',

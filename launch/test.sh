@@ -7,4 +7,5 @@ cd "$(dirname "$0")/.."
 make_environment test
 bash launch/blop_compiler.sh
 .venv/bin/ruff check .
+.venv/bin/mypy
 .venv/bin/python -m pytest -n "${TEST_PROCESSES:-2}" "$@" tests

@@ -50,7 +50,7 @@ class Log:
     """
     step, section = meta.step if meta else 0, run.config.eval
     self._run = run
-    self._record = record_lib.Record(run, step, resumed=meta is not None)
+    self._record = record_lib.RunRecord(run, step, resumed=meta is not None)
     self.best = best_lib.Best(
         section.metric, section.mode, section.patience,
         found=meta.best if meta else {}, stale=meta.stale if meta else 0)

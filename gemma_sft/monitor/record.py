@@ -91,7 +91,7 @@ def read(workdir: str) -> dict[str, Any] | None:
   return record
 
 
-class Record:
+class RunRecord:
   """Keeps workdir/run.json and config.json while a run is in progress.
 
   Attributes:

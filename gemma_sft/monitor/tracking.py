@@ -52,7 +52,7 @@ def start(target: str, record: Any) -> 'Mirror | None':
 
   Args:
     target: As for `check`, which was called before.
-    record: `record.Record`. A run that continues is the same run there too.
+    record: `record.RunRecord`. A run that continues is the same run there too.
 
   Raises:
     UserError: if the login is refused.
@@ -100,7 +100,7 @@ class Mirror:
   """Sends what `metrics.Writer` writes."""
 
   def __init__(self, run: Any, record: Any):
-    """Takes a run of `wandb.init` and its `record.Record`."""
+    """Takes a run of `wandb.init` and its `record.RunRecord`."""
     self._run, self._record = run, record
     self._failed = False
 
