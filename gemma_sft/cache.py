@@ -1,4 +1,4 @@
-"""Where downloads and conversions are kept between runs."""
+"""The cache folder of downloads and conversions, and atomic writes."""
 
 import contextlib
 import os

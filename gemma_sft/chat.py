@@ -1,8 +1,7 @@
-"""Messages -> token ids and loss mask: the only place that decides what is
-trained.
+"""Messages -> token ids and loss mask: this alone decides what is trained.
 
-Training, evaluation and inference all render here, so the prompt that a tuned
-model is served with is the prompt that it was tuned on.
+Training, evaluation and inference all render here, so that a tuned model is
+served with the prompts that it was tuned on.
 """
 
 import dataclasses
@@ -29,12 +28,12 @@ class Example:
 
   Attributes:
     tokens: int32 (T,), beginning with BOS.
-    loss_mask: bool (T,); True where the token is one that the model must learn
-      to produce. The shift by one, from tokens to targets, happens in `data`.
+    loss_mask: bool (T,); True for the tokens that the model learns to produce.
+      The shift by one, from tokens to targets, happens in `batches`.
     target_bytes: UTF-8 length of the trained text, for bits per byte.
-    target_characters: Its length in Unicode's code points, for bits per
+    target_characters: Its length in Unicode code points, for bits per
       character.
-    where: The record that it came from, for messages.
+    where: The record, for error messages.
   """
 
   tokens: np.ndarray
@@ -44,21 +43,21 @@ class Example:
   where: str = ''
 
 
-# generation: (start of turn, end of turn). Ids are looked up in the tokenizer,
-# so a tokenizer of another generation is found out at once.
+# Generation -> (start of turn, end of turn). Their ids come from the tokenizer,
+# so that a tokenizer of another generation is an error.
 TURN_TAGS = {
     1: ('<start_of_turn>', '<end_of_turn>'),
     2: ('<start_of_turn>', '<end_of_turn>'),
     3: ('<start_of_turn>', '<end_of_turn>'),
     4: ('<|turn>', '<turn|>'),
 }
-# Gemma 1 to 3 were trained without a system turn; Google's templates put the
-# system text before the first user turn, a blank line between.
+# Gemma 1 to 3 were trained without a system turn. Google's templates put the
+# system text and a blank line before the first text of the user.
 HAS_SYSTEM_ROLE = {1: False, 2: False, 3: False, 4: True}
 
 # Everything that Gemma's tokenizers may read as a control token. HTML tags are
-# user-defined pieces as well, but those are meant as text.
-# Looked ahead, not consumed, so that a tag inside another is found too.
+# user-defined pieces as well, but they are text.
+# The lookahead consumes nothing, so that a tag inside another is found too.
 _CONTROL = re.compile(
     r'(?=<(?:(?:start|end)_of_(?:turn|image)|unused\d+|bos|eos|pad|unk|mask'
     r'|2mass)>|\[multimodal\]|\[@BOS@\]|<\|[^<>\s|]*\|?>|<[^<>\s|]+\|>)')
@@ -67,8 +66,8 @@ _CONTROL = re.compile(
 class Tokenizer:
   """A SentencePiece model with the ids of one Gemma generation.
 
-  The library's tokenizer classes wrap the same model; this one keeps control
-  tokens out of users' text, which theirs do not.
+  The library's tokenizer classes wrap the same model, but read control tokens
+  in the text of users.
   """
 
   def __init__(self, model_proto: bytes, generation: int):
@@ -79,7 +78,7 @@ class Tokenizer:
       generation: 1 to 4.
 
     Raises:
-      UserError: if the vocabulary lacks the generation's turn tags.
+      UserError: The vocabulary lacks the generation's turn tags.
     """
     self.generation = generation
     self._processor = sentencepiece.SentencePieceProcessor()
@@ -111,16 +110,16 @@ class Tokenizer:
     return self.turn_ids[1], self.eos_id
 
   def encode(self, text: str) -> list[int]:
-    """Encodes text as text: a literal turn tag stays ordinary characters."""
+    """Encodes text; a turn tag in it is encoded as ordinary characters."""
     ids, start = [], 0
     for tag in _CONTROL.finditer(text):
-      # Cut after the first character: neither half is a control piece.
+      # Cut after the first character, so that neither half is a control piece.
       ids += self._processor.EncodeAsIds(text[start:tag.start() + 1])
       start = tag.start() + 1
     return ids + self._processor.EncodeAsIds(text[start:])
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Decodes ids; control tokens become nothing."""
+    """Decodes ids without the control tokens."""
     control = {self.bos_id, self.eos_id, self.pad_id, *self.turn_ids}
     return self._processor.DecodeIds([int(i) for i in ids if i not in control])
 
@@ -130,7 +129,7 @@ class Tokenizer:
 
 
 def has_control_text(text: str) -> bool:
-  """Whether the text holds what looks like a control token."""
+  """Whether the text contains what looks like a control token."""
   return _CONTROL.search(text) is not None
 
 
@@ -139,27 +138,28 @@ def render(
 ) -> Example:
   """Renders a conversation for training.
 
-  Trained are the model's answers and the tag that ends each of them, nothing
-  else. With `S` and `E` for the turn tags (Gemma 3):
+  Only the model's answers and the tag that ends each of them are trained. With
+  `S` and `E` for the turn tags (Gemma 3):
 
       tokens     BOS S user \\n Hi E \\n S model \\n Hello ! E \\n
       loss_mask   0  0  0   0  0 0  0 0   0    0    1   1 1  0
 
-  Contents are stripped of white space at their ends, as Google's templates do.
+  Leading and trailing white space of contents is removed, as in Google's
+  templates.
 
   Args:
-    messages: Turns of roles user and model in alternation, the last one the
-      model's; the first may be a system text.
-    tokenizer: Of the model's generation.
-    where: Named in errors.
+    messages: Turns of user and model in alternation, the last one of the model;
+      a system text may come first.
+    tokenizer: The tokenizer of the model's generation.
+    where: The record, for error messages.
 
   Raises:
-    UserError: if the roles are out of order or an answer is empty.
+    UserError: The roles are out of order, or a text is empty.
   """
   if not messages or messages[-1].role != 'model':
     raise errors.UserError(
         f'{where}: the conversation does not end with the model',
-        'a last message of role model, which is what is trained',
+        'a last message of role model, which is trained',
         'drop the open question at the end or add its answer')
   ids, mask = _render(messages, tokenizer, where)
   trained = ''.join(m.content.strip() for m in messages if m.role == 'model')
@@ -171,7 +171,7 @@ def render(
 def render_prompt(
     messages: Sequence[Message], tokenizer: Tokenizer, where: str = ''
 ) -> list[int]:
-  """Renders a conversation up to where the model's next answer begins."""
+  """Renders a conversation up to the beginning of the model's answer."""
   if not messages or messages[-1].role != 'user':
     raise errors.UserError(
         f'{where}: the prompt does not end with the user',
@@ -182,7 +182,7 @@ def render_prompt(
 
 
 def render_text(text: str, tokenizer: Tokenizer, where: str = '') -> Example:
-  """Renders plain text, all of it trained but BOS: `BOS text EOS`."""
+  """Renders plain text as `BOS text EOS`; all but BOS is trained."""
   ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
   mask = np.ones(len(ids), bool)
   mask[0] = False
@@ -208,7 +208,7 @@ def _render(messages, tokenizer, where):
       raise errors.UserError(
           f'{where}: turn {i + 1} is of role {message.role!r}',
           f'role {wanted!r}: user and model take turns, system text first',
-          'mend the order of the messages')
+          'correct the order of the messages')
     if not message.content:
       raise errors.UserError(
           f'{where}: turn {i + 1} ({message.role}) is empty',

@@ -1,11 +1,11 @@
-"""The one exception for what a user can cause and mend."""
+"""The exception for mistakes that a user can correct."""
 
 
 class UserError(ValueError):
   """A mistake in the config, the data or the environment.
 
-  `cli.run` prints its message without a traceback and exits with status 2, so
-  the message has to stand alone.
+  `cli.run` prints the message without a traceback and exits with status 2, so
+  the message has to be enough to correct the mistake.
   """
 
   def __init__(self, got: str, expected: str, fix: str):
@@ -13,7 +13,7 @@ class UserError(ValueError):
 
     Args:
       got: What was found, with the file and line or the config key.
-      expected: What would have been accepted.
+      expected: What is accepted.
       fix: What to type or change.
     """
     super().__init__(f'{got}\n  expected: {expected}\n  fix: {fix}')
@@ -22,7 +22,7 @@ class UserError(ValueError):
 
 def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
   """Returns 'Did you mean ...? ' for the closest known name, or ''."""
-  import difflib  # Only ever needed on the way to an error message.
+  import difflib  # Imported here, because only error messages need it.
 
   close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
   return f'Did you mean {close[0]!r}? ' if close else ''

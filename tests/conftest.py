@@ -228,7 +228,7 @@ def save_base(config, path: pathlib.Path, *, seed: int, change=None) -> str:
     change: Called with the tree of arrays, may change it.
   """
   model = base.load_model(config.model)
-  params = load.load(
+  params = load.load_params(
       load.resolve('random', ''), model_lib.abstract_params(model),
       dtype=jnp.float32, seed=seed)
   if change is not None:

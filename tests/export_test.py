@@ -6,6 +6,7 @@ import pathlib
 import shutil
 
 import conftest
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +23,6 @@ from gemma_sft.exports import verify
 from gemma_sft.exports import writer
 from gemma_sft.run import restore
 from gemma_sft.weights import adapters as adapters_lib
-from gemma_sft.weights import convert
 from gemma_sft.weights import gguf_writer
 from gemma_sft.weights import load
 from gemma_sft.weights import safetensors_file
@@ -125,16 +125,19 @@ def _merged(workdir, config):
   """The tree that evaluation runs, path -> array."""
   served = restore.load_weights(config, workdir, base=False, step=-1)
   return {path: np.asarray(leaf)
-          for path, leaf in convert.flatten(served.params).items()}
+          for path, leaf in traverse_util.flatten_dict(
+              served.params, sep='/').items()}
 
 
 def _load(path, config):
   model = served_model(config)
   resolved = load.resolve(str(path), pathlib.Path(path).parent / 'cache')
   load.check_config(resolved, model)
-  return {name: np.asarray(leaf) for name, leaf in convert.flatten(load.load(
+  params = load.load_params(
       resolved, model_lib.abstract_params(model), dtype=jnp.float32,
-      layout=load.make_layout(model))).items()}
+      layout=load.weight_layout(model))
+  return {path: np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(
+      params, sep='/').items()}
 
 
 def served_model(config):

@@ -132,7 +132,7 @@ def test_an_index_names_files_of_its_folder_alone(tmp_path, name):
   (folder / 'config.json').write_text('{}')
   (folder / safetensors_file.INDEX).write_text(json.dumps(
       {'weight_map': {'model.norm.weight': name}}))
-  with pytest.raises(errors.UserError, match='among the files'):
+  with pytest.raises(errors.UserError, match='it lists the file'):
     safetensors_file.open_folder(folder)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import dataclasses
 from typing import Any
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,6 @@ from gemma_sft.run import build
 from gemma_sft.run import checkpoint as checkpoint_lib
 from gemma_sft.run import restore
 from gemma_sft.weights import arrays as arrays_lib
-from gemma_sft.weights import convert
 from gemma_sft.weights import load
 from gemma_sft.weights import names
 
@@ -37,7 +37,7 @@ class Arrays:
     adapters: The trained tree, or None.
   """
 
-  layout: names.Layout
+  layout: names.WeightLayout
   read: Callable[[str], np.ndarray]
   read_base: Callable[[str], np.ndarray]
   adapters: Any
@@ -50,7 +50,7 @@ def open_arrays(chosen: restore.Chosen) -> Arrays:
     UserError: if the base or the checkpoint is damaged or of another shape.
   """
   config, model = chosen.config, chosen.model
-  layout = load.make_layout(
+  layout = load.weight_layout(
       model, file_vocab=chosen.tokenizer.vocab_size)
   load.check_config(chosen.resolved, model)
   read_base = arrays_lib.open_arrays(
@@ -67,10 +67,10 @@ def open_arrays(chosen: restore.Chosen) -> Arrays:
   def read(path):
     with _on_host():
       merged = lora.merge(
-          convert.unflatten(
-              {path: jnp.asarray(read_base(path), jnp.float32)}),
+          traverse_util.unflatten_dict(
+              {path: jnp.asarray(read_base(path), jnp.float32)}, sep='/'),
           adapters, scale, transposed_gating=model.transposed_gating)
-    return np.asarray(convert.flatten(merged)[path])
+    return np.asarray(traverse_util.flatten_dict(merged, sep='/')[path])
 
   adapted = _adapted(layout, adapters)
   return Arrays(
@@ -101,7 +101,7 @@ def _as_quantized(read, kind):
 def _adapted(layout, adapters):
   """Returns the library paths of the weights that have an adapter."""
   heads = {path.rpartition('/')[0].rpartition('/')[0]
-           for path in convert.flatten(adapters)}
+           for path in traverse_util.flatten_dict(adapters, sep='/')}
   return {path for path in layout.shapes if path.removesuffix('/w') in heads}
 
 
@@ -109,8 +109,8 @@ def _open_trained(chosen, layout):
   read = arrays_lib.open_checkpoint(
       chosen.checkpoints.state_path(chosen.step), layout.shapes,
       ('trainable',))
-  tree = convert.unflatten({
-      path: lambda path=path: read(path) for path in layout.shapes})
+  tree = traverse_util.unflatten_dict({
+      path: lambda path=path: read(path) for path in layout.shapes}, sep='/')
   if checkpoint_lib.tree_digest(tree) != chosen.meta.trainable_digest:
     raise errors.UserError(
         f'checkpoint {chosen.step}: its bytes have changed on disk',

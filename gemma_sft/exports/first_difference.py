@@ -18,7 +18,7 @@ _ROUNDING = {'float32': 0.0, 'float16': 2.0**-11, 'bfloat16': 2.0**-8}
 
 def first_wrong_in_hf(
     folder: pathlib.Path,
-    layout: names.Layout,
+    layout: names.WeightLayout,
     read: Callable[[str], np.ndarray],
     dtype: str,
 ) -> str | None:
@@ -31,7 +31,7 @@ def first_wrong_in_hf(
 
 def first_wrong_in_gguf(
     path: pathlib.Path,
-    layout: names.Layout,
+    layout: names.WeightLayout,
     read: Callable[[str], np.ndarray],
 ) -> str | None:
   """The same of a GGUF, each tensor by the bound of its own type."""

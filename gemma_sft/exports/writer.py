@@ -44,7 +44,7 @@ class Source:
   repetition_penalty: float
 
   @property
-  def layout(self) -> names.Layout:
+  def layout(self) -> names.WeightLayout:
     return self.arrays.layout
 
   @property

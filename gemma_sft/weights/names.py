@@ -2,10 +2,10 @@
 
 A row names one array of the official library's parameter tree, the tensors
 that hold it in the two file formats, and the transform between them. The
-functions below read the tables in either direction, one array at a time.
+functions below apply the tables in either direction, one array at a time.
 
-All are checked by logits against transformers and llama.cpp, Gemma 4 as its
-dense text models.
+Tests compare the logits of every generation with transformers and llama.cpp;
+for Gemma 4 these are the dense text models.
 """
 
 from collections.abc import Callable
@@ -22,25 +22,26 @@ from gemma_sft import errors
 ARCHITECTURES = {'gemma': 1, 'gemma2': 2, 'gemma3': 3}
 FORMS = ('hf', 'gguf')
 EMBEDDING = 'embedder/input_embedding'
-# Embedding rows beyond the tokenizer: the library pads Gemma 1 and 2 to
-# 256128, the multimodal Gemma 3 has 64 rows for images in other formats.
+# Numbers of embedding rows that differ only by rows of no token: the library
+# pads Gemma 1 and 2 to 256128 rows; the files of the multimodal Gemma 3 have 64
+# rows for images.
 _PADDINGS = ({256000, 256128}, {262144, 262208})
 
 Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
-  """What decides every name and shape of a model in every format.
+class WeightLayout:
+  """A model's arrays: all that its tensors in the file formats depend on.
 
   Attributes:
     generation: 1 to 4.
-    shapes: Path -> shape of the library's tree, paths joined by '/'.
+    shapes: Path in the library's tree, joined by '/' -> shape.
     transposed_gating: `gating_einsum` is (2, F, D) in the library, not
       (2, D, F).
-    file_vocab: Rows of the embedding in the file where they differ from the
-      library's: 256000 against 256128 in Gemma 1 and 2, 262208 against 262144
-      in the larger Gemma 3. None: the same.
+    file_vocab: The number of embedding rows in the file if it differs from the
+      library's: 256000 instead of 256128 in Gemma 1 and 2, 262208 instead of
+      262144 in the larger Gemma 3. None: the same number.
   """
 
   generation: int
@@ -49,7 +50,7 @@ class Layout:
   file_vocab: int | None = None
 
 
-def make_layout(
+def make_weight_layout(
     *,
     generation: int,
     layers: int,
@@ -60,8 +61,8 @@ def make_layout(
     kv_heads: int,
     head_dim: int,
     transposed_gating: bool,
-) -> Layout:
-  """Returns the layout of a Gemma 1, 2 or 3 of these sizes."""
+) -> WeightLayout:
+  """Returns the layout of a Gemma 1, 2 or 3 with these dimensions."""
   attn = {
       'attn/attn_vec_einsum/w': (heads, head_dim, embed),
   }
@@ -86,19 +87,19 @@ def make_layout(
   for layer in range(layers):
     for path, shape in (attn | mlp | norms).items():
       shapes[f'layer_{layer}/{path}'] = shape
-  return Layout(
+  return WeightLayout(
       generation=generation, shapes=shapes, transposed_gating=transposed_gating
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-  """An invertible change of layout, one library array <-> n file tensors.
+  """An invertible transform: one library array <-> n file tensors.
 
   Attributes:
-    to_file: From the library's array.
-    to_library: From the file's tensors and the library's shape.
-    shapes: The file's shapes, from the library's.
+    to_file: Library array -> file tensors.
+    to_library: File tensors and library shape -> library array.
+    shapes: Library shape -> shapes of the file tensors.
   """
 
   to_file: Callable[[np.ndarray], Sequence[np.ndarray]]
@@ -121,9 +122,9 @@ _IDENTITY = Transform(
 )
 TRANSFORMS = {
     'identity': _IDENTITY,
-    # A norm of Gemma 1 to 3: GGUF holds 1 + w (see `_offset`).
+    # A norm of Gemma 1 to 3, stored as 1 + w in GGUF (see `_offset`).
     'norm': _IDENTITY,
-    # (V, D), with other rows beyond the tokenizer (see `resize_rows`).
+    # (V, D); the number of padding rows may differ (see `resize_rows`).
     'vocabulary': _IDENTITY,
     # (N, D, H) <-> (N * H, D).
     'heads': Transform(
@@ -177,17 +178,17 @@ TRANSFORMS = {
     ),
 }
 
-# A row for each token: the embedding, and Gemma 4's per-layer embeddings.
+# Arrays with a row per token: the embedding and Gemma 4's per-layer embeddings.
 _BY_TOKEN = ('vocabulary', 'merge_columns')
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-  """One array of the library's tree and where the files keep it.
+class NameRow:
+  """One array of the library's tree and the file tensors that hold it.
 
   Attributes:
-    library: Path in the tree; below `layer_{layer}/` if it has a `{layer}`.
-    hf: The Hugging Face tensors, one per stacked part.
+    library: Path in the tree; '{layer}' stands for the number of a layer.
+    hf: Names of the Hugging Face tensors, one per stacked part.
     gguf: The same for GGUF.
     transform: A key of `TRANSFORMS`.
   """
@@ -198,13 +199,14 @@ class Row:
   transform: str
 
 
-def _global_row(library: str, hf: str, gguf: str, transform: str) -> Row:
-  return Row(library, (f'model.{hf}.weight',), (f'{gguf}.weight',), transform)
+def _global_row(library: str, hf: str, gguf: str, transform: str) -> NameRow:
+  return NameRow(
+      library, (f'model.{hf}.weight',), (f'{gguf}.weight',), transform)
 
 
-def _layer_row(library: str, hf: str, gguf: str, transform: str) -> Row:
-  """Spells a row of every layer out; names of several parts have spaces."""
-  return Row(
+def _layer_row(library: str, hf: str, gguf: str, transform: str) -> NameRow:
+  """Returns a row of every layer; spaces separate the names of the parts."""
+  return NameRow(
       'layer_{layer}/' + library,
       tuple(f'model.layers.{{layer}}.{name}.weight' for name in hf.split()),
       tuple(f'blk.{{layer}}.{name}.weight' for name in gguf.split()),
@@ -219,7 +221,7 @@ _QUERY_KEY_VALUE = (
     f'{_QUERY[0]} {_KEY_VALUE[0]}', f'{_QUERY[1]} {_KEY_VALUE[1]}'
 )
 _GATING = 'mlp.gate_proj mlp.up_proj', 'ffn_gate ffn_up'
-# Hugging Face's lm_head.weight has no row: Gemma ties it to the embedding.
+# Hugging Face's lm_head.weight has no row: in Gemma it is the embedding.
 _COMMON = (
     _global_row(EMBEDDING, 'embed_tokens', 'token_embd', 'vocabulary'),
     _global_row('final_norm/scale', 'norm', 'output_norm', 'norm'),
@@ -237,7 +239,7 @@ _COMMON = (
     ),
 )
 _GEMMA1 = _COMMON + (
-    # From Gemma 2 on this Hugging Face name means another norm.
+    # From Gemma 2 on, Hugging Face uses this name for another norm.
     _layer_row(
         'pre_ffw_norm/scale', 'post_attention_layernorm', 'ffn_norm', 'norm'
     ),
@@ -263,7 +265,7 @@ _GEMMA3 = _GEMMA2 + (
         'attn/_key_norm/scale', 'self_attn.k_norm', 'attn_k_norm', 'norm'
     ),
 )
-# Gemma 4 multiplies by w, not by 1 + w, in all three.
+# The norms of Gemma 4 multiply by w, not by 1 + w, in all three formats.
 _GEMMA4 = tuple(
     dataclasses.replace(row, transform='identity')
     if row.transform == 'norm' else row
@@ -275,9 +277,9 @@ _GEMMA4 = tuple(
     _layer_row(
         'attn/key_norm/scale', 'self_attn.k_norm', 'attn_k_norm', 'identity'
     ),
-    # Global layers whose values are their keys: no v in the files either.
+    # Global layers that use their keys as values: the files have no v either.
     _layer_row('attn/k_einsum/w', *_KEY, 'heads'),
-    Row(
+    NameRow(
         'layer_{layer}/skip_scale',
         ('model.layers.{layer}.layer_scalar',),
         ('blk.{layer}.layer_output_scale.weight',),
@@ -311,11 +313,11 @@ _GEMMA4 = tuple(
 TABLES = {1: _GEMMA1, 2: _GEMMA2, 3: _GEMMA3, 4: _GEMMA4}
 
 
-def rows(layout: Layout) -> list[Row]:
-  """Returns the row of each array of the layout, its layer number filled in.
+def rows(layout: WeightLayout) -> list[NameRow]:
+  """Returns the row of each array of the layout, with its layer number.
 
   Raises:
-    UserError: The tree has an array that the generation's table lacks.
+    UserError: The generation's table lacks an array of the layout.
   """
   table = {row.library: row for row in TABLES[layout.generation]}
   filled = []
@@ -333,7 +335,7 @@ def rows(layout: Layout) -> list[Row]:
     if path.endswith('/gating_einsum') and not layout.transposed_gating:
       transform = 'stacked_transpose'
     filled.append(
-        Row(
+        NameRow(
             path,
             tuple(name.format(layer=layer) for name in row.hf),
             tuple(name.format(layer=layer) for name in row.gguf),
@@ -343,7 +345,7 @@ def rows(layout: Layout) -> list[Row]:
   return filled
 
 
-def n_layers(layout: Layout) -> int:
+def n_layers(layout: WeightLayout) -> int:
   """Returns the number of blocks."""
   return len({
       path.partition('/')[0] for path in layout.shapes
@@ -351,10 +353,10 @@ def n_layers(layout: Layout) -> int:
   })
 
 
-def file_shapes(layout: Layout, form: str) -> dict[str, Shape]:
+def file_shapes(layout: WeightLayout, form: str) -> dict[str, Shape]:
   """Returns name -> shape of every tensor of the model in 'hf' or 'gguf'.
 
-  Shapes are in numpy's order, which GGUF reverses on disk.
+  Axes are in numpy's order; GGUF stores them reversed.
   """
   shapes = {}
   for row in rows(layout):
@@ -366,9 +368,25 @@ def file_shapes(layout: Layout, form: str) -> dict[str, Shape]:
 
 
 def check_shapes(
-    found: Mapping[str, Shape], expected: Mapping[str, Shape], where: str
+    found: Mapping[str, Shape],
+    expected: Mapping[str, Shape],
+    where: str,
+    *,
+    embedding: str = '',
 ) -> None:
-  """Raises one `UserError` that names every tensor that does not fit."""
+  """Raises one `UserError` that lists the tensors that do not fit.
+
+  Args:
+    found: Name -> shape of what a file or checkpoint holds.
+    expected: The same of what the model needs.
+    where: The file, for the message.
+    embedding: The name of a tensor that may differ by padding rows.
+  """
+  expected = dict(expected)
+  if embedding in expected and embedding in found:
+    n_rows, *columns = expected[embedding]
+    if {n_rows, found[embedding][0]} in _PADDINGS:
+      expected[embedding] = (found[embedding][0], *columns)
   problems = [
       *(f'missing {name}' for name in expected if name not in found),
       *(f'surplus {name}' for name in found if name not in expected),
@@ -390,28 +408,32 @@ def check_shapes(
 
 
 def to_library(
-    layout: Layout, form: str, read: Callable[[str], np.ndarray]
+    layout: WeightLayout, form: str, read: Callable[[str], np.ndarray]
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields (library path, array) out of the tensors of a file.
+  """Yields (library path, array), made from the tensors of a file.
 
   Args:
     layout: The model.
     form: 'hf' or 'gguf'.
-    read: Returns the tensor of a name; called once for each, when it is due.
+    read: Returns the tensor of a name. It is called once per tensor, just
+      before the tensor is needed.
   """
   for row in rows(layout):
     yield row.library, _to_library(layout, row, form, read)
 
 
 def read_library_array(
-    layout: Layout, form: str, read: Callable[[str], np.ndarray], path: str
+    layout: WeightLayout,
+    form: str,
+    read: Callable[[str], np.ndarray],
+    path: str,
 ) -> np.ndarray:
-  """Returns one array of the library out of the tensors of a file."""
+  """Returns one array of the library, made from the tensors of a file."""
   return _to_library(layout, _row(layout, path), form, read)
 
 
-def tensor_of(layout: Layout, path: str, form: str) -> str:
-  """Returns the name of the file tensor that begins a library array."""
+def tensor_of(layout: WeightLayout, path: str, form: str) -> str:
+  """Returns the name of the first file tensor of a library array."""
   return getattr(_row(layout, path), form)[0]
 
 
@@ -430,15 +452,15 @@ def _to_library(layout, row, form, read):
 
 
 def from_library(
-    layout: Layout, form: str, read: Callable[[str], np.ndarray]
+    layout: WeightLayout, form: str, read: Callable[[str], np.ndarray]
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields (tensor name, array) of a file out of the library's arrays.
+  """Yields (tensor name, array) of a file, made from the library's arrays.
 
   Args:
     layout: The model.
     form: 'hf' or 'gguf'.
-    read: Returns the array of a library path; called once for each, when it is
-      due.
+    read: Returns the array of a library path. It is called once per array,
+      just before the array is needed.
   """
   for row in rows(layout):
     array = np.asarray(read(row.library))
@@ -449,21 +471,18 @@ def from_library(
       yield name, np.ascontiguousarray(_offset(part, row, form, 1))
 
 
-def is_padding(n_rows: int, other: int) -> bool:
-  """Whether two embeddings differ only by rows that belong to no token."""
-  return {n_rows, other} in _PADDINGS
-
-
 def resize_rows(array_VD: np.ndarray, n_rows: int) -> np.ndarray:
-  """Cuts or zero-pads the rows that belong to no token."""
+  """Removes rows at the end, or appends rows of zeros."""
   missing = max(0, n_rows - len(array_VD))
   if missing:
     return np.pad(array_VD, ((0, missing), (0, 0)))
   return array_VD[:n_rows]
 
 
-def _offset(array: np.ndarray, row: Row, form: str, sign: int) -> np.ndarray:
-  """Adds or takes off the 1 that llama.cpp folds into the norms."""
+def _offset(
+    array: np.ndarray, row: NameRow, form: str, sign: int
+) -> np.ndarray:
+  """Adds or subtracts the 1 that llama.cpp stores as part of the norms."""
   if form != 'gguf' or row.transform != 'norm':
     return array
   return array.astype(np.float32) + np.float32(sign)

@@ -1,4 +1,4 @@
-"""Hugging Face safetensors folders: read lazily, written a shard at a time."""
+"""Reads Hugging Face safetensors folders lazily and writes them by shards."""
 
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ DTYPES = {
     'float16': np.dtype(np.float16),
     'bfloat16': np.dtype(ml_dtypes.bfloat16),
 }
-# Names in the multimodal checkpoints: of transformers 4, then of 5.
+# Prefixes in multimodal checkpoints: of transformers 4, then of 5.
 _TEXT_PREFIXES = ('language_model.', 'model.language_model.')
 _NOT_TEXT = (
     'vision_tower.', 'multi_modal_projector.', 'audio_tower.', 'embed_vision.',
@@ -33,30 +33,30 @@ _EMBEDDING = 'model.embed_tokens.weight'
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-  """An opened folder.
+  """An open folder.
 
   Attributes:
     path: The folder.
     config: Its config.json.
-    shapes: Tensor name, as in a text-only model -> shape.
+    shapes: Name of a tensor in a text-only model -> shape.
   """
 
   path: pathlib.Path
   config: Mapping[str, Any]
   shapes: Mapping[str, names.Shape]
-  _places: Mapping[str, tuple[pathlib.Path, str]]
+  _sources: Mapping[str, tuple[pathlib.Path, str]]
 
   def read(self, name: str) -> np.ndarray:
     """Returns one tensor in the dtype of the file."""
     from safetensors import safe_open
 
-    file, key = self._places[name]
+    file, key = self._sources[name]
     with safe_open(file, 'np') as opened:
       return opened.get_tensor(key)
 
 
 def is_folder(path: str | os.PathLike) -> bool:
-  """Whether a path is a folder of this kind."""
+  """Whether a path is a folder of safetensors."""
   path = pathlib.Path(path)
   return path.is_dir() and (
       (path / INDEX).exists() or any(path.glob('*.safetensors'))
@@ -66,11 +66,11 @@ def is_folder(path: str | os.PathLike) -> bool:
 def open_folder(path: str | os.PathLike) -> Folder:
   """Opens a folder of one or more .safetensors and reads their headers.
 
-  The text model of a multimodal checkpoint is taken, the rest passed over.
+  Of a multimodal checkpoint only the text model is read.
 
   Raises:
-    UserError: No config.json, a missing or damaged shard, a head that is not
-      tied to the embedding.
+    UserError: config.json or a shard is missing or damaged, or the output head
+      is not the embedding.
   """
   path = pathlib.Path(path)
   config = _read_json(path / 'config.json')
@@ -79,52 +79,52 @@ def open_folder(path: str | os.PathLike) -> Folder:
     files = sorted({path / name for name in index.values()})
   else:
     index, files = None, sorted(path.glob('*.safetensors'))
-  shapes, places = {}, {}
+  shapes, sources = {}, {}
   for file in files:
     for key, shape in _header(file).items():
       name = _text_name(key)
       if name is None:
         continue
-      if name in places:
+      if name in sources:
         raise errors.UserError(
-            f'{path}: tensor {key} stands in {places[name][0].name} and in'
+            f'{path}: tensor {key} is in {sources[name][0].name} and in'
             f' {file.name}',
             'each tensor in one file',
-            'remove what does not belong to this model from the folder',
+            'remove the files that do not belong to this model',
         )
-      shapes[name], places[name] = shape, (file, key)
+      shapes[name], sources[name] = shape, (file, key)
   for key in index or ():
     name = _text_name(key)
     if name is not None and name not in shapes:
       raise errors.UserError(
-          f'{path}: {INDEX} promises {key}, and {index[key]} lacks it',
+          f'{path}: {INDEX} lists {key} in {index[key]}, which lacks it',
           'every tensor of the index',
           'download or copy the folder again',
       )
-  folder = Folder(path, config, shapes, places)
+  folder = Folder(path, config, shapes, sources)
   _check_tied(folder)
   shapes.pop(_HEAD, None)
   return folder
 
 
 def _weight_map(path: pathlib.Path) -> dict[str, str]:
-  """Returns tensor -> file of the index; the files lie in the folder."""
+  """Returns tensor -> file of the index; all files are in the folder."""
   index = _read_json(path / INDEX).get('weight_map')
   if not isinstance(index, dict) or not index:
     raise errors.UserError(
-        f'{path / INDEX}: no weight_map in it',
+        f'{path / INDEX}: it has no weight_map',
         'an object of tensors and their files',
         'download or copy the folder again',
     )
   for name in index.values():
-    # An index of somebody else must not reach other files of this machine.
+    # A downloaded index must not refer to other files of this machine.
     if not isinstance(name, str) or not re.fullmatch(
         r'[\w.-]+\.safetensors', name, re.ASCII
     ):
       raise errors.UserError(
-          f'{path / INDEX}: {name!r:.80} among the files',
+          f'{path / INDEX}: it lists the file {name!r:.80}',
           'names of .safetensors files in the same folder',
-          'use the folder as its makers have uploaded it',
+          'download the original folder again',
       )
   return index
 
@@ -162,7 +162,7 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
     if not isinstance(value, dict):
       raise ValueError('no JSON object')
     return value
-  # RecursionError: of brackets within brackets without end.
+  # RecursionError: thousands of nested brackets.
   except (OSError, ValueError, RecursionError) as error:
     raise errors.UserError(
         f'{file}: {error}',
@@ -185,7 +185,7 @@ def _header(file: pathlib.Path) -> dict[str, names.Shape]:
     size = file.stat().st_size if file.exists() else 0
     raise errors.UserError(
         f'{file}: cannot be read ({error}); it has {size} bytes',
-        'a whole .safetensors file',
+        'a complete .safetensors file',
         'download or copy it again',
     ) from None
 
@@ -196,14 +196,14 @@ def _header(file: pathlib.Path) -> dict[str, names.Shape]:
 def plan_shards(
     shapes: Mapping[str, names.Shape], dtype: str, max_bytes: int
 ) -> list[list[str]]:
-  """Returns which tensors go into which file, in order.
+  """Returns the names of the tensors in each file, in order.
 
   A tensor larger than `max_bytes` has a file of its own.
 
   Args:
-    shapes: Of all tensors, in the order in which they come.
+    shapes: Tensor name -> shape.
     dtype: A key of `DTYPES`.
-    max_bytes: Of a file, headers aside.
+    max_bytes: The largest size of a file, without its header.
   """
   shards, size = [[]], 0
   for name, shape in shapes.items():
@@ -217,7 +217,7 @@ def plan_shards(
 
 
 def n_bytes(shape: names.Shape, dtype: str) -> int:
-  """Returns the size of a tensor."""
+  """Returns the size of a tensor of a dtype in `DTYPES`."""
   return int(np.prod(shape)) * DTYPES[dtype].itemsize
 
 
@@ -231,12 +231,12 @@ def write_model(
 ) -> None:
   """Writes model.safetensors, or numbered shards and their index.
 
-  Holds one shard in memory.
+  One shard at a time is in memory.
 
   Args:
-    folder: Exists.
+    folder: An existing folder.
     tensors: (name, array), in the order of `shapes`.
-    shapes: Of all tensors.
+    shapes: Tensor name -> shape.
     dtype: A key of `DTYPES`; arrays are cast.
     max_bytes: See `plan_shards`.
   """
@@ -251,7 +251,7 @@ def write_model(
       name, array = next(tensors)
       if (name, array.shape) != (expected, tuple(shapes[expected])):
         raise ValueError(
-            f'{name} {array.shape} where {expected} {shapes[expected]} is due')
+            f'got {name} {array.shape}, not {expected} {shapes[expected]}')
       arrays[name] = np.ascontiguousarray(array.astype(DTYPES[dtype]))
       weight_map[name] = file
     write_file(folder / file, arrays)
@@ -263,11 +263,10 @@ def write_model(
 
 
 def write_file(file: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-  """Writes one .safetensors, marked as transformers asks for."""
+  """Writes one .safetensors, with the metadata that transformers requires."""
   from safetensors.numpy import save_file
 
-  # The library makes it readable for its owner alone: it goes through a
-  # temporary file.
+  # The library renames a temporary file, which only its owner may read.
   file.touch()
   mode = file.stat().st_mode
   save_file(dict(arrays), file, metadata={'format': 'pt'})

@@ -1,18 +1,19 @@
-"""`tokenizer.json` and `tokenizer_config.json` out of a SentencePiece model.
+"""Converts a SentencePiece model to Hugging Face's tokenizer files.
 
-Hugging Face's tokenizers run byte-pair encoding from a list of merges, which a
-SentencePiece model has only as the scores of its pieces. For Gemma 3 the result
-is Google's own file, merge for merge.
+Hugging Face's `tokenizers` need a list of merges, which a SentencePiece model
+has only as the scores of its pieces. For Gemma 3 the merges are those of
+Google's own `tokenizer.json`.
 """
 
 from typing import Any
 
 from gemma_sft import chat
 from gemma_sft import errors
+from gemma_sft.weights import tokenizer_file
 
 _SPACE = '\u2581'
-# Beside <pad>, <eos>, <bos> and <unk>: what decoding leaves out. Everything
-# else that is not learned (new lines, HTML tags) is text.
+# What decoding leaves out, in addition to <pad>, <eos>, <bos> and <unk>. Other
+# pieces that are not learned (new lines, HTML tags) are text.
 _SPECIAL = {
     '<start_of_image>', '<end_of_image>',
     *(tag for tags in chat.TURN_TAGS.values() for tag in tags),
@@ -22,19 +23,23 @@ _SPECIAL = {
 def make_tokenizer_json(proto: bytes) -> dict[str, Any]:
   """Returns `tokenizer.json`, which adds BOS and encodes as SentencePiece does.
 
-  One difference is the format's: `tokenizers` reads '<bos>' and its like in a
-  text as control tokens, where SentencePiece sees characters.
+  There is one difference, due to the format: `tokenizers` reads '<bos>' and the
+  like in a text as control tokens, SentencePiece as characters.
 
   Args:
     proto: Bytes of a `tokenizer.model`.
 
   Raises:
-    UserError: if it is not of Gemma's kind, byte-pair encoding with bytes for
-      unknown characters and without changes to the text.
+    UserError: The model is not one of Gemma: byte-pair encoding that falls back
+      on bytes for unknown characters and does not change the text.
   """
   model = _parse(proto)
   bos = model.trainer_spec.bos_piece
   added = [{'id': id_} | token for id_, token in _added_tokens(model).items()]
+  # SentencePiece never builds the others out of smaller pieces.
+  kinds = type(model).SentencePiece
+  scores = {p.piece: p.score for p in model.pieces
+            if p.type not in (kinds.CONTROL, kinds.UNKNOWN, kinds.BYTE)}
   begin = {'SpecialToken': {'id': bos, 'type_id': 0}}
   return {
       'version': '1.0',
@@ -43,7 +48,7 @@ def make_tokenizer_json(proto: bytes) -> dict[str, Any]:
       'added_tokens': added,
       'normalizer': {
           'type': 'Replace', 'pattern': {'String': ' '}, 'content': _SPACE},
-      # The normalizer has left no space: this keeps lines in one piece.
+      # The normalizer replaces all spaces, so that this never splits a line.
       'pre_tokenizer': {
           'type': 'Split', 'pattern': {'String': ' '},
           'behavior': 'MergedWithPrevious', 'invert': False},
@@ -70,7 +75,7 @@ def make_tokenizer_json(proto: bytes) -> dict[str, Any]:
           'byte_fallback': True,
           'ignore_merges': False,
           'vocab': {p.piece: i for i, p in enumerate(model.pieces)},
-          'merges': _merges(model),
+          'merges': [list(pair) for pair in tokenizer_file.merges(scores)],
       },
   }
 
@@ -80,13 +85,13 @@ def make_tokenizer_config(
 ) -> dict[str, Any]:
   """Returns `tokenizer_config.json`.
 
-  llama.cpp's converter reads `added_tokens_decoder` from here: without it the
-  turn tags become ordinary text.
+  llama.cpp's converter reads `added_tokens_decoder`: without it the turn tags
+  would become ordinary text.
 
   Args:
     proto: Bytes of a `tokenizer.model`.
     chat_template: From `templates.jinja`.
-    model_max_length: Positions that the model is good for.
+    model_max_length: The number of positions that the model supports.
   """
   model = _parse(proto)
   trainer = model.trainer_spec
@@ -98,7 +103,7 @@ def make_tokenizer_config(
       'eos_token': trainer.eos_piece,
       'pad_token': trainer.pad_piece,
       'unk_token': trainer.unk_piece,
-      # Answers begin at the right end of a padded batch.
+      # So that the answers of a padded batch begin at the same position.
       'padding_side': 'left',
       'model_max_length': model_max_length,
       'clean_up_tokenization_spaces': False,
@@ -111,7 +116,7 @@ def make_tokenizer_config(
 
 
 def _parse(proto: bytes) -> Any:
-  # Imported here: it drags in protobuf.
+  # Imported here, because protobuf is slow to import.
   from google.protobuf import message
   from sentencepiece import sentencepiece_model_pb2 as pb
 
@@ -133,13 +138,13 @@ def _parse(proto: bytes) -> Any:
     if wrong:
       raise errors.UserError(
           f'the tokenizer is not one of Gemma: {what}',
-          'byte-pair encoding with byte fallback, which leaves the text as it'
-          ' is', 'use the tokenizer.model that came with the weights')
+          'byte-pair encoding with byte fallback that does not change the text',
+          'use the tokenizer.model that came with the weights')
   return model
 
 
 def _added_tokens(model: Any) -> dict[int, dict[str, Any]]:
-  """Returns id -> token for everything that is matched before any merge."""
+  """Returns id -> token for all pieces that are matched before any merge."""
   trainer = model.trainer_spec
   special = _SPECIAL | {trainer.pad_piece, trainer.eos_piece,
                         trainer.bos_piece, trainer.unk_piece}
@@ -156,24 +161,3 @@ def _added_tokens(model: Any) -> dict[int, dict[str, Any]]:
       }
       for id_, piece in enumerate(model.pieces) if piece.type in fixed
   }
-
-
-def _merges(model: Any) -> list[list[str]]:
-  """Returns every split of a piece into two pieces, best merge first.
-
-  SentencePiece joins the neighbours whose union scores highest. Of the splits
-  of one piece, and of pieces that score alike, the one with the longer left
-  half comes first, as in Google's file; it seldom matters.
-  """
-  kinds = type(model).SentencePiece
-  # SentencePiece never builds these out of smaller pieces.
-  never = (kinds.CONTROL, kinds.UNKNOWN, kinds.BYTE)
-  scores = {p.piece: p.score for p in model.pieces if p.type not in never}
-  found = []
-  for id_, (piece, score) in enumerate(scores.items()):
-    for cut in range(1, len(piece)):
-      left, right = piece[:cut], piece[cut:]
-      if left in scores and right in scores:
-        found.append((-score, -cut, cut - len(piece), id_, left, right))
-  found.sort()
-  return [[left, right] for *_, left, right in found]

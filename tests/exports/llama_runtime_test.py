@@ -7,6 +7,7 @@ import importlib.metadata
 import sys
 
 import conftest
+from flax import traverse_util
 import gguf
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from gemma_sft import errors
 from gemma_sft import model as model_lib
 from gemma_sft.exports import divergence
 from gemma_sft.exports import llama_runtime
-from gemma_sft.weights import convert
+from gemma_sft.weights import load
 from gemma_sft.weights import names
 from gemma_sft.weights import tokenizer_file
 
@@ -56,13 +57,6 @@ def _forward(model, params, tokens_BT):
       model, params, tokens_BT, jnp.arange(tokens_BT.shape[1])[None],
       jnp.ones_like(tokens_BT))
   return jax.nn.log_softmax(model_lib.logits(model, params, x_BTD[0]))
-
-
-def _layout(model):
-  shapes = {path: leaf.shape for path, leaf in convert.flatten(
-      model_lib.abstract_params(model)).items()}
-  return names.Layout(generation=model.generation, shapes=shapes,
-                      transposed_gating=model.transposed_gating)
 
 
 def _pieces(proto):
@@ -113,9 +107,9 @@ def _write_gguf(path, model, params, proto):
   writer.add_bool('tokenizer.ggml.add_bos_token', True)
   writer.add_bool('tokenizer.ggml.add_space_prefix', False)
   writer.add_string('tokenizer.chat_template', _TEMPLATE)
-  flat = convert.flatten(params)
+  flat = traverse_util.flatten_dict(params, sep='/')
   for name, array in names.from_library(
-      _layout(model), 'gguf', lambda key: np.asarray(flat[key])):
+      load.weight_layout(model), 'gguf', lambda key: np.asarray(flat[key])):
     writer.add_tensor(name, array)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
@@ -299,10 +293,11 @@ def test_an_adapter_changes_the_model_as_its_update_says(
     binary, gemma3, tmp_path):
   update = _write_adapter(tmp_path / 'adapter.gguf', np.random.default_rng(3))
   n, h = gemma3.model.config.num_heads, gemma3.model.config.head_dim
-  flat = dict(convert.flatten(gemma3.params))
+  flat = dict(traverse_util.flatten_dict(gemma3.params, sep='/'))
   flat['layer_1/attn/q_einsum/w'] += jnp.asarray(
       update.reshape(n, h, -1).transpose(0, 2, 1), jnp.float32)
-  merged = dataclasses.replace(gemma3, params=convert.unflatten(flat))
+  merged = dataclasses.replace(
+      gemma3, params=traverse_util.unflatten_dict(flat, sep='/'))
   ids = divergence.prompts(gemma3.tokenizer, _WINDOW)[-1]
   with llama_runtime.Server(
       binary, gemma3.path, lora=tmp_path / 'adapter.gguf', context_length=256,

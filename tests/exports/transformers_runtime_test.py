@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 
 import conftest
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -17,7 +18,7 @@ from safetensors import numpy as safetensors_numpy
 from gemma_sft import model as model_lib
 from gemma_sft.exports import divergence
 from gemma_sft.exports import transformers_runtime
-from gemma_sft.weights import convert
+from gemma_sft.weights import load
 from gemma_sft.weights import names
 
 _PYTHON = os.environ.get(
@@ -74,20 +75,15 @@ def _make_model(generation):
 
 def _make_rounded_model():
   model, params = _make_model(3)
-  return model, convert.unflatten({
-      path: jnp.asarray(array, jnp.bfloat16).astype(jnp.float32)
-      for path, array in convert.flatten(params).items()})
+  return model, jax.tree.map(
+      lambda array: array.astype(jnp.bfloat16).astype(jnp.float32), params)
 
 
 def _write_folder(folder, model, params, dtype=np.float32, end=_END):
   folder.mkdir()
-  flat = convert.flatten(params)
-  layout = names.Layout(
-      generation=model.generation,
-      shapes={path: leaf.shape for path, leaf in flat.items()},
-      transposed_gating=model.transposed_gating)
+  flat = traverse_util.flatten_dict(params, sep='/')
   tensors = {name: array.astype(dtype) for name, array in names.from_library(
-      layout, 'hf', lambda path: np.asarray(flat[path]))}
+      load.weight_layout(model), 'hf', lambda path: np.asarray(flat[path]))}
   safetensors_numpy.save_file(
       tensors, folder / 'model.safetensors', {'format': 'pt'})
   (folder / 'config.json').write_text(json.dumps(_config(model.generation)))
@@ -235,11 +231,12 @@ def test_bfloat16_is_computed_in_float32(answers):
 
 def test_an_adapter_changes_the_model_as_its_update_says(answers):
   model, params = _make_model(3)
-  flat = dict(convert.flatten(params))
+  flat = dict(traverse_util.flatten_dict(params, sep='/'))
   shape = (_SIZES['num_heads'], _SIZES['head_dim'], _SIZES['embed_dim'])
   flat['layer_1/attn/q_einsum/w'] += jnp.asarray(
       answers['update'].reshape(shape).transpose(0, 2, 1), jnp.float32)
-  ours = _logits(model, convert.unflatten(flat), _PROMPTS[0])
+  ours = _logits(
+      model, traverse_util.unflatten_dict(flat, sep='/'), _PROMPTS[0])
   found = answers['peft']['logits_0']
   np.testing.assert_allclose(found, ours, atol=1e-4)  # As above.
   assert np.abs(found - answers['gemma3']['logits_0']).max() > 0.01

@@ -5,6 +5,7 @@ import gc
 import statistics
 
 import conftest
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
@@ -21,7 +22,6 @@ from gemma_sft.exports import arrays as arrays_lib
 from gemma_sft.nn import quantize
 from gemma_sft.run import base as base_lib
 from gemma_sft.run import restore
-from gemma_sft.weights import convert
 from gemma_sft.weights import load
 from gemma_sft.weights import names
 from gemma_sft.weights import safetensors_file
@@ -161,7 +161,8 @@ def test_what_is_quantised_is_what_can_have_an_adapter(model):
   abstract = model_lib.abstract_params(model)
   adaptable = {
       '/'.join(path) for path in lora._weights(abstract)}
-  assert {path.removesuffix('/w') for path in convert.flatten(abstract)
+  paths = traverse_util.flatten_dict(abstract, sep='/')
+  assert {path.removesuffix('/w') for path in paths
           if quantize.is_quantized(path)} == adaptable
   assert quantize.is_quantized('layers/attn/q_einsum/w')
 
@@ -318,8 +319,8 @@ def test_sharded_over_devices(kind):
 
 
 def _write_hf(model, params, folder):
-  layout = load.make_layout(model)
-  arrays = convert.flatten(params)
+  layout = load.weight_layout(model)
+  arrays = traverse_util.flatten_dict(params, sep='/')
   tensors = dict(names.from_library(
       layout, 'hf', lambda path: np.asarray(arrays[path])))
   folder.mkdir()
@@ -338,7 +339,7 @@ def source(request, config, tmp_path):
   if request.param == 'orbax':
     name = conftest.save_base(config, tmp_path / 'base', seed=1)
   elif request.param == 'hf':
-    params = load.load(
+    params = load.load_params(
         load.resolve('random', ''), model_lib.abstract_params(model),
         dtype=jnp.float32, seed=1)
     name = _write_hf(model, params, tmp_path / 'hf')
@@ -349,9 +350,9 @@ def source(request, config, tmp_path):
 
 def _load(source, **options):
   model, resolved = source
-  return convert.flatten(load.load(
+  return traverse_util.flatten_dict(load.load_params(
       resolved, model_lib.abstract_params(model), seed=1,
-      layout=load.make_layout(model), **options))
+      layout=load.weight_layout(model), **options), sep='/')
 
 
 def _assert_equal(got, want):
@@ -485,8 +486,8 @@ def test_what_is_exported_is_what_was_trained(config, tmp_path):
 
   # The forward of the run (codes, adapters beside them) and of the export.
   served = restore.load_weights(config, workdir, base=False, step=-1)
-  exported = convert.unflatten(
-      {path: arrays.read(path) for path in arrays.layout.shapes})
+  exported = traverse_util.unflatten_dict(
+      {path: arrays.read(path) for path in arrays.layout.shapes}, sep='/')
   tokens_BT = jnp.asarray(
       np.random.default_rng(0).integers(3, 200, (2, 16)), jnp.int32)
   positions_BT = jnp.broadcast_to(jnp.arange(16), (2, 16))

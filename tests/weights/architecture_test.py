@@ -10,8 +10,6 @@ from gemma_sft import errors
 from gemma_sft import model as model_lib
 from gemma_sft.weights import architecture
 from gemma_sft.weights import expressible
-from gemma_sft.weights import gguf_file
-from gemma_sft.weights import hf_rope
 
 _IDS = dict(eos_ids=[1, 106], bos_id=2, pad_id=0)
 # Of Google's own files: width, MLP, layers, heads, key-value heads, head width,
@@ -139,7 +137,7 @@ def test_metadata_of_the_presets(name):
   assert metadata == expected
   for key, value in expected.items():
     assert type(metadata[key]) is type(value), key
-  gguf_file.check_config(
+  architecture.check_gguf_metadata(
       {'general.architecture': kind, **metadata}, model.config, 'x.gguf')
 
 
@@ -315,9 +313,9 @@ def test_rope_left_out_is_that_of_transformers(change, message):
 
 
 def test_numbers_that_went_through_f32_are_the_same():
-  assert hf_rope.same(1e-6, 9.99999997475e-07)
-  assert not hf_rope.same(1e-6, 1.00001e-6)
-  assert not hf_rope.same(None, 0)
+  assert expressible.same(1e-6, 9.99999997475e-07)
+  assert not expressible.same(1e-6, 1.00001e-6)
+  assert not expressible.same(None, 0)
 
 
 # What the formats cannot say -------------------------------------------------

@@ -11,6 +11,7 @@ import subprocess
 import urllib.request
 
 import conftest
+from flax import traverse_util
 import gguf
 import jax
 import jax.numpy as jnp
@@ -22,9 +23,8 @@ from sentencepiece import sentencepiece_model_pb2
 
 from gemma_sft import errors
 from gemma_sft import model as model_lib
-from gemma_sft.weights import convert
-from gemma_sft.weights import gemma4_architecture as architecture
-from gemma_sft.weights import gemma4_tokenizer
+from gemma_sft.weights import architecture
+from gemma_sft.weights import gemma4_architecture
 from gemma_sft.weights import load
 from gemma_sft.weights import names
 from gemma_sft.weights import tokenizer_file
@@ -68,12 +68,13 @@ _FORMS = {
 
 def _hf(model):
   return architecture.hf_config(
-      model.config, vocab_size=model.config.num_embed, dtype='float32', **_IDS)
+      model.config, 4, vocab_size=model.config.num_embed, dtype='float32',
+      **_IDS)
 
 
 def _gguf(model):
   return architecture.gguf_metadata(
-      model.config, name='a model', context_length=512)
+      model.config, 4, name='a model', context_length=512)
 
 
 # What the files say ----------------------------------------------------------
@@ -170,7 +171,7 @@ def test_gguf_metadata_of_31b_counts_heads_by_layer():
 ])
 def test_rope_freqs_stop_the_pairs_that_do_not_turn(changes, ones, pairs):
   model = _changed(model_lib.make_model('gemma4_e4b'), **changes)
-  (name, freqs), = architecture.extra_gguf_tensors(model.config).items()
+  (name, freqs), = architecture.extra_gguf_tensors(model.config, 4).items()
   assert name == 'rope_freqs.weight'
   assert freqs.dtype == np.float32
   np.testing.assert_array_equal(
@@ -179,8 +180,8 @@ def test_rope_freqs_stop_the_pairs_that_do_not_turn(changes, ones, pairs):
 
 def test_without_global_layers_there_are_no_rope_freqs():
   model = _small(num_layers=2)
-  assert not architecture.extra_gguf_tensors(model.config)
-  assert architecture.check_gguf_exportable(model.config) is None
+  assert not architecture.extra_gguf_tensors(model.config, 4)
+  assert _gguf(model)
 
 
 # What they cannot say --------------------------------------------------------
@@ -207,9 +208,9 @@ def _sharing(**changes):
 def test_neither_format_can_say(message, model):
   config = model().config
   with pytest.raises(errors.UserError, match=message):
-    architecture.check_hf_exportable(config)
+    gemma4_architecture.check_hf(config)
   with pytest.raises(errors.UserError, match=message):
-    architecture.gguf_metadata(config, name='', context_length=1)
+    architecture.gguf_metadata(config, 4, name='', context_length=1)
 
 
 # Tried with transformers 5.23: a TypeError, tensors of another shape, another
@@ -232,7 +233,7 @@ def test_only_transformers_cannot_say(message, model):
 
 
 def _check(model, hf):
-  architecture.check_hf_config(hf, model.config, 'x/config.json')
+  architecture.check_hf_config(hf, model.config, 4, 'x/config.json')
 
 
 @pytest.mark.parametrize('form', _FORMS)
@@ -320,7 +321,7 @@ def _tokenizer():
 def test_tokenizer_types_and_merges():
   proto = _tokenizer()
   proto.pieces.add(piece='the\u2581', score=-0.5, type=1)
-  values = gemma4_tokenizer.to_gguf(proto.SerializeToString())
+  values = tokenizer_file.to_gguf(proto.SerializeToString(), 4)
   values = {key.removeprefix('tokenizer.ggml.'): v for key, v in values.items()}
   assert {key: values[key] for key in values if not isinstance(
       values[key], list)} == {
@@ -343,7 +344,7 @@ def test_tokenizer_types_and_merges():
 
 def test_tokenizer_without_an_end_of_turn_is_refused():
   with pytest.raises(errors.UserError, match=r'<turn\|>'):
-    gemma4_tokenizer.to_gguf(tokenizer_file.byte_tokenizer(3))
+    tokenizer_file.to_gguf(tokenizer_file.byte_tokenizer(3), 4)
 
 
 # Logits ----------------------------------------------------------------------
@@ -359,13 +360,13 @@ def _random_arrays(model):
   """
   rng = np.random.default_rng(0)
   arrays = {}
-  for path, leaf in convert.flatten(model_lib.abstract_params(model)).items():
+  for path, shape in load.weight_layout(model).shapes.items():
     if path.endswith('scale'):
-      array = rng.uniform(0.5, 1.5, leaf.shape)
+      array = rng.uniform(0.5, 1.5, shape)
     elif path.endswith(('input_embedding', 'per_layer_embeddings')):
-      array = rng.normal(0, 0.6, leaf.shape)
+      array = rng.normal(0, 0.6, shape)
     else:
-      array = rng.normal(0, 0.3, leaf.shape)
+      array = rng.normal(0, 0.3, shape)
     arrays[path] = np.asarray(array, np.float32)
   return arrays
 
@@ -385,7 +386,8 @@ def references():
   for form in _COMPARED:
     model = _FORMS[form]()
     arrays = _random_arrays(model)
-    params = convert.unflatten(jax.tree.map(jnp.asarray, arrays))
+    params = traverse_util.unflatten_dict(
+        jax.tree.map(jnp.asarray, arrays), sep='/')
     # One compilation takes a second, operation by operation four.
     logits_TV = jax.jit(functools.partial(_forward, model))(params)
     found[form] = model, arrays, np.asarray(logits_TV, np.float64)
@@ -421,7 +423,7 @@ def test_logits_are_transformers(references, tmp_path):
     (tmp_path / form / 'config.json').write_text(json.dumps(_hf(model)))
     safetensors_numpy.save_file(
         dict(names.from_library(
-            load.make_layout(model), 'hf', arrays.__getitem__)),
+            load.weight_layout(model), 'hf', arrays.__getitem__)),
         tmp_path / form / 'model.safetensors', {'format': 'pt'})
   done = subprocess.run(
       [_RUNTIME, '-c', _SCRIPT, ' '.join(map(str, _PROMPT)),
@@ -439,12 +441,12 @@ def _write_gguf(path, model, arrays, proto):
   writer = gguf.GGUFWriter(path, name)
   add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string,
          float: writer.add_float32, list: writer.add_array}
-  for key, value in (metadata | gemma4_tokenizer.to_gguf(proto)).items():
+  for key, value in (metadata | tokenizer_file.to_gguf(proto, 4)).items():
     add[type(value)](key, value)
   tensors = dict(names.from_library(
-      load.make_layout(model), 'gguf', arrays.__getitem__))
+      load.weight_layout(model), 'gguf', arrays.__getitem__))
   for key, array in (
-      tensors | architecture.extra_gguf_tensors(model.config)).items():
+      tensors | architecture.extra_gguf_tensors(model.config, 4)).items():
     writer.add_tensor(key, array)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()

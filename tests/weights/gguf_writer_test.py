@@ -32,7 +32,7 @@ _ODD = dict(layers=2, embed=32, hidden=48, heads=4, kv_heads=2, head_dim=16)
 
 
 def _layout(sizes):
-  return names.make_layout(
+  return names.make_weight_layout(
       generation=3, vocab=_VOCAB, transposed_gating=True, **sizes)
 
 

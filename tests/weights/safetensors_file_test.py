@@ -109,7 +109,7 @@ def test_missing_shard_config_and_promised_tensor(tmp_path):
   promised['weight_map']['model.extra.weight'] = (
       'model-00001-of-00003.safetensors')
   index.write_text(json.dumps(promised))
-  with pytest.raises(errors.UserError, match='promises model.extra.weight'):
+  with pytest.raises(errors.UserError, match='lists model.extra.weight'):
     safetensors_file.open_folder(folder)
   (folder / 'model-00002-of-00003.safetensors').unlink()
   with pytest.raises(errors.UserError, match='it has 0 bytes'):
@@ -130,7 +130,7 @@ def test_a_tensor_in_two_files(tmp_path):
 def test_tensors_out_of_order_are_not_written(tmp_path):
   arrays = _arrays()
   (tmp_path / 'm').mkdir()
-  with pytest.raises(ValueError, match='is due'):
+  with pytest.raises(ValueError, match='got model'):
     safetensors_file.write_model(
         tmp_path / 'm', iter(reversed(arrays.items())), _SHAPES,
         dtype='float32', max_bytes=1_000_000)

@@ -91,7 +91,7 @@ def test_a_tokenizer_without_its_special_tokens_is_refused():
   model = sentencepiece_model_pb2.ModelProto.FromString(
       tokenizer_file.byte_tokenizer())
   model.trainer_spec.pad_id = -1
-  with pytest.raises(errors.UserError, match='has no padding_token_id'):
+  with pytest.raises(errors.UserError, match='has no padding token'):
     tokenizer_file.to_gguf(model.SerializeToString(), 3)
   model.trainer_spec.pad_id = 0
   model.pieces[106].piece = 'x'

