@@ -15,11 +15,11 @@ def folder(*names: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """Yields a path to write to, which takes the name `path` at the end.
+  """Yields a temporary path, which is renamed to `path` at the end.
 
-  A reader of `path` sees the old content or the new one, never a part of it.
-  After an error the old content stays and what was written is removed. Several
-  processes may write the same path; the last one wins.
+  A reader of `path` sees the old content or all of the new one. After an error
+  the old content remains and the temporary file is removed. If several
+  processes write the same path, the last one wins.
   """
   path = pathlib.Path(path)
   partial = path.with_name(f'{path.name}.{os.getpid()}.partial')

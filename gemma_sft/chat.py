@@ -1,4 +1,5 @@
-"""Messages -> token ids and loss mask: this alone decides what is trained.
+"""Messages -> token ids and loss mask: the only place that decides what is
+trained.
 
 Training, evaluation and inference all render here, so that a tuned model is
 served with the prompts that it was tuned on.

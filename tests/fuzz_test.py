@@ -1,4 +1,4 @@
-"""Bad input: a few hundred cases of each drill, and all that once failed.
+"""Bad input: a few hundred cases of each target, and all that once failed.
 
 The drill itself is `python tests/fuzz/run.py`.
 """
@@ -19,7 +19,7 @@ import pytest
 
 _CORPUS = pathlib.Path(__file__).parent / 'fuzz' / 'corpus'
 _KEPT = sorted(_CORPUS.glob('*/*'))
-# Cases of each: of those with a process to every case a handful.
+# Cases per target; few where each case starts a process.
 _CASES = {'sql': 12, 'blop': 2, 'config': 100}
 _MOST = 300
 
@@ -27,7 +27,7 @@ _MOST = 300
 @functools.cache
 def _load(name):
   target = importlib.import_module(f'fuzz.targets.{name}')
-  # What is imported on the way counts for no case's time.
+  # So that lazy imports do not count as the time of a case.
   with tempfile.TemporaryDirectory() as folder:
     for case in target.seeds()[-1:]:
       target.check(case, folder)
@@ -80,7 +80,7 @@ def test_the_corpus_is_small():
 
 
 class _Target:
-  """Fails in the ways that there are."""
+  """Fails in each of the possible ways."""
 
   def check(self, case, folder):
     del folder

@@ -1,8 +1,7 @@
-"""The quickstart's path on the real Gemma 3 270M, cut short."""
+"""The commands of the quickstart on the real Gemma 3 270M, shortened."""
 
 import json
 import os
-import pathlib
 import resource
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import pytest
 
 from gemma_sft.monitor import metrics
 
-_ROOT = pathlib.Path(__file__).parents[1]
 _BASE_LOSS = 3.064
 
 
@@ -29,23 +27,23 @@ def test_a_few_updates_on_the_real_model(tmp_path):
        '--config.eval.metric=loss', '--config.eval.mode=min',
        '--config.optimizer.schedule=constant',
        '--config.optimizer.learning_rate=1e-3'],
-      cwd=_ROOT, env=environment, check=True, timeout=1200)
+      cwd=conftest.ROOT, env=environment, check=True, timeout=1200)
   rows = metrics.read_jsonl(tmp_path / 'metrics.jsonl')
   evaluated = [r for r in rows if 'eval/loss' in r]
   assert [r['step'] for r in evaluated] == [0, 6]
-  # The untouched model on data/blop/validation.txt, float32; it moves only if
-  # the weights, the template, the mask or the data change.
+  # The untouched model on data/blop/validation.txt, float32. It changes only
+  # with the weights, the template, the mask or the data.
   assert evaluated[0]['eval/loss'] == pytest.approx(_BASE_LOSS, abs=0.005)
-  # Six updates of about nine examples are worth more than a fifth of it.
+  # Six updates of about nine examples reduce it by more than a fifth.
   assert evaluated[1]['eval/loss'] < 0.8 * evaluated[0]['eval/loss']
-  # The promise of the quickstart: 8 GB.
+  # The quickstart promises 8 GB.
   peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
   assert peak < 8e9
   _check_export(tmp_path, environment)
 
 
 def _check_export(workdir, environment):
-  """Exports those updates; every file is held against the JAX model."""
+  """Exports the tuned model; every file is compared with the JAX model."""
   formats = ['gguf-f32', 'gguf-q8_0', 'lora']
   if os.path.exists(conftest.RUNTIME_PYTHON):
     formats += ['hf', 'peft']
@@ -53,14 +51,14 @@ def _check_export(workdir, environment):
       [sys.executable, '-m', 'gemma_sft.export', f'--workdir={workdir}',
        f'--out={workdir}/export', f'--formats={",".join(formats)}',
        f'--runtime_python={conftest.RUNTIME_PYTHON}'],
-      cwd=_ROOT, env=environment, check=True, timeout=1200)
-  told = json.loads((workdir / 'export' / 'export.json').read_text())
-  assert len(told['parity']) == len(formats)
-  assert all(row['proven'] for row in told['parity'])
+      cwd=conftest.ROOT, env=environment, check=True, timeout=1200)
+  summary = json.loads((workdir / 'export' / 'export.json').read_text())
+  assert len(summary['parity']) == len(formats)
+  assert all(row['proven'] for row in summary['parity'])
   # Turn tags, system text, several turns: 8 conversations in each runtime.
   assert all(row['equal'] and row['conversations'] == 8
-             for row in told['templates'])
-  assert len(told['templates']) == (2 if 'hf' in formats else 1)
+             for row in summary['templates'])
+  assert len(summary['templates']) == (2 if 'hf' in formats else 1)
 
 
 @pytest.mark.slow

@@ -109,9 +109,9 @@ def hf_config(
     bos_id: int,
     pad_id: int,
 ) -> dict[str, Any]:
-  """Returns `config.json`: for transformers 4 and 5, of Gemma 4 for 5 alone.
+  """Returns `config.json` for transformers 5, and 4 if it knows the model.
 
-  Versions 4 and 5 have different keys for rope and dtype; both are there.
+  The two versions have different keys for rope and dtype; both are written.
 
   Args:
     config: The library's `TransformerConfig`.

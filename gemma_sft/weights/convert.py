@@ -149,7 +149,7 @@ def _save(params: Mapping[str, Any], path: pathlib.Path) -> None:
 
   if jax.process_count() > 1:
     # Orbax writes numpy arrays on process 0 only, but each host needs its own
-    # conversion. Hence a child process, which is alone, saves them.
+    # conversion. A child process that is not distributed therefore saves them.
     arrays = path.with_suffix('.npz')
     np.savez(arrays, **traverse_util.flatten_dict(params, sep='/'))
     subprocess.run(

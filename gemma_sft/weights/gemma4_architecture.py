@@ -221,8 +221,8 @@ def check_gguf(config: Any) -> None:
   n_shared = model.n_shared_layers(config)
   sharing = config.kv_cache_sharing_config
   types = expressible.layer_types(config)
-  # The shared keys and values are those of the last layers before. The library
-  # takes the last two, of whatever kind; transformers the last of each kind.
+  # The layers that share use the keys and values of the layers before: in the
+  # library of the last two, in transformers of the last of each kind.
   if n_shared and not (
       sharing.share_global and sharing.share_local
       and types[:-n_shared][-2:] == [_LOCAL, _GLOBAL]):

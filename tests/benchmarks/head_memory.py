@@ -1,11 +1,11 @@
-"""Memory of the head and the loss, beside that of all logits at once.
+"""Memory of the head and the loss, compared with that of all logits at once.
 
     python tests/benchmarks/head_memory.py --model=gemma2_2b --rows=8
 
 Compiles value and gradient of `head.masked_nll` with every position trained, in
 bfloat16, for the device at hand, and prints the temporaries and outputs that
-the compiler asks for: what stands above the model. Nothing is run. Beside it
-the same for all logits at once, the plain way.
+the compiler reports: the memory above that of the model. The same is printed
+for all logits at once, the plain way. Nothing is run.
 """
 
 from absl import app

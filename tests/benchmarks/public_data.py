@@ -65,8 +65,8 @@ def _poetry(source, out):
   train = _jsonl(source / 'tang_train.jsonl')
   held = sorted(_jsonl(source / 'tang_val.jsonl'), key=lambda r: r['id'])
   # Poems of one title have the same prompt, so they stay in one split.
-  seen, splits = set(), {'train': train, 'validation': [], 'test': []}
-  seen.update((r['title'], r['form']) for r in train)
+  splits = {'train': train, 'validation': [], 'test': []}
+  seen = {(r['title'], r['form']) for r in train}
   for row in held:
     if (row['title'], row['form']) not in seen:
       seen.add((row['title'], row['form']))
@@ -76,11 +76,9 @@ def _poetry(source, out):
 
 
 def _lyrics(source, out):
-  rows = []
-  for row in _jsonl(source / 'ghazals.jsonl'):
-    if len(row['hi']) >= 6:
-      rows.append({'lines': row['hi'], 'style': 'ghazal', 'poet': row['poet'],
-                   'language': 'Hindi'})
+  rows = [{'lines': row['hi'], 'style': 'ghazal', 'poet': row['poet'],
+           'language': 'Hindi'}
+          for row in _jsonl(source / 'ghazals.jsonl') if len(row['hi']) >= 6]
   _write(out, _grouped(rows, lambda r: ' '.join(r['lines'][:2])))
 
 
@@ -98,23 +96,20 @@ def _slang(source, out):
 
 
 def _sql(source, out):
-  splits = {'train': [], 'validation': [], 'test': []}
-  for row in _jsonl(source / 'dev.jsonl'):
-    name = row['db_id']
-    split = ('validation' if name in _SQL_VALIDATION else
-             'test' if name in _SQL_TEST else 'train')
-    splits[split].append(row)
-  _write(out, splits)
+  rows = _jsonl(source / 'dev.jsonl')
+  _write(out, {
+      'train': [row for row in rows if row['db_id'] not in (
+          *_SQL_VALIDATION, *_SQL_TEST)],
+      'validation': [row for row in rows if row['db_id'] in _SQL_VALIDATION],
+      'test': [row for row in rows if row['db_id'] in _SQL_TEST]})
   shutil.copytree(source / 'database', out / 'database', dirs_exist_ok=True)
 
 
 def _blop(source, out):
   parts = source.joinpath('input.txt').read_text('utf-8').split('# INPUT')[1:]
   out.mkdir(parents=True, exist_ok=True)
-  splits = {'train': [], 'validation': [], 'test': []}
-  for part in parts:
-    prompt = part.partition('# OUTPUT')[0].strip()
-    splits[_split(prompt.lower())].append(part)
+  splits = _grouped(
+      parts, lambda part: part.partition('# OUTPUT')[0].strip().lower())
   for split, group in splits.items():
     out.joinpath(f'{split}.txt').write_text(
         ''.join(f'# INPUT{part}' for part in group), 'utf-8')

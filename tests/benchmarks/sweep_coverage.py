@@ -1,11 +1,11 @@
-"""How often a sweep's 95 % interval covers the truth: a table by simulation.
+"""Simulates how often a sweep's 95 % interval covers the true difference.
 
     python tests/benchmarks/sweep_coverage.py [--repeats=2000]
 
-A difference of two cells on one record under one seed is the true gain (0
-here), what the pair of runs of that seed got luckier by, what the record
-favours one of them by, and the rest, all normal. The parts' sizes are the
-columns: the interval is to hold whether seeds or records differ more.
+The difference of two cells on a record under a seed is the sum of the true gain
+(0 here), an effect of the seed, an effect of the record and noise, all normal.
+The columns have different sizes of these effects: the interval must hold
+whether seeds or records differ more.
 """
 
 import argparse
@@ -16,10 +16,10 @@ from gemma_sft.sweeping import significance
 
 _SEEDS = (1, 3, 5)
 _RECORDS = (24, 60, 120, 500)
-# Standard deviations of seeds, records and the rest, of verdicts from 0 to 1.
+# Standard deviations of seeds, records and noise, for verdicts from 0 to 1.
 _PARTS = {'records only': (0.0, 0.2, 0.4),
-          'little luck of seeds': (0.05, 0.2, 0.4),
-          'much luck of seeds': (0.2, 0.2, 0.4)}
+          'small effect of seeds': (0.05, 0.2, 0.4),
+          'large effect of seeds': (0.2, 0.2, 0.4)}
 
 
 def coverage(seeds: int, records: int, parts, repeats: int) -> float:

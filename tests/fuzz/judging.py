@@ -1,4 +1,4 @@
-"""One case against its target: fine, crash, hang or loss."""
+"""Judges a case of a target: fine, crash, hang or loss."""
 
 import collections
 import contextlib
@@ -9,15 +9,15 @@ import resource
 import signal
 import traceback
 
-# Of the processor: a case takes milliseconds.
+# CPU time; a case takes milliseconds.
 SECONDS = 3.0
-# Above what the process has once all is imported.
+# Beyond the size of the process after all imports.
 _MORE_BYTES = 1 << 30
 KINDS = ('crash', 'hang', 'loss')
 
 
 class Loss(Exception):
-  """Something of the input is gone or changed without a word."""
+  """A part of the input was silently lost or changed."""
 
 
 class _Hang(BaseException):
@@ -39,14 +39,14 @@ def _limit(seconds):
 
 
 def bound_memory() -> None:
-  """Lets this process have so much more and no more."""
+  """Limits the memory that this process can take from now on."""
   with open('/proc/self/statm', encoding='ascii') as file:
     size = int(file.read().split()[0]) * resource.getpagesize()
   resource.setrlimit(resource.RLIMIT_AS, (size + _MORE_BYTES,) * 2)
 
 
 def judge(target, case: bytes, folder: str) -> tuple[str, str, str]:
-  """Returns ('', '', '') or (kind, the place in a few words, the traceback)."""
+  """Returns ('', '', '') or (kind, a short description, traceback)."""
   try:
     with _limit(SECONDS):
       target.check(case, folder)
@@ -69,7 +69,7 @@ def _place(error):
 
 
 class Session:
-  """Judges cases and keeps account of them."""
+  """Judges cases and counts the failures."""
 
   def __init__(self, target, folder: str, failures: str):
     """Takes the target, a scratch folder and where to write failing cases."""
@@ -77,11 +77,11 @@ class Session:
     self._failures = pathlib.Path(failures)
     self.n = 0
     self.counts = collections.Counter()
-    self.places: dict[str, list] = {}  # What: [how often, file, its bytes].
+    self.places: dict[str, list] = {}  # Description -> [count, file, bytes].
 
   def run(self, case: bytes) -> None:
-    """Judges one case; of those that fail alike the shortest is kept."""
-    # Should the whole process end, this is what it ended at.
+    """Judges one case; of equal failures the shortest case is saved."""
+    # If the whole process dies, this was the case.
     (self._failures / 'last').write_bytes(case)
     self.n += 1
     kind, what, story = judge(self._target, case, self._folder)
@@ -98,5 +98,5 @@ class Session:
           story, errors='backslashreplace')
 
   def as_json(self) -> dict:
-    """Returns the account."""
+    """Returns the counts."""
     return {'n': self.n, 'counts': dict(self.counts), 'places': self.places}

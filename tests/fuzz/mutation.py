@@ -1,4 +1,4 @@
-"""Good cases changed: documents as trees, others byte by byte."""
+"""Mutates good cases: JSON documents as trees, others as bytes."""
 
 import json
 import random
@@ -15,7 +15,7 @@ _VALUES = (
 
 
 def mutate(case: bytes, max_size: int, seed: int) -> bytes:
-  """Returns a changed document, or bytes that are none."""
+  """Returns a mutated JSON document, or the bytes if they are not JSON."""
   rng = random.Random(seed)
   try:
     tree = json.loads(case)
@@ -28,7 +28,7 @@ def mutate(case: bytes, max_size: int, seed: int) -> bytes:
 
 
 def mutate_bytes(case: bytes, max_size: int, seed: int) -> bytes:
-  """Returns changed bytes; a guided drill has better ones of libFuzzer."""
+  """Returns mutated bytes; in a guided drill libFuzzer does it better."""
   rng = random.Random(seed)
   data = bytearray(case)
   for _ in range(rng.randint(1, 3)):
@@ -49,7 +49,7 @@ def mutate_bytes(case: bytes, max_size: int, seed: int) -> bytes:
 
 
 def _changed(node: Any, rng: random.Random, depth: int = 0) -> Any:
-  """Returns a node with one place in it changed."""
+  """Returns a node with one change somewhere in it."""
   if isinstance(node, (list, dict)) and node and (
       depth < 2 or rng.random() < 0.8):
     key = rng.choice(list(node) if isinstance(node, dict)

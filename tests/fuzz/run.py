@@ -1,12 +1,12 @@
-"""Tries bad input by the hundred thousand, and prints what came of it.
+"""Tries bad input by the hundred thousand, and prints the results.
 
     python tests/fuzz/run.py [--cases=100000] [--only=records,web] [--seed=0]
 
-A fifth of the cases come from strategies (hypothesis), the others are changed
-copies of those that reached new lines before (atheris). Status 1 if anything
-crashed, hung or was silently lost; the shortest case of each is then in
---failures, to be mended and kept in tests/fuzz/corpus, which the fast tests
-replay.
+A fifth of the cases come from strategies (hypothesis). The others are mutated
+copies of cases that reached new lines (atheris). Status 1 if anything crashed,
+hung or was silently lost. The shortest case of each failure is then in
+--failures: correct the code and add the case to tests/fuzz/corpus, which the
+fast tests replay.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from fuzz import judging
 from fuzz import targets
 
 _PROPERTY_SHARE = 0.2
-# Of the processor, for the imports and for each case; and of the clock, for
-# what waits for ever, on a machine that may be busy.
+# CPU time for the imports and for each case.
 _CPU_SECONDS = (200, 0.5)
+# Wall time over CPU time at which a process counts as hung on a busy machine.
 _CLOCK = 20
 
 
@@ -73,7 +73,7 @@ def _print_row(name, row):
 
 
 def _drill(name, arguments):
-  """Returns a target's account, over both ways of making cases."""
+  """Returns a target's counts, over both ways of making cases."""
   cases = max(2, round(arguments.cases * targets.share(name)))
   n_property = (round(cases * _PROPERTY_SHARE) if targets.is_guided(name)
                 else cases)
@@ -91,7 +91,7 @@ def _cpu_seconds():
 
 
 def _work(name, guided, cases, arguments, row):
-  """Runs a process, and another one where the first has ended too early."""
+  """Runs the cases in a process and adds its counts to the row."""
   keep = pathlib.Path(arguments.failures, name)
   keep.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory() as folder:

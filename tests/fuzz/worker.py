@@ -1,4 +1,4 @@
-"""The process in which a target's cases are tried; see `run`."""
+"""The process that tries the cases of a target; see `run`."""
 
 import importlib
 import json
@@ -10,23 +10,22 @@ import sys
 import atheris
 import hypothesis
 
-# Longer cases find nothing that shorter ones do not.
+# Longer cases find nothing new.
 _MAX_BYTES = 32_768
 
 
 def main(name: str, guided: str, cases: str, seed: str, folder: str,
          cpu_seconds: str) -> None:
-  """Tries cases; the account goes to `result.json` of the folder.
+  """Tries cases and writes the counts to `result.json` in the folder.
 
   Args:
-    name: Of the target.
-    guided: '1' for cases that follow the coverage, '0' for those of the
-      property-based strategy.
-    cases: How many.
-    seed: Of their making.
-    folder: With scratch/, failures/ and inputs/, to which the cases that
-      reached something new are written.
-    cpu_seconds: After which the process is ended.
+    name: The target.
+    guided: '1' for cases that coverage guides, '0' for those of the strategy.
+    cases: The number of cases.
+    seed: For making the cases.
+    folder: With scratch/, failures/ and inputs/; the cases that reached new
+      lines are written to inputs/.
+    cpu_seconds: The limit of the process.
   """
   limit = int(cpu_seconds)
   resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 10))
@@ -36,7 +35,7 @@ def main(name: str, guided: str, cases: str, seed: str, folder: str,
   with atheris.instrument_imports(include=include):
     target = importlib.import_module(f'fuzz.targets.{name}')
     seeds = target.seeds()
-    for case in seeds:  # Imports what is imported on the way.
+    for case in seeds:  # Completes the lazy imports.
       target.check(case, os.path.join(folder, 'scratch'))
   from fuzz import judging
 
@@ -49,7 +48,7 @@ def main(name: str, guided: str, cases: str, seed: str, folder: str,
     result = pathlib.Path(folder, 'result.json')
     result.write_text(json.dumps(session.as_json()))
     sys.stdout.flush()
-    os._exit(0)  # libFuzzer would print its own end.
+    os._exit(0)  # Without libFuzzer's own output.
 
   if guided == '1':
     _guided(target, seeds, session, int(cases), int(seed), folder, finish)
@@ -85,8 +84,8 @@ def _guided(target, seeds, session, cases, seed, folder, finish):
       finish()
 
   options = {'custom_mutator': mutation.mutate} if target.AS_JSON else {}
-  # `judging` limits a case. With a timeout of 0 atheris would end the process
-  # at the first case in which a second of the clock begins.
+  # `judging` limits the time of a case. With a timeout of 0 atheris would end
+  # the process at the first case during which a new second begins.
   atheris.Setup(
       ['fuzz', str(inputs), f'-artifact_prefix={folder}/', f'-seed={seed}',
        f'-max_len={_MAX_BYTES}', '-len_control=0', '-timeout=999999',

@@ -1,4 +1,4 @@
-"""What is tried, and how much of it; see the package's docstring."""
+"""The targets; see the docstring of the package."""
 
 import ast
 import functools
@@ -10,7 +10,7 @@ NAMES = ('records', 'chat', 'gguf', 'safetensors', 'config', 'web', 'ratings',
 
 @functools.cache
 def _constants(name):
-  """Returns a target's constants without importing what it tries."""
+  """Returns a target's constants without importing the tested code."""
   path = pathlib.Path(__file__).with_name(f'{name}.py')
   return {
       node.targets[0].id: ast.literal_eval(node.value)
@@ -26,7 +26,7 @@ def share(name: str) -> float:
 
 
 def is_guided(name: str) -> bool:
-  """Whether cases follow the coverage."""
+  """Whether coverage guides the cases."""
   return _constants(name)['GUIDED']
 
 

@@ -1,6 +1,6 @@
-"""Programs against the cage of Blop, made of what could open one.
+"""Programs that try to break out of Blop's sandbox.
 
-A case is the program. A Node process runs each: these are the fewest.
+A case is the program. Each takes a Node process, hence the small share.
 """
 
 import os
@@ -23,7 +23,7 @@ _REFERENCE = {
 
 
 def check(case: bytes, folder: str) -> None:
-  """Runs a program beside the reference, which it must not touch."""
+  """Runs a program beside the reference, which it must not affect."""
   if shutil.which('node') is None:
     return
   program = case.decode('utf-8', 'replace')

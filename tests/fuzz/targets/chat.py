@@ -1,4 +1,4 @@
-"""Conversations: what is text stays text, what is trained is the answers.
+"""Conversations: text stays text, and only the answers are trained.
 
 A case is [generation, [[role, content], ...]].
 """
@@ -33,7 +33,7 @@ def _tokenizer(generation):
   pieces = [processor.IdToPiece(i) for i in range(processor.GetPieceSize())]
   control = {i for i, piece in enumerate(pieces)
              if processor.IsControl(i) or processor.IsUnknown(i)
-             # No others are user-defined there.
+             # No others are user-defined in this tokenizer.
              or i < pieces.index('<0x00>') and piece != '\n'}
   start, end = (pieces.index(t) for t in _TAGS.get(generation, _OLD_TAGS))
   return chat.Tokenizer(proto, generation), control, start, end
@@ -50,7 +50,7 @@ def _template(generation):
 
 
 def check(case: bytes, folder: str) -> None:
-  """Renders a conversation, its prompt, and its texts as they are."""
+  """Renders a conversation, its prompt, and each text by itself."""
   del folder
   generation, messages = _parse(case)
   tokenizer = _tokenizer(generation)[0]
@@ -68,7 +68,7 @@ def check(case: bytes, folder: str) -> None:
 
 
 def _parse(case):
-  """Returns what a case can be made to mean."""
+  """Returns the generation and the messages, with defaults if invalid."""
   try:
     generation, turns = json.loads(case)
     if not isinstance(turns, list):
@@ -83,7 +83,7 @@ def _parse(case):
 
 
 def _encodable(text):
-  # `records` and the pages take no others.
+  # `records` and the pages accept no other texts.
   return text.encode('utf-8', 'replace').decode()
 
 
@@ -102,12 +102,12 @@ def _segments(tokens, generation):
 
 
 def _as_written(text):
-  # SentencePiece writes a space as U+2581, which so comes back as one.
+  # SentencePiece represents a space by U+2581, which is decoded as a space.
   return text.replace('\u2581', ' ')
 
 
 def _turns(messages, generation):
-  """Returns what a model reads, turn by turn."""
+  """Returns the turns that the model reads."""
   turns = [(m.role, m.content.strip()) for m in messages]
   if turns[0][0] == 'system' and generation < 4:
     (_, system), (role, first), *rest = turns
@@ -123,7 +123,7 @@ def _check_rendered(example, messages, generation):
     raise judging.Loss(f'control tokens {marks} for {len(turns)} turns')
   wanted = ['', *(t for role, text in turns for t in (
       '\n', f'{role}\n{text}')), '\n']
-  wanted[1] = ''  # Before the first turn stands the BOS alone.
+  wanted[1] = ''  # Only BOS precedes the first turn.
   if texts != [_as_written(text) for text in wanted]:
     raise judging.Loss(f'{wanted!r:.300} became {texts!r:.300}')
   edges = np.flatnonzero(np.diff(np.r_[0, example.loss_mask, 0]))
@@ -155,7 +155,7 @@ def _as_dicts(messages):
 
 
 def _check_that_the_template_refuses(messages, generation):
-  """Where it does not: it renders prompts too, and takes two role names."""
+  """The template accepts more: prompts, and two more names of roles."""
   turns = messages[1:] if messages[:1] and messages[0].role == (
       'system') else messages
   blank = any(not m.content.strip() for m in messages)
@@ -170,7 +170,7 @@ def _check_that_the_template_refuses(messages, generation):
   except jinja2.TemplateError:
     return
   if blank or not turns:
-    raise judging.Loss('the template takes what is refused')
+    raise judging.Loss('the template accepts what is refused')
 
 
 def _check_text(text, generation):

@@ -1,4 +1,4 @@
-"""Command lines, saved configs and the texts of sweeps.
+"""Command lines, saved configs, and the grids and search spaces of sweeps.
 
 A case is {"arguments": [...], "saved": {...} or text, "grid": text,
 "search": text}; any may be missing.
@@ -38,7 +38,7 @@ _LEAVES = dict(config_lib.leaves(default.get_config()))
 
 
 def check(case: bytes, folder: str) -> None:
-  """Parses everything that the case has."""
+  """Parses every part of the case."""
   try:
     document = json.loads(case)
   except ValueError:
@@ -62,7 +62,7 @@ def _check_command(arguments):
   """Parses a command line as an entry point does, and checks the config."""
   if not isinstance(arguments, list):
     return
-  # A real one has neither NUL nor an unpaired surrogate of other kinds.
+  # A real one has no NUL and only the surrogates of undecodable bytes.
   arguments = [os.fsdecode(a.encode('utf-8', 'replace')).replace('\0', '')
                for a in arguments if isinstance(a, str)]
   arguments = [a for a in arguments if not _names_a_file(a)]
@@ -90,14 +90,14 @@ def _check_command(arguments):
 
 
 def _names_a_file(argument):
-  """Configs are programs by design, and help ends the process."""
+  """Whether it runs a config, which is a program, or ends the process."""
   name = argument.lstrip('-').partition('=')[0]
   return (name == 'config' or name.startswith(('flagfile', 'help', 'only_'))
           or name == 'h' or argument == '--')
 
 
 def _check_config(config):
-  """What is valid has the types of the default config and finite numbers."""
+  """A valid config has the types of the default and finite numbers."""
   for key, value in config_lib.leaves(config):
     wanted = _LEAVES[key]
     if not isinstance(value, type(wanted)) or isinstance(value, bool) != (
@@ -110,7 +110,7 @@ def _check_config(config):
 
 
 def _check_saved(saved, folder):
-  """Reads back a config.json that somebody has edited."""
+  """Reads a config.json that a user has edited."""
   path = os.path.join(folder, 'config.json')
   text = saved if isinstance(saved, str) else json.dumps(saved)
   with open(path, 'w', encoding='utf-8', errors='replace') as file:
@@ -129,7 +129,7 @@ def _case(**parts):
 
 
 def seeds() -> list[bytes]:
-  """Returns command lines, a saved config and texts of sweeps."""
+  """Returns command lines, a saved config, a grid and a search space."""
   return [
       _case(arguments=['--config.lora.rank=8', '--workdir=w', '--limit=3']),
       _case(arguments=["--config.data.buckets=(128, 256)", '--dry_run',

@@ -1,7 +1,7 @@
-"""GGUF files, down to the arrays and the tokenizer.
+"""GGUF files with their arrays and tokenizer.
 
-A case is the file. What is read has to be what an independent reader, written
-here after the format's description, finds in the bytes.
+A case is the file. The result must be that of an independent reader, written
+here from the description of the format.
 """
 
 import functools
@@ -79,7 +79,7 @@ def _check_place(error):
 
 
 def _read(data):
-  """Returns {name: array}, None for types that are not decoded here."""
+  """Returns {name: array}, with None for types that are not decoded here."""
   stream = io.BytesIO(data)
 
   def take(kind):

@@ -1,4 +1,4 @@
-"""Files of ratings, damaged and of other origin; a case is the file."""
+"""Files of ratings, damaged or of other programs; a case is the file."""
 
 import functools
 import os
@@ -23,7 +23,7 @@ _ITEMS = ('x', 'y')
 
 
 def check(case: bytes, folder: str) -> None:
-  """Opens a file, sums it up, adds a rating and takes it back."""
+  """Opens a file, summarises it, adds a rating and undoes it."""
   path = os.path.join(folder, 'ratings.sqlite')
   for name in os.listdir(folder):
     os.remove(os.path.join(folder, name))
@@ -33,7 +33,7 @@ def check(case: bytes, folder: str) -> None:
     found = store.ratings()
     if any(r.choice not in ratings.CHOICES or r.shown_first not in (
         ratings.SIDES) for r in found):
-      raise judging.Loss('a rating that is none is counted')
+      raise judging.Loss('an invalid rating is counted')
     ratings.report(ratings.summarise(found, _ITEMS), _RUNS)
     rating = ratings.Rating('Bo', 'y', 'b', 'tie', {('a', 'style'): 2})
     if store.add(rating, runs=_RUNS, place='t:1'):

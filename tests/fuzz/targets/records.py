@@ -1,8 +1,8 @@
 """Files of examples: csv, tsv, json, jsonl, txt and parquet.
 
-A case is the file's ending, a line feed, and the file. What is read has to
-hold all the text of the file, in its order, in as many records as the format
-says; what is refused has to name the file.
+A case is the file's extension, a line feed, and the file. The records must have
+all the text of the file, in order, and the number that the format defines. An
+error must name the file.
 """
 
 import csv
@@ -28,7 +28,7 @@ _PAIRS = b'# INPUT\nHi\n# OUTPUT\nHello\n\n# INPUT\nWho?\n# OUTPUT\nA b\nc\n'
 
 
 def check(case: bytes, folder: str) -> None:
-  """Reads the file, as it is and as examples."""
+  """Reads the file as raw records and as validated examples."""
   name, _, data = case.partition(b'\n')
   ending = name.decode('latin-1')
   if ending not in _ENDINGS:
@@ -50,7 +50,7 @@ def check(case: bytes, folder: str) -> None:
 
 
 def _read(path, validated):
-  """Returns the records, or None where the file is refused as it should."""
+  """Returns the records, or None if the file is refused with its name."""
   try:
     found = records.read(path, validated=validated)
   except errors.UserError as error:
@@ -62,7 +62,7 @@ def _read(path, validated):
 
 
 def _without_roles(fields):
-  """Leaves out what validation changes: null, blank, a role's name."""
+  """Removes the names of roles, which validation changes."""
   fields = dict(fields)
   if isinstance(fields.get('messages'), list):
     fields['messages'] = [m.get('content') if isinstance(m, dict) else m
@@ -71,9 +71,9 @@ def _without_roles(fields):
 
 
 def _leaves(value):
-  """Returns the texts of a value, names among them."""
+  """Returns the texts of a value, including names."""
   if isinstance(value, dict):
-    # In no order: validation and renaming may change it.
+    # Sorted, because validation and renaming may change the order.
     return [t for k in sorted(value) if value[k] is not None
             and str(value[k]).strip() for t in (k, *_leaves(value[k]))]
   if isinstance(value, list):
@@ -82,7 +82,7 @@ def _leaves(value):
 
 
 def _text(parts, but=''):
-  """Returns all that shows of some texts; `but` these."""
+  """Returns the visible characters of texts, except those in `but`."""
   return ''.join(c for part in parts for c in part
                  if not c.isspace() and c not in but)
 
@@ -100,18 +100,18 @@ def _count(wanted, found):
 def _check_table(data, found, delimiter):
   text = data.decode().removeprefix('\ufeff')
   marks = delimiter + '"'
-  # All rows have the header's names.
+  # All rows have the names of the header.
   names = list(found[0].fields)
   cells = [cell for r in found for cell in r.fields.values()]
   _compare('cells', _text([text], marks), _text(names + cells, marks))
-  # Line ends within quotes belong to a cell; those quotes begin one.
+  # Line ends within quotes belong to a cell, if the quotes begin the cell.
   quoted = rf'(?:^|(?<=[{delimiter}\r\n]))"(?:[^"]|"")*"'
   rows = re.sub(quoted, 'q', text)
   _count(len([r for r in re.split(r'\r\n|\r|\n', rows) if r]) - 1, found)
 
 
 def _pairs_of(pairs):
-  """A JSON object that keeps all its members, also those of one name."""
+  """Returns a JSON object with all its members, also those of equal name."""
   return {'pairs': [[k, v] for k, v in pairs]}
 
 
@@ -174,7 +174,7 @@ _ORACLES = {
 
 
 def seeds() -> list[bytes]:
-  """Returns a good file of each kind, and some that are at the edge."""
+  """Returns a good file of each kind, and some edge cases."""
   import pyarrow
   from pyarrow import parquet
 
@@ -244,7 +244,7 @@ def _files(draw):
   data = text.encode(draw(st.sampled_from(
       ('utf-8', 'utf-8', 'utf-8', 'utf-8-sig', 'utf-16', 'gb18030'))),
                      'replace')
-  if draw(st.integers(0, 3)) == 0:  # Cut, or with some bytes in it.
+  if draw(st.integers(0, 3)) == 0:  # Cut, or with bytes inserted.
     at = draw(st.integers(0, len(data)))
     data = data[:at] + draw(st.binary(max_size=4)) + (
         data[at:] if draw(st.booleans()) else b'')

@@ -1,6 +1,6 @@
-"""Queries and scripts against the cage of SQLite; a case is [script, query].
+"""Queries and scripts that try to break out of the SQLite sandbox.
 
-A process answers each, so these are fewer, and made by the strategy alone.
+A case is [script, query]. Each takes a process, hence the small share.
 """
 
 import json
@@ -22,7 +22,7 @@ _CONTROL = {'script': _GOOD, 'query': 'SELECT a FROM t ORDER BY a'}
 
 
 def check(case: bytes, folder: str) -> None:
-  """Runs the query between two others, which have to be answered as ever."""
+  """Runs the query between two others, which it must not affect."""
   try:
     script, query = json.loads(case)
   except (ValueError, TypeError):
@@ -40,7 +40,7 @@ def check(case: bytes, folder: str) -> None:
     raise judging.Loss('a huge result')
   if os.listdir(folder):
     raise judging.Loss(f'it wrote {os.listdir(folder)}')
-  # What else reads a model's query: no process, but a parser.
+  # The parser that reads a model's query, too.
   for text in (query, f'```sql\n{query}\n```'):
     taken, _ = text_lib.extract(text)
     text_lib.normal_form(taken, frozenset({'t', 'a', 'b'}))

@@ -1,7 +1,7 @@
-"""Requests to the pages, as they come from a server's parser.
+"""Requests to the web pages, as a server's parser delivers them.
 
 A case is {"app", "method", "path", "query", "headers", "body"}; a body that is
-no text is sent as JSON.
+not a text is sent as JSON.
 """
 
 import asyncio
@@ -43,10 +43,10 @@ _MOST_RATINGS = 200
 
 
 class _Apps:
-  """The apps, made once; ratings are thrown away when there are many."""
+  """The apps, made once; the ratings are deleted when there are many."""
 
   def __init__(self):
-    # On the heap of the system, not in the case's folder: it is kept.
+    # Not in the folder of a case, because it is used by all cases.
     self._folder = tempfile.TemporaryDirectory()
     self._path = os.path.join(self._folder.name, 'ratings.sqlite')
     self.loop = asyncio.new_event_loop()
@@ -65,7 +65,7 @@ class _Apps:
 
 
 def _echo(served, sampling, conversation, write, prompter, as_text):
-  """Answers with what was asked."""
+  """Answers with the question."""
   del served, sampling, prompter, as_text
   write(conversation[-1].content)
   return conversation[-1].content
@@ -93,7 +93,7 @@ def _apps():
 
 
 def check(case: bytes, folder: str) -> None:
-  """Sends a request, and holds the answer against what all have to be."""
+  """Sends a request and checks what must hold for every answer."""
   del folder
   request = _parse(case)
   apps = _apps()
@@ -105,14 +105,14 @@ def check(case: bytes, folder: str) -> None:
   kind = headers.get('content-type', '')
   if "default-src 'none'" not in headers.get('content-security-policy', '') or (
       headers.get('x-content-type-options') != 'nosniff'):
-    raise judging.Loss('an answer without its guarding headers')
+    raise judging.Loss('an answer without the security headers')
   if 'access-control-allow-origin' in headers:
     raise judging.Loss('another site may read the answer')
   if 'json' in kind:
     for line in body.decode().splitlines() if 'nd' in kind else [body.decode()]:
       json.loads(line)
   elif request['app'] != 'play' and status == 200 and _SCRIPT in body.decode():
-    raise judging.Loss('an answer of a model as something else than JSON')
+    raise judging.Loss('an answer of a model that is not in JSON')
   _check_guard(request, status, body)
 
 
@@ -180,7 +180,7 @@ async def _send(app, request):
 
 
 def _check_guard(request, status, body):
-  """The guard's own promises."""
+  """Checks what the guard promises."""
   host = request['headers'].get('host', '127.0.0.1:80')
   names_us = host.rpartition(':')[0].endswith('127.0.0.1')
   text = body.decode('utf-8', 'replace')
@@ -196,7 +196,7 @@ def _check_guard(request, status, body):
     raise judging.Loss(f'status {status} for another site')
   if len(request['body']) > guard.MAX_BODY and status < 400 and (
       request['method'] not in ('GET', 'HEAD')):
-    raise judging.Loss('a huge request is taken')
+    raise judging.Loss('a huge request is accepted')
 
 
 def _case(app, method, path, query='', headers=(), body=''):
