@@ -39,7 +39,7 @@ def _judge(target, case, folder):
   assert not kind, f'{what}\n{story}\n{case!r:.500}'
 
 
-@pytest.mark.parametrize('name', targets.NAMES)
+@pytest.mark.parametrize('name', targets.DRILLS)
 def test_cases_of_the_strategy(name, tmp_path):
   target = _load(name)
 
@@ -54,15 +54,16 @@ def test_cases_of_the_strategy(name, tmp_path):
   drill()
 
 
-@pytest.mark.parametrize('name', [n for n in targets.NAMES
-                                  if targets.is_guided(n)])
+@pytest.mark.parametrize('name', [
+    name for name, drill in targets.DRILLS.items() if drill.guided])
 def test_cases_changed_from_good_ones(name, tmp_path):
   target = _load(name)
   seeds = target.seeds()
   for case in seeds:
     _judge(target, case, tmp_path)
   n = _CASES.get(name, _MOST) // len(seeds)
-  change = mutation.mutate if target.AS_JSON else mutation.mutate_bytes
+  change = (mutation.mutate if targets.DRILLS[name].as_json
+            else mutation.mutate_bytes)
   for i, case in enumerate(seeds):
     for seed in range(n):
       _judge(target, change(case, 1 << 16, seed * 100 + i), tmp_path)

@@ -4,15 +4,11 @@
 
 A target of `targets` is a module with
 
-  SHARE       its share of the cases
-  GUIDED      whether coverage guides new cases; if not, the strategy makes all
-              of them (the tested code runs in another process or language)
-  AS_JSON     whether a case is a JSON document, to be mutated as a tree
-  INCLUDE     the packages to instrument
-  STRATEGY    a strategy of hypothesis that makes cases
-  seeds()     good cases, to start from
+  STRATEGY              a strategy of hypothesis that makes cases
+  seeds()               good cases, to start from
   check(case, folder)   tries a case; may write into the folder
 
+and a row in `targets.DRILLS`.
 A case is bytes. `check` returns if the project gave a good result or a
 `UserError` that names the place. It raises `Loss` if a part of the input was
 silently lost or changed. Any other exception is a crash.

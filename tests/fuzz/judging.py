@@ -20,6 +20,12 @@ class Loss(Exception):
   """A part of the input was silently lost or changed."""
 
 
+def check_place(error: Exception, place: str) -> None:
+  """Raises unless a `UserError` names a place; what it refuses is fine."""
+  if place not in error.got:
+    raise AssertionError(f'no place in {error.got!r}') from error
+
+
 class _Hang(BaseException):
   """The case takes too long."""
 

@@ -57,13 +57,13 @@ def _parse():
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--cases', type=int, default=100_000)
   parser.add_argument(
-      '--only', type=lambda text: text.split(','), default=list(targets.NAMES))
+      '--only', type=lambda text: text.split(','), default=list(targets.DRILLS))
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--failures', default='/tmp/fuzz_failures')
   arguments = parser.parse_args()
-  if unknown := set(arguments.only) - set(targets.NAMES):
+  if unknown := set(arguments.only) - set(targets.DRILLS):
     parser.error(f'--only={",".join(sorted(unknown))}; there are'
-                 f' {",".join(targets.NAMES)}')
+                 f' {",".join(targets.DRILLS)}')
   return arguments
 
 
@@ -74,9 +74,9 @@ def _print_row(name, row):
 
 def _drill(name, arguments):
   """Returns a target's counts, over both ways of making cases."""
-  cases = max(2, round(arguments.cases * targets.share(name)))
-  n_property = (round(cases * _PROPERTY_SHARE) if targets.is_guided(name)
-                else cases)
+  drill = targets.DRILLS[name]
+  cases = max(2, round(arguments.cases * drill.share))
+  n_property = round(cases * _PROPERTY_SHARE) if drill.guided else cases
   row = dict.fromkeys(('n', *judging.KINDS, 'inputs'), 0) | {'places': {}}
   start = _cpu_seconds()
   for guided, n in ((False, n_property), (True, cases - n_property)):

@@ -31,8 +31,8 @@ def main(name: str, guided: str, cases: str, seed: str, folder: str,
   resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 10))
   from fuzz import targets
 
-  include = targets.include(name)
-  with atheris.instrument_imports(include=include):
+  drill = targets.DRILLS[name]
+  with atheris.instrument_imports(include=list(drill.packages)):
     target = importlib.import_module(f'fuzz.targets.{name}')
     seeds = target.seeds()
     for case in seeds:  # Completes the lazy imports.
@@ -51,7 +51,7 @@ def main(name: str, guided: str, cases: str, seed: str, folder: str,
     os._exit(0)  # Without libFuzzer's own output.
 
   if guided == '1':
-    _guided(target, seeds, session, int(cases), int(seed), folder, finish)
+    _guided(drill, seeds, session, int(cases), int(seed), folder, finish)
   else:
     _property_based(target, session, int(cases), int(seed))
     finish()
@@ -71,7 +71,7 @@ def _property_based(target, session, cases, seed):
   drill()
 
 
-def _guided(target, seeds, session, cases, seed, folder, finish):
+def _guided(drill, seeds, session, cases, seed, folder, finish):
   from fuzz import mutation
 
   inputs = pathlib.Path(folder, 'inputs')
@@ -83,7 +83,7 @@ def _guided(target, seeds, session, cases, seed, folder, finish):
     if session.n >= cases:
       finish()
 
-  options = {'custom_mutator': mutation.mutate} if target.AS_JSON else {}
+  options = {'custom_mutator': mutation.mutate} if drill.as_json else {}
   # `judging` limits the time of a case. With a timeout of 0 atheris would end
   # the process at the first case during which a new second begins.
   atheris.Setup(

@@ -1,4 +1,4 @@
-"""Hugging Face folders: whole ones are read, others are told apart."""
+"""Hugging Face folders: intact ones are read, others are refused."""
 
 import json
 
@@ -76,7 +76,7 @@ def test_the_text_model_of_a_multimodal_checkpoint(tmp_path, prefix):
       opened.read('model.norm.weight'), arrays['model.norm.weight'])
 
 
-def test_a_tied_copy_of_the_head_is_passed_over_and_another_refused(tmp_path):
+def test_a_tied_head_is_ignored_and_another_one_refused(tmp_path):
   arrays = _arrays()
   arrays['lm_head.weight'] = arrays['model.embed_tokens.weight'].copy()
   opened = safetensors_file.open_folder(_write(tmp_path / 'a', arrays))
@@ -102,13 +102,13 @@ def test_header_of_an_absurd_size_is_not_allocated(tmp_path):
     safetensors_file.open_folder(folder)
 
 
-def test_missing_shard_config_and_promised_tensor(tmp_path):
+def test_missing_shard_config_and_listed_tensor(tmp_path):
   folder = _write(tmp_path / 'm', _arrays(), max_bytes=1)
   index = folder / safetensors_file.INDEX
-  promised = json.loads(index.read_text())
-  promised['weight_map']['model.extra.weight'] = (
+  listed = json.loads(index.read_text())
+  listed['weight_map']['model.extra.weight'] = (
       'model-00001-of-00003.safetensors')
-  index.write_text(json.dumps(promised))
+  index.write_text(json.dumps(listed))
   with pytest.raises(errors.UserError, match='lists model.extra.weight'):
     safetensors_file.open_folder(folder)
   (folder / 'model-00002-of-00003.safetensors').unlink()
@@ -136,7 +136,7 @@ def test_tensors_out_of_order_are_not_written(tmp_path):
         dtype='float32', max_bytes=1_000_000)
 
 
-def test_a_file_is_read_by_whom_other_files_are(tmp_path):
+def test_a_file_has_the_permissions_of_other_files(tmp_path):
   other, ours = tmp_path / 'other', tmp_path / 'a.safetensors'
   other.touch()
   safetensors_file.write_file(ours, {'a': np.zeros(2, np.float32)})

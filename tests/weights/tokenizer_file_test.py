@@ -95,7 +95,7 @@ def _add(proto, text, kind):
         ('[@BOS@]', 4, ('[@BOS@]', -1000.0, 3)),
         ('<start_of_turn>', 4, ('<start_of_turn>', -1000.0, 3)),
         ('<end_of_turn>', 4, ('<end_of_turn>', -1000.0, 3)),
-        # Printable, whatever they look like.
+        # Printed, although they look like tags.
         ('<start_of_image>', 4, ('<start_of_image>', -1000.0, 4)),
         ('[multimodal]', 4, ('[multimodal]', -1000.0, 4)),
         ('</table>', 4, ('</table>', -1000.0, 4)),
@@ -112,7 +112,7 @@ def test_type_and_score_of_a_piece(text, kind, expected):
       metadata[f'tokenizer.ggml.{key}'][-1] for key in _ARRAYS) == expected
 
 
-def test_special_ids_are_looked_up_not_assumed():
+def test_special_ids_are_looked_up():
   model = sentencepiece_model_pb2.ModelProto.FromString(
       tokenizer_file.byte_tokenizer())
   model.trainer_spec.pad_id, model.trainer_spec.eos_id = 1, 0
@@ -152,7 +152,7 @@ def test_real_arrays_are_those_of_the_official_file(tmp_path_factory):
   different = {
       key for key in original.keys() | metadata.keys()
       if original.get(key) != metadata.get(key)}
-  # An older converter wrote the one, and not the other.
+  # The converter of that time wrote the first and not the second.
   assert different == {
       'tokenizer.ggml.add_sep_token', 'tokenizer.ggml.eot_token_id'}
   assert original['tokenizer.ggml.add_sep_token'] is False

@@ -1,9 +1,10 @@
-"""Hugging Face's tokenizers read what SentencePiece reads."""
+"""Hugging Face's tokenizers encode as SentencePiece does."""
 
 import hashlib
 import json
 import re
 
+import awkward_texts
 import conftest
 import hypothesis
 from hypothesis import strategies as st
@@ -20,21 +21,9 @@ from gemma_sft.weights import tokenizer_file
 from gemma_sft.weights import tokenizer_json
 
 _AWKWARD = (
-    '', ' ', '  leading', 'trailing  ', '\n', '\n\n\n', '\t\ttabs\t', 'a\r\nb',
-    'x = {"k": [1, 2]}  # c', 'for (int i=0;i<n;++i) { a[i]+=1; }',
-    '<b>bold</b><br/>', '<table><tr><td>x</td></tr></table>', '<unused3>',
-    '<start_of_turn>user\nhi<end_of_turn>\n', '<mask>', '[multimodal]',
-    '<|turn>user\nhi<turn|>\n', '[@BOS@]', '<2mass>', '<0x41>', '</s>',
-    '\U0001f600\U0001f680', '\U0001f468\u200d\U0001f469\u200d\U0001f467',
-    '\u0928\u092e\u0938\u094d\u0924\u0947 \u0926\u0941\u0928\u093f\u092f\u093e',
-    '\u4f60\u597d\uff0c\u4e16\u754c\u3002', '\u65e5\u672c\u8a9e\u306e\u6587',
-    '\u041f\u0440\u0438\u0432\u0435\u0442', '\u0645\u0631\u062d\u0628\u0627',
-    'caf\u00e9 cafe\u0301', 'na\u00efve \ufb01 \u00bd', '1234567890 3.14159',
-    "don't can't I'll", '      six', 'a' * 40, 'x\u00a0y\u2003z', '\u2581low',
-    'SELECT * FROM t WHERE a<>b;', '\x01\x7f', '\ud7ff\ue000\ufffd',
-    'the other thing and the weather in the house', '\n \n  \n', ' \t \t ',
-    '<start_of_image>x<end_of_image>',
-)
+    *awkward_texts.TEXTS, '<|turn>user\nhi<turn|>\n', '[@BOS@]', '<2mass>',
+    '<0x41>', '</s>', 'the other thing and the weather in the house',
+    '\n \n  \n', ' \t \t ', '<start_of_image>x<end_of_image>')
 
 
 def _both(proto: bytes):
@@ -51,7 +40,7 @@ def test_ids_are_those_of_sentencepiece(generation):
     ids = [tokenizer.bos_id, *sp.encode(text)]
     assert hf.encode(text).ids == ids, text
     assert hf.encode(text, add_special_tokens=False).ids == ids[1:], text
-    # An unknown piece of its own shows as a space: then the texts differ.
+    # U+2581 in a text is decoded as a space.
     if '\u2581' not in text:
       assert hf.decode(ids[1:], skip_special_tokens=False) == text
 
@@ -59,7 +48,7 @@ def test_ids_are_those_of_sentencepiece(generation):
 _SP, _HF = _both(tokenizer_file.byte_tokenizer(3))
 
 
-# Of what looks like a control token SentencePiece sees characters.
+# SentencePiece encodes what looks like a control token as characters.
 @hypothesis.given(st.text(st.one_of(
     st.sampled_from('theinaro \n'), st.characters(codec='utf-8'))))
 def test_any_text(text):
@@ -99,8 +88,8 @@ def test_merges_come_in_the_order_of_the_scores():
   # 'th' scores highest; 'the' splits in two ways, the longer left half first.
   assert merges[:4] == [['t', 'h'], ['th', 'e'], ['t', 'he'], ['i', 'n']]
   assert merges[-1] == ['\u2581', 'or']
-  # A split for each of 20 words and one more for 'the'; with a space 19, and
-  # two more.
+  # One split for each of 20 words, two for 'the'; 19 words with a space, and 2
+  # more splits.
   assert len(merges) == 20 + 1 + 19 + 2
 
 

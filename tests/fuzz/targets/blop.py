@@ -11,11 +11,6 @@ from hypothesis import strategies as st
 from fuzz import judging
 from gemma_sft.tasks.blop import run_js
 
-SHARE = 0.0005
-GUIDED = False
-AS_JSON = False
-INCLUDE = ['gemma_sft.tasks']
-
 _SENTINEL = 'SENTINEL_OF_THE_HOST'
 _REFERENCE = {
     'js': "function Hi(a) { return blop.h('p', {}, [a.name]); }\n"

@@ -17,13 +17,8 @@ from gemma_sft import errors
 from gemma_sft.exports import templates
 from gemma_sft.weights import tokenizer_file
 
-SHARE = 0.13
-GUIDED = True
-AS_JSON = True
-INCLUDE = ['gemma_sft']
-
-_TAGS = {4: ('<|turn>', '<turn|>')}
-_OLD_TAGS = ('<start_of_turn>', '<end_of_turn>')
+_TAGS = dict.fromkeys((1, 2, 3), ('<start_of_turn>', '<end_of_turn>')) | {
+    4: ('<|turn>', '<turn|>')}
 
 
 @functools.cache
@@ -35,7 +30,7 @@ def _tokenizer(generation):
              if processor.IsControl(i) or processor.IsUnknown(i)
              # No others are user-defined in this tokenizer.
              or i < pieces.index('<0x00>') and piece != '\n'}
-  start, end = (pieces.index(t) for t in _TAGS.get(generation, _OLD_TAGS))
+  start, end = (pieces.index(t) for t in _TAGS[generation])
   return chat.Tokenizer(proto, generation), control, start, end
 
 
@@ -57,8 +52,7 @@ def check(case: bytes, folder: str) -> None:
   try:
     example = chat.render(messages, tokenizer, 'case')
   except errors.UserError as error:
-    if 'case' not in error.got:
-      raise AssertionError(f'no place in {error.got!r}') from error
+    judging.check_place(error, 'case')
     _check_that_the_template_refuses(messages, generation)
   else:
     _check_rendered(example, messages, generation)
@@ -137,7 +131,7 @@ def _check_rendered(example, messages, generation):
     raise judging.Loss('target_bytes are not those of the answers')
   text = _template(generation).render(
       bos_token='', messages=_as_dicts(messages), add_generation_prompt=False)
-  tags = _TAGS.get(generation, _OLD_TAGS)
+  tags = _TAGS[generation]
   if text != ''.join(f'{tags[0]}{r}\n{t}{tags[1]}\n' for r, t in turns):
     raise judging.Loss(f'the template renders {text!r:.300}')
 

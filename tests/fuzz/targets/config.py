@@ -23,11 +23,6 @@ from gemma_sft import errors
 from gemma_sft.sweeping import grid
 from gemma_sft.sweeping import search
 
-SHARE = 0.09
-GUIDED = True
-AS_JSON = True
-INCLUDE = ['gemma_sft.cli', 'gemma_sft.config', 'gemma_sft.sweeping']
-
 _DECLARED = (
     cli.CONFIG, cli.WORKDIR, cli.switch('dry_run', False, ''),
     cli.integer('limit', 0, ''), cli.real('temperature', None, ''),

@@ -23,11 +23,6 @@ from gemma_sft.weights import gguf_file
 from gemma_sft.weights import names
 from gemma_sft.weights import tokenizer_file
 
-SHARE = 0.15
-GUIDED = True
-AS_JSON = False
-INCLUDE = ['gemma_sft.weights', 'gguf']
-
 _SIZES = {'block_count': 1, 'embedding_length': 8, 'feed_forward_length': 8,
           'attention.head_count': 2, 'attention.head_count_kv': 1,
           'attention.key_length': 4, 'attention.value_length': 4,
@@ -53,7 +48,7 @@ def check(case: bytes, folder: str) -> None:
     opened = gguf_file.open_gguf(path)
     arrays = {name: opened.read(name) for name in opened.shapes}
   except errors.UserError as error:
-    _check_place(error)
+    judging.check_place(error, 'case.gguf')
     return
   wanted = _read(case)
   if arrays.keys() != wanted.keys():
@@ -70,12 +65,7 @@ def check(case: bytes, folder: str) -> None:
     try:
       use()
     except errors.UserError as error:
-      _check_place(error)
-
-
-def _check_place(error):
-  if 'case.gguf' not in error.got:
-    raise AssertionError(f'no place in {error.got!r}') from error
+      judging.check_place(error, 'case.gguf')
 
 
 def _read(data):

@@ -13,11 +13,6 @@ from fuzz import judging
 from gemma_sft import errors
 from gemma_sft.serving import ratings
 
-SHARE = 0.02
-GUIDED = True
-AS_JSON = False
-INCLUDE = ['gemma_sft.serving.ratings']
-
 _RUNS = ('w/a', 'w/b')
 _ITEMS = ('x', 'y')
 
@@ -40,8 +35,7 @@ def check(case: bytes, folder: str) -> None:
       if store.undo('Bo', _ITEMS) != rating:
         raise judging.Loss('a rating that was added is gone')
   except errors.UserError as error:
-    if 'ratings.sqlite' not in error.got:
-      raise AssertionError(f'no place in {error.got!r}') from error
+    judging.check_place(error, 'ratings.sqlite')
   if extra := set(os.listdir(folder)) - {'ratings.sqlite'}:
     raise judging.Loss(f'files were left behind: {extra}')
 

@@ -18,11 +18,6 @@ from fuzz import judging
 from gemma_sft import errors
 from gemma_sft.inputs import records
 
-SHARE = 0.36
-GUIDED = True
-AS_JSON = False
-INCLUDE = ['gemma_sft']
-
 _ENDINGS = ('csv', 'tsv', 'json', 'jsonl', 'txt', 'parquet')
 _PAIRS = b'# INPUT\nHi\n# OUTPUT\nHello\n\n# INPUT\nWho?\n# OUTPUT\nA b\nc\n'
 
@@ -54,8 +49,7 @@ def _read(path, validated):
   try:
     found = records.read(path, validated=validated)
   except errors.UserError as error:
-    if 'case.' not in error.got:
-      raise AssertionError(f'no place in {error.got!r}') from error
+    judging.check_place(error, 'case.')
     return None
   records.content_hash(found)
   return found

@@ -21,11 +21,6 @@ from gemma_sft import errors
 from gemma_sft.weights import architecture
 from gemma_sft.weights import safetensors_file
 
-SHARE = 0.12
-GUIDED = True
-AS_JSON = False
-INCLUDE = ['gemma_sft.weights']
-
 _DTYPES = {'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16,
            'F64': np.float64, 'I64': np.int64, 'I32': np.int32, 'I16': np.int16,
            'I8': np.int8, 'U8': np.uint8, 'BOOL': np.bool_, 'U16': np.uint16,
@@ -85,7 +80,7 @@ def check(case: bytes, folder: str) -> None:
     opened = safetensors_file.open_folder(inside)
     arrays = {name: opened.read(name) for name in opened.shapes}
   except errors.UserError as error:
-    _check_place(error)
+    judging.check_place(error, 'hf/model')
     return
   files = {os.path.dirname(file) for file, _ in opened._sources.values()}
   if files - {str(inside)}:
@@ -95,12 +90,7 @@ def check(case: bytes, folder: str) -> None:
     architecture.check_hf_config(
         opened.config, _model().config, 3, 'hf/model/config.json')
   except errors.UserError as error:
-    _check_place(error)
-
-
-def _check_place(error):
-  if 'hf/model' not in error.got:
-    raise AssertionError(f'no place in {error.got!r}') from error
+    judging.check_place(error, 'hf/model')
 
 
 def _read(data):

@@ -12,11 +12,6 @@ from fuzz import judging
 from gemma_sft.tasks.sql import text as text_lib
 from gemma_sft.tasks.sql import worker
 
-SHARE = 0.012
-GUIDED = False
-AS_JSON = True
-INCLUDE = ['gemma_sft.tasks']
-
 _GOOD = "CREATE TABLE t (a, b); INSERT INTO t VALUES (1, 'x'), (2, 'y')"
 _CONTROL = {'script': _GOOD, 'query': 'SELECT a FROM t ORDER BY a'}
 

@@ -29,12 +29,6 @@ from gemma_sft.serving import rating
 from gemma_sft.serving import ratings
 from gemma_sft.weights import tokenizer_file
 
-SHARE = 0.13
-GUIDED = True
-AS_JSON = True
-INCLUDE = ['gemma_sft.serving', 'gemma_sft.serving.ratings', 'gemma_sft.config',
-           'gemma_sft.chat']
-
 _TOKEN = 'secret-token-of-this-drill'
 _PAIRS = [pairs_lib.make_pair(f't:{i}', f'Ask {i}', '<script>a</script>', 'b')
           for i in range(3)]
