@@ -1,4 +1,4 @@
-"""The attention of the training forward, by the best kernel of the device.
+"""The attention of the training forward, in several kernels.
 
     kernel   runs on             packed  softcap  memory of a row
     einsum   everything          yes     yes      the square of its length
@@ -7,14 +7,19 @@
     cudnn    NVIDIA, bf16, f16   no      no       linear
     tokamax  NVIDIA H100, B200   yes     yes      linear
 
-`einsum` is the library's own maths (`gemma/gm/nn/_modules.py`) with the
-softmax in f32; every other kernel is held to it, by the tests where it runs on
-a CPU and by `attention_choice` on the device at hand before it is taken.
+`einsum` is the library's own computation (`gemma/gm/nn/_modules.py`) with the
+softmax in f32. Every other kernel has to agree with it: in the tests where a
+CPU can run it, and on the device itself before `attention_choice` chooses it.
+
+A new kernel is two functions and a row in `KERNELS`.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
+import importlib.util
 import math
+from typing import Any
 
 import jax
 from jax.experimental.pallas.ops.tpu import splash_attention
@@ -24,26 +29,24 @@ import numpy as np
 
 from gemma_sft import shapes
 
-KERNELS = ('einsum', 'chunked', 'splash', 'cudnn', 'tokamax')
-
-# Of masked logits, as in the library: finite, so that a row without a key is
-# a mean and not NaN.
+# The value of masked logits, as in the library: finite, so that a row without
+# a key gives a mean and not NaN.
 _MASKED = -2.3819763e38
-# Queries at a time. On a CPU 128 saves up to a fifth of the attention and 512
-# costs up to twice as much; accelerators would rather have fewer, larger steps.
+# Queries at a time. On a CPU 128 is up to a fifth faster and 512 up to twice as
+# slow; accelerators prefer fewer, larger steps.
 QUERY_CHUNK = 256
-# Global layers: keys up to the end of a query's quarter of the row, 5/8 of the
-# square. Each part is compiled on its own, so there are few.
+# In global layers a query meets the keys up to the end of its quarter of the
+# row: 5/8 of the square. Each part is compiled on its own, so there are few.
 _PARTS = 4
 _SPLASH_BLOCK = 512  # Queries and keys at a time; rows are padded to it.
 
 
 @dataclasses.dataclass(frozen=True)
 class _Spec:
-  """What is static: an attention is compiled once for each of these."""
+  """The static arguments: each set of them is compiled once."""
 
   kernel: str
-  is_local: bool | None  # None: by the traced flag.
+  is_local: bool | None  # None: a traced flag says it.
   window: int | None
   softcap: float | None
   mesh: jax.sharding.Mesh | None
@@ -62,11 +65,11 @@ def attend(
     kernel: str,
     mesh: jax.sharding.Mesh | None = None,
 ) -> jax.Array:
-  """Returns each query's mean of the values it sees, (B, T, N, H).
+  """Returns each query's weighted mean of the values it sees, (B, T, N, H).
 
   A query sees the keys of its own segment up to itself; in a local layer only
-  those of the last `window` positions. What comes out at padding (segment 0)
-  is finite and means nothing.
+  those of the last `window` positions. The result at padding (segment 0) is
+  finite and has no meaning.
 
   Args:
     q_BTNH: Queries, rotated and scaled. The result has their dtype.
@@ -74,11 +77,11 @@ def attend(
     v_BTKH: Values.
     positions_BT: Position in its segment of each token, rising by one.
     segment_ids_BT: 1, 2, ... for the examples of a row, 0 for padding.
-    is_local: Whether the window counts; may be traced (layers in a scan).
-    window: Positions that a local layer sees, itself among them.
+    is_local: Whether the window applies; may be traced (layers in a scan).
+    window: Positions that a local layer sees, its own included.
     softcap: Logits become softcap * tanh(logits / softcap).
-    kernel: One of `KERNELS`, from `choose`.
-    mesh: Where the arrays lie; needed by kernels on more than one device.
+    kernel: A key of `KERNELS`.
+    mesh: Needed by kernels on more than one device.
   """
   if window is None:
     is_local = False
@@ -89,11 +92,11 @@ def attend(
                  None if static else is_local)
 
 
-# Autodiff of a cond keeps what either branch needs, and zeros for the branch
+# Autodiff of a cond saves what either branch needs, with zeros for the branch
 # that was not taken: twice the memory, and for chunks their stacked keys too.
-# So the gradient is taken inside the cond, from the inputs. The price is that
-# the backward pass repeats the attention's forward (2-3 % of a step), which
-# 'chunked' does anyway: the compiler drops what its own repetition makes idle.
+# So the gradient is taken inside the cond, from the inputs. In return the
+# backward pass repeats the attention's forward (2-3 % of a step). 'chunked'
+# does that anyway, and the compiler drops the second repetition.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(spec, q, k, v, positions, segments, flag):
   def run(is_local, q, k, v):
@@ -131,7 +134,7 @@ def _by_flag(spec, flag, run, *arrays):
 
 def _run(spec, is_local, q, k, v, positions, segments):
   window = spec.window if is_local else None
-  return _VARIANTS[spec.kernel](
+  return KERNELS[spec.kernel].run(
       q, k, v, positions, segments, window, spec.softcap, spec.mesh)
 
 
@@ -153,8 +156,8 @@ def _einsum(q, k, v, positions_BT, segment_ids_BT, window, softcap, mesh):
 def _chunked(q, k, v, positions_BT, segment_ids_BT, window, softcap, mesh):
   """A chunk of queries at a time, and only the keys near it.
 
-  Differences of indices stand for those of positions: they are the same
-  within a segment.
+  Distances are differences of indices, which within a segment are those of
+  positions.
   """
   del positions_BT, mesh
   T = q.shape[1]
@@ -162,9 +165,9 @@ def _chunked(q, k, v, positions_BT, segment_ids_BT, window, softcap, mesh):
   n = -(-T // C)
   q_BTKGH, k, v, segment_ids_BT = (
       _pad(x, n * C) for x in (_group(q, k), k, v, segment_ids_BT))
-  # Chunks before a query's own that a window can reach into.
+  # How many chunks before a query's own a window reaches into.
   back = n if window is None else min(n, -(-(window - 1) // C))
-  if 8 * (1 + back) < 5 * n:  # Else the parts below are no more work.
+  if 8 * (1 + back) < 5 * n:  # Less than the 5/8 of the global form.
     out = _local_chunks(q_BTKGH, k, v, segment_ids_BT, C, back, window, softcap)
   else:
     out = _global_chunks(q_BTKGH, k, v, segment_ids_BT, C, window, softcap)
@@ -172,34 +175,30 @@ def _chunked(q, k, v, positions_BT, segment_ids_BT, window, softcap, mesh):
 
 
 def _local_chunks(q_BTKGH, k, v, segment_ids_BT, C, back, window, softcap):
-  """Each chunk with its own keys, copied: 1 + back times the keys' memory.
+  """Each chunk with a copy of its keys: 1 + back times the keys' memory.
 
-  Slices of the whole keys inside the scan would need no copy, but their
-  gradient is an addition of the whole keys' for every chunk.
+  Slicing the keys inside the scan would need no copy, but its gradient adds an
+  array of all keys for every chunk.
   """
   distance_CS = (jnp.arange(C)[:, None] + back * C
                  - jnp.arange((1 + back) * C)[None])
   near_CS = (distance_CS >= 0) & (distance_CS < window)
 
-  def chunks(x):
-    x = x.reshape(x.shape[0], -1, C, *x.shape[2:])
-    return jnp.moveaxis(x, 1, 0)
-
   def spans(x):
     """The chunk and those `back` before it; zeros before the first."""
-    x = chunks(x)
+    x = _split(x, C)
     pad = jnp.pad(x, ((back, 0),) + ((0, 0),) * (x.ndim - 1))
     return jnp.concatenate(
         [pad[i:i + x.shape[0]] for i in range(back + 1)], axis=2)
 
-  @jax.checkpoint  # Keeps no probabilities.
+  @jax.checkpoint  # Saves no probabilities.
   def one(chunk):
     q_BCKGH, q_segments_BC, k_BSKH, v_BSKH, k_segments_BS = chunk
     mask_BCS = _same(q_segments_BC, k_segments_BS) & near_CS[None]
     return _mean(q_BCKGH, k_BSKH, v_BSKH, mask_BCS, softcap)
 
   return _join(jax.lax.map(one, (
-      chunks(q_BTKGH), chunks(segment_ids_BT), spans(k), spans(v),
+      _split(q_BTKGH, C), _split(segment_ids_BT, C), spans(k), spans(v),
       spans(segment_ids_BT))))
 
 
@@ -212,7 +211,7 @@ def _global_chunks(q_BTKGH, k, v, segment_ids_BT, C, window, softcap):
     S = last * C
     k_BSKH, v_BSKH, k_segments_BS = k[:, :S], v[:, :S], segment_ids_BT[:, :S]
 
-    @jax.checkpoint  # Keeps no probabilities.
+    @jax.checkpoint  # Saves no probabilities.
     def one(chunk):
       i, q_BCKGH, q_segments_BC = chunk
       distance_CS = i * C + jnp.arange(C)[:, None] - jnp.arange(S)[None]
@@ -222,20 +221,16 @@ def _global_chunks(q_BTKGH, k, v, segment_ids_BT, C, window, softcap):
       mask_BCS = _same(q_segments_BC, k_segments_BS) & near_CS[None]
       return _mean(q_BCKGH, k_BSKH, v_BSKH, mask_BCS, softcap)
 
-    def chunks(x):
-      x = x[:, first * C:S]
-      x = x.reshape(x.shape[0], -1, C, *x.shape[2:])
-      return jnp.moveaxis(x, 1, 0)
-
     return _join(jax.lax.map(one, (
-        jnp.arange(first, last), chunks(q_BTKGH), chunks(segment_ids_BT))))
+        jnp.arange(first, last), *(
+            _split(x[:, first * C:S], C) for x in (q_BTKGH, segment_ids_BT)))))
 
   return jnp.concatenate(
       [part(*edge) for edge in zip(edges, edges[1:])], axis=1)
 
 
 def _mean(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, softcap):
-  """The attention itself; softmax in f32, products in the inputs' dtype."""
+  """Softmax in f32, products in the dtype of the inputs."""
   logits_BKTGS = _logits(q_BTKGH, k_BSKH)
   if softcap is not None:
     logits_BKTGS = softcap * jnp.tanh(logits_BKTGS / softcap)
@@ -245,8 +240,8 @@ def _mean(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, softcap):
   return jnp.einsum('BKTGS,BSKH->BTKGH', probs_BKTGS, v_BSKH)
 
 
-# Autodiff would multiply the f32 cotangent by the bf16 keys as f32, which GPUs
-# do several times slower. Rounded to bf16 first, as flash kernels do.
+# Autodiff would multiply the f32 cotangent by the bf16 keys in f32, several
+# times slower on GPUs. So it is rounded to bf16 first, as flash kernels do.
 @jax.custom_vjp
 def _logits(q_BTKGH, k_BSKH):
   return jnp.einsum('BTKGH,BSKH->BKTGS', q_BTKGH, k_BSKH,
@@ -268,7 +263,7 @@ _logits.defvjp(_logits_fwd, _logits_bwd)
 
 
 def _group(q_BTNH, k_BTKH):
-  """Queries by the key-value head that they share: (B, T, K, N / K, H)."""
+  """Groups queries by the key-value head they share: (B, T, K, N / K, H)."""
   B, T, _, H = q_BTNH.shape
   return q_BTNH.reshape(B, T, k_BTKH.shape[2], -1, H)
 
@@ -278,13 +273,19 @@ def _same(q_segments_BT, k_segments_BS):
 
 
 def _pad(x_BT, length):
-  """Adds zeros at the end of the rows: of segment ids, padding."""
+  """Adds zeros at the end of the rows; a segment id of 0 is padding."""
   ends = ((0, 0), (0, length - x_BT.shape[1]))
   return jnp.pad(x_BT, ends + ((0, 0),) * (x_BT.ndim - 2))
 
 
+def _split(x_BT, C):
+  """(B, T, ...) to (chunks, B, C, ...)."""
+  B, _, *rest = x_BT.shape
+  return jnp.moveaxis(x_BT.reshape(B, -1, C, *rest), 1, 0)
+
+
 def _join(x_nBC):
-  """(chunks, B, C, ...) to (B, T, ...)."""
+  """Undoes `_split`."""
   n, B, C, *rest = x_nBC.shape
   return jnp.moveaxis(x_nBC, 0, 1).reshape(B, n * C, *rest)
 
@@ -317,7 +318,7 @@ def _splash(q, k, v, positions_BT, segment_ids_BT, window, softcap, mesh):
 def _splash_kernel(T, N, block, window, softcap, interpret):
   """The kernel for N heads, with its tables of blocks as numpy arrays.
 
-  They are made outside the trace that asks first, for all the later ones.
+  The tables must not belong to the first trace, since later traces reuse them.
   """
   mask = (splash_attention.CausalMask((T, T)) if window is None else
           splash_attention.LocalMask((T, T), (window - 1, 0), 0))
@@ -336,10 +337,10 @@ def _cudnn(
     implementation='cudnn'):
   """cuDNN's flash attention, for rows of one segment and padding at the end.
 
-  So no query but padding sees padding, and padding is cut off below: neither
-  needs cuDNN's own lengths.
+  There only padding sees padding, and the results at padding are zeroed, so
+  cuDNN need not know the lengths.
   """
-  del positions_BT, softcap  # `supported` refuses a softcap.
+  del positions_BT, softcap  # `_cudnn_refusal` refuses a softcap.
 
   def local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
     out_BTNH = jax.nn.dot_product_attention(
@@ -356,8 +357,8 @@ def _tokamax(
     implementation='mosaic_gpu'):
   """Tokamax's Mosaic kernel.
 
-  The public function takes packing only as a (B, T, T) mask, so its operator
-  is called with the first key that each query sees.
+  The public function takes packing only as a (B, T, T) mask, so this calls its
+  operator with the first key that each query sees.
   """
   del positions_BT
   from tokamax._src.ops.attention import api
@@ -377,12 +378,8 @@ def _tokamax(
   return _on_each_device(local, mesh, q, k, v, segment_ids_BT)
 
 
-_VARIANTS = {'einsum': _einsum, 'chunked': _chunked, 'splash': _splash,
-             'cudnn': _cudnn, 'tokamax': _tokamax}
-
-
 def _on_each_device(fn, mesh, q, k, v, segment_ids_BT):
-  """Calls a kernel that the compiler cannot split on each device's share."""
+  """Calls on each device's share a kernel that the compiler cannot split."""
   if mesh is None or mesh.size == 1:
     return fn(q, k, v, segment_ids_BT)
   rows = tuple(a for a in ('data', 'fsdp') if a in mesh.shape)
@@ -398,6 +395,102 @@ def _on_each_device(fn, mesh, q, k, v, segment_ids_BT):
 
 
 def _platform(mesh):
-  """Of the mesh first: programs are also compiled for absent devices."""
+  """The mesh comes first: programs are also compiled for absent devices."""
   return jax.default_backend() if mesh is None else (
       mesh.devices.flat[0].platform)
+
+
+# Which device can run which -------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """What decides whether a kernel can run.
+
+  Attributes:
+    platform: 'cpu', 'gpu' or 'tpu'.
+    device_kind: As JAX names the device: 'TPU v5 lite', 'NVIDIA H200'.
+    compute_capability: Of an NVIDIA GPU, 0 elsewhere.
+    head_dim: Head width H, the largest of the model.
+    softcap: Of the attention's logits.
+    packed: Whether rows hold more than one example.
+    dtype: Of queries, keys and values.
+  """
+
+  platform: str
+  device_kind: str
+  compute_capability: float
+  head_dim: int
+  softcap: float | None
+  packed: bool
+  dtype: Any
+
+
+def _splash_refusal(case):
+  if case.platform != 'tpu':
+    return 'it is for TPUs'
+  # jax issue 23989.
+  if any(old in case.device_kind for old in ('v2', 'v3')):
+    return f'{case.device_kind} has no matrix product in Pallas kernels'
+  if jnp.dtype(case.dtype) == jnp.float16:
+    return 'it takes bfloat16 and float32, not float16'
+  return ''
+
+
+def _nvidia_refusal(case):
+  if case.platform != 'gpu' or not case.compute_capability:
+    return 'it is for NVIDIA GPUs'
+  if jnp.dtype(case.dtype) not in (jnp.bfloat16, jnp.float16):
+    return f'it takes bfloat16 and float16, not {jnp.dtype(case.dtype)}'
+  return ''
+
+
+def _cudnn_refusal(case):
+  if refusal := _nvidia_refusal(case):
+    return refusal
+  capability = case.compute_capability
+  if capability < 8:
+    return f'it needs compute capability 8.0, not {capability}'
+  # Head widths: jax/_src/cudnn/fused_attention_stablehlo.py.
+  widest = 256 if capability >= 9 else 128
+  if case.head_dim > widest or case.head_dim % 8:
+    return (f'compute capability {capability} takes heads up to {widest} wide'
+            f' in steps of 8, not {case.head_dim}')
+  if case.softcap is not None:
+    return 'it has no softcap'
+  return 'it takes one example a row' if case.packed else ''
+
+
+def _tokamax_refusal(case):
+  if refusal := _nvidia_refusal(case):
+    return refusal
+  if int(case.compute_capability) not in (9, 10):  # As of tokamax 0.0.17.
+    return (f'its backward pass needs compute capability 9.0 or 10.x, not'
+            f' {case.compute_capability}')
+  if importlib.util.find_spec('tokamax') is None:
+    return 'the package tokamax is not installed'
+  return ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+  """A kernel of `attend`.
+
+  Attributes:
+    run: (q, k, v, positions, segment ids, window, softcap, mesh) -> result.
+    refusal: Says why it cannot run in a `Case`, '' if it can. Pure JAX runs
+      everywhere and has None.
+  """
+
+  run: Callable[..., jax.Array]
+  refusal: Callable[[Case], str] | None = None
+
+
+# 'auto' tries those with a `refusal` in this order.
+KERNELS = {
+    'einsum': Kernel(_einsum),
+    'chunked': Kernel(_chunked),
+    'splash': Kernel(_splash, _splash_refusal),
+    'cudnn': Kernel(_cudnn, _cudnn_refusal),
+    'tokamax': Kernel(_tokamax, _tokamax_refusal),
+}

@@ -1,5 +1,8 @@
 """A kernel is taken where the device has it and it is right, or not at all."""
 
+import contextlib
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -49,8 +52,10 @@ def _facts(device, head_dim=256, softcap=None, packed=False,
     ('tokamax', _facts(_V5E), 'NVIDIA'),
 ))
 def test_what_a_device_has(kernel, facts, reason):
-  got = attention_choice.supported(kernel, **facts)
-  assert (reason in got) if reason else not got
+  # Asked for by name, a kernel is taken or refused with the reason.
+  with (pytest.raises(errors.UserError, match=reason) if reason else
+        contextlib.nullcontext()):
+    assert attention_choice.choose(kernel, **facts) == (kernel, 'as asked')
 
 
 @pytest.mark.parametrize('facts, kernel', (
@@ -70,7 +75,7 @@ def test_auto_takes_the_best(facts, kernel):
 
 def _installed(monkeypatch, installed):
   monkeypatch.setattr(
-      attention_choice.importlib.util, 'find_spec',
+      attention.importlib.util, 'find_spec',
       lambda name: installed or None)
 
 
@@ -170,7 +175,8 @@ def _nan_in_padding(*args):
     _sees_one_more, _no_softcap, _mixes_examples, _wrong_gradient,
     _nan_in_padding))
 def test_a_wrong_kernel_is_refused(wrong, monkeypatch):
-  monkeypatch.setitem(attention._VARIANTS, 'splash', wrong)
+  monkeypatch.setitem(attention.KERNELS, 'splash', dataclasses.replace(
+      attention.KERNELS['splash'], run=wrong))
   got, why = attention_choice.choose('auto', check=_check, **_facts(_V5E))
   assert got == 'chunked' and 'is off by' in why
   with pytest.raises(errors.UserError, match='is off by'):

@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
+import tiny_models
 
 from gemma_sft import model as model_lib
 from gemma_sft.nn import attention
@@ -54,11 +55,7 @@ def _qkv(B=3, T=_T, N=2, K=1, H=_H, dtype=jnp.float32):
           for heads, scale in ((N, 3 / H ** 0.5), (K, 1), (K, 1))]
 
 
-def _assert_close(got, wanted, tolerance):
-  """Compares trees, each leaf relative to its largest entry."""
-  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-    np.testing.assert_allclose(
-        g, w, rtol=0, atol=tolerance * max(1, np.abs(w).max()))
+_assert_close = functools.partial(tiny_models.assert_close, least=1)
 
 
 # Against the library ---------------------------------------------------------
@@ -292,28 +289,23 @@ def test_rows_and_heads_over_a_mesh(kernel, K):
 # cuDNN's and tokamax's calls, through what those packages run on a CPU.
 
 
-@pytest.mark.parametrize('window', (None, 1, 24))
-def test_the_call_of_cudnn(window):
-  positions, segments = (x[1:] for x in _rows())  # One example a row.
-  q, k, v = (x[1:] for x in _qkv(N=4, K=2))
+@pytest.mark.parametrize('kernel, window, softcap', (
+    *(('cudnn', window, None) for window in (None, 1, 24)),
+    ('tokamax', None, 5.0), ('tokamax', 24, None)))
+def test_the_call_of_a_fused_kernel(kernel, window, softcap):
+  first = 0
+  if kernel == 'tokamax':
+    pytest.importorskip('tokamax')
+  else:
+    first = 1  # One example a row.
+  positions, segments = (x[first:] for x in _rows())
+  qkv = [x[first:] for x in _qkv(N=4, K=2)]
   got, wanted = (
       jnp.where(segments[:, :, None, None] > 0, fn(
-          q, k, v, positions, segments, window, None, None), 0)
-      for fn in (functools.partial(attention._cudnn, implementation='xla'),
-                 attention._einsum))
-  _assert_close(got, wanted, 1e-5)  # f32 sums in another order.
-
-
-@pytest.mark.parametrize('window, softcap', ((None, 5.0), (24, None)))
-def test_the_call_of_tokamax(window, softcap):
-  pytest.importorskip('tokamax')
-  positions, segments = _rows()
-  q, k, v = _qkv(N=4, K=2)
-  got, wanted = (
-      jnp.where(segments[:, :, None, None] > 0, fn(
-          q, k, v, positions, segments, window, softcap, None), 0)
-      for fn in (functools.partial(attention._tokamax, implementation='xla'),
-                 attention._einsum))
+          *qkv, positions, segments, window, softcap, None), 0)
+      for fn in (functools.partial(
+          attention.KERNELS[kernel].run, implementation='xla'),
+                 attention.KERNELS['einsum'].run))
   _assert_close(got, wanted, 1e-5)  # f32 sums in another order.
 
 
