@@ -1,8 +1,8 @@
 """Examples -> batches, in one global order that does not depend on hosts.
 
 Shuffling, packing and batching are functions of (seed, epoch, settings) over
-the whole data set, so batch number i is the same on one host and on many, and
-the whole state of the pipeline is the number of the next batch. Grain shuffles,
+the whole data set. So batch i is the same on any number of hosts, and the
+state of the pipeline is just the number of the next batch. Grain shuffles,
 prefetches and keeps that number.
 """
 
@@ -31,7 +31,7 @@ class Layout:
     max_length: Tokens of the longest row.
     packing: Whether rows hold several examples, each its own segment.
     buckets: Row lengths to pad to when not packing; () pads to `max_length`.
-    repeat: Times that each example comes in an epoch.
+    repeat: How often each example comes in an epoch.
     microbatches: A; a batch has shape (A, B / A, T).
     groups: Device shards of B / A, for the bound on trained tokens.
   """
@@ -47,11 +47,12 @@ class Layout:
   def __post_init__(self):
     shards = self.microbatches * self.groups
     if self.batch_size < 1 or self.batch_size % shards:
+      next_multiple = max(1, -(-self.batch_size // shards)) * shards
       raise errors.UserError(
           f'config.data.batch_size is {self.batch_size}',
           f'a multiple of {shards}: {self.microbatches} microbatches over'
           f' {self.groups} device shards of the batch',
-          f'--config.data.batch_size={-(-self.batch_size // shards) * shards},'
+          f'--config.data.batch_size={next_multiple},'
           ' or another mesh or number of microbatches')
     if self.buckets and (max(self.buckets) < self.max_length
                          or list(self.buckets) != sorted(set(self.buckets))):
@@ -67,16 +68,16 @@ def plan_epoch(
 ) -> list[tuple[int, list[list[int]]]]:
   """Returns the batches of an epoch as (row length T, rows of example numbers).
 
-  Every example comes `repeat` times; the last batches are filled up with empty
-  rows, so nothing is dropped. All epochs have as many batches.
+  Every example comes `repeat` times. The last batches are filled up with empty
+  rows, so nothing is dropped. All epochs have the same number of batches.
 
   Args:
-    lengths: Input tokens of each example, none above `layout.max_length`.
+    lengths: Input tokens of each example, at most `layout.max_length`.
     layout: See `Layout`.
     seed: Of the run; None keeps the order (evaluation).
     epoch: 0, 1, ...
   """
-  lengths = np.asarray(lengths).tolist()  # Python's numbers: faster one by one.
+  lengths = np.asarray(lengths).tolist()  # Single Python numbers are faster.
   n = len(lengths) * layout.repeat
   order = [i % len(lengths) for i in _permutation(n, seed, epoch, 'examples')]
   batches = []
@@ -106,7 +107,7 @@ def plan_epoch(
 def _permutation(n, seed, epoch, purpose):
   if seed is None:
     return range(n)
-  import grain  # Not on GPU machines that only run a step on given batches.
+  import grain  # Not needed where a step only runs on given batches.
 
   digest = hashlib.sha256(f'{seed} {epoch} {purpose}'.encode()).digest()
   shuffled = grain.MapDataset.range(n).shuffle(
@@ -115,12 +116,11 @@ def _permutation(n, seed, epoch, purpose):
 
 
 def _pack_batches(order, lengths, layout):
-  """Returns the rows of an epoch, for as many batches as any other epoch has.
+  """Returns the rows of an epoch; all epochs give the same number of batches.
 
-  How many rows `_pack` makes in the mixed order depends on that order. In the
-  order of lengths it depends on the lengths alone: that many batches there are.
-  Mixed rows are taken if they need no more; if they need fewer, rows of several
-  examples are parted until the last batch has one.
+  That is the number that packing by length needs, which does not depend on the
+  shuffled order. Rows of mixed lengths are used if they need no more. If they
+  need fewer, rows of several examples are split until the last batch has one.
   """
   B = layout.batch_size
   denser = _pack(order, lengths, layout.max_length, mixed=False)
@@ -137,22 +137,22 @@ def _pack_batches(order, lengths, layout):
 
 
 def _pack(order, lengths, capacity, *, mixed):
-  """Returns rows that are full to the last place where they can be.
+  """Returns rows that are completely full wherever that is possible.
 
-  A row begins with the longest example left, because its kind is the hardest
-  to place. Those that follow leave a rest that the lengths left add up to: the
-  next of them in shuffled order (mixed), or the longest. Best-fit decreasing
-  leaves more empty (poems of four lengths: 1.9 % against 0.2 %), and puts like
-  lengths, and so like examples, into one row: batches of few rows then differ
-  in kind.
+  A row starts with the longest example left, the hardest to place. Each next
+  one leaves a rest that is a sum of lengths still left: the first such example
+  in shuffled order (mixed), or the longest. Best-fit decreasing leaves more
+  empty (poems of four lengths: 1.9 % against 0.2 %), and puts similar lengths,
+  and so similar examples, into one row: batches of few rows then differ in
+  kind.
   """
   n = len(order)
-  waiting = {}  # Length -> places in `order`, the next one last.
+  waiting = {}  # Length -> indices into `order`, the next one last.
   for at in reversed(range(n)):
     waiting.setdefault(lengths[order[at]], []).append(at)
   next_at = np.full(capacity + 1, n)
-  for length, places in waiting.items():
-    next_at[length] = places[-1]
+  for length, indices in waiting.items():
+    next_at[length] = indices[-1]
   is_sum, generators = _sums(waiting, capacity)
   rows = []
   longest = max(waiting)
@@ -161,10 +161,10 @@ def _pack(order, lengths, capacity, *, mixed):
       longest -= 1
     row, room, length = [], capacity, longest
     while length:
-      places = waiting[length]
-      row.append(order[places.pop()])
-      next_at[length] = places[-1] if places else n
-      if not places:
+      indices = waiting[length]
+      row.append(order[indices.pop()])
+      next_at[length] = indices[-1] if indices else n
+      if not indices:
         del waiting[length]
         if length in generators:
           is_sum, generators = _sums(waiting, capacity)
@@ -172,20 +172,23 @@ def _pack(order, lengths, capacity, *, mixed):
       while not is_sum[room]:  # What cannot be filled stays empty.
         room -= 1
       # Of each length up to `room`: its next example, if the rest is a sum.
-      places = np.where(is_sum[room::-1], next_at[:room + 1], n)
+      indices = np.where(is_sum[room::-1], next_at[:room + 1], n)
       if mixed:
-        length = int(places.argmin())
+        length = int(indices.argmin())
       else:
-        length = int(np.flatnonzero(places < n).max(initial=0))
-      if places[length] == n:
+        length = int(np.flatnonzero(indices < n).max(initial=0))
+      if indices[length] == n:
         length = 0
     rows.append(row)
   return rows
 
 
 def _sums(lengths, capacity):
-  """Returns which of 0, ..., capacity are sums of lengths, each any number of
-  times, and the lengths that are no sums of shorter ones: they alone decide."""
+  """Returns (which of 0, ..., capacity are sums of lengths, generators).
+
+  A length may be used any number of times. The generators are the lengths that
+  are not sums of shorter ones; they determine all sums.
+  """
   bits, generators = 1, set()
   for length in sorted(lengths):
     if bits >> length & 1:
@@ -203,15 +206,15 @@ def _sums(lengths, capacity):
 
 
 class Batches:
-  """A random-access source of global batches, this host's rows of each.
+  """A random-access source of global batches: this host's rows of each.
 
-  `batches[i]` is a function of i alone. Keys, with b the rows of B / A here:
+  `batches[i]` depends only on i. Its keys, with b this host's rows of B / A:
 
       tokens, targets, positions, segment_ids   int32 (A, b, T)
       loss_mask                                 bool  (A, b, T)
       rows            int32 (A, b)  number of the row in the whole run
       max_trained     int32 ()      static bound for `head.masked_nll`
-      n_tokens        int32 ()      tokens of the global batch, padding aside
+      n_tokens        int32 ()      tokens of the global batch, no padding
       digest          uint8 (32,)   of the global batch
   """
 
@@ -224,14 +227,14 @@ class Batches:
       epochs: int | None = 1,
       shards: Sequence[int] | None = None,
   ):
-    """Prepares the order.
+    """Plans the first epoch.
 
     Args:
-      examples: Rendered, none longer than `layout.max_length` + 1 tokens.
+      examples: Rendered, of at most `layout.max_length` + 1 tokens.
       layout: See `Layout`.
       seed: Of the run; None keeps the order.
       epochs: Passes over the data; None for no end.
-      shards: Which of the `layout.groups` parts of B / A are read here (see
+      shards: Which of the `layout.groups` parts of B / A this host reads (see
         `sharding.local_shards`); None for all.
     """
     self._examples = token_cache.make(examples)
@@ -250,12 +253,12 @@ class Batches:
     return self._len
 
   def _plan(self, epoch):
-    # Prefetching threads may be an epoch ahead: two plans are kept.
+    # Prefetching threads may be an epoch ahead, so neighbouring plans are kept.
     plan = self._plans.get(epoch)
     if plan is None:
       plan = _Plan.of(plan_epoch(
           self._lengths, self._layout, seed=self._seed, epoch=epoch))
-      # Else examples would be left out, or asked for that are not there.
+      # Else examples would be left out, or missing ones asked for.
       assert epoch == 0 or len(plan.row_lengths) == self.batches_per_epoch
       self._plans = {
           e: p for e, p in self._plans.items() if abs(e - epoch) < 2
@@ -269,8 +272,8 @@ class Batches:
   def _max_trained(self, epoch, T):
     """Bound on the trained tokens of a device's share of a microbatch.
 
-    One for all batches of the epoch with rows of T, rounded up to a sixteenth
-    of the share, because each bound is a program to compile.
+    All batches of the epoch with rows of T share one bound, rounded up to a
+    sixteenth of the share, because each bound is a program to compile.
     """
     known = self._bounds.get((epoch, T))
     if known is not None:
@@ -287,7 +290,7 @@ class Batches:
     return bound
 
   def digest(self, index: int) -> bytes:
-    """Returns SHA-256 over the examples of batch `index` and their places."""
+    """Returns SHA-256 over the examples of a batch and their rows."""
     length, rows = self._rows_of(index)
     sha = hashlib.sha256(str(length).encode())
     for row in rows:
@@ -306,7 +309,7 @@ class Batches:
         [[self._examples[i] for i in rows[r]] for r in mine.ravel()], T)
     batch = {k: v.reshape(A, -1, T) for k, v in batch.items()}
     return batch | {
-        # Wraps after 2**31 rows; only dropout's randomness depends on it.
+        # Wraps after 2**31 rows, but only dropout's randomness uses it.
         'rows': (index * layout.batch_size + mine.astype(np.int64)
                  ).astype(np.int32),
         'max_trained': np.int32(
@@ -331,12 +334,12 @@ class Batches:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-  """`plan_epoch` as arrays: of a million examples megabytes, not hundreds.
+  """`plan_epoch` as arrays: a million examples take a few megabytes.
 
   Attributes:
     row_lengths: (batches,) T of each.
     numbers: Example numbers of all rows, one row after the other.
-    starts: (batches * batch size + 1,) where each row begins in `numbers`.
+    starts: (batches * batch size + 1,) where each row starts in `numbers`.
   """
 
   row_lengths: np.ndarray
@@ -389,10 +392,8 @@ def make_iterator(
     source: Batches, *, state: dict[str, Any] | None = None) -> Iterator[Batch]:
   """Returns a prefetching Grain iterator.
 
-  Args:
-    source: The batches.
-    state: From the `get_state()` of an earlier one, to go on from there. It is
-      that of the batches consumed, not of those prefetched.
+  It continues from `state`, the `get_state()` of an earlier one, which counts
+  the batches consumed, not those prefetched.
   """
   import grain
 

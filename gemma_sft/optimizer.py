@@ -20,7 +20,7 @@ def make_schedule(
     learning_rate: The peak.
     schedule: 'constant', 'linear' or 'cosine' after the warm-up.
     warmup_ratio: Share of the steps that rise linearly from 0 to the peak.
-    final_share: What is left of the peak after the last step.
+    final_share: Learning rate after the last step, as a share of the peak.
     total_steps: Number of updates.
   """
   warmup = round(warmup_ratio * total_steps)
@@ -34,7 +34,7 @@ def make_schedule(
     after = optax.cosine_decay_schedule(learning_rate, decay, final_share)
   if not warmup:
     return after
-  # Update 0 already moves: the ramp reaches the peak at update `warmup`.
+  # Update 0 already has a rate; the ramp reaches the peak at update `warmup`.
   ramp = optax.linear_schedule(
       learning_rate / (warmup + 1), learning_rate, warmup)
   return optax.join_schedules([ramp, after], [warmup])
@@ -52,15 +52,9 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
   """Returns AdamW (arXiv 1711.05101) after clipping by the global norm.
 
-  Args:
-    schedule: step -> learning rate.
-    b1: Decay of the first moment.
-    b2: Decay of the second moment.
-    eps: Added to the root of the second moment.
-    weight_decay: Decoupled; on every trained leaf.
-    max_grad_norm: Largest global norm of a gradient; 0 leaves it alone.
-    b_ratio: LoRA+ (arXiv 2402.12354): the learning rate of adapters' B over
-      that of the rest.
+  The decoupled `weight_decay` acts on every trained leaf. A `max_grad_norm` of
+  0 does not clip. `b_ratio` is that of LoRA+ (arXiv 2402.12354): the learning
+  rate of the adapters' B over that of the rest.
   """
   steps: list[Any] = []
   if max_grad_norm:
@@ -73,10 +67,10 @@ def make_optimizer(
 
 
 def _scale_b(ratio: float) -> optax.GradientTransformation:
-  """Multiplies the updates of leaves named 'b', which is a rate of their own.
+  """Multiplies the updates of leaves named 'b': a learning rate of their own.
 
-  Adam's update does not depend on the gradient's scale, and the decoupled
-  weight decay is proportional to the rate, so both come out right.
+  That holds because both Adam's update and the decoupled weight decay are
+  proportional to the rate.
   """
   def scale(path, update):
     return update * ratio if getattr(path[-1], 'key', None) == 'b' else update

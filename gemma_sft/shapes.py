@@ -1,13 +1,13 @@
-"""The alphabet of shapes, and the named array types at public seams.
+"""The letters of shapes, and the array types of public functions.
 
     B  rows of a batch        N  query heads        V  vocabulary
     T  query positions        K  key-value heads    F  MLP width
     S  key positions          H  head width         R  rank of an adapter
     D  model width            L  layers             A  microbatches
 
-In numeric bodies a name carries its shape as a suffix (`logits_BTV`); trees
-and scalars carry none. The types below are checked in tests only, by
-jaxtyping's import hook with beartype (`tests/conftest.py`).
+In numeric code a name ends with its shape (`logits_BTV`); those of trees and
+scalars do not. The types below are checked in tests only, by jaxtyping's import
+hook with beartype (`tests/conftest.py`).
 """
 
 import jax

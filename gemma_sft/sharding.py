@@ -1,4 +1,4 @@
-"""The mesh, and one ordered table of which parameter lies where on it."""
+"""The mesh, and one table of how each parameter is sharded over it."""
 
 import math
 import re
@@ -15,9 +15,8 @@ from gemma_sft import errors
 
 AXES = ('data', 'fsdp', 'tensor')
 
-# (regex over 'layer_0/attn/q_einsum/w', spec). The first match counts; a
-# parameter without one, and a rule that never comes first, are errors. Axes
-# that do not divide a dimension are left out of that dimension.
+# (regex over 'layer_0/attn/q_einsum/w', spec). Exactly one rule has to match
+# each parameter. An axis that does not divide a dimension is left out of it.
 RULES = (
     (r'embedder/input_embedding$', P('tensor', 'fsdp')),           # V D
     (r'embedder/per_layer_embeddings$', P('tensor', None, 'fsdp')),  # V L P
@@ -37,13 +36,10 @@ RULES = (
 def make_mesh(
     *, data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None
 ) -> jax.sharding.Mesh:
-  """Returns a mesh over all devices of all hosts.
+  """Returns a mesh over all devices of all hosts, or over `devices`.
 
-  Args:
-    data: Size of each axis; one of the three may be -1 for what is left.
-    fsdp: As `data`.
-    tensor: As `data`.
-    devices: These instead, in their order; they need not be there (`plan`).
+  One of the sizes may be -1: all remaining devices. `devices` keep their order
+  and may be absent (`plan`).
 
   Raises:
     UserError: if the sizes do not make up the number of devices.
@@ -70,7 +66,7 @@ def make_mesh(
 
 
 def single_device_mesh() -> jax.sharding.Mesh:
-  """Returns a mesh of the first local device alone."""
+  """Returns a mesh of the first local device."""
   devices = np.array(jax.local_devices()[:1]).reshape(1, 1, 1)
   return jax.sharding.Mesh(
       devices, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
@@ -82,10 +78,10 @@ def batch_groups(mesh: jax.sharding.Mesh) -> int:
 
 
 def local_shards(mesh: jax.sharding.Mesh) -> list[int]:
-  """Returns which of those shards devices of this process hold.
+  """Returns which of the `batch_groups` this process's devices hold.
 
-  They need not follow each other, and where `tensor` spans hosts, several hosts
-  hold the same ones.
+  They need not be consecutive, and several hosts hold the same ones where
+  `tensor` spans hosts.
   """
   devices = mesh.devices.reshape(batch_groups(mesh), -1)
   return [i for i, row in enumerate(devices)
@@ -98,18 +94,18 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """Returns the sharding of what every device holds."""
+  """Returns the sharding of arrays that every device holds whole."""
   return NamedSharding(mesh, P())
 
 
 def tree_shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
   """Returns a tree of shardings by `RULES`, for arrays or their shapes.
 
-  Stacked layers ('layers/attn/q_einsum/w') keep their leading axis whole; the
-  two arrays of a quantised weight ('w/values', 'w/scales') lie as it would.
+  The leading axis of stacked layers ('layers/attn/q_einsum/w') stays whole. The
+  two arrays of a quantised weight ('w/values', 'w/scales') follow its rule.
 
   Raises:
-    ValueError: if no rule covers a leaf, or a rule is hidden by earlier ones.
+    ValueError: if no rule covers a leaf, or several do.
   """
   def of(path, leaf):
     name = '/'.join(str(getattr(p, 'key', getattr(p, 'name', p)))
@@ -131,11 +127,11 @@ def tree_shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def _fitting(spec, shape, mesh):
-  """Leaves out axes that do not divide; a head count of 1 stays whole.
+  """Leaves out axes that do not divide a dimension, such as one of 1 head.
 
-  And axes of one device, and None at the end, as XLA does in what it returns:
-  a spec that is written in another way counts as another sharding, for which
-  the next call would be compiled again.
+  Also axes of one device, and None at the end, as XLA does in its results:
+  JAX takes a spec that is written differently for another sharding and would
+  compile the next call again.
   """
   axes = [
       axis if axis is not None and mesh.shape[axis] > 1
@@ -148,9 +144,9 @@ def _fitting(spec, shape, mesh):
 
 def put_batch(
     batch: batches.Batch, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-  """Puts this host's rows of a batch on the mesh; returns the arrays alone."""
-  place = batch_sharding(mesh)
+  """Puts this host's rows of a batch on the mesh; returns only the arrays."""
+  rows = batch_sharding(mesh)
   return {
-      name: jax.make_array_from_process_local_data(place, batch[name])
+      name: jax.make_array_from_process_local_data(rows, batch[name])
       for name in ('tokens', 'targets', 'positions', 'segment_ids',
                    'loss_mask', 'rows')}

@@ -101,7 +101,7 @@ def make_state(
     *,
     scaled: bool = False,
 ) -> TrainState:
-  """Returns the state before the first update; `scaled` is for float16."""
+  """Returns the state before the first update; `scaled` in float16."""
   fields = dict(
       step=jnp.zeros((), jnp.int32),
       trainable=trainable,
@@ -113,9 +113,9 @@ def make_state(
 
 
 def with_scale(state: TrainState, scaled: bool) -> TrainState:
-  """Returns a state, or its shapes, in the form of float16 or of the others.
+  """Returns a state, or its shapes, with or without a loss scale.
 
-  A scale that was not there is a fresh one: a run may go on on another card.
+  A missing scale starts afresh: a run may resume on a card of another dtype.
   """
   if (state.loss_scale is not None) == scaled:
     return state
@@ -133,22 +133,18 @@ def with_scale(state: TrainState, scaled: bool) -> TrainState:
 
 
 def stack_layers(state: TrainState, num_layers: int) -> TrainState:
-  """Returns a state whose adapters, and their moments, are stacked.
+  """Returns a state whose adapters and their moments are stacked.
 
-  The step runs on this form: with an array for each layer, updating the arrays
-  takes the compiler longer than the model does. Everywhere else, checkpoints
+  The step runs on this form: with one array per layer, the compiler spends
+  longer on the updates than on the model. Everywhere else, checkpoints
   included, adapters are per layer.
-
-  Args:
-    state: With adapters per layer.
-    num_layers: See `lora.stack`.
   """
   return _each_tree(
       lambda tree: {'layers': lora.stack(tree, num_layers)}, state)
 
 
 def unstack_layers(state: TrainState, like: TrainState) -> TrainState:
-  """Undoes `stack_layers`; `like` is the state before, or its shapes."""
+  """Undoes `stack_layers`; `like` is the unstacked state, or its shapes."""
   return _each_tree(
       lambda tree, like: lora.unstack(tree['layers'], like), state, like)
 

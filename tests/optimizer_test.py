@@ -18,45 +18,34 @@ def _schedule(**changes):
       total_steps=100) | changes)
 
 
-def _assert_values(schedule, values):
+_LINEAR, _CONSTANT = dict(schedule='linear'), dict(schedule='constant')
+
+
+@pytest.mark.parametrize('changes, values', (
+    # Without a warm-up the first update has the peak; with one it has a rate.
+    *((dict(schedule=name), {0: 0.1})
+      for name in ('constant', 'linear', 'cosine')),
+    *((dict(schedule=name, warmup_ratio=0.04),
+       {0: 0.1 / 5, 1: 0.2 / 5, 2: 0.3 / 5, 3: 0.4 / 5, 4: 0.1})
+      for name in ('constant', 'linear', 'cosine')),
+    (_CONSTANT | dict(warmup_ratio=0.1),
+     {10: 0.1, 50: 0.1, 99: 0.1, 1000: 0.1}),
+    (_LINEAR, {25: 0.075, 99: 0.001, 100: 0.0, 1000: 0.0}),
+    (_LINEAR | dict(warmup_ratio=0.2, final_share=0.5),
+     {20: 0.1, 60: 0.075, 100: 0.05, 1000: 0.05}),
+    ({}, {25: 0.05 * (1 + math.sqrt(0.5)), 50: 0.05, 100: 0.0, 1000: 0.0}),
+    (dict(warmup_ratio=0.2, final_share=0.1),
+     {20: 0.1, 60: 0.055, 100: 0.01, 1000: 0.01}),
+))
+def test_schedules(changes, values):
+  schedule = _schedule(**changes)
   for step, value in values.items():
     np.testing.assert_allclose(
         float(schedule(step)), value, rtol=_F32, atol=1e-9, err_msg=str(step))
 
 
-def test_without_warmup_the_first_update_has_the_peak():
-  for name in ('constant', 'linear', 'cosine'):
-    _assert_values(_schedule(schedule=name), {0: 0.1})
-
-
-def test_the_warmup_rises_to_the_peak_and_moves_from_the_first_update():
-  for name in ('constant', 'linear', 'cosine'):
-    _assert_values(
-        _schedule(schedule=name, warmup_ratio=0.04),
-        {0: 0.1 / 5, 1: 0.2 / 5, 2: 0.3 / 5, 3: 0.4 / 5, 4: 0.1})
-
-
-def test_constant():
-  _assert_values(_schedule(schedule='constant', warmup_ratio=0.1),
-                 {10: 0.1, 50: 0.1, 99: 0.1, 1000: 0.1})
-
-
-def test_linear():
-  _assert_values(_schedule(schedule='linear'),
-                 {25: 0.075, 99: 0.001, 100: 0.0, 1000: 0.0})
-  _assert_values(
-      _schedule(schedule='linear', warmup_ratio=0.2, final_share=0.5),
-      {20: 0.1, 60: 0.075, 100: 0.05, 1000: 0.05})
-
-
-def test_cosine():
-  _assert_values(_schedule(), {
-      25: 0.05 * (1 + math.sqrt(0.5)), 50: 0.05, 100: 0.0, 1000: 0.0})
-  # The last update of a hundred still has a rate.
+def test_the_last_update_still_has_a_rate():
   assert 2e-5 < float(_schedule()(99)) < 3e-5
-  _assert_values(
-      _schedule(warmup_ratio=0.2, final_share=0.1),
-      {20: 0.1, 60: 0.055, 100: 0.01, 1000: 0.01})
 
 
 @pytest.mark.parametrize('share', (0.0, 0.5, 1.0))

@@ -1,26 +1,22 @@
 """The state of steps, stacked, is the state of checkpoints, per layer."""
 
-import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny_models
 
-from gemma_sft import model as model_lib
 from gemma_sft import optimizer as optimizer_lib
 from gemma_sft import state as state_lib
 from gemma_sft.adapters import lora
 
-_MODEL = model_lib.make_model('custom', generation=3, **conftest.DIMENSIONS)
-
 
 def _state(targets, dora=False):
-  params = conftest.make_params(_MODEL)
-  adapters = lora.init_adapters(
-      params, rank=3, targets=targets, transposed_gating=True, seed=0)
+  adapters = tiny_models.fresh_adapters('3', targets)
   if dora:
-    adapters = lora.add_magnitudes(adapters, params, transposed_gating=True)
+    adapters = lora.add_magnitudes(
+        adapters, tiny_models.params('3'), transposed_gating=True)
   optimizer = optimizer_lib.make_optimizer(
       optax.constant_schedule(0.1), b1=0.9, b2=0.99, eps=1e-8,
       weight_decay=0.1, max_grad_norm=1.0, b_ratio=4.0)
