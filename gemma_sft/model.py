@@ -1,14 +1,14 @@
 """The official Gemma models, and the one way this project runs them.
 
-The library's public classes carry the model. Some of its internals are
-reached, here and in `blocks` and nowhere else:
+The model is made of the library's public classes. Only this module and
+`nn/blocks.py` use internals of the library:
 
 * its import, which would pull in TensorFlow for two type annotations;
 * Gemma 4's private config classes, for small models;
-* what stands between the embedding and the logits, see `blocks`.
+* what lies between the embedding and the logits, see `blocks`.
 
 `tests/model_test.py` compares every generation with the library's own
-`__call__`, so a change of the library is seen there first.
+`__call__`, so it fails first when the library changes.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from gemma_sft import errors
 from gemma_sft import shapes
 from gemma_sft.adapters import lora
+from gemma_sft.adapters import projections
 from gemma_sft.nn import blocks
 from gemma_sft.nn import float16
 from gemma_sft.nn import quantize
@@ -38,10 +39,10 @@ Params = Any  # Nested dicts of arrays, named as the official library does.
 def import_gemma() -> types.ModuleType:
   """Returns `gemma.gm` without importing TensorFlow.
 
-  Two modules ask for it while they load: `gm.ckpts._policy` names a
+  Two modules need it when they are imported: `gm.ckpts._policy` names a
   `kd.train.TrainState` in an annotation, and `kauldron.typing` reads
-  `tf.Tensor`. Stand-ins satisfy both. What is lost is what this project does
-  not use: `gm.ckpts.AnchoredPolicyLoader`, `gm.data`, `gm.evals`.
+  `tf.Tensor`. Both get stand-ins. This loses `gm.ckpts.AnchoredPolicyLoader`,
+  `gm.data` and `gm.evals`, which this project does not use.
   """
   policy = 'gemma.gm.ckpts._policy'
   if policy not in sys.modules:
@@ -56,8 +57,8 @@ def import_gemma() -> types.ModuleType:
     try:
       importlib.import_module('kauldron.typing')
     finally:
-      # etils takes a module of that name for the real one, so it must not
-      # outlive the import.
+      # etils would take the stand-in for TensorFlow, so it goes after the
+      # import.
       del sys.modules['tensorflow']
   from gemma import gm
 
@@ -66,7 +67,7 @@ def import_gemma() -> types.ModuleType:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A Gemma architecture: what to run, not its weights.
+  """A Gemma architecture, without weights.
 
   Attributes:
     name: The preset's name, or 'custom'.
@@ -90,10 +91,10 @@ class Model:
 
   @property
   def unused_weights(self) -> frozenset[str]:
-    """Paths of weights that no forward reads: adapters there would do nothing.
+    """Paths of weights that the forward never reads.
 
-    The last layers of some Gemma 4 take keys and values from earlier ones; the
-    library keeps weights for them all the same.
+    The last layers of some Gemma 4 take keys and values from earlier layers,
+    but the library keeps weights for their own.
     """
     if self.generation != 4:
       return frozenset()
@@ -101,13 +102,14 @@ class Model:
     return frozenset(
         f'layer_{layer}/attn/{name}'
         for layer in range(n_layers - n_shared_layers(self.config), n_layers)
-        for name in ('k_einsum', 'kv_einsum', 'qkv_einsum'))
+        for name, slots in projections.BY_LAYER.items()
+        if any(projection.name == 'k' for projection in slots))
 
 
 def n_shared_layers(config: Any) -> int:
   """Returns how many layers of a Gemma 4 use keys and values of earlier ones.
 
-  Rounded as in `gemma4._config.create_kv_cache_sharing_patterns`.
+  It rounds like `gemma4._config.create_kv_cache_sharing_patterns`.
   """
   if config.kv_cache_sharing_config is None:
     return 0
@@ -116,8 +118,8 @@ def n_shared_layers(config: Any) -> int:
   return n_layers - int(n_layers - shared)
 
 
-# name: (generation, class in gm.nn). Gemma 1 is not in the library any more;
-# it is a configuration of its Transformer.
+# name: (generation, class in gm.nn). The library no longer has a class for
+# Gemma 1, but its Transformer can be configured as one.
 PRESETS = {
     'gemma1_2b': (1, None),
     'gemma1_7b': (1, None),
@@ -136,11 +138,9 @@ PRESETS = {
 
 
 def make_model(name: str, **dimensions: Any) -> Model:
-  """Returns a preset, or a model of free dimensions when `name` is 'custom'.
+  """Returns a model of `PRESETS`.
 
-  Args:
-    name: A key of `PRESETS`, or 'custom'.
-    **dimensions: For 'custom' only, see `_make_custom`.
+  If `name` is 'custom', a model of other dimensions; see `_make_custom`.
 
   Raises:
     UserError: for an unknown name, or for the mixture of experts.
@@ -196,22 +196,14 @@ def _make_custom(
     shared_kv_layers: int = 0,
     name: str = 'custom',
 ) -> Model:
-  """Builds a model of a generation's kind at any size.
+  """Builds a model of any size with the structure of a generation.
 
-  Args:
-    generation: Whose norms, caps, rope and layer pattern to use.
-    vocab_size: Rows of the embedding.
-    num_layers: Number of blocks.
-    embed_dim: Model width D.
-    hidden_dim: MLP width F.
-    num_heads: Query heads N.
-    num_kv_heads: Key-value heads K; equal to N fuses q, k and v (Gemma 1 7B).
-    head_dim: Head width H.
-    sliding_window: Window of the local layers (generations 2 to 4).
-    local_layers_per_global: 1 in Gemma 2, 5 in Gemma 3.
-    per_layer_input_dim: Width of Gemma 4's per-layer inputs, 0 for none.
-    shared_kv_layers: Last layers of Gemma 4 that reuse earlier keys, values.
-    name: What to call it.
+  That is, with its norms, caps, rope and layer pattern. `num_kv_heads` equal to
+  `num_heads` fuses q, k and v (Gemma 1 7B). Generations 2 to 4 have local
+  layers with a `sliding_window`; only Gemma 3 and 4 vary their number
+  (`local_layers_per_global`). `per_layer_input_dim` is the width of Gemma 4's
+  inputs per layer, 0 for none; its last `shared_kv_layers` reuse keys and
+  values.
 
   Raises:
     UserError: if the generation is unknown or the heads do not divide.
@@ -255,23 +247,20 @@ def _make_custom(
     )
     return Model(name, 4, transformer4.Transformer(config=config))
   kind = gm.nn.AttentionType
+  n_local = {1: 0, 2: 1, 3: local_layers_per_global}[generation]
+  common['attention_types'] = gm.nn.config.make_attention_layers_types(
+      (kind.LOCAL_SLIDING,) * n_local + (kind.GLOBAL,), num_layers=num_layers)
   if generation == 1:
     specific = dict(
-        attention_types=(kind.GLOBAL,) * num_layers,
         final_logit_softcap=None,
         use_post_attn_norm=False, use_post_ffw_norm=False)
   elif generation == 2:
     specific = dict(
-        attention_types=gm.nn.config.make_attention_layers_types(
-            (kind.LOCAL_SLIDING, kind.GLOBAL), num_layers=num_layers),
         final_logit_softcap=30.0, attn_logits_soft_cap=50.0,
         use_post_attn_norm=True, use_post_ffw_norm=True,
         sliding_window_size=sliding_window)
   else:
     specific = dict(
-        attention_types=gm.nn.config.make_attention_layers_types(
-            (kind.LOCAL_SLIDING,) * local_layers_per_global + (kind.GLOBAL,),
-            num_layers=num_layers),
         final_logit_softcap=None,
         use_post_attn_norm=True, use_post_ffw_norm=True, use_qk_norm=True,
         sliding_window_size=sliding_window, transpose_gating_einsum=True,
@@ -295,13 +284,12 @@ def abstract_params(model: Model) -> Params:
 
 def count_params(params: Params) -> int:
   """Returns the number of parameters in a tree."""
-  return sum(leaf.size for leaf in _leaves(params))
+  return sum(
+      leaf.size for leaf in jax.tree.leaves(params, is_leaf=_is_quantized))
 
 
-def _leaves(params):
-  """Returns the leaves; a quantised weight is one."""
-  return jax.tree.leaves(
-      params, is_leaf=lambda leaf: isinstance(leaf, quantize.Quantized))
+def _is_quantized(leaf):
+  return isinstance(leaf, quantize.Quantized)
 
 
 # The training forward --------------------------------------------------------
@@ -311,9 +299,9 @@ def segment_mask(
     segment_ids_BT: shapes.SegmentsBT) -> jax.Array:
   """Returns the attention mask (B, T, S) of packed rows.
 
-  A token sees itself and what came before it in its own segment; segment 0 is
-  padding, which nothing sees. The local layers' window is added by the library
-  from the positions.
+  A token sees itself and the earlier tokens of its own segment; nothing sees
+  segment 0, which is padding. The library adds the local layers' window from
+  the positions.
   """
   T = segment_ids_BT.shape[1]
   same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
@@ -333,12 +321,12 @@ def hidden_states(
     lora_scale: float = 1.0,
     dropout: lora.Dropout | None = None,
     execution: blocks.Execution = blocks.PLAIN,
-    watch: dict[str, jax.Array] | None = None,
+    operations: blocks.Operations | None = None,
 ) -> shapes.HiddenBTD:
   """Runs the model up to its final norm.
 
-  The compute dtype is that of `params`; see `float16` for what that one means.
-  The logits are left to `loss`, which makes only those of trained tokens.
+  The compute dtype is that of `params` (see `float16` for that one). There are
+  no logits: `nn/head.py` computes only those of trained tokens.
 
   Args:
     model: From `make_model`.
@@ -346,16 +334,17 @@ def hidden_states(
     tokens_BT: Token ids; 0 pads.
     positions_BT: Position in its segment of each token.
     segment_ids_BT: 1, 2, ... for the examples of a row, 0 for padding.
-    adapters: A tree from `lora.init_adapters`, or None for the base alone.
+    adapters: A tree from `lora.init_adapters`, per layer or stacked, or None.
     lora_scale: From `lora.scale`.
-    dropout: Rate and keys of the adapters' dropout, or None.
-    execution: How to run it; not what.
-    watch: Takes the largest magnitudes inside, see `blocks.run_scan`.
+    dropout: Of the adapters' inputs, or None.
+    execution: How to run it, which does not change the result.
+    operations: None chooses those for the dtype of `params`.
   """
   if isinstance(params, Adapted):
     params, adapters, lora_scale = params.base, params.adapters, params.scale
   settings = dict(adapters=adapters, lora_scale=lora_scale, dropout=dropout,
-                  execution=execution, watch=watch)
+                  execution=execution,
+                  operations=operations or float16.operations(params))
   if model.generation == 4:
     return blocks.run_loop(
         model.transformer, params, tokens_BT, positions_BT,
@@ -372,14 +361,9 @@ def hidden_states(
 
 @flax.struct.dataclass
 class Adapted:
-  """Weights to generate with where the adapters cannot be merged.
+  """A quantised base and its adapters, to generate with.
 
-  Those of a quantised base: merged, they would take the memory that was saved.
-
-  Attributes:
-    base: The quantised base.
-    adapters: From `lora.init_adapters`.
-    scale: From `lora.scale`.
+  Merging them would need the memory that quantisation saves.
   """
 
   base: Params
@@ -391,14 +375,14 @@ def merge(
     model: Model, params: Params, adapters: Params, lora_scale: float
 ) -> Params:
   """Returns weights to generate with: merged, or an `Adapted` if quantised."""
-  if any(isinstance(leaf, quantize.Quantized) for leaf in _leaves(params)):
+  if any(map(_is_quantized, jax.tree.leaves(params, is_leaf=_is_quantized))):
     return Adapted(params, adapters, lora_scale)
   return lora.merge(
       params, adapters, lora_scale, transposed_gating=model.transposed_gating)
 
 
 def per_layer(params: Params) -> Params:
-  """Returns weights to generate with, their layers no longer stacked."""
+  """Returns weights to generate with, per layer instead of stacked."""
   if isinstance(params, Adapted):
     return params.replace(base=blocks.unstack(params.base),
                           adapters=blocks.unstack(params.adapters))
@@ -408,9 +392,8 @@ def per_layer(params: Params) -> Params:
 def dense(params: Params) -> Params:
   """Returns a tree with its quantised weights as f32 arrays."""
   return jax.tree.map(
-      lambda leaf: quantize.dense(leaf, jnp.float32)
-      if isinstance(leaf, quantize.Quantized) else leaf, params,
-      is_leaf=lambda leaf: isinstance(leaf, quantize.Quantized))
+      lambda leaf: quantize.dequantize(leaf, jnp.float32)
+      if _is_quantized(leaf) else leaf, params, is_leaf=_is_quantized)
 
 
 def embedding(params: Params) -> shapes.EmbeddingVD:
@@ -442,9 +425,9 @@ def decode(
   Args:
     model: From `make_model`.
     params: Weights with the adapters merged in, or an `Adapted`.
-    tokens_BT: The new tokens; every row's go to the same cache slots.
-    positions_BT: Their positions (which need not be the slots: rows may be
-      padded on the left).
+    tokens_BT: The new tokens. All rows write to the same cache slots.
+    positions_BT: Their positions, which differ from the slots where rows are
+      padded on the left.
     mask_BTS: Which of the S cache slots each new token may see.
     cache: From `init_cache` or the last call.
 
@@ -452,11 +435,13 @@ def decode(
     (logits_BV of the last new token in f32, the new cache).
   """
   adapted = {}
+  base = params
   if isinstance(params, Adapted):
+    base = params.base
     adapted = dict(adapters=params.adapters, lora_scale=params.scale)
   x_BTD, cache = blocks.run_loop(
-      model.transformer, params.base if adapted else params, tokens_BT,
-      positions_BT, mask_BTS, cache, **adapted)
+      model.transformer, base, tokens_BT, positions_BT, mask_BTS, cache,
+      operations=float16.operations(base), **adapted)
   return logits(model, params, x_BTD[:, -1]), cache
 
 

@@ -11,47 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 
 from gemma_sft import errors
 from gemma_sft import model as model_lib
-from gemma_sft.adapters import lora
 from gemma_sft.nn import blocks
 
 _B, _T = 2, 20  # The window of the local layers is 8.
-# More kinds: Gemma 1 7B fuses q, k and v; Gemma 4 E2B has inputs per layer and
-# last layers that reuse keys and values.
-_KINDS = {
-    '1': dict(generation=1),
-    '1_fused': dict(generation=1, num_kv_heads=4),
-    '2': dict(generation=2),
-    '3': dict(generation=3),
-    '4': dict(generation=4),
-    '4_shared': dict(
-        generation=4, num_layers=3, per_layer_input_dim=8, shared_kv_layers=1),
-}
+_KINDS = tiny_models.KINDS
 # Sums of f32 products in another order, relative to the largest entry.
 _CLOSE = 1e-5
-
-
-@functools.cache
-def _model(kind):
-  return model_lib.make_model('custom', **conftest.DIMENSIONS | _KINDS[kind])
-
-
-@functools.cache
-def _params(kind):
-  return conftest.make_params(_model(kind))
-
-
-@functools.cache
-def _adapters(kind):
-  adapters = lora.init_adapters(
-      _params(kind), rank=3, targets='attn/|mlp/', seed=0,
-      transposed_gating=_model(kind).transposed_gating)
-  rng = np.random.default_rng(1)
-  return jax.tree.map(
-      lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), jnp.float32),
-      adapters)
+_model = tiny_models.model
+_params = tiny_models.params
+_adapters = tiny_models.adapters
+_assert_close = functools.partial(tiny_models.assert_close, tolerance=_CLOSE)
 
 
 def _tokens(T=_T, seed=0):
@@ -73,13 +46,6 @@ def _hidden(kind, params, arranged, adapters=None, layers='scan'):
       execution=blocks.Execution(layers=layers))
 
 
-def _assert_close(got, wanted, tolerance=_CLOSE):
-  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-    g, w = np.asarray(g), np.asarray(w)
-    spread = max(1e-3, np.abs(w).max())
-    np.testing.assert_allclose(g, w, rtol=0, atol=tolerance * spread)
-
-
 def _official_logits(kind, tokens_BT):
   with jax.numpy_rank_promotion('allow'):
     return _model(kind).transformer.apply(
@@ -98,26 +64,22 @@ def test_logits_are_the_librarys_own(kind, layers):
   _assert_close(logits_BTV, wanted_BTV)
 
 
-def test_adapters_work_after_a_plain_call_of_the_library():
+def test_adapters_work_beside_plain_calls_of_the_library():
   # `Transformer.__call__` is under `nn.jit`, whose cached traces ignore
-  # interceptors: after a plain call, adapters would be left out unseen.
-  tokens_BT = _tokens(T=7)  # A shape that no other test has traced.
-  plain_BTV = _official_logits('3', tokens_BT)
-  adapted_BTD, base_BTD = (
-      _hidden('3', _params('3'), _arranged(tokens_BT), adapters)
-      for adapters in (_adapters('3'), None))
-  assert np.abs(adapted_BTD - base_BTD).max() > 0.1
-  # Nor does the intercepted call leak into the library's.
-  np.testing.assert_array_equal(_official_logits('3', tokens_BT), plain_BTV)
-
-
-def test_adapters_work_before_a_plain_call_of_the_library():
-  tokens_BT = _tokens(T=6)
-  _hidden('3', _params('3'), _arranged(tokens_BT), _adapters('3'))
-  _assert_close(
-      _official_logits('3', tokens_BT),
-      model_lib.logits(_model('3'), _params('3'), _hidden(
-          '3', _params('3'), _arranged(tokens_BT))))
+  # interceptors: after a plain call, adapters would be left out silently.
+  for tokens_BT, plain_first in ((_tokens(T=7), True), (_tokens(T=6), False)):
+    if plain_first:
+      plain_BTV = _official_logits('3', tokens_BT)
+    adapted_BTD, base_BTD = (
+        _hidden('3', _params('3'), _arranged(tokens_BT), adapters)
+        for adapters in (_adapters('3'), None))
+    assert np.abs(adapted_BTD - base_BTD).max() > 0.1
+    # Nor does the intercepted call leak into the library's.
+    after_BTV = _official_logits('3', tokens_BT)
+    _assert_close(
+        after_BTV, model_lib.logits(_model('3'), _params('3'), base_BTD))
+    if plain_first:
+      np.testing.assert_array_equal(after_BTV, plain_BTV)
 
 
 @pytest.mark.parametrize('kind', _KINDS)
@@ -245,28 +207,23 @@ def test_dimensions_of_a_custom_model():
   kinds = [kind.name for kind in model.config.attention_types]
   assert kinds == ['LOCAL_SLIDING', 'GLOBAL']
   assert model.config.sliding_window_size == 8
+  # A static argument of jitted functions.
   assert hash(model) == hash(model_lib.make_model(
-      'custom', **conftest.DIMENSIONS | _KINDS['3']))  # A static argument.
+      'custom', **conftest.DIMENSIONS | _KINDS['3']))
 
 
-@pytest.mark.parametrize('name, got', (
-    ('gemma4_26b_a4b', 'mixture of experts'),
-    ('gemma3_270', "Did you mean 'gemma3_270m'?"),
-    ('llama', 'one of gemma1_2b'),
+@pytest.mark.parametrize('name, changes, got', (
+    ('gemma4_26b_a4b', {}, 'mixture of experts'),
+    ('gemma3_270', {}, "Did you mean 'gemma3_270m'?"),
+    ('llama', {}, 'one of gemma1_2b'),
+    ('custom', dict(generation=5), 'generation is 5'),
+    ('custom', dict(generation=3, num_kv_heads=3), '4 query heads and 3'),
+    ('custom', dict(generation=3, num_kv_heads=0), '4 query heads and 0'),
 ))
-def test_a_model_that_is_not_there_is_refused(name, got):
+def test_mistakes(name, changes, got):
+  dimensions = conftest.DIMENSIONS | changes if name == 'custom' else {}
   with pytest.raises(errors.UserError, match=got):
-    model_lib.make_model(name)
-
-
-@pytest.mark.parametrize('changes, got', (
-    (dict(generation=5), 'generation is 5'),
-    (dict(generation=3, num_kv_heads=3), '4 query heads and 3'),
-    (dict(generation=3, num_kv_heads=0), '4 query heads and 0'),
-))
-def test_dimensions_that_do_not_work_out_are_refused(changes, got):
-  with pytest.raises(errors.UserError, match=got):
-    model_lib.make_model('custom', **conftest.DIMENSIONS | changes)
+    model_lib.make_model(name, **dimensions)
 
 
 # The library ------------------------------------------------------------------
@@ -325,8 +282,8 @@ print([m for m in sys.modules if m.partition(".")[0] in
 
 def test_tensorflow_is_not_imported():
   modules = ', '.join(f'gemma_sft.{name}' for name in (
-      'model', 'loss', 'lora', 'data', 'state', 'optimizer', 'sharding',
-      'generate'))
+      'model', 'loss', 'adapters.lora', 'batches', 'state', 'optimizer',
+      'sharding', 'generation.generate'))
   done = subprocess.run(
       [sys.executable, '-c', _SCRIPT.format(modules=modules)], check=True,
       capture_output=True, text=True,

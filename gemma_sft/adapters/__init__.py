@@ -1,1 +1,1 @@
-"""Adapters of the attention projections: one file an adapter kind."""
+"""Adapters of the projections: what they add to a layer, and their merging."""

@@ -1,13 +1,13 @@
 """Low-rank adapters on the projections, as a tree of their own.
 
-A projection W is used as W + scale * A B, with A (in, R) random and B (R, out)
-zero at the start, so that the first step sees the base model exactly
-(Hu et al. 2021, arXiv 2106.09685). The base is never touched.
+A projection W becomes W + scale * A B, with A (in, R) random and B (R, out)
+zero at the start, so that the first step sees exactly the base model (Hu et al.
+2021, arXiv 2106.09685). The base never changes.
 
 The library fuses projections: one `kv_einsum` for k and v, one `qkv_einsum`
 where there are as many key-value heads as query heads, one `gating_einsum` for
-the MLP's gate and up. The adapters stay apart, each with an A of its own, as
-PEFT has them, so that they can be exported as PEFT adapters:
+the MLP's gate and up. The adapters are not fused. Each has an A of its own, as
+in PEFT, so that they can be exported as PEFT adapters:
 
     base                            adapters
     layer_0/attn/q_einsum/w         layer_0/attn/q_einsum/q/{a_DR, b_RNH}
@@ -44,8 +44,8 @@ class Dropout:
   Attributes:
     rate: Share of inputs set to zero.
     keys_B: One PRNG key a row, a function of (seed, step, global row), so that
-      the drawn mask depends neither on the mesh nor on the microbatches.
-    layer: Number of the layer at hand.
+      the mask depends neither on the mesh nor on the microbatches.
+    layer: Number of the layer.
   """
 
   rate: float
@@ -58,11 +58,7 @@ def make_dropout(
 ) -> Dropout | None:
   """Returns the dropout of a step, None at a rate of 0.
 
-  Args:
-    rate: Share of inputs set to zero.
-    seed: Of the run.
-    step: Updates before this one.
-    rows_B: Global number of each row of the batch.
+  `rows_B` are the rows' numbers in the whole run.
   """
   if not rate:
     return None
@@ -103,7 +99,7 @@ def init_adapters(
       'layer_3/attn/kv_einsum/v'.
     transposed_gating: `Model.transposed_gating`.
     seed: Of the run.
-    unused: `Model.unused_weights`, which get none.
+    unused: `Model.unused_weights`, which get no adapter.
 
   Raises:
     UserError: if the rank is below 1 or no projection matches.
@@ -124,8 +120,8 @@ def init_adapters(
       if not pattern.search(paths[-1]):
         continue
       shape = weight.shape if projection.index is None else weight.shape[1:]
-      a_shape, b_shape = _factor_shapes(
-          path[-1], shape, rank, transposed_gating)
+      a_shape, b_shape = projections.oriented(
+          path[-1], projection, transposed_gating).factor_shapes(shape, rank)
       bound = 1 / math.sqrt(math.prod(a_shape[:-1]))
       key = jax.random.fold_in(
           jax.random.key(seed), zlib.crc32(paths[-1].encode()))
@@ -140,28 +136,12 @@ def init_adapters(
   return flax.traverse_util.unflatten_dict(adapters)
 
 
-def _factor_shapes(layer, shape, rank, transposed_gating):
-  if layer == 'attn_vec_einsum':  # (N, H, D)
-    return (*shape[:-1], rank), (rank, shape[-1])
-  if layer == 'linear':  # (F, D)
-    return (shape[0], rank), (rank, shape[1])
-  if layer == 'gating_einsum':
-    F, D = shape if transposed_gating else shape[::-1]
-    return (D, rank), (rank, F)
-  N, D, H = shape
-  return (D, rank), (rank, N, H)
-
-
 def stack(adapters: Params, num_layers: int) -> Params:
   """Returns the adapters of all layers stacked along a leading axis L.
 
-  Layers without one that another layer has get zeros, which add nothing, and
-  NaN for DoRA's magnitude, which `dora.factor` knows.
-
-  Args:
-    adapters: From `init_adapters`: {'layer_0': {'attn': ...}, ...}. Of those
-      that are stacked already ({'layers': ...}) the stack is returned.
-    num_layers: L.
+  A layer without an adapter that another one has gets zeros, which add nothing,
+  and NaN as DoRA's magnitude, which `dora.factor` ignores. Adapters that are
+  stacked already ({'layers': ...}) are returned without that key.
   """
   if 'layers' in adapters:
     return adapters['layers']
@@ -177,7 +157,7 @@ def stack(adapters: Params, num_layers: int) -> Params:
 
 
 def unstack(stacked: Params, like: Params) -> Params:
-  """Returns the adapters per layer again, those that `like` has."""
+  """Returns stacked adapters per layer, those that `like` has."""
   flat = flax.traverse_util.flatten_dict(stacked)
   return flax.traverse_util.unflatten_dict({
       path: flat[path[1:]][int(path[0].removeprefix('layer_'))]
@@ -204,19 +184,19 @@ def add_update(
 ) -> jax.Array:
   """Returns a projection's output `y` of input `x` with its updates added.
 
-  Masters are f32; the products run in the dtype of `x`, so that the residual
-  stream keeps the base's dtype.
+  Adapters are f32. The products run in the dtype of `x`, so that the residual
+  stream keeps the dtype of the base.
 
   Args:
     adapters: Of one layer: {'attn': {'q_einsum': {'q': {'a', 'b'}}}}.
     path: The library weight in the layer, as ('attn', 'q_einsum', 'w').
     x: The projection's input (B, T, ...).
-    y: Its output; fused slots lie on axis 0 (k, v) or -2 (gate, up).
+    y: Its output; fused slots are on axis 0 (k, v) or -2 (gate, up).
     scaling: From `scale`.
     dropout: Or None.
     weight: Returns the frozen weight; for DoRA only.
     transposed_gating: `Model.transposed_gating`; for DoRA only.
-    einsum: Of inputs and a factor; in the dtype of `x` unless given.
+    einsum: Multiplies inputs by a factor; None does so in the dtype of `x`.
   """
   einsum = einsum or _einsum
   path = path[:-1] if path[-1] == 'w' else path
@@ -242,11 +222,9 @@ def add_update(
         factors['b'])
     update = (scaling * update).astype(y.dtype)
     if 'm' in factors:
-      share = weight() if projection.index is None else (
-          weight()[projection.index])
       factor = dora.factor(
-          projections.oriented(path[-1], projection, transposed_gating), share,
-          **factors, scaling=scaling).astype(y.dtype)
+          projections.oriented(path[-1], projection, transposed_gating),
+          projection.slot(weight()), **factors, scaling=scaling).astype(y.dtype)
       y = y.at[slot].set((y[slot] + update) * factor[None, None])
     else:
       y = y.at[slot].add(update)
@@ -274,15 +252,10 @@ def merge(
     *,
     transposed_gating: bool,
 ) -> Params:
-  """Returns base weights with the updates added, in f32, then cast back.
+  """Returns base weights with the updates added in f32, then cast back.
 
-  Leaves without an adapter are the same arrays, not copies.
-
-  Args:
-    params: Per layer, or stacked (`blocks.stack`).
-    adapters: From `init_adapters`.
-    scaling: From `scale`.
-    transposed_gating: `Model.transposed_gating`.
+  `params` may be stacked (`blocks.stack`). Leaves without an adapter are not
+  copied.
   """
   flat = flax.traverse_util.flatten_dict(params)
   merged = dict(flat)
@@ -300,7 +273,7 @@ def merge(
       return _add_to_weight(
           *weight_and_factors, name, scaling, transposed_gating)
 
-    # One layer after the other: the f32 copy is of one.
+    # Layer by layer, so that only one has an f32 copy.
     merged[path] = (jax.lax.map(add, (weight, here)) if stacked
                     else add((weight, here)))
   return flax.traverse_util.unflatten_dict(merged)
@@ -325,22 +298,16 @@ def _add_to_weight(weight, factors, name, scaling, transposed_gating):
 
 def add_magnitudes(
     adapters: Params, params: Params, *, transposed_gating: bool) -> Params:
-  """Returns fresh adapters made DoRA's: with magnitudes 'm' of the base.
+  """Returns the adapters with DoRA's magnitudes 'm' of the base added.
 
-  Args:
-    adapters: From `init_adapters`.
-    params: The base weights per layer; quantised ones dequantised.
-    transposed_gating: `Model.transposed_gating`.
+  `params` are per layer; quantised weights have to be dequantised.
   """
   flat = flax.traverse_util.flatten_dict(adapters)
-  weights_by_path = _weights(params)
-  for path in {p[:-1] for p in flat}:
-    *weight_path, name = path
-    weight = weights_by_path[tuple(weight_path)]
-    for projection in projections.BY_LAYER[weight_path[-1]]:
-      if projection.name == name:
-        share = weight if projection.index is None else (
-            weight[projection.index])
-        flat[(*path, 'm')] = dora.norm(projections.oriented(
-            weight_path[-1], projection, transposed_gating), share)
+  weights = _weights(params)
+  for *path, name in {p[:-1] for p in flat}:
+    projection = next(
+        p for p in projections.BY_LAYER[path[-1]] if p.name == name)
+    flat[(*path, name, 'm')] = dora.norm(
+        projections.oriented(path[-1], projection, transposed_gating),
+        projection.slot(weights[tuple(path)]))
   return flax.traverse_util.unflatten_dict(flat)

@@ -1,6 +1,6 @@
-"""How each adapter meets its share of a weight of the library.
+"""The projections that can have an adapter, and their einsums.
 
-By the tail of the weight's path. See `lora` for the tree of adapters.
+See `lora` for the tree of adapters.
 """
 
 import dataclasses
@@ -11,13 +11,13 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-  """How one adapter meets its share of a library weight.
+  """One adapter's projection: a library weight, or a slot of a fused one.
 
   Attributes:
     name: What the adapter is called.
-    index: Its slot where the library fuses several, else None.
+    index: Its slot where the library fuses several projections, else None.
     down: Einsum of the layer's input with A.
-    up: Einsum of that with B.
+    up: Einsum of the result with B.
     update: Einsum of A with B into the layout of the weight (of the slot).
     outputs: The letters of that layout that are the layer's outputs.
   """
@@ -29,13 +29,30 @@ class Projection:
   update: str
   outputs: str
 
+  def slot(self, weight: jax.Array) -> jax.Array:
+    """Returns this projection's part of a library weight."""
+    return weight if self.index is None else weight[self.index]
+
+  @property
+  def layout(self) -> str:
+    """The letters of the weight (of the slot): 'NDH' for q."""
+    return self.update.partition('->')[2]
+
+  def factor_shapes(
+      self, shape: tuple[int, ...], rank: int
+  ) -> tuple[tuple[int, ...], ...]:
+    """Returns the shapes of A and B for a weight (a slot) of a shape."""
+    sizes = dict(zip(self.layout, shape, strict=True), R=rank)
+    factors = self.update.partition('->')[0].split(',')
+    return tuple(tuple(sizes[axis] for axis in factor) for factor in factors)
+
 
 _Q = dict(down='BTD,DR->BTR', up='BTR,RNH->BTNH', update='DR,RNH->NDH',
           outputs='NH')
 _GATE = dict(down='BTD,DR->BTR', up='BTR,RF->BTF', update='DR,RF->FD',
              outputs='F')
 
-# By the tail of the weight's path. Keys and values have K heads where N stands.
+# By the last part of a weight's path. In keys and values, N stands for K heads.
 BY_LAYER = {
     'q_einsum': (Projection('q', None, **_Q),),
     'k_einsum': (Projection('k', None, **_Q),),  # Gemma 4 31B: v is k.
@@ -53,12 +70,9 @@ BY_LAYER = {
 
 def oriented(name: str, projection: Projection, transposed_gating: bool
              ) -> Projection:
-  """Returns a projection for the MLP's layout, which generations differ in.
+  """Returns one of `BY_LAYER[name]` for the model's layout of the gate.
 
-  Args:
-    name: The tail of the weight's path.
-    projection: One of `BY_LAYER[name]`.
-    transposed_gating: `Model.transposed_gating`.
+  `transposed_gating` is that of `Model`: generations differ in it.
   """
   if name == 'gating_einsum' and not transposed_gating:
     return dataclasses.replace(projection, update='DR,RF->DF')

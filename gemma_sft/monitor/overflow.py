@@ -11,6 +11,7 @@ import functools
 from typing import Any
 from typing import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +48,7 @@ def explain(
   largest = magnitudes(
       base, trainable, arrays, step, run.settings)
   for name, value in largest.items():
-    limit = float16.LARGEST if name.endswith(blocks.IN_FLOAT16) else np.inf
+    limit = float16.LARGEST if name.endswith(_ROUNDED) else np.inf
     if not value < limit:
       return (f'the first tensor of the forward pass beyond its numbers is'
               f' {name}: {value:.4g}')
@@ -64,6 +65,78 @@ def explain(
     return ('the forward pass is finite; the first gradient of the backward'
             f' pass that is not is that of {name}')
   return 'computed once more, the batch gives finite numbers'
+
+
+# Ends the names of tensors that are about to be rounded to float16.
+_ROUNDED = ', rounded to float16'
+
+
+class _Watch(float16.Operations):
+  """An interceptor of the library's modules that records magnitudes.
+
+  It is entered outside that of `blocks`, so it sees what a module is given and
+  what comes out of it, adapters included.
+  """
+
+  def __init__(self):
+    self.largest: dict[str, jax.Array] = {}
+
+  def _record(self, module, name, array):
+    self.largest['/'.join((*module.path, *name))] = jnp.max(
+        jnp.abs(array.astype(jnp.float32)))
+
+  def attend(self, module, *arrays, **settings):
+    for name, array in zip(('queries', 'keys', 'values'), arrays):
+      self._record(module, (name + _ROUNDED,), array)
+    return super().attend(module, *arrays, **settings)
+
+  def __call__(self, next_fun, args, kwargs, context):
+    module, kind = context.module, type(context.module).__name__
+    called = context.method_name == '__call__'
+    name = ()
+    if called and kind == 'Einsum':
+      name = () if module.weight_name == 'w' else (module.weight_name,)
+      self._record(module, (*name, 'input' + (
+          _ROUNDED if float16.is_bounded(module) else '')), args[1])
+    out = next_fun(*args, **kwargs)
+    if kind == 'Embedder' and context.method_name == 'encode':
+      self.largest['embedding'] = jnp.max(jnp.abs(out.astype(jnp.float32)))
+    elif called and kind == 'Block':
+      self._record(module, ('residual',), out[1])
+    elif called and kind in ('Einsum', 'RMSNorm'):
+      self._record(module, name, out)
+    return out
+
+
+def watched_hidden_states(
+    model: model_lib.Model,
+    params: Any,
+    microbatch: dict[str, jax.Array],
+    *,
+    execution: blocks.Execution,
+    **settings: Any,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Returns (hidden states, {tensor: largest magnitude}) with float16 products.
+
+  The magnitudes are in the order of computation. The layers run in the
+  library's loop, not in a scan, which would hide what is inside it.
+
+  Args:
+    model: From `make_model`.
+    params: The base weights.
+    microbatch: Tokens, positions and segment ids (B, T).
+    execution: Of the run.
+    **settings: Of `model.hidden_states`.
+  """
+  watch = _Watch()
+  with nn.intercept_methods(watch):
+    x_BTD = model_lib.hidden_states(
+        model, params, microbatch['tokens'], microbatch['positions'],
+        microbatch['segment_ids'], operations=watch,
+        execution=dataclasses.replace(execution, layers='loop', remat='none'),
+        **settings)
+  watch.largest['final_norm' + _ROUNDED] = watch.largest.pop('final_norm')
+  return x_BTD, watch.largest
 
 
 def magnitudes(
@@ -92,16 +165,13 @@ def magnitudes(
                      trainable), None)
 
     def of_microbatch(microbatch):
-      watch = {}
-      model_lib.hidden_states(
-          settings.model, params, microbatch['tokens'], microbatch['positions'],
-          microbatch['segment_ids'], adapters=adapters,
+      _, watched = watched_hidden_states(
+          settings.model, params, microbatch, adapters=adapters,
           lora_scale=settings.lora_scale, dropout=lora.make_dropout(
               settings.dropout, settings.seed, step, microbatch['rows']),
-          execution=dataclasses.replace(settings.execution, remat='none'),
-          watch=watch)
-      names[:] = watch
-      return jnp.stack(list(watch.values()))
+          execution=settings.execution)
+      names[:] = watched
+      return jnp.stack(list(watched.values()))
 
     return jax.lax.map(of_microbatch, arrays).max(axis=0)
 

@@ -1,31 +1,33 @@
-"""The official blocks as training runs them: adapted, scanned, rematerialised.
+"""The official blocks as training runs them: adapted, scanned, recomputed.
 
-The library runs its blocks one by one, so a program for 26 layers holds 26
-copies of a block. Here one block is compiled and `lax.scan` runs it over the
-layers, whose weights are stacked along a leading axis L:
+The library runs its blocks one after the other, so a program for 26 layers
+holds 26 copies of a block. Here one block is compiled and `lax.scan` runs it
+over the layers, whose weights are stacked along a leading axis L:
 
     per layer (the library's, and all that the rest of the project sees)
         layer_0/attn/q_einsum/w (N, D, H), layer_1/attn/q_einsum/w, ...
     stacked
         layers/attn/q_einsum/w (L, N, D, H)
 
-Local and global layers differ in their window and in their rotary frequencies
-alone, so a flag per layer that is scanned along with the weights tells them
+Local and global layers differ only in their window and their rotary
+frequencies, so a flag per layer, scanned along with the weights, tells them
 apart. Gemma 4 keeps the library's loop: its global layers have wider heads than
 its local ones, its last layers read the keys of earlier ones, and arrays of
-unlike shapes cannot be stacked.
+different shapes cannot be stacked.
 
-What is changed inside a block is changed by interceptors, by the class's name
-because Gemma 4 has classes of its own:
+Flax interceptors change what the library's modules do. They go by the name of a
+module's class, because Gemma 4 has classes of its own:
 
-    Einsum     adapters added; quantised weights dequantised; see `float16`
-    Attention  a kernel of `attention` in the place of the full square
-    Block      rematerialised
-    Embedder   f32 activations where weights are float16
+    Einsum     dequantises the weight, adds the adapters' update
+    Attention  runs a kernel of `attention` instead of building all logits
+    Block      is recomputed in the backward pass
+
+The code below is for weights in bfloat16 or float32. Weights in float16 need
+other products: `float16.Operations` replaces the class `Operations`.
 """
 
+from collections.abc import Callable
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -38,7 +40,6 @@ from jax.sharding import PartitionSpec
 from gemma_sft import shapes
 from gemma_sft.adapters import lora
 from gemma_sft.nn import attention
-from gemma_sft.nn import float16
 from gemma_sft.nn import quantize
 
 Params = Any
@@ -46,16 +47,15 @@ Params = Any
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-  """How the training forward runs; none of it changes what is computed.
+  """How the training forward runs; nothing here changes what it computes.
 
   Attributes:
     layers: 'scan' over stacked layers, or 'loop', the library's.
     attention: A kernel of `attention.KERNELS`. Gemma 4 has its own.
-    remat: What the backward pass makes again: 'none'; 'elementwise', all but
+    remat: What the backward pass recomputes: 'none'; 'elementwise', all but
       the results of matrix products and of attention; 'block', all of a block
       from its input.
-    mesh: The mesh of the arrays, for kernels and activations; None on one
-      device.
+    mesh: For kernels and activations; None on one device.
   """
 
   layers: str = 'loop'
@@ -65,6 +65,46 @@ class Execution:
 
 
 PLAIN = Execution()
+
+
+class Operations:
+  """The operations of a forward pass that depend on the weights' dtype."""
+
+  def prepare(self, params: Params) -> Params:
+    """Returns the weights as the other operations expect them."""
+    return params
+
+  def encode(
+      self, next_fun: Callable[..., jax.Array], embedder: nn.Module,
+      tokens_BT: jax.Array) -> jax.Array:
+    """Returns the embeddings; `next_fun` is the library's `encode`."""
+    del embedder
+    return next_fun(tokens_BT)
+
+  def project(
+      self, next_fun: Callable[..., jax.Array], module: nn.Module,
+      equation: str, x: jax.Array, add_update: Callable[..., jax.Array]
+  ) -> jax.Array:
+    """Returns a projection of `x`, adapters included.
+
+    Args:
+      next_fun: The `__call__` of the library's Einsum.
+      module: That Einsum.
+      equation: Of `x` and the weight.
+      x: The layer's input.
+      add_update: Adds the adapters' update: (x, y) -> y.
+    """
+    weight = module.get_variable('params', module.weight_name)
+    if isinstance(weight, quantize.Quantized):
+      return add_update(x, quantize.einsum(equation, x, weight))
+    return add_update(x, next_fun(equation, x))
+
+  def attend(
+      self, module: nn.Module, *arrays: Any, **settings: Any) -> jax.Array:
+    """Returns `attention.attend` of queries, keys and values."""
+    del module
+    return attention.attend(*arrays, **settings)
+
 
 # Stacking --------------------------------------------------------------------
 
@@ -105,7 +145,7 @@ def unstack(params: Params) -> Params:
       for i in range(n_layers)}
 
 
-# The forward -----------------------------------------------------------------
+# The forward pass ------------------------------------------------------------
 
 
 def run_scan(
@@ -115,75 +155,50 @@ def run_scan(
     positions_BT: shapes.PositionsBT,
     segment_ids_BT: shapes.SegmentsBT,
     *,
+    operations: Operations,
     adapters: Params | None,
     lora_scale: float,
     dropout: lora.Dropout | None,
     execution: Execution,
-    watch: dict[str, jax.Array] | None = None,
 ) -> shapes.HiddenBTD:
   """Runs the blocks of a Gemma 1 to 3 under `lax.scan`, to the final norm.
 
-  Args:
-    transformer: The library's linen module.
-    params: Stacked or not; those of one layer after the other are stacked
-      first, which copies them.
-    tokens_BT: Token ids.
-    positions_BT: Position of each token in its segment.
-    segment_ids_BT: 0 for padding.
-    adapters: Per layer, or None.
-    lora_scale: From `lora.scale`.
-    dropout: Or None.
-    execution: Without its `layers`.
-    watch: Takes the largest magnitude of each tensor inside, in the order of
-      computation, as 'layer_0/attn/q_einsum'; what is rounded to float16
-      there ends in `IN_FLOAT16`. Without rematerialisation only.
+  Weights that come per layer are stacked first, which copies them. See
+  `model.hidden_states` for the arguments.
   """
   config = transformer.config
-  params, half = stack(params), float16.is_used(params)
-  if half:
-    params = float16.with_float32_scales(params)
+  params = operations.prepare(stack(params))
   L = config.num_layers
-  # Whose flags say local or global does not matter: `_attend` is told.
+  # Any block will do: whether a layer is local comes from the flags.
   block = transformer.bind({}).blocks[0].clone(parent=None, name=None)
-  is_local_L = jnp.asarray([_is_local(kind) for kind in config.attention_types])
-  same = len(set(config.attention_types)) == 1
-  rope = _rope_tables(config, positions_BT)
-  names = []  # Of what is watched in a layer.
+  kinds = [_is_local(kind) for kind in config.attention_types]
+  modules = _Modules(
+      config, execution, operations, lora_scale, dropout, positions_BT,
+      segment_ids_BT, _rope_tables(config, positions_BT))
 
   def body(x_BTD, layer):
-    seen = None if watch is None else {}
-    x_BTD = _constrain(x_BTD, execution.mesh)
     weights, layer_adapters, is_local, number = layer
-    if same:
-      is_local = _is_local(config.attention_types[0])
-    with _interceptors(
-        config, layer_adapters, lora_scale, dropout, execution, positions_BT,
-        segment_ids_BT, rope, is_local, number, half, seen):
-      # The mask is `_attend`'s affair.
+    if len(set(kinds)) == 1:
+      is_local = kinds[0]
+    with nn.intercept_methods(dataclasses.replace(
+        modules, adapters=layer_adapters, layer=number, is_local=is_local)):
+      # `_Modules.attend` builds the mask.
       _, x_BTD = block.apply(
-          {'params': weights}, x_BTD, positions_BT, None, None)
-    names[:] = seen or ()
-    return x_BTD, tuple((seen or {}).values())
+          {'params': weights}, _constrain(x_BTD, execution.mesh), positions_BT,
+          None, None)
+    return x_BTD, None
 
-  if half:
-    x_BTD = _embed(params['embedder']['input_embedding'], tokens_BT)
-  else:
+  with nn.intercept_methods(modules):
     x_BTD = transformer.apply(
         {'params': {'embedder': params['embedder']}}, tokens_BT,
         method=lambda t, tokens: t.embedder.encode(tokens))
-  _see(watch, 'embedding', x_BTD)
-  x_BTD, seen_nL = jax.lax.scan(
-      _rematerialised(body, execution.remat), x_BTD,
+  x_BTD, _ = jax.lax.scan(
+      _recomputed(body, execution.remat), x_BTD,
       (params['layers'], lora.stack(adapters, L) if adapters else None,
-       is_local_L, jnp.arange(L)))
-  if watch is not None:
-    watch |= {f'layer_{i}/{name}': seen_L[i] for i in range(L)
-              for name, seen_L in zip(names, seen_nL)}
-  x_BTD = transformer.apply(
+       jnp.asarray(kinds), jnp.arange(L)))
+  return transformer.apply(
       {'params': {'final_norm': params['final_norm']}}, x_BTD,
       method=lambda t, x: t.final_norm(x))
-  _see(watch, 'final_norm' + IN_FLOAT16, x_BTD)
-  return x_BTD
 
 
 def run_loop(
@@ -194,50 +209,33 @@ def run_loop(
     mask_BTS: jax.Array,
     cache: Params | None,
     *,
+    operations: Operations,
     adapters: Params | None = None,
     lora_scale: float = 1.0,
     dropout: lora.Dropout | None = None,
     execution: Execution = PLAIN,
     segment_ids_BT: shapes.SegmentsBT | None = None,
-    watch: dict[str, jax.Array] | None = None,
 ) -> tuple[shapes.HiddenBTD, Params]:
   """Runs the library's own loop over its blocks, to the final norm.
 
-  Args:
-    transformer: The library's linen module.
-    params: Stacked or not.
-    tokens_BT: Token ids.
-    positions_BT: Position of each token in its segment.
-    mask_BTS: Which of the S keys each token may see.
-    cache: Of the library, or None.
-    adapters: Per layer, or None.
-    lora_scale: From `lora.scale`.
-    dropout: Or None.
-    execution: Without its `layers`.
-    segment_ids_BT: With them the attention is a kernel of `attention`; without
-      (decoding with a cache, Gemma 4) it is the library's.
-    watch: See `run_scan`.
+  With `segment_ids_BT` the attention is a kernel of `attention`; without
+  (decoding with a cache, Gemma 4) it is the library's. See
+  `model.hidden_states` and `model.decode` for the other arguments.
 
   Returns:
     (hidden states, the new cache).
   """
-  rope, half = None, float16.is_used(params)
-  if half:
-    params = float16.with_float32_scales(params)
+  params, rope = operations.prepare(params), None
   if adapters and is_stacked(adapters):
     adapters = unstack(adapters)
   if segment_ids_BT is not None:
     rope = _rope_tables(transformer.config, positions_BT)
-
-  with _interceptors(
-      transformer.config, adapters, lora_scale, dropout, execution,
-      positions_BT, segment_ids_BT, rope, None, None, half, watch):
-    with nn.intercept_methods(_remat_blocks(execution.remat)):
-      x_BTD, cache = transformer.apply(
-          {'params': unstack(params)}, tokens_BT, positions_BT, mask_BTS,
-          cache, method=run_library)
-  _see(watch, 'final_norm' + IN_FLOAT16, x_BTD)
-  return x_BTD, cache
+  with nn.intercept_methods(_Modules(
+      transformer.config, execution, operations, lora_scale, dropout,
+      positions_BT, segment_ids_BT, rope, adapters)):
+    return transformer.apply(
+        {'params': unstack(params)}, tokens_BT, positions_BT, mask_BTS, cache,
+        method=run_library)
 
 
 def run_library(
@@ -250,7 +248,7 @@ def run_library(
   """What the library's `__call__` does before the logits, as a linen method.
 
   `__call__` itself is wrapped in `nn.jit`, whose cached traces ignore
-  interceptors, and ends in logits that training never wants.
+  interceptors, and ends in logits that training does not need.
   """
   inputs = transformer._encode_and_get_inputs(
       tokens=tokens_BT, positions=positions_BT, attention_mask=mask_BTS)
@@ -260,123 +258,110 @@ def run_library(
 # Inside a block --------------------------------------------------------------
 
 
-def _interceptors(
-    config, adapters, lora_scale, dropout, execution, positions_BT,
-    segment_ids_BT, rope, is_local, number, half, seen):
-  """Returns the context in which Einsum and Attention layers are ours.
+@dataclasses.dataclass(frozen=True)
+class _Modules:
+  """An interceptor: what the library's modules do in one forward pass.
 
-  Args:
+  Attributes:
     config: The library's.
-    adapters: Of the whole model, or in a scan of one layer.
+    execution: See `Execution`.
+    operations: For the dtype of the weights.
     lora_scale: From `lora.scale`.
     dropout: Or None.
-    execution: See `Execution`.
     positions_BT: Of the tokens.
-    segment_ids_BT: Or None to leave the attention to the library.
+    segment_ids_BT: None leaves the attention to the library.
     rope: From `_rope_tables`.
-    is_local: In a scan, whether this layer is local.
-    number: In a scan, which layer this is; None for paths that begin with it.
-    half: Whether products are in float16.
-    seen: Takes the magnitudes of `run_scan`'s `watch`, or None.
+    adapters: Those of the model; in a scan, those of the layer at hand.
+    layer: In a scan, the number of the layer at hand. In the loop it is None,
+      and the paths of modules begin with 'layer_<i>'.
+    is_local: In a scan, whether that layer is local.
   """
 
-  def see(module, name, array):
-    _see(seen, '/'.join((*module.path, *name)), array)
+  config: Any
+  execution: Execution
+  operations: Operations
+  lora_scale: float
+  dropout: lora.Dropout | None
+  positions_BT: jax.Array
+  segment_ids_BT: jax.Array | None
+  rope: dict[str, Any] | None
+  adapters: Params | None = None
+  layer: jax.Array | None = None
+  is_local: bool | jax.Array | None = None
 
-  def intercept(next_fun, args, kwargs, context):
+  def __call__(self, next_fun, args, kwargs, context):
     module, kind = context.module, type(context.module).__name__
-    if half and kind == 'Embedder' and context.method_name == 'encode':
-      return _embed(module.get_variable('params', 'input_embedding'), *args)
+    if kind == 'Embedder' and context.method_name == 'encode':
+      return self.operations.encode(next_fun, module, *args)
     if context.method_name != '__call__':
       return next_fun(*args, **kwargs)
     if kind == 'Einsum':
-      return einsum(next_fun, module, *args)
-    if kind == 'Attention' and segment_ids_BT is not None:
-      local = is_local if number is not None else _is_local(module.attn_type)
-      return None, _attend(
-          module, args[0], positions_BT, segment_ids_BT, rope, local, execution,
-          half, functools.partial(see, module))
-    out = next_fun(*args, **kwargs)
-    if kind in ('RMSNorm', 'Block'):
-      see(module, ('residual',) if kind == 'Block' else (),
-          out[1] if kind == 'Block' else out)
-    return out
+      return self.project(next_fun, module, *args)
+    if kind == 'Attention' and self.segment_ids_BT is not None:
+      return None, self.attend(module, args[0])
+    if kind == 'Block' and self.layer is None:
+      return _recomputed(
+          lambda args, kwargs: next_fun(*args, **kwargs),
+          self.execution.remat)(args, kwargs)
+    return next_fun(*args, **kwargs)
 
-  def einsum(next_fun, module, equation, x):
-    path = (*module.path, module.weight_name)
-    layer, here = number, adapters
-    if number is None and path[0].startswith('layer_'):
+  def project(self, next_fun, module, equation, x):
+    """The library's Einsum with adapters, on weights of any kind."""
+    path, layer = (*module.path, module.weight_name), self.layer
+    adapters = self.adapters
+    if layer is None and path[0].startswith('layer_'):
       layer = int(path[0].removeprefix('layer_'))
-      here, path = (adapters or {}).get(path[0]), path[1:]
-    weight = module.get_variable('params', module.weight_name)
-    factor_BT = None
-    own = () if module.weight_name == 'w' else (module.weight_name,)
-    if half and (*module.path, *own)[-1] in _BOUNDED:
-      see(module, (*own, 'input' + IN_FLOAT16), x)
-    elif half:
-      see(module, (*own, 'input'), x)
-      x, factor_BT = float16.fit(x)
-    if isinstance(weight, quantize.Quantized):
-      y = quantize.einsum(equation, x, weight, half)
-    elif half:
-      y = float16.einsum(equation, x, weight)
-      # Gemma 4 has it on one.
-      y = y if getattr(module, 'w_scale', None) is None else y * module.w_scale
+      adapters, path = (adapters or {}).get(path[0]), path[1:]
+
+    def add_update(x, y, **options):
+      if not adapters:
+        return y
+      return lora.add_update(
+          adapters, path, x, y, self.lora_scale,
+          self.dropout and dataclasses.replace(self.dropout, layer=layer),
+          weight=lambda: quantize.dense(module.get_variable(
+              'params', module.weight_name), jnp.float32),
+          # Gemma 4's config has no such key: all of its are transposed.
+          transposed_gating=getattr(
+              self.config, 'transpose_gating_einsum', True), **options)
+
+    return checkpoint_name(self.operations.project(
+        next_fun, module, equation, x, add_update), _SAVED)
+
+  def attend(self, module, x_BTD):
+    """The library's Attention with one of our kernels in its middle."""
+    if module.use_qkv_einsum:
+      q_BTNH, k_BTKH, v_BTKH = module.qkv_einsum('BTD,SNDH->SBTNH', x_BTD)
     else:
-      y = next_fun(equation, x)
-    if here:
-      y = lora.add_update(
-          here, path, x, y, lora_scale,
-          dropout and dataclasses.replace(dropout, layer=layer),
-          weight=lambda: quantize.dense(weight, jnp.float32),
-          # All of Gemma 4's are.
-          transposed_gating=getattr(config, 'transpose_gating_einsum', True),
-          einsum=float16.einsum if half else None)
-    if factor_BT is not None:
-      y = float16.unfit(y, factor_BT)
-    see(module, own, y)
-    # What remat 'elementwise' keeps.
-    return checkpoint_name(y, _KEPT)
-
-  return nn.intercept_methods(intercept)
-
-
-def _attend(module, x_BTD, positions_BT, segment_ids_BT, rope, is_local,
-            execution, half, see):
-  """The library's Attention with one of our kernels in its middle."""
-  if module.use_qkv_einsum:
-    q_BTNH, k_BTKH, v_BTKH = module.qkv_einsum('BTD,SNDH->SBTNH', x_BTD)
-  else:
-    q_BTNH = module.q_einsum('BTD,NDH->BTNH', x_BTD)
-    k_BTKH, v_BTKH = module.kv_einsum('BSD,CKDH->CBSKH', x_BTD)
-  if module.use_qk_norm:
-    q_BTNH = module._query_norm(q_BTNH)
-    k_BTKH = module._key_norm(k_BTKH)
-  if isinstance(is_local, bool):
-    angles = rope['local' if is_local else 'global']
-  else:
-    angles = jax.tree.map(
-        lambda a, b: jnp.where(is_local, a, b), rope['local'], rope['global'])
-  q_BTNH = _rotate(q_BTNH, angles) * module.query_pre_attn_scalar
-  k_BTKH = _rotate(k_BTKH, angles)
-  if half:
-    for name, x in (('queries', q_BTNH), ('keys', k_BTKH), ('values', v_BTKH)):
-      see((name + IN_FLOAT16,), x)
-    q_BTNH, k_BTKH, v_BTKH = (
-        x.astype(jnp.float16) for x in (q_BTNH, k_BTKH, v_BTKH))
-  out_BTNH = attention.attend(
-      q_BTNH, k_BTKH, v_BTKH, positions_BT, segment_ids_BT, is_local,
-      window=module.sliding_window_size, softcap=module.attn_logits_soft_cap,
-      kernel=execution.attention, mesh=execution.mesh)
-  return module.attn_vec_einsum(
-      'BTNH,NHD->BTD', checkpoint_name(out_BTNH, _KEPT))
+      q_BTNH = module.q_einsum('BTD,NDH->BTNH', x_BTD)
+      k_BTKH, v_BTKH = module.kv_einsum('BSD,CKDH->CBSKH', x_BTD)
+    if module.use_qk_norm:
+      q_BTNH = module._query_norm(q_BTNH)
+      k_BTKH = module._key_norm(k_BTKH)
+    is_local = self.is_local
+    if self.layer is None:
+      is_local = _is_local(module.attn_type)
+    if isinstance(is_local, bool):
+      angles = self.rope['local' if is_local else 'global']
+    else:
+      angles = jax.tree.map(
+          lambda a, b: jnp.where(is_local, a, b), self.rope['local'],
+          self.rope['global'])
+    out_BTNH = self.operations.attend(
+        module, _rotate(q_BTNH, angles) * module.query_pre_attn_scalar,
+        _rotate(k_BTKH, angles), v_BTKH, self.positions_BT,
+        self.segment_ids_BT, is_local, window=module.sliding_window_size,
+        softcap=module.attn_logits_soft_cap, kernel=self.execution.attention,
+        mesh=self.execution.mesh)
+    return module.attn_vec_einsum(
+        'BTNH,NHD->BTD', checkpoint_name(out_BTNH, _SAVED))
 
 
 def _rope_tables(config, positions_BT):
   """Returns {'local', 'global'}: (sin, cos) (B, T, 1, H / 2) in f32.
 
-  Made once, not in every layer. Rotary positions as in arXiv 2104.09864, the
-  halves split as the library does (`gm.math._positional_embeddings`).
+  Computed once, not in every layer. Rotary positions as in arXiv 2104.09864,
+  the halves split as the library does (`gm.math._positional_embeddings`).
   """
   exponents = (2.0 / config.head_dim) * jnp.arange(
       config.head_dim // 2, dtype=jnp.float32)
@@ -400,52 +385,23 @@ def _rotate(x_BTNH, angles):
       axis=-1).astype(x_BTNH.dtype)
 
 
-def _embed(table_VD, tokens_BT):
-  """The library's `encode`, in f32."""
-  return table_VD[tokens_BT].astype(jnp.float32) * jnp.sqrt(
-      jnp.float32(table_VD.shape[1]))
-
-
-# Ends the names of tensors that are watched at the end of float16.
-IN_FLOAT16 = ', rounded to float16'
-# Layers whose inputs float16 holds: what a norm has made, and means of values.
-_BOUNDED = ('q_einsum', 'k_einsum', 'kv_einsum', 'qkv_einsum',
-            'attn_vec_einsum', 'gating_einsum')
-
-
-def _see(seen, name, array):
-  if seen is not None:
-    seen[name] = jnp.max(jnp.abs(array.astype(jnp.float32)))
-
-
 def _is_local(kind) -> bool:
   return kind.name == 'LOCAL_SLIDING'
 
 
-# Rematerialisation -----------------------------------------------------------
+# Recomputing and sharding ----------------------------------------------------
 
-_KEPT = 'kept'
+_SAVED = 'saved'  # What `remat='elementwise'` does not recompute.
 
 
-def _rematerialised(function, remat: str):
+def _recomputed(function, remat: str):
+  """Returns a function whose backward pass recomputes what `remat` says."""
   if remat == 'none':
     return function
   policy = None
   if remat == 'elementwise':
-    policy = jax.checkpoint_policies.save_only_these_names(_KEPT)
+    policy = jax.checkpoint_policies.save_only_these_names(_SAVED)
   return jax.checkpoint(function, policy=policy)
-
-
-def _remat_blocks(remat: str):
-  """An interceptor that rematerialises the blocks of the library's loop."""
-
-  def intercept(next_fun, args, kwargs, context):
-    if (remat == 'none' or type(context.module).__name__ != 'Block'
-        or context.method_name != '__call__'):
-      return next_fun(*args, **kwargs)
-    return _rematerialised(lambda a, k: next_fun(*a, **k), remat)(args, kwargs)
-
-  return intercept
 
 
 def _constrain(x_BTD, mesh):

@@ -3,10 +3,9 @@
 A T4 multiplies float16 eight times as fast as float32 and has no bfloat16.
 float16 ends at 65,504, and Gemma goes beyond: the residual stream of Gemma 3
 does (unsloth.ai/blog/gemma3; 103,795 in the 270M's layer 14), and so can the
-product of an MLP's gate and up. So float16 is what is multiplied and nothing
-else: operands are rounded on their way into a matrix product, sums and results
-are float32, and so are residual stream, norms, rotations, softmax and what the
-backward pass adds up.
+product of an MLP's gate and up. So only matrix products use float16: their
+operands are rounded on the way in. Sums and results are float32, and so are
+residual stream, norms, rotations, softmax and all that the backward pass adds.
 
     operand                         how it stays below 65,504
     input of q, k, v, gate, up      comes from a norm
@@ -16,8 +15,9 @@ backward pass adds up.
     hidden states at the head       come from the final norm
     cotangents                      the loss scale (`loss_scale`)
 
-What breaks these bounds all the same is found and named by `overflow`. Weights
-in float16 ask for it: no setting does, so whoever loads them computes alike.
+`monitor/overflow.py` finds and names the tensors that overflow all the same.
+Weights in float16 ask for this arithmetic. No setting does, so training and
+inference compute alike.
 """
 
 import functools
@@ -26,24 +26,70 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gemma_sft.adapters import projections
+from gemma_sft.nn import blocks
+from gemma_sft.nn import quantize
+
 LARGEST = 65504.0  # numpy.finfo('float16').max
-# Rows are brought below this, half of the end: adapters' dropout multiplies
-# what is kept by up to 2 after that (a rate of a half).
+# Rows are brought below this, half of the end: adapters' dropout then
+# multiplies what it keeps by up to 2 (a rate of a half).
 _FITTING_EXPONENT = 15
+# The layers whose inputs float16 can hold.
+_BOUNDED = frozenset(projections.BY_LAYER) - {'linear'}
 
 
-def is_used(params: Any) -> bool:
-  """Whether products of these weights are made in float16."""
-  return any(leaf.dtype == jnp.float16 for leaf in jax.tree.leaves(params))
+def operations(params: Any) -> blocks.Operations:
+  """Returns the operations of a forward pass with these weights."""
+  if any(leaf.dtype == jnp.float16 for leaf in jax.tree.leaves(params)):
+    return Operations()
+  return blocks.Operations()
 
 
-def with_float32_scales(params: Any) -> Any:
-  """Returns weights of which those of the norms are float32."""
-  def cast(path, leaf):
-    name = str(getattr(path[-1], 'key', ''))
-    return leaf.astype(jnp.float32) if name.endswith('scale') else leaf
+class Operations(blocks.Operations):
+  """The operations of a forward pass whose weights are in float16."""
 
-  return jax.tree_util.tree_map_with_path(cast, params)
+  def prepare(self, params):
+    """Returns weights of which those of the norms are float32."""
+    def cast(path, leaf):
+      name = str(getattr(path[-1], 'key', ''))
+      return leaf.astype(jnp.float32) if name.endswith('scale') else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+  def encode(self, next_fun, embedder, tokens_BT):
+    """Computes the library's `encode` in f32."""
+    del next_fun
+    table_VD = embedder.get_variable('params', 'input_embedding')
+    return table_VD[tokens_BT].astype(jnp.float32) * jnp.sqrt(
+        jnp.float32(table_VD.shape[1]))
+
+  def project(self, next_fun, module, equation, x, add_update):
+    """Rounds the operands of the products, the adapters' included."""
+    del next_fun
+    weight = module.get_variable('params', module.weight_name)
+    bounded = is_bounded(module)
+    if not bounded:
+      x, factor_BT = fit(x)
+    if isinstance(weight, quantize.Quantized):
+      y = quantize.einsum(equation, x, weight, _dequantizing_einsum)
+    else:
+      y = einsum(equation, x, weight)
+      if getattr(module, 'w_scale', None) is not None:  # Gemma 4 has one.
+        y = y * module.w_scale
+    y = add_update(x, y, einsum=einsum)
+    return y if bounded else unfit(y, factor_BT)
+
+  def attend(self, module, q_BTNH, k_BTKH, v_BTKH, *arrays, **settings):
+    """Attends with float16 queries, keys and values."""
+    return super().attend(
+        module, *(x.astype(jnp.float16) for x in (q_BTNH, k_BTKH, v_BTKH)),
+        *arrays, **settings)
+
+
+def is_bounded(module: Any) -> bool:
+  """Returns whether float16 can hold the inputs of an Einsum."""
+  name = module.weight_name
+  return (module.path[-1] if name == 'w' else name) in _BOUNDED
 
 
 def operand(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -51,8 +97,8 @@ def operand(x: jax.Array, weight: jax.Array) -> jax.Array:
   return x.astype(jnp.float16) if weight.dtype == jnp.float16 else x
 
 
-# Autodiff would multiply the f32 cotangent by the weight as f32, without the
-# tensor cores: rounded first, as the operands of the forward product are.
+# Autodiff would multiply the f32 cotangent by the weight in f32, without the
+# tensor cores. So it is rounded first, like the operands of the forward pass.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def einsum(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
   """Returns the f32 einsum of two arrays, both rounded to float16.
@@ -90,15 +136,16 @@ def _einsum_bwd(equation, residuals, dy):
 einsum.defvjp(_einsum_fwd, _einsum_bwd)
 
 
+def _dequantizing_einsum(equation, x, quantized):
+  return einsum(equation, x, quantize.dequantize(quantized, jnp.float16))
+
+
 def fit(x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns (rows that float16 can hold, the factors (B, T) they took).
+  """Returns (rows (B, T, ...) that float16 can hold, their factors (B, T)).
 
-  The factor is 1 or a power of two below, so nothing is rounded by it, and
-  counts as a constant in the gradient: a product that is divided by it is what
-  it would be without.
-
-  Args:
-    x_BTD: Activations (B, T, ...).
+  A factor is a power of two of at most 1, so it rounds nothing, and the
+  gradient takes it for a constant: dividing a product by it gives what the
+  product would be without it.
   """
   axes = tuple(range(2, x_BTD.ndim))
   largest_BT = jnp.max(jnp.abs(jax.lax.stop_gradient(x_BTD)), axis=axes)
@@ -110,9 +157,34 @@ def fit(x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def unfit(y_BTD: jax.Array, factor_BT: jax.Array) -> jax.Array:
-  """Returns what was made from rows of `fit` as without it."""
+  """Returns a product of rows from `fit` as it would be without `fit`."""
   return y_BTD / _like(factor_BT, y_BTD)
 
 
 def _like(factor_BT, x_BTD):
   return factor_BT.reshape(*factor_BT.shape, *(1,) * (x_BTD.ndim - 2))
+
+
+class HeadProducts:
+  """What `head.Products` does, for a head in float16."""
+
+  # Probabilities are multiplied by it before they are rounded: the least with
+  # all of its bits is then 2e-9, not 6e-5, and 1 stays below 65,504.
+  _LIFT = 2.0**15
+  # The embedding's gradient is scaled before it is rounded.
+  gradient_dtype = jnp.float32
+
+  def operand(self, x):
+    """Rounds hidden states to float16."""
+    return x.astype(jnp.float16)
+
+  def multiply(self, equation, probs, other):
+    """Multiplies lifted probabilities."""
+    return jnp.einsum(
+        equation, (probs * self._LIFT).astype(jnp.float16), other,
+        preferred_element_type=jnp.float32) / self._LIFT
+
+  def gradients(self, dlogits_GCV, x_GCD, embedding_VD):
+    """Multiplies lifted cotangents of the logits."""
+    return (self.multiply('GCV,VD->GCD', dlogits_GCV, embedding_VD),
+            self.multiply('GCV,GCD->VD', dlogits_GCV, x_GCD))

@@ -1,24 +1,27 @@
 """Cross-entropy of the trained tokens, without the logits of the others.
 
-Gemma's vocabulary has 262,144 rows: the logits of one row of 2,048 tokens are
+Gemma's vocabulary has 262,144 rows: the logits of one row of 2,048 tokens take
 2 GB in f32. In fine-tuning many positions are prompt or padding, so the hidden
-states of the trained positions are gathered first, and the head runs over those
-alone, a chunk of them at a time.
+states of the trained positions are gathered first, and the head runs over them
+only, a chunk at a time.
 
-With a frozen head even a chunk's logits are never all there: one pass over
-blocks of the vocabulary keeps a running log-sum-exp (Milakov and Gimelshein
-2018, arXiv 1805.02867) and, beside it, the gradient of the hidden states, which
-needs nothing but the softmax:
+With a frozen head not even a chunk's logits exist at once: one pass over blocks
+of the vocabulary keeps a running log-sum-exp (Milakov and Gimelshein 2018,
+arXiv 1805.02867) together with the gradient of the hidden states, which needs
+only the softmax:
 
     d nll / d x = sum_v p_v E_v - E_target
 
-so that the backward pass has only to scale it (as Liger's fused loss does,
-arXiv 2410.10989). That is 4 D V FLOPs a token, where making the logits a second
-time takes 6. A trained head's own gradient is made in the same pass, from the
+The backward pass then just scales it (as Liger's fused loss does, arXiv
+2410.10989). That takes 4 D V FLOPs a token; computing the logits twice would
+take 6. The gradient of a trained head is computed in the same pass, from the
 logits of one chunk, and summed in f32 over the chunks.
 
-Both are split over the vocabulary where the mesh splits the embedding: each
-shard has its own maximum, sum and gradient, which meet once, at the end.
+Where the mesh splits the embedding, both are split over the vocabulary: each
+shard has its own maximum, sum and gradient, combined once at the end.
+
+`Products` multiplies for heads in bfloat16 and float32, `float16.HeadProducts`
+for heads in float16.
 """
 
 import functools
@@ -47,24 +50,23 @@ def masked_nll(
 ) -> tuple[shapes.Scalar, shapes.Scalar]:
   """Returns (sum of -log p(target), number of trained tokens), both f32.
 
-  Sums, not a mean: they are added over microbatches and hosts and divided once
-  (`train.train_step`).
+  Sums are added over microbatches and hosts; `train.train_step` divides once.
 
   Args:
     x_BTD: Hidden states after the final norm.
     embedding_VD: The tied head.
     targets_BT: The next token at each position.
     loss_mask_BT: True where the target is trained.
-    max_trained: Static bound on the trained positions of a group; with more
-      than that the sum is NaN, so that none is ever left out unseen.
+    max_trained: Static bound on the trained positions of a group. With more of
+      them the sum is NaN, so that none is dropped silently.
     groups: Number of device shards of B. Positions are gathered within a
       group, so that nothing crosses devices.
-    chunk_size: Trained positions of a group at a time, at most: with a trained
-      head their logits are (chunk_size, V) in f32, with a frozen one
-      (chunk_size, 8192).
+    chunk_size: Most trained positions of a group at a time. Their logits are
+      (chunk_size, V) in f32 with a trained head, (chunk_size, 8192) with a
+      frozen one.
     softcap: Gemma 2 and 4 bound logits as cap * tanh(logits / cap).
     frozen_head: The embedding gets no gradient (LoRA, evaluation).
-    mesh: The mesh of the arrays, where its axis 'tensor' splits the embedding.
+    mesh: Its axis 'tensor' may split the embedding.
   """
   x_GPD, targets_GP, weights_GP, n_G, n_chunks = _gather(
       x_BTD, targets_BT, loss_mask_BT, max_trained, groups, chunk_size)
@@ -87,18 +89,10 @@ def masked_hits(
 ) -> shapes.Scalar:
   """Returns the number of trained targets that are the likeliest token, f32.
 
-  Over `masked_nll`'s count it is the next-token accuracy. A cap on the logits
-  changes no order, so there is none here. For evaluation: no gradient.
-
-  Args:
-    x_BTD: See `masked_nll`, as all others.
-    embedding_VD: The tied head.
-    targets_BT: The next token at each position.
-    loss_mask_BT: True where the target is trained.
-    max_trained: Static bound on the trained positions of a group.
-    groups: Number of device shards of B.
-    chunk_size: Positions whose logits, (chunk_size, V) in f32, are there at a
-      time.
+  Divided by the count of `masked_nll` it is the next-token accuracy. A cap on
+  the logits does not change their order, so there is none. For evaluation: not
+  differentiable. (chunk_size, V) logits exist at a time, in f32. See
+  `masked_nll` for the arguments.
   """
   x_GPD, targets_GP, weights_GP, n_G, n_chunks = _gather(
       x_BTD, targets_BT, loss_mask_BT, max_trained, groups, chunk_size)
@@ -106,7 +100,7 @@ def masked_hits(
   def hits(chunk):
     x_GCD, targets_GC, weights_GC = chunk
     logits_GCV = jnp.einsum(
-        'GCD,VD->GCV', float16.operand(x_GCD, embedding_VD), embedding_VD,
+        'GCD,VD->GCV', _products(embedding_VD).operand(x_GCD), embedding_VD,
         preferred_element_type=jnp.float32)
     return jnp.sum((logits_GCV.argmax(axis=2) == targets_GC) * weights_GC)
 
@@ -167,18 +161,34 @@ def _scaled(cotangent, gradient):
   return (cotangent * gradient.astype(jnp.float32)).astype(gradient.dtype)
 
 
-# Probabilities as float16 operands: 2e-9, not 6e-5, is then the least with all
-# of its bits, and 1 is below the end of 65,504.
-_LIFT = 2.0**15
+class Products:
+  """The products of a head in bfloat16 or float32."""
 
+  gradient_dtype = None  # That of the head.
 
-def _product(equation, probs, other):
-  """Returns the f32 einsum of numbers in [-1, 1], rounded as `other` is."""
-  if other.dtype != jnp.float16:
+  def operand(self, x: jax.Array) -> jax.Array:
+    """Returns hidden states as they are multiplied with the head."""
+    return x
+
+  def multiply(
+      self, equation: str, probs: jax.Array, other: jax.Array) -> jax.Array:
+    """Returns the f32 einsum of numbers in [-1, 1], rounded as `other` is."""
     return jnp.einsum(equation, probs.astype(other.dtype), other,
                       preferred_element_type=jnp.float32)
-  return jnp.einsum(equation, (probs * _LIFT).astype(other.dtype), other,
-                    preferred_element_type=jnp.float32) / _LIFT
+
+  def gradients(
+      self, dlogits_GCV: jax.Array, x_GCD: jax.Array, embedding_VD: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns the gradients of hidden states and, in f32, of the head."""
+    dlogits_GCV = dlogits_GCV.astype(embedding_VD.dtype)
+    return (jnp.einsum('GCV,VD->GCD', dlogits_GCV, embedding_VD),
+            self.multiply('GCV,GCD->VD', dlogits_GCV, x_GCD))
+
+
+def _products(embedding_VD):
+  if embedding_VD.dtype == jnp.float16:
+    return float16.HeadProducts()
+  return Products()
 
 
 # A frozen head ----------------------------------------------------------------
@@ -224,7 +234,8 @@ def _stream_vocabulary(
     x_GCD, targets_GC, weights_GC, *, embedding_VD, softcap, mesh, with_grad):
   """Returns (nll sum, d nll / d x or None) in one pass over the vocabulary."""
   V, D = embedding_VD.shape
-  operand_GCD = float16.operand(x_GCD, embedding_VD)
+  products = _products(embedding_VD)
+  operand_GCD = products.operand(x_GCD)
   # Z shards of the vocabulary, side by side in every block.
   Z = 1 if mesh is None else mesh.shape['tensor']
   Z = Z if V % Z == 0 else 1
@@ -247,7 +258,7 @@ def _stream_vocabulary(
     rescale_ZGC = jnp.exp(max_ZGC - new_max_ZGC)
     exp_ZGCV = jnp.exp(logits_ZGCV - new_max_ZGC[..., None])
     if with_grad:
-      dx_ZGCD = dx_ZGCD * rescale_ZGC[..., None] + _product(
+      dx_ZGCD = dx_ZGCD * rescale_ZGC[..., None] + products.multiply(
           'ZGCV,ZVD->ZGCD', exp_ZGCV * slope_ZGCV, block_ZVD)
     return (new_max_ZGC, sum_ZGC * rescale_ZGC + exp_ZGCV.sum(axis=3),
             dx_ZGCD), None
@@ -277,7 +288,7 @@ def _stream_vocabulary(
 def _n_blocks(V: int) -> int:
   """Returns the least divisor of V with blocks of at most `VOCABULARY_BLOCK`.
 
-  Or 1 where V has no divisor near (Gemma's are 32 blocks of 8,192 or 8,004).
+  1 where V has no such divisor near (Gemma's give 32 blocks of up to 8,192).
   """
   least = -(-V // VOCABULARY_BLOCK)
   return next((n for n in range(least, 4 * least + 1) if V % n == 0), 1)
@@ -307,12 +318,12 @@ def _trained_head(
     with_grad=True):
   """Returns (nll sum, (d nll / d x, d nll / d embedding, its like) or None)."""
   V = embedding_VD.shape[0]
-  half = embedding_VD.dtype == jnp.float16
+  products = _products(embedding_VD)
 
   def add_chunk(carry, chunk):
     nll, dembedding_VD = carry
     x_GCD, targets_GC, weights_GC = chunk
-    operand_GCD = float16.operand(x_GCD, embedding_VD)
+    operand_GCD = products.operand(x_GCD)
     logits_GCV, slope_GCV = _capped(jnp.einsum(
         'GCD,VD->GCV', operand_GCD, embedding_VD,
         preferred_element_type=jnp.float32), softcap)
@@ -325,14 +336,9 @@ def _trained_head(
     is_target_GCV = jnp.arange(V)[None, None] == targets_GC[:, :, None]
     dlogits_GCV = (jnp.exp(logits_GCV - lse_GC[:, :, None]) - is_target_GCV) * (
         slope_GCV * weights_GC[:, :, None])
-    if half:
-      dx_GCD = _product('GCV,VD->GCD', dlogits_GCV, embedding_VD)
-    else:
-      dlogits_GCV = dlogits_GCV.astype(embedding_VD.dtype)
-      dx_GCD = jnp.einsum('GCV,VD->GCD', dlogits_GCV, embedding_VD)
-    dembedding_VD = dembedding_VD + _product(
-        'GCV,GCD->VD', dlogits_GCV, operand_GCD)
-    return (nll, dembedding_VD), dx_GCD
+    dx_GCD, more_VD = products.gradients(
+        dlogits_GCV, operand_GCD, embedding_VD)
+    return (nll, dembedding_VD + more_VD), dx_GCD
 
   start = (jnp.float32(0),
            jnp.zeros(embedding_VD.shape) if with_grad else None)
@@ -341,8 +347,8 @@ def _trained_head(
       _split(weights_GP, n_chunks)))
   if not with_grad:
     return nll, None
-  if not half:  # There it is scaled first: see `_trained_head_bwd`.
-    dembedding_VD = dembedding_VD.astype(embedding_VD.dtype)
+  dembedding_VD = dembedding_VD.astype(
+      products.gradient_dtype or embedding_VD.dtype)
   return nll, (_join(dx_nGCD), dembedding_VD, jnp.zeros(0, embedding_VD.dtype))
 
 

@@ -1,15 +1,15 @@
 """Dynamic loss scaling, for gradients in float16.
 
-float16 holds nothing below 6e-8, where many gradients lie. The loss is
-multiplied before the backward pass and the gradient divided after it
-(Micikevicius et al. 2018, arXiv 1710.03740, section 3.2), by a power of two, so
-that neither rounds. Where the scale was too large the gradient is not finite:
-then the update is left out and the scale halved; it is doubled after `PERIOD`
-good steps. The names and rules are those of jmp's `DynamicLossScale`.
+Many gradients are below 6e-8, where float16 ends. So the loss is multiplied
+before the backward pass and the gradient divided after it (Micikevicius et al.
+2018, arXiv 1710.03740, section 3.2), by a power of two, which rounds nothing.
+If the scale is too large, the gradient is not finite: the update is skipped
+and the scale halved. After `PERIOD` good steps it is doubled. The names and
+rules are those of jmp's `DynamicLossScale`.
 
-A scale of 0 means that the run has to stop, see `next_scale`. Then no later
-gradient is finite either, so the weights stay those of the last good step until
-the host reads that; nothing after it is kept.
+A scale of 0 means that the run has to stop (`next_scale`). It makes every later
+gradient non-finite too, so the weights stay those of the last good step until
+the host reads the scale and stops.
 """
 
 from typing import Any
@@ -18,17 +18,16 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-# Micikevicius et al. trained with 8 to 32,768. jmp's examples begin at the
-# upper end; Gemma 3 270M on Blop (configs/blop.py, two rows a batch, CPU) then
-# left out each of its first six updates, and from 512 three of the first four;
-# from 64 it left out none of six.
+# Micikevicius et al. trained with 8 to 32,768. jmp's examples start at the
+# upper end. Gemma 3 270M on Blop (configs/blop.py, two rows a batch, CPU) then
+# skips its first six updates; from 512 it skips three of the first four, from
+# 64 none of six.
 INITIAL = 2.0**6
 FACTOR = 2.0
 PERIOD = 2000  # Of jmp and of PyTorch's GradScaler.
-# Below it gradients overflow without any help from the scale: jmp's
-# `min_loss_scale`.
+# jmp's `min_loss_scale`: below it gradients overflow whatever the scale.
 SMALLEST = 1.0
-# Apex's `max_loss_scale`: gradients that are all 0 would double it for ever.
+# Apex's `max_loss_scale`: gradients that are all 0 would double it forever.
 LARGEST = 2.0**24
 
 
@@ -38,7 +37,7 @@ class LossScale:
 
   Attributes:
     scale: f32 (), a power of two, or 0 when the run has to stop.
-    count: int32 (), good steps since the scale has changed.
+    count: int32 (), good steps since the scale last changed.
   """
 
   scale: jax.Array
@@ -50,15 +49,8 @@ def make_loss_scale() -> LossScale:
   return LossScale(jnp.float32(INITIAL), jnp.int32(0))
 
 
-def scaled(loss: jax.Array, loss_scale: LossScale | None) -> jax.Array:
-  """Returns what the gradient is taken of."""
-  return loss if loss_scale is None else loss * loss_scale.scale
-
-
-def unscaled(grads: Any, loss_scale: LossScale | None) -> Any:
+def unscaled(grads: Any, loss_scale: LossScale) -> Any:
   """Returns the gradient of the loss itself."""
-  if loss_scale is None:
-    return grads
   return jax.tree.map(lambda g: g / loss_scale.scale, grads)
 
 
@@ -66,13 +58,9 @@ def next_scale(
     loss_scale: LossScale, loss: jax.Array, finite: jax.Array) -> LossScale:
   """Returns the scale after a step.
 
-  It is 0 where no smaller one would help: if the loss itself is not finite, or
-  the scale would fall below `SMALLEST`.
-
-  Args:
-    loss_scale: Before the step.
-    loss: Of the step, not scaled.
-    finite: Whether all of its gradient is.
+  It is 0 where a smaller one would not help: if the unscaled `loss` is not
+  finite, or the scale would fall below `SMALLEST`. `finite` says whether all of
+  the gradient is.
   """
   scale, count = loss_scale.scale, loss_scale.count + 1
   due = count >= PERIOD
@@ -87,19 +75,11 @@ def next_scale(
 
 def keep_finite(new: Any, old: Any, grad_norm: jax.Array, loss: jax.Array
                 ) -> tuple[Any, dict[str, jax.Array]]:
-  """Returns (the state to go on with, what the step tells of it).
+  """Returns (the state to go on with, metrics of the step).
 
-  After a gradient that is not finite that is the old state, but for its step
-  and its scale. States without a scale are taken as they come.
-
-  Args:
-    new: `state.TrainState` with the update applied.
-    old: Before it.
-    grad_norm: Of the unscaled gradient; finite if all of that is.
-    loss: Of the step, not scaled.
+  After a gradient that is not finite, that is the `old` state with a new step
+  and scale. `grad_norm` and `loss` are unscaled.
   """
-  if old.loss_scale is None:
-    return new, {}
   finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
   kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
   after = next_scale(old.loss_scale, loss, finite)

@@ -3,8 +3,8 @@
 Weights are cut into blocks along their last axis and each block is divided by
 its largest magnitude, then rounded to one of 255 or 15 equal steps (int8, int4)
 or to the 16 levels of nf4, which are spaced by the quantiles of a normal
-distribution. Only projections are: embedding, norms and scales stay as they
-are. On the device a weight is there in full only while a product needs it.
+distribution. Only projections are quantised, not embeddings, norms and scales.
+On the device a weight is dequantised only while a product needs it.
 
     kind   bits a weight, scale included   error of normal weights, relative rms
     int8   8.125                           0.65 %
@@ -12,6 +12,7 @@ are. On the device a weight is there in full only while a product needs it.
     nf4    4.25                            9.2 %
 """
 
+from collections.abc import Callable
 import functools
 import math
 import statistics
@@ -25,18 +26,13 @@ import ml_dtypes
 import numpy as np
 
 from gemma_sft import errors
-from gemma_sft.nn import float16
+from gemma_sft.adapters import projections
 
 KINDS = ('int8', 'int4', 'nf4')
 
-# Largest block; bitsandbytes has 64 for its 4 bits too.
+# Largest block; bitsandbytes also has 64 for 4 bits.
 _BLOCK = {'int8': 128, 'int4': 64, 'nf4': 64}
 _LARGEST = {'int8': 127, 'int4': 7, 'nf4': 1}  # Multiple of the scale.
-
-# The layers that are quantised are those that can have an adapter.
-_PROJECTIONS = frozenset((
-    'q_einsum', 'k_einsum', 'kv_einsum', 'qkv_einsum', 'attn_vec_einsum',
-    'gating_einsum', 'linear'))
 
 
 @flax.struct.dataclass
@@ -46,8 +42,8 @@ class Quantized:
   Leading axes may be stacked, sliced and scanned over like those of an array.
 
   Attributes:
-    values: int8 (..., n); of 4 bits uint8 (..., n / 2): the first half of a
-      block's values in the low, the second half in the high bits.
+    values: int8 (..., n). In 4 bits, uint8 (..., n / 2): the first half of a
+      block's values in the low bits, the second half in the high bits.
     scales: bfloat16 (..., n / block).
     kind: One of `KINDS`.
   """
@@ -69,13 +65,16 @@ class Quantized:
 
   @property
   def size(self) -> int:
-    """Number of parameters; the scales are none."""
+    """Number of parameters, scales not counted."""
     return math.prod(self.shape)
 
 
 def is_quantized(path: str) -> bool:
-  """Whether the weight at a path ('layer_0/mlp/linear') is quantised."""
-  return path.removesuffix('/w').rpartition('/')[2] in _PROJECTIONS
+  """Whether the weight at a path such as 'layer_0/mlp/linear' is quantised.
+
+  That is, whether it can have an adapter.
+  """
+  return path.removesuffix('/w').rpartition('/')[2] in projections.BY_LAYER
 
 
 def check_kind(kind: str) -> None:
@@ -92,9 +91,9 @@ def nf4_levels() -> tuple[float, ...]:
   """Returns the 16 levels of nf4, from -1 to 1 with an exact 0.
 
   Quantiles of the standard normal at equal steps of probability, 8 of the
-  positive and 7 of the negative half, over the largest (arXiv 2305.14314,
-  section 3; the outermost probability is the mean of 1 - 1/30 and 1 - 1/32,
-  as in the paper's bitsandbytes).
+  positive and 7 of the negative half, divided by the largest (arXiv 2305.14314,
+  section 3; the outermost probability is the mean of 1 - 1/30 and 1 - 1/32, as
+  in bitsandbytes).
   """
   outermost = (1 - 1 / 30 + 1 - 1 / 32) / 2
   quantile = statistics.NormalDist().inv_cdf
@@ -108,14 +107,7 @@ def nf4_levels() -> tuple[float, ...]:
 
 
 def quantize(array: np.ndarray, kind: str) -> Quantized:
-  """Quantises a weight on the host.
-
-  Args:
-    array: Floats (..., n) in any dtype.
-    kind: One of `KINDS`.
-
-  Returns:
-    The weight with numpy leaves.
+  """Returns a weight of any dtype quantised on the host, with numpy leaves.
 
   Raises:
     UserError: for an unknown kind, an odd n in 4 bits, or a weight with values
@@ -150,7 +142,7 @@ def quantize(array: np.ndarray, kind: str) -> Quantized:
 
 
 def _block_size(shape: tuple[int, ...], kind: str) -> int:
-  """Returns the largest divisor of the last axis that a block may have."""
+  """Returns the largest allowed block size that divides the last axis."""
   n = shape[-1]
   step = 1 if kind == 'int8' else 2
   if n % step:
@@ -162,19 +154,14 @@ def _block_size(shape: tuple[int, ...], kind: str) -> int:
 
 
 def _round_up(array: np.ndarray) -> np.ndarray:
-  """Returns non-negative f32 as bfloat16, up, so that no value is clipped."""
+  """Rounds non-negative f32 up to bfloat16, so that no value is clipped."""
   bits = array.astype(np.float32).view(np.uint32)
   return ((bits + np.uint32(0xFFFF)) >> 16).astype(np.uint16).view(
       ml_dtypes.bfloat16)
 
 
 def dequantize(quantized: Quantized, dtype: Any) -> jax.Array:
-  """Returns the weight (..., n): the product of code and scale, in f32, cast.
-
-  Args:
-    quantized: With any number of leading axes.
-    dtype: Of the result.
-  """
+  """Returns the weight (..., n): codes times scales in f32, cast to `dtype`."""
   shape = quantized.shape
   scales = jnp.asarray(quantized.scales, jnp.float32)[..., None]
   n_blocks = scales.shape[-2]
@@ -200,8 +187,8 @@ def dense(weight: Any, dtype: Any) -> jax.Array:
 def _look_up(codes: jax.Array) -> jax.Array:
   """Returns the levels of nf4 codes.
 
-  A tree of selects, one level of it a bit: plain elementwise operations, which
-  fuse with what follows on every backend (on a CPU as fast as a gather).
+  A tree of selects, one bit a level: elementwise operations, which fuse with
+  what follows on every backend (on a CPU as fast as a gather).
   """
   levels = [jnp.float32(level) for level in nf4_levels()]
   for bit in range(4):
@@ -212,35 +199,39 @@ def _look_up(codes: jax.Array) -> jax.Array:
   return levels[0]
 
 
+def _dequantizing_einsum(equation, x, quantized):
+  return jnp.einsum(equation, x, dequantize(quantized, x.dtype))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def einsum(
-    equation: str, x: jax.Array, quantized: Quantized, half: bool = False
+    equation: str,
+    x: jax.Array,
+    quantized: Quantized,
+    product: Callable[..., jax.Array] = _dequantizing_einsum,
 ) -> jax.Array:
   """Returns the einsum of `x` with the weight, computed in the dtype of `x`.
 
-  Differentiable in `x` alone: the base is frozen.
+  Differentiable in `x` only: the base is frozen.
 
   Args:
     equation: Such as 'BTD,NDH->BTNH': the weight comes second, and each axis
       of `x` is one of the weight or of the result.
     x: Activations.
     quantized: The weight.
-    half: Compute as `float16` does instead.
+    product: Dequantises and multiplies: (equation, x, quantized) -> result.
   """
-  return _multiply(equation, x, quantized, half)
+  return _multiply(equation, x, quantized, product)
 
 
-def _multiply(equation, x, quantized, half):
-  # After the barrier the full weight depends on x. Else it could be made early,
-  # lifted out of a loop over microbatches, or be taken for the same expression
-  # as that of the backward pass and kept till then.
+def _multiply(equation, x, quantized, product):
+  # The barrier makes the full weight depend on x. Without it the compiler could
+  # dequantise early, lift that out of a loop over microbatches, or share it
+  # with the backward pass and keep it till then.
   quantized, x = jax.lax.optimization_barrier((quantized, x))
-  # Else a TPU's compiler transposes the codes of all layers before the loop
-  # over them, and holds them twice.
-  quantized = jax.tree.map(_row_major, quantized)
-  if half:
-    return float16.einsum(equation, x, dequantize(quantized, jnp.float16))
-  return jnp.einsum(equation, x, dequantize(quantized, x.dtype))
+  # Without this a TPU's compiler transposes the codes of all layers before the
+  # loop over them, and holds them twice.
+  return product(equation, x, jax.tree.map(_row_major, quantized))
 
 
 def _row_major(array):
@@ -249,22 +240,22 @@ def _row_major(array):
 
 
 # Differentiating the einsum itself would keep the dequantised weight from the
-# forward to the backward pass: under a scan over layers all of them, stacked,
-# which is the whole base in full precision. So the residual is the quantised
-# weight, which exists anyway, and the backward pass dequantises once more.
+# forward to the backward pass; under a scan over layers, those of all layers:
+# the whole base in full precision. So the residual is the quantised weight,
+# which exists anyway, and the backward pass dequantises again.
 
 
-def _einsum_fwd(equation, x, quantized, half):
-  # An empty array carries the dtype of `x`: `half` takes any.
-  return _multiply(equation, x, quantized, half), (
+def _einsum_fwd(equation, x, quantized, product):
+  # An empty array carries the dtype of `x`, which float16 products ignore.
+  return _multiply(equation, x, quantized, product), (
       quantized, jnp.zeros(0, x.dtype))
 
 
-def _einsum_bwd(equation, half, residuals, dy):
+def _einsum_bwd(equation, product, residuals, dy):
   quantized, x_like = residuals
   operands, result = equation.replace(' ', '').split('->')
   x_axes, weight_axes = operands.split(',')
-  dx = _multiply(f'{result},{weight_axes}->{x_axes}', dy, quantized, half)
+  dx = _multiply(f'{result},{weight_axes}->{x_axes}', dy, quantized, product)
   return dx.astype(x_like.dtype), None
 
 

@@ -2,45 +2,28 @@
 
 import functools
 
-import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 
 from gemma_sft import model as model_lib
 from gemma_sft.adapters import dora
 from gemma_sft.adapters import lora
 from gemma_sft.adapters import projections
 from gemma_sft.nn import blocks
-from gemma_sft.nn import quantize
 
 _SCALE, _T = 2.0, 12
-_KINDS = {
-    '1_fused': dict(generation=1, num_kv_heads=4),
-    '2': dict(generation=2),  # Its gating is not transposed.
-    '3': dict(generation=3),
-    '4': dict(generation=4),
-}
-
-
-@functools.cache
-def _model(kind):
-  return model_lib.make_model('custom', **conftest.DIMENSIONS | _KINDS[kind])
-
-
-@functools.cache
-def _params(kind):
-  return conftest.make_params(_model(kind))
+# The gating of 2 is not transposed.
+_KINDS = ('1_fused', '2', '3', '4')
+_params = tiny_models.params
 
 
 def _fresh(kind, targets='attn/|mlp/', params=None):
-  transposed = _model(kind).transposed_gating
-  adapters = lora.init_adapters(
-      _params(kind), rank=3, targets=targets, seed=0,
-      transposed_gating=transposed)
   return lora.add_magnitudes(
-      adapters, params or _params(kind), transposed_gating=transposed)
+      tiny_models.fresh_adapters(kind, targets), params or _params(kind),
+      transposed_gating=tiny_models.model(kind).transposed_gating)
 
 
 def _trained(kind, targets='attn/|mlp/'):
@@ -55,7 +38,7 @@ def _hidden(kind, params, adapters=None, layers='scan'):
   tokens_BT = jnp.asarray(
       np.random.default_rng(0).integers(3, 512, (2, _T)), jnp.int32)
   return model_lib.hidden_states(
-      _model(kind), params, tokens_BT,
+      tiny_models.model(kind), params, tokens_BT,
       jnp.broadcast_to(jnp.arange(_T)[None], (2, _T)),
       jnp.ones_like(tokens_BT), adapters=adapters, lora_scale=_SCALE,
       execution=blocks.Execution(layers=layers))
@@ -90,7 +73,7 @@ def test_it_begins_as_the_untouched_model(kind):
 def test_merged_weights_compute_the_same(kind, layers):
   adapters = _trained(kind)
   merged = lora.merge(_params(kind), adapters, _SCALE,
-                      transposed_gating=_model(kind).transposed_gating)
+                      transposed_gating=tiny_models.model(kind).transposed_gating)
   got = _hidden(kind, _params(kind), adapters, layers)
   _assert_close(got, _hidden(kind, merged), 1e-4)  # Merging rounds, in f32.
   # The magnitudes did something.
@@ -152,9 +135,6 @@ def test_layers_without_an_adapter_stay_as_they_are(layers):
 
 
 def test_magnitudes_of_a_quantised_base_are_those_it_dequantises_to():
-  quantised = jax.tree_util.tree_map_with_path(
-      lambda path, leaf: quantize.quantize(np.asarray(leaf), 'int4')
-      if quantize.is_quantized('/'.join(k.key for k in path)) else leaf,
-      _params('3'))
+  quantised = tiny_models.quantised(_params('3'), 'int4')
   adapters = _fresh('3', params=model_lib.dense(quantised))
   _assert_close(_hidden('3', quantised, adapters), _hidden('3', quantised))

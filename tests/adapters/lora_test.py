@@ -3,50 +3,24 @@
 import functools
 import math
 
-import conftest
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 
 from gemma_sft import errors
 from gemma_sft import model as model_lib
 from gemma_sft.adapters import lora
 
-_KINDS = {
-    '1': dict(generation=1),
-    'fused': dict(generation=1, num_kv_heads=4),
-    '2': dict(generation=2),
-    '3': dict(generation=3),
-    '4': dict(generation=4),
-}
+_KINDS = ('1', '1_fused', '2', '3', '4')
 _SCALE = 1.5
 _T = 12
-
-
-@functools.cache
-def _model(kind):
-  return model_lib.make_model('custom', **conftest.DIMENSIONS | _KINDS[kind])
-
-
-@functools.cache
-def _params(kind):
-  return conftest.make_params(_model(kind))
-
-
-def _fresh(kind, targets='attn/|mlp/', rank=3, seed=0):
-  return lora.init_adapters(
-      _params(kind), rank=rank, targets=targets, seed=seed,
-      transposed_gating=_model(kind).transposed_gating)
-
-
-def _trained(kind, targets='attn/|mlp/'):
-  """Returns adapters as after training: B is not zero."""
-  rng = np.random.default_rng(1)
-  return jax.tree.map(
-      lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), jnp.float32),
-      _fresh(kind, targets))
+_model = tiny_models.model
+_params = tiny_models.params
+_fresh = tiny_models.fresh_adapters
+_trained = tiny_models.adapters
 
 
 def _merge(kind, adapters, params=None):
@@ -90,7 +64,7 @@ def test_in_the_model(kind):
   _assert_close(adapted_TD, merged_TD, 1e-5)
 
 
-@pytest.mark.parametrize('kind', ('3', 'fused'))
+@pytest.mark.parametrize('kind', ('3', '1_fused'))
 def test_each_adapter_moves_the_model_as_its_merged_weight_does(kind):
   # One at a time, so that none can take another's place.
   base_TD = _hidden(kind, _params(kind))
@@ -148,14 +122,14 @@ def _as_linear(kind, layer, name):
   if name in ('gate', 'up'):
     w = np.asarray(mlp['gating_einsum'])[('gate', 'up').index(name)]
     return w if _model(kind).transposed_gating else w.T
-  if kind == 'fused':
+  if kind == '1_fused':
     return heads(attn['qkv_einsum']['w'][('q', 'k', 'v').index(name)])
   if name == 'q':
     return heads(attn['q_einsum']['w'])
   return heads(attn['kv_einsum']['w'][('k', 'v').index(name)])
 
 
-@pytest.mark.parametrize('kind', ('fused', '2', '3'))
+@pytest.mark.parametrize('kind', ('1_fused', '2', '3'))
 def test_merging_is_the_formula_of_peft(kind):
   adapters = _trained(kind)
   merged = _merge(kind, adapters)
@@ -219,7 +193,7 @@ def test_targets(targets, layer_0, layer_1):
 
 
 def test_targets_where_q_k_and_v_are_fused():
-  assert _names(_fresh('fused', '/(q|v)$')) == [
+  assert _names(_fresh('1_fused', '/(q|v)$')) == [
       f'layer_{i}/attn/qkv_einsum/{name}' for i in (0, 1) for name in 'qv']
 
 
@@ -284,8 +258,7 @@ def test_shapes_alone_are_enough():
 
 
 def test_what_no_forward_reads_gets_no_adapter():
-  model = model_lib.make_model('custom', generation=4, **{
-      **conftest.DIMENSIONS, 'num_layers': 6, 'shared_kv_layers': 2})
+  model = _model('4', num_layers=6, shared_kv_layers=2)
   adapters = jax.eval_shape(lambda: lora.init_adapters(
       model_lib.abstract_params(model), rank=2, targets='attn/', seed=0,
       transposed_gating=True, unused=model.unused_weights))
@@ -299,29 +272,23 @@ def test_what_no_forward_reads_gets_no_adapter():
 _LINEAR = ('layer_0', 'mlp', 'linear')
 
 
-def _keys(seed, step, rows):
-  """As `train.gradient_sums` makes them."""
-  key = jax.random.fold_in(jax.random.key(seed), step)
-  return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(rows))
-
-
-def _dropped(keys_B, rate=0.25, path=_LINEAR, T=50, F=32):
+def _dropped(seed, step, rows, path=_LINEAR, T=50, F=32):
   """Returns ones (B, T, F) through dropout and an adapter that is identity."""
   factors = dict(a=jnp.eye(F), b=jnp.eye(F))
   if path[-1] == 'q_einsum':
     factors['b'] = factors['b'][:, None, :]
   adapters = {path[0]: {path[1]: {path[2]: {
       'q' if path[-1] == 'q_einsum' else 'down': factors}}}}
-  x = jnp.ones((len(keys_B), T, F))
+  x = jnp.ones((len(rows), T, F))
   y = lora.add_update(
       adapters, path, x, jnp.zeros_like(
           x[:, :, None] if path[-1] == 'q_einsum' else x), 1.0,
-      lora.Dropout(rate, keys_B))
+      lora.make_dropout(0.25, seed, step, jnp.asarray(rows)))
   return np.asarray(y).reshape(x.shape)
 
 
 def test_dropout_keeps_the_mean():
-  dropped = _dropped(_keys(0, 0, range(8)))
+  dropped = _dropped(0, 0, range(8))
   assert set(np.unique(dropped)) == {0, np.float32(1 / 0.75)}
   # 12,800 draws of deviation 0.58: 0.02 is four deviations of the mean.
   np.testing.assert_allclose(dropped.mean(), 1, atol=0.02)
@@ -329,7 +296,7 @@ def test_dropout_keeps_the_mean():
 
 def test_dropout_is_a_function_of_seed_step_and_row():
   def draw(seed=0, step=0, row=0, **more):
-    return _dropped(_keys(seed, step, [row]), T=4, **more).tobytes()
+    return _dropped(seed, step, [row], T=4, **more).tobytes()
   variants = [draw(), draw(seed=1), draw(step=1), draw(row=1),
               draw(path=('layer_1', 'mlp', 'linear')),
               draw(path=('layer_0', 'attn', 'q_einsum'))]
@@ -348,7 +315,7 @@ def test_dropout_does_not_depend_on_the_microbatches():
         _model('3'), _params('3'), tokens_BT,
         jnp.broadcast_to(jnp.arange(6)[None], tokens_BT.shape),
         jnp.ones_like(tokens_BT), adapters=adapters, lora_scale=_SCALE,
-        dropout=lora.Dropout(0.3, _keys(0, 5, rows)))
+        dropout=lora.make_dropout(0.3, 0, 5, rows))
 
   rows = jnp.arange(40, 48)
   at_once_BTD = hidden(tokens_BT, rows)
@@ -363,5 +330,6 @@ def test_the_residual_stream_keeps_its_dtype():
   adapters = {'layer_0': {'mlp': {'linear': {'down': dict(
       a=jnp.eye(32), b=jnp.eye(32))}}}}
   y = lora.add_update(
-      adapters, _LINEAR, x, x, 2.0, lora.Dropout(0.5, _keys(0, 0, [0])))
+      adapters, _LINEAR, x, x, 2.0,
+      lora.make_dropout(0.5, 0, 0, jnp.zeros(1, jnp.int32)))
   assert y.dtype == jnp.bfloat16

@@ -2,12 +2,12 @@
 
 import functools
 
-import conftest
 import jax
 from jax._src.ad_checkpoint import saved_residuals
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 
 from gemma_sft import model as model_lib
 from gemma_sft import sharding
@@ -17,53 +17,17 @@ from gemma_sft.nn import quantize
 
 _B, _T, _L = 2, 24, 5
 # Layers: local, local, global, local, local. The window is 8.
-_DIMENSIONS = conftest.DIMENSIONS | dict(
-    num_layers=_L, local_layers_per_global=2)
-_KINDS = {
-    '1': dict(generation=1),
-    '1_fused': dict(generation=1, num_kv_heads=4),
-    '2': dict(generation=2),
-    '3': dict(generation=3),
-}
-_GEMMA_4 = {'4': dict(generation=4)}  # Is never scanned.
+_DIMENSIONS = dict(num_layers=_L, local_layers_per_global=2)
+_KINDS = ('1', '1_fused', '2', '3')  # Gemma 4 is never scanned.
 
 
-@functools.cache
-def _model(kind):
-  return model_lib.make_model(
-      'custom', **_DIMENSIONS | (_KINDS | _GEMMA_4)[kind])
-
-
-@functools.cache
-def _params(kind):
-  return conftest.make_params(_model(kind))
-
-
-def _adapters(kind, targets='attn/|mlp/'):
-  adapters = lora.init_adapters(
-      _params(kind), rank=3, targets=targets, seed=0,
-      transposed_gating=_model(kind).transposed_gating)
-  rng = np.random.default_rng(1)
-  return jax.tree.map(
-      lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), jnp.float32),
-      adapters)
-
-
-def _packed():
-  """Returns (tokens, positions, segment ids): two examples a row, padding."""
-  rng = np.random.default_rng(0)
-  tokens_BT = rng.integers(3, 512, (_B, _T)).astype(np.int32)
-  positions_BT = np.zeros((_B, _T), np.int32)
-  segments_BT = np.zeros((_B, _T), np.int32)
-  for row, cut in enumerate((9, 13)):
-    positions_BT[row, :cut] = np.arange(cut)
-    positions_BT[row, cut:-2] = np.arange(_T - 2 - cut)
-    segments_BT[row, :cut], segments_BT[row, cut:-2] = 1, 2
-  return tuple(map(jnp.asarray, (tokens_BT, positions_BT, segments_BT)))
+_model = functools.partial(tiny_models.model, **_DIMENSIONS)
+_params = functools.partial(tiny_models.params, **_DIMENSIONS)
+_adapters = functools.partial(tiny_models.adapters, **_DIMENSIONS)
 
 
 def _value_and_grad(kind, adapters, execution, params=None, dropout=None):
-  tokens_BT, positions_BT, segments_BT = _packed()
+  tokens_BT, positions_BT, segments_BT = tiny_models.packed_rows()
 
   def fn(adapters):
     x_BTD = model_lib.hidden_states(
@@ -76,10 +40,7 @@ def _value_and_grad(kind, adapters, execution, params=None, dropout=None):
 
 
 def _assert_close(got, wanted, tolerance=1e-5):  # f32 sums in another order.
-  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-    g, w = np.asarray(g), np.asarray(w)
-    np.testing.assert_allclose(
-        g, w, rtol=0, atol=tolerance * max(1e-3, np.abs(w).max()))
+  tiny_models.assert_close(got, wanted, tolerance)
 
 
 # Adapters on everything, and on some layers alone.
@@ -132,7 +93,7 @@ def test_merging_into_stacked_weights_is_merging(kind):
 @pytest.mark.parametrize('layers', ('loop', 'scan'))
 @pytest.mark.parametrize('remat', ('elementwise', 'block'))
 @pytest.mark.parametrize('kind', ('2', '3'))
-def test_rematerialisation_changes_no_number(kind, remat, layers):
+def test_recomputing_changes_no_number(kind, remat, layers):
   adapters = _adapters(kind)
   wanted = _value_and_grad(kind, adapters, blocks.Execution(layers=layers))
   _assert_close(_value_and_grad(
@@ -141,7 +102,7 @@ def test_rematerialisation_changes_no_number(kind, remat, layers):
 
 def _kept(remat):
   """Returns the shapes that the scanned forward keeps for each layer."""
-  tokens_BT, positions_BT, segments_BT = _packed()
+  tokens_BT, positions_BT, segments_BT = tiny_models.packed_rows()
   kept = saved_residuals(
       lambda adapters: model_lib.hidden_states(
           _model('3'), _params('3'), tokens_BT, positions_BT, segments_BT,
@@ -173,7 +134,7 @@ def test_dropout_draws_another_mask_in_each_layer():
   _assert_close(scan, loop, 1e-4)  # The same masks in both.
   assert abs(float(scan[0] - _value_and_grad(
       '3', adapters, blocks.Execution(layers='scan'))[0])) > 1e-3
-  # Alike layers with alike inputs, told apart by their number alone.
+  # The same layers with the same inputs differ only in their number.
   x_BTD = jnp.ones((_B, _T, 32))
   factors = {'linear': {'down': {
       'a': jnp.ones((32, 3)), 'b': jnp.ones((3, 32))}}}
@@ -188,17 +149,8 @@ def test_dropout_draws_another_mask_in_each_layer():
     ('2', 'scan', 'nf4'), ('1_fused', 'scan', 'nf4'), ('4', 'loop', 'int4')))
 def test_a_quantised_base_computes_with_what_it_dequantises_to(
     kind, layers, quantization):
-  def each(path, leaf):
-    name = '/'.join(k.key for k in path)
-    if not quantize.is_quantized(name):
-      return leaf
-    return quantize.quantize(np.asarray(leaf), quantization)
-
-  quantised = jax.tree_util.tree_map_with_path(each, _params(kind))
-  plain = jax.tree.map(
-      lambda leaf: quantize.dequantize(leaf, jnp.float32)
-      if isinstance(leaf, quantize.Quantized) else leaf, quantised,
-      is_leaf=lambda leaf: isinstance(leaf, quantize.Quantized))
+  quantised = tiny_models.quantised(_params(kind), quantization)
+  plain = model_lib.dense(quantised)
   execution, adapters = blocks.Execution(layers=layers), _adapters(kind)
   _assert_close(
       _value_and_grad(kind, adapters, execution, quantised),
@@ -210,13 +162,10 @@ def test_a_quantised_base_computes_with_what_it_dequantises_to(
 def test_scan_over_a_mesh_is_that_of_one_device(shape, quantization):
   mesh = sharding.make_mesh(**dict(zip(sharding.AXES, shape)))
   tokens, positions, segments = (
-      jnp.concatenate([a] * 4) for a in _packed())
+      jnp.concatenate([a] * 4) for a in tiny_models.packed_rows())
   params = _params('3')
   if quantization:
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: quantize.quantize(np.asarray(leaf), quantization)
-        if quantize.is_quantized('/'.join(k.key for k in path)) else leaf,
-        params)
+    params = tiny_models.quantised(params, quantization)
   params = blocks.stack(params)
   adapters = _adapters('3')
 

@@ -1,7 +1,5 @@
-"""float16 as on a T4: close to float32, beyond its end, and told where not."""
+"""float16 as on a T4: close to float32, finite beyond 65,504, and guarded."""
 
-import dataclasses
-import functools
 import os
 import shutil
 
@@ -11,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny_models
 
 from configs import default
 from gemma_sft import errors
@@ -18,14 +17,12 @@ from gemma_sft import model as model_lib
 from gemma_sft import sharding
 from gemma_sft import state as state_lib
 from gemma_sft import train
-from gemma_sft.adapters import lora
 from gemma_sft.generation import generate
 from gemma_sft.monitor import overflow
 from gemma_sft.nn import blocks
 from gemma_sft.nn import float16
 from gemma_sft.nn import head
 from gemma_sft.nn import loss_scale as loss_scale_lib
-from gemma_sft.nn import quantize
 from gemma_sft.planning import compile_step
 from gemma_sft.planning import hardware
 from gemma_sft.run import base as base_lib
@@ -33,33 +30,18 @@ from gemma_sft.run import checkpoint
 from gemma_sft.run import devices as devices_lib
 from gemma_sft.run import prepare
 
-_KINDS = {
-    '1': dict(generation=1),
-    '1_fused': dict(generation=1, num_kv_heads=4),
-    '2': dict(generation=2),
-    '3': dict(generation=3),
-    '4': dict(generation=4, num_layers=3, per_layer_input_dim=8,
-              shared_kv_layers=1),
-}
+_KINDS = ('1', '1_fused', '2', '3', '4_shared')
 _B, _T = 2, 24
 # float16 rounds operands by up to 2**-11 = 5e-4 relative; a few tens of
 # products follow each other, forward and back.
 _LOSS, _GRADIENT = 1e-3, 1e-2
 
 
-@functools.cache
-def _model(kind):
-  return model_lib.make_model('custom', **conftest.DIMENSIONS | _KINDS[kind])
-
-
 def _weights(kind, scale=1.0):
-  """Weights that float16 holds without rounding, so that only compute differs.
-
-  Those of embeddings times `scale`.
-  """
-  params = conftest.make_params(_model(kind))
-  table = params['embedder']['input_embedding']
-  params['embedder']['input_embedding'] = table * scale
+  """Weights that float16 holds exactly, embeddings times `scale`."""
+  params = dict(tiny_models.params(kind))
+  params['embedder'] = dict(params['embedder'])
+  params['embedder']['input_embedding'] *= scale
   return jax.tree.map(
       lambda leaf: leaf.astype(jnp.float16).astype(jnp.float32), params)
 
@@ -68,32 +50,12 @@ def _half(params):
   return jax.tree.map(lambda leaf: leaf.astype(jnp.float16), params)
 
 
-def _adapters(kind):
-  adapters = lora.init_adapters(
-      _weights(kind), rank=3, targets='attn/|mlp/', seed=0,
-      transposed_gating=_model(kind).transposed_gating,
-      unused=_model(kind).unused_weights)
-  rng = np.random.default_rng(1)
-  return jax.tree.map(
-      lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), jnp.float32),
-      adapters)
-
-
 def _batch():
-  """Two examples a row, and padding."""
-  rng = np.random.default_rng(0)
-  tokens_BT = rng.integers(3, 512, (_B, _T)).astype(np.int32)
-  positions_BT, segments_BT = (
-      np.zeros((_B, _T), np.int32) for _ in range(2))
-  for row, cut in enumerate((9, 13)):
-    positions_BT[row, :cut] = np.arange(cut)
-    positions_BT[row, cut:-2] = np.arange(_T - 2 - cut)
-    segments_BT[row, :cut], segments_BT[row, cut:-2] = 1, 2
+  tokens_BT, positions_BT, segments_BT = tiny_models.packed_rows(_B, _T)
   return {
-      'tokens': jnp.asarray(tokens_BT), 'positions': jnp.asarray(positions_BT),
-      'segment_ids': jnp.asarray(segments_BT),
-      'targets': jnp.asarray(np.roll(tokens_BT, -1, 1)),
-      'loss_mask': jnp.asarray(segments_BT > 0)}
+      'tokens': tokens_BT, 'positions': positions_BT,
+      'segment_ids': segments_BT, 'targets': jnp.roll(tokens_BT, -1, 1),
+      'loss_mask': segments_BT > 0}
 
 
 def _loss_and_gradient(kind, params, trainable, frozen=True):
@@ -103,13 +65,13 @@ def _loss_and_gradient(kind, params, trainable, frozen=True):
         jax.tree.map(lambda t, p: t.astype(p.dtype), trainable, params), None)
     batch = _batch()
     x_BTD = model_lib.hidden_states(
-        _model(kind), params, batch['tokens'], batch['positions'],
+        tiny_models.model(kind), params, batch['tokens'], batch['positions'],
         batch['segment_ids'], adapters=adapters, lora_scale=2.0,
         execution=_execution(kind))
     total, n = head.masked_nll(
         x_BTD, model_lib.embedding(params), batch['targets'],
         batch['loss_mask'], max_trained=_B * _T, frozen_head=frozen,
-        softcap=_model(kind).config.final_logit_softcap)
+        softcap=tiny_models.model(kind).config.final_logit_softcap)
     # As in a run: scaled before, divided after.
     return loss_scale_lib.INITIAL * total / n
 
@@ -130,8 +92,9 @@ def _assert_close(got, wanted, loss=_LOSS, gradient=_GRADIENT):
 def _execution(kind):
   # Both forms of the forward are tried, each by some.
   return blocks.Execution(
-      layers='loop' if kind in ('1_fused', '4') else 'scan',
-      attention='einsum' if kind == '4' else 'chunked', remat='elementwise')
+      layers='loop' if kind in ('1_fused', '4_shared') else 'scan',
+      attention='einsum' if kind == '4_shared' else 'chunked',
+      remat='elementwise')
 
 
 # Close to float32 ------------------------------------------------------------
@@ -139,7 +102,7 @@ def _execution(kind):
 
 @pytest.mark.parametrize('kind', _KINDS)
 def test_loss_and_gradients_are_those_of_float32(kind):
-  params, adapters = _weights(kind), _adapters(kind)
+  params, adapters = _weights(kind), tiny_models.adapters(kind)
   wanted = _loss_and_gradient(kind, params, adapters)
   got = _loss_and_gradient(kind, _half(params), adapters)
   _assert_close(got, wanted)
@@ -154,65 +117,46 @@ def test_all_weights_trained():
 
 
 def test_quantised_base():
-  def quantised(params):
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jax.tree.map(jnp.asarray, quantize.quantize(
-            np.asarray(leaf), 'int8')) if quantize.is_quantized(
-                '/'.join(p.key for p in path)) else leaf, params)
-
-  base, adapters = quantised(_weights('3')), _adapters('3')
+  base = tiny_models.quantised(_weights('3'), 'int8')
   half = jax.tree.map(
       lambda leaf: leaf.astype(jnp.float16) if (
           leaf.dtype == jnp.float32) else leaf, base)
+  adapters = tiny_models.adapters('3')
   _assert_close(_loss_and_gradient('3', half, adapters),
                 _loss_and_gradient('3', base, adapters))
 
 
-def _watched(kind):
-  """Returns (hidden states, {tensor: largest magnitude}) of any weights."""
-  names = []
-
-  @jax.jit
-  def run(params, adapters):
-    watch, batch = {}, _batch()
-    x_BTD = model_lib.hidden_states(
-        _model(kind), params, batch['tokens'], batch['positions'],
-        batch['segment_ids'], adapters=adapters, lora_scale=2.0,
-        execution=dataclasses.replace(_execution(kind), remat='none'),
-        watch=watch)
-    names[:] = watch
-    return x_BTD, tuple(watch.values())
-
-  def call(params):
-    x_BTD, values = run(params, _adapters(kind))
-    return np.asarray(x_BTD, np.float64), dict(zip(names, map(float, values)))
-
-  return call
+def _compare(kind, params):
+  """Compares hidden states with float32; returns {tensor: magnitude}."""
+  batch, settings = _batch(), dict(
+      adapters=tiny_models.adapters(kind), lora_scale=2.0,
+      execution=_execution(kind))
+  model = tiny_models.model(kind)
+  wanted_BTD = jax.jit(lambda params: model_lib.hidden_states(
+      model, params, batch['tokens'], batch['positions'],
+      batch['segment_ids'], **settings))(params)
+  got_BTD, largest = jax.jit(lambda params: overflow.watched_hidden_states(
+      model, params, batch, **settings))(_half(params))
+  assert np.isfinite(got_BTD).all()
+  # See _GRADIENT.
+  assert np.linalg.norm(got_BTD - wanted_BTD) <= (
+      5e-3 * np.linalg.norm(wanted_BTD))
+  return largest
 
 
-@pytest.mark.parametrize('kind', ('2', '3', '4'))
+@pytest.mark.parametrize('kind', ('2', '3', '4_shared'))
 def test_a_residual_beyond_65504_stays_finite_and_close(kind):
   # Table entries to 4e4, times sqrt(32): the stream goes to 1e5 and more.
-  params = _weights(kind, scale=3e4)
-  got_BTD, largest = _watched(kind)(_half(params))
-  wanted_BTD, _ = _watched(kind)(params)
+  largest = _compare(kind, _weights(kind, scale=3e4))
   assert max(v for k, v in largest.items() if 'residual' in k) > 9e4
-  assert np.isfinite(got_BTD).all()
-  difference = np.linalg.norm(got_BTD - wanted_BTD)
-  assert difference <= 5e-3 * np.linalg.norm(wanted_BTD)  # See _GRADIENT.
 
 
 def test_an_mlp_beyond_65504_stays_finite_and_close():
   # Gate and up of 1e3 and more: their product, the input of down, overflows.
   params = _weights('3')
   for layer in ('layer_0', 'layer_1'):
-    gating = params[layer]['mlp']['gating_einsum']
-    params[layer]['mlp']['gating_einsum'] = gating * 256
-  got_BTD, largest = _watched('3')(_half(params))
-  wanted_BTD, _ = _watched('3')(params)
-  assert largest['layer_0/mlp/linear/input'] > 1e6
-  difference = np.linalg.norm(got_BTD - wanted_BTD)
-  assert difference <= 5e-3 * np.linalg.norm(wanted_BTD)
+    params[layer]['mlp']['gating_einsum'] *= 256
+  assert _compare('3', params)['layer_0/mlp/linear/input'] > 1e6
 
 
 def test_fit_rounds_nothing_and_has_no_gradient_of_its_own():
@@ -231,8 +175,8 @@ def test_generation_gives_the_same_answer():
   params = _weights('3')
   answers = [
       generate.generate(
-          _model('3'), tree, [[2, 7, 9, 11]], sampling, stop_ids=(1,),
-          vocab_size=512, batch_size=1)
+          tiny_models.model('3'), tree, [[2, 7, 9, 11]], sampling,
+          stop_ids=(1,), vocab_size=512, batch_size=1)
       for tree in (params, _half(params))]
   assert answers[0] == answers[1] and len(answers[0][0]) == 6
 
@@ -336,14 +280,14 @@ def _assert_only_step_and_scale_differ(after, before):
 def test_a_good_step_is_counted_and_the_scale_grows_with_time(prepared):
   run, _, step = prepared
   state = _with_scale(run.enter(run.initial_state), _GOOD)
-  after, told = step(state)
-  assert told['skipped'] == 0 and told['loss_scale'] == _GOOD
+  after, metrics = step(state)
+  assert metrics['skipped'] == 0 and metrics['loss_scale'] == _GOOD
   assert int(after.loss_scale.count) == 1 and int(after.step) == 1
   # The gradient is the loss's own, whatever the scale.
-  grown, told_grown = step(
+  grown, grown_metrics = step(
       _with_scale(state, _GOOD / 4, loss_scale_lib.PERIOD - 1))
-  assert told_grown['grad_norm'] == pytest.approx(
-      float(told['grad_norm']), rel=_GRADIENT)
+  assert grown_metrics['grad_norm'] == pytest.approx(
+      float(metrics['grad_norm']), rel=_GRADIENT)
   assert float(grown.loss_scale.scale) == _GOOD / 2
   assert int(grown.loss_scale.count) == 0
 
@@ -352,9 +296,9 @@ def test_an_overflow_skips_the_update_and_halves_the_scale(prepared):
   run, _, step = prepared
   before, _ = step(_with_scale(run.enter(run.initial_state), _GOOD))
   before = _with_scale(before, 2.0**60, 5)
-  after, told = step(before)
-  assert np.isfinite(told['loss']) and not np.isfinite(told['grad_norm'])
-  assert told['skipped'] == 1
+  after, metrics = step(before)
+  assert np.isfinite(metrics['loss']) and not np.isfinite(metrics['grad_norm'])
+  assert metrics['skipped'] == 1
   _assert_only_step_and_scale_differ(after, before)
   assert float(after.loss_scale.scale) == 2.0**59
   assert int(after.loss_scale.count) == 0
@@ -365,12 +309,12 @@ def test_a_loss_that_is_not_finite_stops_all_later_updates(prepared):
   before, _ = step(_with_scale(run.enter(run.initial_state), _GOOD))
   bad = dict(run.base, final_norm={
       'scale': jnp.full_like(run.base['final_norm']['scale'], jnp.nan)})
-  after, told = step(before, bad)
-  assert not np.isfinite(told['loss']) and told['loss_scale'] == 0
+  after, metrics = step(before, bad)
+  assert not np.isfinite(metrics['loss']) and metrics['loss_scale'] == 0
   _assert_only_step_and_scale_differ(after, before)
   # One more step is on its way when the host reads that.
-  later, told = step(after)
-  assert np.isfinite(told['loss']) and told['loss_scale'] == 0
+  later, metrics = step(after)
+  assert np.isfinite(metrics['loss']) and metrics['loss_scale'] == 0
   _assert_only_step_and_scale_differ(later, after)
 
 
@@ -470,10 +414,10 @@ def test_the_guard_names_where_the_backward_pass_overflows(prepared):
         *arguments, loss_scale.replace(scale=loss_scale.scale * 2.0**60),
         **settings)
 
-  told = overflow.explain(run, with_too_much, state, 0, batch)
-  assert 'forward pass is finite' in told and 'layer_1/' in told
-  told = overflow.explain(run, train.gradient_sums, state, 0, batch)
-  assert 'gives finite numbers' in told
+  clause = overflow.explain(run, with_too_much, state, 0, batch)
+  assert 'forward pass is finite' in clause and 'layer_1/' in clause
+  clause = overflow.explain(run, train.gradient_sums, state, 0, batch)
+  assert 'gives finite numbers' in clause
 
 
 # The real model --------------------------------------------------------------
@@ -493,20 +437,24 @@ def test_the_real_model_goes_beyond_float16_and_its_losses_do_not():
       model, weights, sharding.single_device_mesh(), dtype=jnp.float32, seed=0,
       stacked=True)
 
-  @jax.jit
-  def measure(params):
-    watch = {}
-    x_BTD = model_lib.hidden_states(
-        model, params, ids[:, :-1], jnp.arange(128)[None],
-        jnp.ones((1, 128), jnp.int32), watch=watch, execution=blocks.Execution(
-            layers='scan', attention='chunked'))
-    log_p = jax.nn.log_softmax(model_lib.logits(model, params, x_BTD))
-    return -jnp.take_along_axis(log_p, ids[:, 1:, None], -1), jnp.stack([
-        v for name, v in watch.items() if 'residual' in name]).max()
+  microbatch = dict(tokens=ids[:, :-1], positions=jnp.arange(128)[None],
+                    segment_ids=jnp.ones((1, 128), jnp.int32))
+  execution = blocks.Execution(layers='scan', attention='chunked')
 
-  wanted, largest = measure(params)
-  assert largest > float16.LARGEST  # 103,795 on this text.
-  nll, _ = measure(jax.tree.map(lambda w: w.astype(jnp.float16), params))
+  @jax.jit
+  def nll(params):
+    x_BTD = model_lib.hidden_states(
+        model, params, *microbatch.values(), execution=execution)
+    log_p = jax.nn.log_softmax(model_lib.logits(model, params, x_BTD))
+    return -jnp.take_along_axis(log_p, ids[:, 1:, None], -1)
+
+  wanted = nll(params)
+  half = jax.tree.map(lambda w: w.astype(jnp.float16), params)
+  _, largest = jax.jit(lambda params: overflow.watched_hidden_states(
+      model, params, microbatch, execution=execution))(half)
+  assert max(v for name, v in largest.items() if 'residual' in name) > (
+      float16.LARGEST)  # 103,795 on this text.
+  got = nll(half)
   # 11 bits of mantissa; 0.0105 at the worst token, 0.0004 in the mean.
-  np.testing.assert_allclose(nll, wanted, atol=0.03)
-  assert abs(float(nll.mean() - wanted.mean())) < 0.002
+  np.testing.assert_allclose(got, wanted, atol=0.03)
+  assert abs(float(got.mean() - wanted.mean())) < 0.002

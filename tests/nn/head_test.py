@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
+import tiny_models
 
 from gemma_sft import sharding
 from gemma_sft.nn import head
@@ -15,7 +16,14 @@ from gemma_sft.nn import head
 _B, _T, _D, _V = 8, 6, 16, 40
 # Compiled whole: faster than operation by operation.
 _masked_nll = jax.jit(head.masked_nll, static_argnames=(
-    'max_trained', 'groups', 'chunk_size', 'softcap', 'frozen_head'))
+    'max_trained', 'groups', 'chunk_size', 'softcap', 'frozen_head', 'mesh'))
+_both_heads = pytest.mark.parametrize('frozen_head', (False, True))
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+  """A frozen head takes the vocabulary of 40 in five blocks."""
+  monkeypatch.setattr(head, 'VOCABULARY_BLOCK', 8)
 
 
 def _inputs(seed=0, share=0.4, dtype=jnp.float32):
@@ -47,11 +55,7 @@ def _value_and_grads(fn, x_BTD, embedding_VD, *rest):
       lambda x, e: fn(x, e, *rest), argnums=(0, 1)))(x_BTD, embedding_VD)
 
 
-def _assert_close(got, wanted, tolerance):
-  """Compares trees, each leaf relative to its largest entry."""
-  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-    largest = np.abs(w).max()
-    np.testing.assert_allclose(g, w, rtol=0, atol=tolerance * max(1, largest))
+_assert_close = functools.partial(tiny_models.assert_close, least=1)
 
 
 @pytest.mark.parametrize('softcap', (None, 5.0))
@@ -93,14 +97,15 @@ def test_untrained_positions_do_not_count():
   assert one == other  # The same numbers in the same order.
 
 
+@_both_heads
 @pytest.mark.parametrize('chunk_size', (1, 64))
-def test_nothing_trained_is_zero(chunk_size):
+def test_nothing_trained_is_zero(chunk_size, frozen_head):
   x_BTD, embedding_VD, targets_BT, mask_BT = _inputs()
   nothing = jnp.zeros_like(mask_BT)
 
   def fn(*arrays):
-    return _masked_nll(
-        *arrays, max_trained=4, groups=2, chunk_size=chunk_size)
+    return _masked_nll(*arrays, max_trained=4, groups=2, chunk_size=chunk_size,
+                       frozen_head=frozen_head)
 
   assert fn(x_BTD, embedding_VD, targets_BT, nothing) == (0.0, 0.0)
   _, grads = _value_and_grads(
@@ -121,50 +126,43 @@ def test_everything_trained_at_the_bound(chunk_size):
 
 
 # Chunks whose last one has room to spare, and one chunk.
+@_both_heads
 @pytest.mark.parametrize('groups, chunk_size', ((1, 4), (2, 64)))
-def test_more_trained_tokens_than_the_bound_are_not_lost_unseen(
-    groups, chunk_size):
+def test_more_trained_tokens_than_the_bound_are_not_dropped_silently(
+    groups, chunk_size, frozen_head):
   x_BTD, embedding_VD, targets_BT, mask_BT = _inputs()
   most = int(mask_BT.reshape(groups, -1).sum(axis=1).max())
   for bound, is_whole in ((most, True), (most - 1, False)):
     nll, n = _masked_nll(
         x_BTD, embedding_VD, targets_BT, mask_BT, max_trained=bound,
-        groups=groups, chunk_size=chunk_size)
+        groups=groups, chunk_size=chunk_size, frozen_head=frozen_head)
     assert np.isfinite(nll) == is_whole
     assert n == mask_BT.sum()
 
 
+@_both_heads
 @pytest.mark.parametrize('position', ((0, 0), (0, 1), (5, 3)))
 @pytest.mark.parametrize('chunk_size', (4, 64))
-def test_not_a_number_in_an_untrained_position_stays_there(
-    position, chunk_size):
+def test_not_a_number_is_seen_where_it_is_trained_only(
+    position, chunk_size, frozen_head):
   x_BTD, embedding_VD, targets_BT, mask_BT = _inputs()
-  mask_BT = mask_BT.at[position].set(False)
   x_BTD = x_BTD.at[position].set(jnp.nan)
-  value, grads = _value_and_grads(
-      lambda *a: _masked_nll(
-          *a, max_trained=48, chunk_size=chunk_size)[0],
-      x_BTD, embedding_VD, targets_BT, mask_BT)
-  assert np.isfinite(value)
-  assert all(np.isfinite(g).all() for g in grads)
+  for trained in (False, True):
+    value, grads = _value_and_grads(
+        lambda *a: _masked_nll(*a, max_trained=48, chunk_size=chunk_size,
+                               frozen_head=frozen_head)[0],
+        x_BTD, embedding_VD, targets_BT, mask_BT.at[position].set(trained))
+    assert np.isnan(value) == trained
+    assert trained or all(np.isfinite(g).all() for g in grads)
 
 
-@pytest.mark.parametrize('chunk_size', (4, 64))
-def test_not_a_number_in_a_trained_position_is_seen(chunk_size):
-  x_BTD, embedding_VD, targets_BT, mask_BT = _inputs()
-  mask_BT = mask_BT.at[3, 3].set(True)
-  nll, _ = _masked_nll(
-      x_BTD.at[3, 3].set(jnp.nan), embedding_VD, targets_BT, mask_BT,
-      max_trained=48, chunk_size=chunk_size)
-  assert np.isnan(nll)
-
-
-def test_bfloat16_inputs_are_summed_in_f32():
-  wide = _inputs()
-  narrow = _inputs(dtype=jnp.bfloat16)
+@_both_heads
+def test_bfloat16_inputs_are_summed_in_f32(frozen_head):
+  wide, narrow = _inputs(), _inputs(dtype=jnp.bfloat16)
 
   def fn(*arrays):
-    return _masked_nll(*arrays, max_trained=48, chunk_size=4)[0]
+    return _masked_nll(*arrays, max_trained=48, chunk_size=4,
+                       frozen_head=frozen_head)[0]
 
   value, grads = _value_and_grads(fn, *narrow)
   assert value.dtype == jnp.float32
@@ -199,20 +197,6 @@ def test_shapes_that_do_not_belong_together_are_refused(wrong):
 # The frozen head --------------------------------------------------------------
 
 
-@pytest.fixture
-def _small_blocks(monkeypatch):
-  """The vocabulary of 40 in five blocks."""
-  monkeypatch.setattr(head, 'VOCABULARY_BLOCK', 8)
-
-
-def _frozen(groups=1, softcap=None, max_trained=48, chunk_size=1024):
-  # Not `_masked_nll`, whose programs do not know the size of blocks.
-  return jax.jit(functools.partial(
-      head.masked_nll, max_trained=max_trained, groups=groups,
-      softcap=softcap, frozen_head=True, chunk_size=chunk_size))
-
-
-@pytest.mark.usefixtures('_small_blocks')
 @pytest.mark.parametrize('softcap, groups, chunk_size, scale, tolerance', (
     # f32 sums in another order.
     (None, 1, 64, 1.0, 1e-5), (5.0, 8, 64, 1.0, 1e-5), (5.0, 2, 5, 1.0, 1e-5),
@@ -223,7 +207,9 @@ def test_a_frozen_head_gives_the_same_value_and_gradient(
     softcap, groups, chunk_size, scale, tolerance):
   x_BTD, *rest = _inputs()
   inputs = (scale * x_BTD, *rest[:2], rest[2].at[:1].set(False))
-  fn = _frozen(groups, softcap, chunk_size=chunk_size)
+  fn = functools.partial(
+      _masked_nll, max_trained=48, groups=groups, softcap=softcap,
+      chunk_size=chunk_size, frozen_head=True)
   nll, n = fn(*inputs)
   assert n == inputs[3].sum()
   value, (dx_BTD, dembedding_VD) = _value_and_grads(
@@ -234,11 +220,11 @@ def test_a_frozen_head_gives_the_same_value_and_gradient(
   assert not dembedding_VD.any()
 
 
-@pytest.mark.usefixtures('_small_blocks')
 def test_a_frozen_head_holds_one_block_of_logits_of_one_chunk():
   inputs = _inputs()
   program = str(jax.make_jaxpr(jax.grad(
-      lambda *a: _frozen(chunk_size=12)(*a)[0]))(*inputs))
+      lambda *a: _masked_nll(
+          *a, max_trained=48, chunk_size=12, frozen_head=True)[0]))(*inputs))
   assert 'f32[1,1,12,8]' in program
   assert f'12,{_V}]' not in program and '48,8]' not in program
 
@@ -268,45 +254,11 @@ def test_a_vocabulary_in_shards_gives_the_same(frozen_head, softcap):
   assert not [line for line in gathered if f'[{_V},{_D}]' in line]
 
 
-@pytest.mark.usefixtures('_small_blocks')
-def test_the_bounds_of_a_frozen_head():
-  x_BTD, embedding_VD, targets_BT, mask_BT = _inputs()
-  nothing = jnp.zeros_like(mask_BT)
-  assert _frozen()(x_BTD, embedding_VD, targets_BT, nothing) == (0.0, 0.0)
-  most = int(mask_BT.sum())
-  for bound, is_whole in ((most, True), (most - 1, False)):
-    nll, _ = _frozen(max_trained=bound)(
-        x_BTD, embedding_VD, targets_BT, mask_BT)
-    assert np.isfinite(nll) == is_whole
-
-
-@pytest.mark.usefixtures('_small_blocks')
-def test_a_frozen_head_in_bfloat16():
-  value, (dx_BTD, _) = _value_and_grads(
-      lambda *a: _frozen()(*a)[0], *_inputs(dtype=jnp.bfloat16))
-  wanted, (wanted_dx_BTD, _) = _plain_value_and_grads(*_inputs())
-  assert (value.dtype, dx_BTD.dtype) == (jnp.float32, jnp.bfloat16)
-  # bfloat16 has 8 bits of mantissa.
-  _assert_close((value, dx_BTD.astype(jnp.float32)),
-                (wanted, wanted_dx_BTD), 2e-2)
-
-
-@pytest.mark.parametrize('position', (
-    (0, 0), (5, 3)))
-def test_not_a_number_stays_in_its_position_with_a_frozen_head(position):
-  x_BTD, embedding_VD, targets_BT, mask_BT = _inputs()
-  mask_BT = mask_BT.at[position].set(False)
-  value, grads = _value_and_grads(
-      lambda *a: _frozen()(*a)[0], x_BTD.at[position].set(jnp.nan),
-      embedding_VD, targets_BT, mask_BT)
-  assert np.isfinite(value)
-  assert all(np.isfinite(g).all() for g in grads)
-
-
 @pytest.mark.parametrize('vocabulary, blocks', (
     (512, 1), (262_144, 32), (256_000, 32), (256_128, 32),
     (262_147, 1)))  # A prime.
-def test_blocks_of_gemmas_vocabularies(vocabulary, blocks):
+def test_blocks_of_gemmas_vocabularies(vocabulary, blocks, monkeypatch):
+  monkeypatch.undo()
   assert head._n_blocks(vocabulary) == blocks
 
 
@@ -325,7 +277,7 @@ def test_hits_are_the_likeliest_tokens_where_trained(groups, chunk_size):
   assert int(hits) == expected
 
 
-def test_hits_are_never_left_out_unseen():
+def test_hits_are_not_dropped_silently():
   x_BTD, embedding_VD, targets_BT, mask_BT = _inputs(share=1.0)
   assert np.isnan(head.masked_hits(
       x_BTD, embedding_VD, targets_BT, mask_BT, max_trained=_T))
