@@ -396,12 +396,22 @@ def test_the_time_of_a_session(local, capsys, monkeypatch):
   assert local.minutes_left(9, 30) == pytest.approx(410, abs=5)
   with pytest.raises(session.Stop, match='begin a new session'):
     local.minutes_left(0.5, 31)
-  # Of a hosted one it counts from the first process, before this one.
+  # A hosted session counts from the start of the container.
+  monkeypatch.setattr(
+      session, '_container_start', lambda: time.time() - 60 * 200)
   local.hosted = True
-  hosted = local.minutes_left(1e6, 0)
-  local.hosted = False
-  assert hosted < local.minutes_left(1e6, 0)
+  assert local.minutes_left(9, 30) == pytest.approx(310, abs=5)
   assert 'then it saves' in capsys.readouterr().out
+
+
+def test_the_container_started_before_this_process():
+  with open('/proc/self/stat', encoding='utf-8') as file:
+    own_ticks = int(file.read().rpartition(')')[2].split()[19])
+  with open('/proc/uptime', encoding='utf-8') as file:
+    up_since = time.time() - float(file.read().split()[0])
+  own_start = up_since + own_ticks / os.sysconf('SC_CLK_TCK')
+  # Both are computed from two readings of a clock; ticks are 10 ms.
+  assert up_since - 1 <= session._container_start() <= own_start + 1
 
 
 def _files(folder, *names):
