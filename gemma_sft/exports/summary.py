@@ -7,6 +7,7 @@ import os
 import pathlib
 
 from gemma_sft import config as config_lib
+from gemma_sft import tasks
 from gemma_sft.evaluation import report
 from gemma_sft.exports import card
 from gemma_sft.exports import divergence
@@ -110,7 +111,8 @@ def _data(chosen, tuned):
     records = splits_lib.read_split(section, split)
     splits.append(card.Split(
         split=split, files=[section[split]], records=len(records),
-        sha256=splits_lib.data_hash(records, chosen.task), origin=''))
+        sha256=splits_lib.data_hash(
+            records, tasks.load(chosen.config.task)), origin=''))
   return splits
 
 
