@@ -103,7 +103,7 @@ def _base(chosen):
 
 
 def _data(chosen, tuned):
-  section = chosen.config.data
+  section, task = chosen.config.data, tasks.load(chosen.config.task)
   splits = []
   for split in ('train', 'validation', 'test'):
     if not section[split] or not tuned:
