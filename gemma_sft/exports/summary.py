@@ -103,7 +103,7 @@ def _base(chosen):
 
 
 def _data(chosen, tuned):
-  section, task = chosen.config.data, tasks.load(chosen.config.task)
+  section = chosen.config.data
   splits = []
   for split in ('train', 'validation', 'test'):
     if not section[split] or not tuned:
