@@ -27,6 +27,8 @@ REQUIREMENTS = [
     # Named array types at public seams.
     'jaxtyping>=0.3',
     'jinja2>=3.1',
+    # Agreement between people who rate answers.
+    'krippendorff>=0.9',
     'matplotlib>=3.9',
     'ml-collections>=1.1,<2',
     'ml_dtypes>=0.5',

@@ -1,20 +1,22 @@
-"""Serves a page on which people rate answers, or a playground for a run.
+"""Serves a page where people rate answers, or a playground for a run.
 
     python -m gemma_sft.serve --mode=rate --runs=workdirs/a,workdirs/b
     python -m gemma_sft.serve --mode=rate --runs=workdirs/a,workdirs/a:base
     python -m gemma_sft.serve --mode=rate --runs=... --report
     python -m gemma_sft.serve --mode=play --workdir=workdirs/a
 
-rate shows the answers of two evaluations (`gemma_sft.evaluate` makes them; W is
-its tuned result, W:base and W:few:4 others) two by two, in random order and
-without names, and keeps what people say in W/ratings.sqlite of the first run,
-or in --out. --report prints the result; the page has it under /results.
+rate shows the answers of two evaluations in pairs, in random order and without
+names. `gemma_sft.evaluate` makes the evaluations: W is the tuned result of a
+workdir, W:base and W:few:4 are others. Ratings are stored in ratings.sqlite of
+the first workdir, or in --out. --report prints the result, which is also on the
+page /results.
 
-play answers forms and a chat with the tuned model and its base side by side.
+play answers a form and a chat with the tuned model and its base side by side.
 
-Only this machine can open the pages. --host=0.0.0.0 serves all networks, to
-those who have the address with its token; it is not encrypted: where others
-can listen, leave it out and forward the port with ssh -L instead.
+Only this machine can open the pages. --host=0.0.0.0 serves all networks, for
+those who know the address with its token. The connection is not encrypted: on
+a network that others can read, leave --host out and forward the port with
+ssh -L.
 """
 
 from gemma_sft import cli
@@ -41,7 +43,6 @@ import contextlib
 import os
 import socket
 from typing import Any
-from typing import Callable
 from typing import Iterator
 from typing import Sequence
 
@@ -63,13 +64,13 @@ def main(
     host: str,
     port: int,
 ) -> int:
-  """Serves until it is interrupted; see the module's docstring."""
+  """Serves until interrupted; see the module's docstring."""
   cli.require('mode', mode, '--mode=rate or --mode=play')
   if mode == 'play':
     if runs or report or out:
       raise errors.UserError(
           '--runs, --report or --out with --mode=play',
-          'flags of --mode=rate', 'leave them out; a run is --workdir')
+          'flags of --mode=rate', 'leave them out; --workdir names the run')
     return _play(config, workdir, base, step, host, port)
   if len(runs) != 2 or runs[0] == runs[1]:
     raise errors.UserError(
@@ -80,14 +81,14 @@ def main(
 
 def _rate(runs, split, report, out, host, port) -> int:
   from gemma_sft.serving import pairs as pairs_lib
-  from gemma_sft.serving import rating
+  from gemma_sft.serving import rating_page
 
   pairs = pairs_lib.read(runs, split)
   path = out or os.path.join(
       pairs_lib.parse_run(runs[0])[0], 'ratings.sqlite')
   if report and not os.path.exists(path):
     raise errors.UserError(
-        f'no ratings in {path}', 'a file that people have rated into',
+        f'no ratings in {path}', 'a file with ratings',
         'leave out --report, and rate')
   store = ratings.Store(path)
   if report:
@@ -97,8 +98,8 @@ def _rate(runs, split, report, out, host, port) -> int:
     return 0
   with listen(host, port) as (sock, url, token):
     print(f'{url}\n{len(pairs)} pairs of {split}; ratings go to {path}; results'
-          ' are under /results; Ctrl-C ends', flush=True)
-    _serve(sock, lambda: rating.make_app(pairs, runs, store, token=token))
+          ' are on the page /results; Ctrl-C stops', flush=True)
+    _serve(sock, rating_page.make_app(pairs, runs, store, token=token))
   return 0
 
 
@@ -108,26 +109,25 @@ def _play(config, workdir, base, step, host, port) -> int:
     config = cli.load_run_config(workdir)
   config_lib.validate(config)
   with listen(host, port) as (sock, url, token):
-    print(f'{url}\nloading; the page opens when the weights are there; Ctrl-C'
-          ' ends', flush=True)
-    # Only now: their imports take seconds, and a port that is taken is told
-    # before.
+    print(f'{url}\nloading; the page opens once the weights are loaded; Ctrl-C'
+          ' stops', flush=True)
+    # Imported late: they take seconds, and a port in use is reported first.
     from gemma_sft import sample
     from gemma_sft.serving import models
     from gemma_sft.serving import playground
 
     served = models.load(config, workdir, base_only=base, step=step)
-    for name, one in served.items():
-      print(f'{name}: {one.description}', flush=True)
+    for name, model in served.items():
+      print(f'{name}: {model.description}', flush=True)
     page = playground.Playground(
         served, _records(config.data, 'train'),
         _records(config.data, 'test') or _records(config.data, 'validation'))
-    _serve(sock, lambda: playground.make_app(page, sample.answer, token=token))
+    _serve(sock, playground.make_app(page, sample.answer, token=token))
   return 0
 
 
 def _records(section, split):
-  """Returns a split's records; none where its file is no longer there."""
+  """Returns a split's records; none if its file is missing."""
   from gemma_sft.inputs import splits
 
   if not section[split]:
@@ -141,16 +141,16 @@ def _records(section, split):
 
 @contextlib.contextmanager
 def listen(host: str, port: int) -> Iterator[tuple[socket.socket, str, str]]:
-  """Yields (socket, address for a browser, token or '').
+  """Yields (listening socket, address for a browser, token or '').
 
-  From here on a browser that asks is kept waiting, not refused.
+  From now on a browser waits for the page instead of being refused.
 
   Raises:
-    UserError: if the address cannot be had.
+    UserError: if the address is not available.
   """
   from gemma_sft.serving import guard
 
-  if not 0 <= port < 2**16:  # The system would take its last 16 bits.
+  if not 0 <= port < 2**16:  # The system would use the last 16 bits.
     raise errors.UserError(
         f'--port={port}', 'a port from 0 to 65535', 'choose another')
   sock = None
@@ -166,7 +166,7 @@ def listen(host: str, port: int) -> Iterator[tuple[socket.socket, str, str]]:
       sock.close()
     raise errors.UserError(
         f'--host={host} --port={port}: {error}',
-        'an address of this machine and a port that is free',
+        'an address of this machine and a free port',
         'choose another --port; 0 takes any') from None
   with sock:
     bound, port = sock.getsockname()[:2]
@@ -178,12 +178,12 @@ def listen(host: str, port: int) -> Iterator[tuple[socket.socket, str, str]]:
 
 
 def _name_for_others(address: str) -> str:
-  """Returns the address under which others reach one that means all."""
-  # Compared with, not bound to.
+  """Returns the address by which other machines reach a bound address."""
+  # Only compared with, not bound to.
   if address not in ('0.0.0.0', '::'):  # nosec B104
     return address
-  # The interface of the default route; nothing is sent. The address is one
-  # for documentation (RFC 5737).
+  # Finds the interface of the default route, without sending anything, by an
+  # address that is reserved for documentation (RFC 5737).
   with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
     try:
       probe.connect(('192.0.2.1', 9))
@@ -192,15 +192,15 @@ def _name_for_others(address: str) -> str:
       return socket.gethostname()
 
 
-def _serve(sock: socket.socket, make_app: Callable[[], Any]) -> None:
+def _serve(sock: socket.socket, app: Any) -> None:
   """Runs a server until Ctrl-C."""
   import uvicorn
 
   server = uvicorn.Server(uvicorn.Config(
-      make_app(), log_level='warning', access_log=False, server_header=False,
+      app, log_level='warning', access_log=False, server_header=False,
       limit_concurrency=64, timeout_graceful_shutdown=2))
   try:
     server.run(sockets=[sock])
-  except KeyboardInterrupt:  # Raised again by the server once it has ended.
+  except KeyboardInterrupt:  # The server raises it once it has ended.
     pass
   print('stopped', flush=True)

@@ -12,7 +12,7 @@ import uvicorn
 
 from gemma_sft import serve
 from gemma_sft.serving import pairs as pairs_lib
-from gemma_sft.serving import rating
+from gemma_sft.serving import rating_page
 
 SCRIPT = '<script>alert(1)</script>'
 RUNS = ('w/a', 'w/b')
@@ -37,7 +37,7 @@ def make_pairs(n=6):
 
 
 def rating_app(store, pairs=None, **options):
-  return rating.make_app(
+  return rating_page.make_app(
       make_pairs() if pairs is None else pairs, RUNS, store, **options)
 
 

@@ -1,1 +1,1 @@
-"""Two small pages: people rate answers, and a playground for a run."""
+"""Two small web apps: rating answers by people, and a playground."""

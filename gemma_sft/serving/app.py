@@ -1,4 +1,4 @@
-"""What both pages have in common: files, errors, and the guard before them."""
+"""What both apps share: static files, error messages and the guard."""
 
 import contextlib
 import pathlib
@@ -9,11 +9,18 @@ import fastapi
 from fastapi import exceptions
 from fastapi import responses
 from fastapi import staticfiles
+import pydantic
 
 from gemma_sft import errors
 from gemma_sft.serving import guard
 
 _STATIC = pathlib.Path(__file__).parent / 'static'
+
+
+class Body(pydantic.BaseModel):
+  """What a page sends; an unknown field is an error."""
+
+  model_config = pydantic.ConfigDict(extra='forbid', allow_inf_nan=False)
 
 
 def make_app(
@@ -22,14 +29,14 @@ def make_app(
     token: str = '',
     on_shutdown: Callable[[], None] | None = None,
 ) -> fastapi.FastAPI:
-  """Returns an app that serves the static files, `page` at its root.
+  """Returns an app that serves the static files, with `page` at its root.
 
-  Every mistake is answered with {'error': text}.
+  Every error is answered with {'error': text}.
 
   Args:
     page: A file of `static`.
     token: See `guard.Guard`; '' asks for none.
-    on_shutdown: Called when the server is asked to end.
+    on_shutdown: Called when the server is asked to stop.
   """
   @contextlib.asynccontextmanager
   async def lifespan(_):
@@ -37,35 +44,24 @@ def make_app(
     if on_shutdown is not None:
       on_shutdown()
 
-  # Its own pages of documentation load scripts from elsewhere.
+  # FastAPI's own pages of documentation load scripts from other hosts.
   app = fastapi.FastAPI(
       docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
   app.add_middleware(guard.Guard, token=token)
   app.mount('/static', staticfiles.StaticFiles(directory=_STATIC))
   add_page(app, '/', page)
 
-  @app.exception_handler(errors.UserError)
-  async def user_error(_: fastapi.Request, error: errors.UserError):
-    return responses.JSONResponse({'error': message_of(error)}, 400)
+  def answer_error(kind, status, text_of):
+    @app.exception_handler(kind)
+    async def _(_: fastapi.Request, error: Any):
+      return responses.JSONResponse({'error': text_of(error)}, status)
 
-  @app.exception_handler(exceptions.RequestValidationError)
-  async def invalid(
-      _: fastapi.Request, error: exceptions.RequestValidationError):
-    first = error.errors()[0]
-    name = '.'.join(map(str, first['loc'][1:]))
-    return responses.JSONResponse({'error': f'{name}: {first["msg"]}'}, 422)
-
-  @app.exception_handler(404)
-  async def missing(_: fastapi.Request, error: Any):
-    del error
-    return responses.JSONResponse({'error': 'no such page'}, 404)
-
-  @app.exception_handler(Exception)
-  async def failed(_: fastapi.Request, error: Exception):
-    # The server logs the traceback; a page has no use for it.
-    return responses.JSONResponse(
-        {'error': f'the server failed: {type(error).__name__}'}, 500)
-
+  answer_error(errors.UserError, 400, message_of)
+  answer_error(exceptions.RequestValidationError, 422, _first_invalid)
+  answer_error(404, 404, lambda _: 'no such page')
+  # The server logs the traceback, which the page does not need.
+  answer_error(Exception, 500,
+               lambda error: f'the server failed: {type(error).__name__}')
   return app
 
 
@@ -77,5 +73,10 @@ def add_page(app: fastapi.FastAPI, path: str, page: str) -> None:
 
 
 def message_of(error: errors.UserError) -> str:
-  """Returns a mistake in one line, without what to type in a terminal."""
+  """Returns an error in one line, without what to type in a terminal."""
   return f'{error.got.strip(": ")} (expected: {error.expected})'
+
+
+def _first_invalid(error: exceptions.RequestValidationError) -> str:
+  first = error.errors()[0]
+  return f'{".".join(map(str, first["loc"][1:]))}: {first["msg"]}'

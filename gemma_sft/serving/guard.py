@@ -1,4 +1,4 @@
-"""What stands before the pages: who may ask, how much, and from where."""
+"""Checks every request: token, origin and size."""
 
 import hmac
 import http.cookies
@@ -13,10 +13,10 @@ from urllib import parse
 from fastapi import responses
 from starlette import datastructures
 
-# A conversation of some thousand words; the pages send nothing larger.
+# Bytes: a conversation of some thousand words, the most that the pages send.
 MAX_BODY = 256 * 1024
 
-# Nothing but our own files is loaded, and no script that stands in a page.
+# Pages load only our own files and run no inline scripts.
 _HEADERS = {
     'content-security-policy': (
         "default-src 'none'; script-src 'self'; style-src 'self';"
@@ -34,7 +34,7 @@ _Receive = Callable[[], Awaitable[Any]]
 
 
 def is_loopback(host: str) -> bool:
-  """Whether a host name or address means this machine alone."""
+  """Whether a host name or address is this machine's loopback."""
   if host == 'localhost':
     return True
   try:
@@ -44,17 +44,17 @@ def is_loopback(host: str) -> bool:
 
 
 def make_token() -> str:
-  """Returns 192 random bits for an address."""
+  """Returns 192 random bits as text for an address."""
   return secrets.token_urlsafe(24)
 
 
 class Guard:
-  """ASGI middleware: token, origin, size and headers of every request.
+  """ASGI middleware that checks requests and adds headers to responses.
 
-  With a token, a first visit carries it in the address (`/?token=...`), gets
-  it as a cookie and is sent to the same page without it. Without one, the
-  request has to name this machine: a page elsewhere that makes its own name
-  point here (DNS rebinding) is refused.
+  With a token, the first request has it in the address (`/?token=...`), gets it
+  as a cookie and is redirected to the same page without it. Without a token,
+  the Host header must name this machine, so that a foreign page whose host name
+  resolves to this machine (DNS rebinding) is refused.
   """
 
   def __init__(self, app: Any, *, token: str = ''):
@@ -62,7 +62,7 @@ class Guard:
     self._token = token
 
   async def __call__(self, scope: Any, receive: _Receive, send: Any) -> None:
-    """Answers a request, or hands it on."""
+    """Answers a request, or passes it to the app."""
     if scope['type'] == 'lifespan':
       return await self._app(scope, receive, send)
     if scope['type'] != 'http':
@@ -85,12 +85,12 @@ class Guard:
     await (refused or self._app)(scope, receive, send_with_headers)
 
   def _check_visitor(self, scope, headers):
-    """Returns the refusal of one without the token, or None."""
+    """Returns a refusal if the visitor has no token, or None."""
     if not self._token:
       if is_loopback(_host_name(headers.get('host', ''))):
         return None
       return _refusal(403, 'this address is not served: open the one that the'
-                           ' terminal printed')
+                           ' terminal shows')
     cookie_name = f'gemma_sft_{scope["server"][1]}'
     query = parse.parse_qs(scope['query_string'].decode('latin-1'))
     if self._is_token(query.get('token', [''])[0]):
@@ -106,24 +106,24 @@ class Guard:
     given = cookies.get(cookie_name)
     if given is not None and self._is_token(given.value):
       return None
-    return _refusal(401, 'open the address that the terminal printed: it ends'
-                         ' in ?token=...')
+    return _refusal(401, 'open the address that the terminal shows; it ends in'
+                         ' ?token=...')
 
   def _is_token(self, text):
-    # In constant time; bytes, as text outside ASCII cannot be compared so.
+    # In constant time, which only works on bytes or ASCII text.
     return hmac.compare_digest(text.encode(), self._token.encode())
 
   def _check_origin(self, scope, headers):
-    """Returns the refusal of what another site's page sends, or None."""
+    """Returns a refusal if another site's page sent this, or None."""
     if scope['method'] in ('GET', 'HEAD'):
       return None
     if scope['method'] != 'POST':
-      return _refusal(405, f'{scope["method"]} is not known here')
+      return _refusal(405, f'{scope["method"]} is not supported')
     origin = headers.get('origin')
     if origin and _address(origin) != headers.get('host'):
       return _refusal(403, 'sent by a page of another site')
     kind = headers.get('content-type', '').partition(';')[0].strip()
-    if kind != 'application/json':  # What a foreign form cannot send.
+    if kind != 'application/json':  # A foreign form cannot send JSON.
       return _refusal(415, 'application/json is expected')
     return None
 
@@ -136,7 +136,7 @@ def _host_name(host):
   """Returns the name of 'name:port' or '[::1]:port'."""
   try:
     return parse.urlsplit(f'//{host}').hostname or ''
-  except ValueError:  # Brackets that do not close.
+  except ValueError:  # Unclosed brackets.
     return ''
 
 
@@ -151,7 +151,7 @@ def _address(origin):
 async def _read_body(receive, headers):
   """Returns the whole body, or None if it is too large."""
   length = headers.get('content-length', '0')
-  # No digits of other scripts, and not so many that int() refuses.
+  # ASCII digits only, and few enough for int().
   if not re.fullmatch('[0-9]{1,9}', length) or int(length) > MAX_BODY:
     return None
   body = b''
@@ -167,14 +167,14 @@ async def _read_body(receive, headers):
 
 
 def _replay(body, receive):
-  """Returns a `receive` that gives the body once, then what comes after it."""
-  given = False
+  """Returns a `receive` that first returns this body."""
+  sent = False
 
   async def again():
-    nonlocal given
-    if given:
+    nonlocal sent
+    if sent:
       return await receive()
-    given = True
+    sent = True
     return {'type': 'http.request', 'body': body, 'more_body': False}
 
   return again

@@ -1,4 +1,4 @@
-"""The tuned model and its base, in memory together."""
+"""Loads the tuned model and its base into memory together."""
 
 import dataclasses
 from typing import Any
@@ -11,16 +11,16 @@ from gemma_sft.run import restore
 def load(
     config: Any, workdir: str, *, base_only: bool, step: int
 ) -> dict[str, restore.Served]:
-  """Returns {'tuned': ..., 'base': ...}; the base is read once.
+  """Returns {'tuned': ..., 'base': ...}, reading the base weights once.
 
-  The tuned one is the base with the adapters merged in: it shares the arrays
-  that have none (the embedding, which is most of a small model), and holds
+  The tuned model is the base with the adapters merged in. It shares the arrays
+  without adapters (the embedding, which is most of a small model), and holds
   merged copies of the others.
 
   Args:
-    config: Of the run.
-    workdir: Of the run.
-    base_only: Without the tuned one.
+    config: The run's.
+    workdir: The run's.
+    base_only: Leave out the tuned model.
     step: See `checkpoint.choose_step`.
 
   Raises:
@@ -29,10 +29,10 @@ def load(
   if base_only:
     return {'base': restore.load_weights(
         config, workdir, base=True, step=step)}
-  # Before gigabytes are read.
+  # Raises its errors before gigabytes are read.
   chosen = restore.choose_weights(config, workdir, base=False, step=step)
   base = restore.load_weights(config, workdir, base=True, step=step)
-  if not config.lora.enabled:  # They have nothing in common.
+  if not config.lora.enabled:  # All weights were trained: none are shared.
     tuned = restore.load_weights(config, workdir, base=False, step=step)
     return {'tuned': tuned, 'base': base}
   adapters, _ = chosen.checkpoints.restore_trainable(chosen.step)

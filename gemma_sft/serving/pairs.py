@@ -1,4 +1,4 @@
-"""Answers of two evaluations, put side by side for people to judge."""
+"""Pairs of answers to the same prompts, from two evaluations."""
 
 import dataclasses
 import hashlib
@@ -11,16 +11,13 @@ from gemma_sft.evaluation import report
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
-  """One prompt with two answers.
+class AnswerPair:
+  """One prompt with the answers of two runs, a and b.
 
   Attributes:
-    item: A hash of all else: other answers to the same prompt are another item,
-      so that no rating is counted for an answer that nobody saw.
-    place: The record that asked, such as test.csv:12.
-    prompt: What was asked.
-    a: The first run's answer.
-    b: The second run's.
+    item: A hash of all other fields. New answers to a prompt make a new item,
+      so that a rating never counts for answers that the rater has not seen.
+    place: The record that the prompt came from, such as test.csv:12.
   """
 
   item: str
@@ -39,7 +36,7 @@ def parse_run(text: str) -> tuple[str, str]:
 
 
 def labels(runs: tuple[str, str]) -> tuple[str, str]:
-  """Returns the runs' names without their folders, if they differ so."""
+  """Returns the runs' names, without their folders if they still differ."""
   short = []
   for run in runs:
     workdir, name = parse_run(run)
@@ -48,18 +45,18 @@ def labels(runs: tuple[str, str]) -> tuple[str, str]:
   return (short[0], short[1]) if short[0] != short[1] else runs
 
 
-def read(runs: tuple[str, str], split: str) -> list[Pair]:
-  """Returns the pairs of two runs, in an order that is no file's.
+def read(runs: tuple[str, str], split: str) -> list[AnswerPair]:
+  """Returns the pairs of two runs, ordered by their hashes.
 
-  All raters see the same order: one that stops early has then rated a random
-  part, and the same part as the others, which agreement needs.
+  Every rater sees this order. Whoever stops early has rated a random part, and
+  the same part as the others, which their agreement needs.
 
   Args:
-    runs: Two of what `parse_run` takes.
-    split: Of the evaluations.
+    runs: Two names that `parse_run` accepts.
+    split: The split that both were evaluated on.
 
   Raises:
-    UserError: if there is no such evaluation, or they share no record.
+    UserError: if an evaluation is missing, or they share no record.
   """
   a, b = (_read_answers(run, split) for run in runs)
   shared = [place for place in a if place in b]
@@ -78,27 +75,27 @@ def read(runs: tuple[str, str], split: str) -> list[Pair]:
   return sorted(pairs, key=lambda pair: pair.item)
 
 
-def make_pair(place: str, prompt: str, a: str, b: str) -> Pair:
+def make_pair(place: str, prompt: str, a: str, b: str) -> AnswerPair:
   """Returns a pair with its hash."""
   parts = '\0'.join((place, prompt, a, b))
   item = hashlib.sha256(parts.encode()).hexdigest()[:24]
-  return Pair(item, place, prompt, a, b)
+  return AnswerPair(item, place, prompt, a, b)
 
 
 def shown_first(rater: str, item: str) -> str:
-  """Returns 'a' or 'b', by a coin that falls the same for (rater, item)."""
+  """Returns 'a' or 'b' at random, but always the same for (rater, item)."""
   digest = hashlib.sha256('\0'.join((rater, item)).encode()).digest()
   return 'ab'[digest[0] & 1]
 
 
 def _read_answers(run: str, split: str) -> dict[str, Any]:
   workdir, name = parse_run(run)
-  results = report.read_results(os.path.join(workdir, 'evaluation'), split)
+  folder = os.path.join(workdir, 'evaluation')
+  results = report.read_results(folder, split)
   if name not in results:
     base = ' --base' if name == 'base' else ''
     raise errors.UserError(
-        f'{run}: no answers of {name!r} to {split} in'
-        f' {os.path.join(workdir, "evaluation")}',
+        f'{run}: no answers of {name!r} to {split} in {folder}',
         f'one of {", ".join(results)}' if results else 'an evaluated run',
         f'python -m gemma_sft.evaluate --workdir={workdir} --split={split}'
         f'{base}')
@@ -106,8 +103,8 @@ def _read_answers(run: str, split: str) -> dict[str, Any]:
 
 
 def _read_prompts(run: str, split: str) -> dict[str, str]:
-  """Words the prompts anew, for evaluations that have not kept them."""
-  # They bring JAX along, which rating does without.
+  """Makes the prompts again, for evaluations that did not store them."""
+  # These import JAX, which rating does not need otherwise.
   from gemma_sft import tasks
   from gemma_sft.inputs import splits
 

@@ -1,4 +1,4 @@
-"""The page on which a run is talked to: forms, a chat, base beside tuned."""
+"""The page for trying a run: a form and a chat, tuned and base side by side."""
 
 import asyncio
 import dataclasses
@@ -25,44 +25,41 @@ from gemma_sft.serving import app as app_lib
 from gemma_sft.serving import streaming
 from gemma_sft.weights import architecture
 
-# Tokens. A longer prompt is a mistake in a page for trying things out, and its
-# cache would take gigabytes.
-_LONGEST_PROMPT = 8192
-_LONGEST_ANSWER = 4096
-# A column of the training split with at most so many values, each so short, is
-# a choice and not a text.
-_MOST_CHOICES = 16
-_LONGEST_CHOICE = 40
+# In tokens. A longer prompt is probably a mistake here, and its cache would
+# take gigabytes.
+_MAX_PROMPT = 8192
+_MAX_ANSWER = 4096
+# A field is shown as a choice if the training split has at most this many
+# different values, none with more characters.
+_MAX_CHOICES = 16
+_MAX_CHOICE_LENGTH = 40
 _N_SAMPLES = 40
 WAYS = ('zero', 'few:4', 'rag:4')
 
 _Text = Annotated[str, pydantic.Field(max_length=100_000)]
 
 
-class _Message(pydantic.BaseModel):
-  model_config = pydantic.ConfigDict(extra='forbid')
+class _Message(app_lib.Body):
   role: Literal['system', 'user', 'model']
   content: _Text
 
 
-class _Sampling(pydantic.BaseModel):
-  """The ranges that `config.validate` leaves open are closed here."""
+class _Sampling(app_lib.Body):
+  """Adds the upper limits that `config.validate` does not have."""
 
-  model_config = pydantic.ConfigDict(extra='forbid', allow_inf_nan=False)
   temperature: float = pydantic.Field(ge=0, le=10)
   top_k: int = pydantic.Field(ge=0, le=100_000)
   top_p: float
   repetition_penalty: float = pydantic.Field(le=10)
-  max_new_tokens: int = pydantic.Field(ge=1, le=_LONGEST_ANSWER)
+  max_new_tokens: int = pydantic.Field(ge=1, le=_MAX_ANSWER)
   seed: int = pydantic.Field(ge=0, lt=2**31)
   stop: list[Annotated[str, pydantic.Field(max_length=200)]] = pydantic.Field(
       max_length=16)
 
 
-class _Question(pydantic.BaseModel):
-  """A filled-in form, or a conversation; one of them."""
+class _Question(app_lib.Body):
+  """Either a filled-in form or a conversation."""
 
-  model_config = pydantic.ConfigDict(extra='forbid')
   model: str
   fields: dict[str, _Text] | None = None
   messages: Annotated[list[_Message], pydantic.Field(max_length=200)] | None = (
@@ -72,14 +69,15 @@ class _Question(pydantic.BaseModel):
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-  """A question as `sample.answer` takes it.
+class PreparedQuestion:
+  """The arguments of `sample.answer`.
 
   Attributes:
-    conversation: Ending with the user's turn.
+    conversation: Ends with the user's turn.
     sampling: A `config.sampling`.
-    prompter: Of the examples before it, or None.
-    as_text: As a transcript, for a base that knows no turns.
+    prompter: Chooses the examples before the conversation; None for none.
+    as_text: Whether the model reads a transcript, as a base model without turns
+      does.
   """
 
   conversation: list[chat.Message]
@@ -88,7 +86,7 @@ class Asked:
   as_text: bool
 
   def shown(self) -> list[dict[str, str]]:
-    """Returns what the model reads, for the page."""
+    """Returns the messages that the model reads, for the page."""
     examples = self.prompter.choose(self.conversation) if self.prompter else []
     if self.as_text:
       text = prompting.transcript(examples, self.conversation)
@@ -98,7 +96,7 @@ class Asked:
 
 
 class Playground:
-  """What the page can ask for, apart from how it asks."""
+  """The models and data behind the page, independent of HTTP."""
 
   def __init__(
       self,
@@ -106,13 +104,13 @@ class Playground:
       training: Sequence[records_lib.Record],
       held_out: Sequence[records_lib.Record],
   ):
-    """Takes the models and the data that go with them.
+    """Stores the models and their data.
 
     Args:
       models: 'tuned' and 'base', or one of them.
-      training: For examples in the prompt, the choices of the form and the
-        judge's question what was copied; () where the file is not at hand.
-      held_out: To fill in the form with.
+      training: Records for examples in the prompt, for the choices of the form,
+        and for the judge to find copies; () if the file is missing.
+      held_out: Records to fill in the form with.
     """
     self.models = models
     self._served = next(iter(models.values()))
@@ -123,7 +121,7 @@ class Playground:
     self._prompters: dict[str, prompting.Prompter] = {}
 
   def setup(self) -> dict[str, Any]:
-    """Returns what the page has to know to draw itself."""
+    """Returns everything that the page needs to draw itself."""
     sampling = self._served.config.sampling
     fields = self._task.FIELDS
     return {
@@ -139,12 +137,11 @@ class Playground:
         'sampling': {
             name: list(sampling[name]) if name == 'stop' else sampling[name]
             for name in _Sampling.model_fields},
-        'longest_answer': _LONGEST_ANSWER,
         'lower_is_better': sorted(self._task.LOWER_IS_BETTER),
     }
 
   def _samples(self):
-    """Returns some held-out records that have all that the form asks for."""
+    """Returns some held-out records that have all fields of the form."""
     fields = self._task.FIELDS
     order = random.Random(0).sample(self._held_out, len(self._held_out))
     samples = []
@@ -157,18 +154,18 @@ class Playground:
     return samples
 
   def _choices(self, name):
-    """Returns the values of a column if they are few and short, else []."""
+    """Returns the values of a field if they are few and short, else []."""
     values = {str(form[name]) for form in self._forms if form.get(name)}
-    few = 1 < len(values) <= min(_MOST_CHOICES, len(self._training) // 4)
-    return sorted(values) if few and all(
-        len(v) <= _LONGEST_CHOICE for v in values) else []
+    are_few = 1 < len(values) <= min(_MAX_CHOICES, len(self._training) // 4)
+    return sorted(values) if are_few and all(
+        len(v) <= _MAX_CHOICE_LENGTH for v in values) else []
 
-  def prepare(self, question: _Question) -> 'Asked':
-    """Returns what is to be answered, checked.
+  def prepare(self, question: _Question) -> PreparedQuestion:
+    """Checks a question and prepares it for answering.
 
     Raises:
       UserError: if the task refuses the form, there is nothing to answer, or a
-        value or the prompt's length is out of its range.
+        value or the prompt's length is out of range.
     """
     config = self._served.config.copy_and_resolve_references()
     config.sampling.update(question.sampling.model_dump(exclude={'stop'}))
@@ -178,11 +175,11 @@ class Playground:
     prompter = None
     if question.examples != 'zero':
       prompter = self._prompter(question.examples)
-    asked = Asked(
+    prepared = PreparedQuestion(
         conversation, config.sampling, prompter,
         question.model == 'base' and config.eval.base_prompt == 'text')
-    self._check_length(asked)
-    return asked
+    self._check_length(prepared)
+    return prepared
 
   def _conversation(self, question):
     if (question.fields is None) == (question.messages is None):
@@ -190,23 +187,23 @@ class Playground:
           'the question', 'either fields or messages', 'send one of them')
     if question.fields is None:
       return [chat.Message(m.role, m.content) for m in question.messages]
-    asked = self._task.to_messages(self.record(question.fields))
-    if isinstance(asked, str):
+    messages = self._task.to_messages(self.record(question.fields))
+    if isinstance(messages, str):
       raise errors.UserError(
-          'this form gives plain text', 'a question: more of its fields'
-          ' filled in', 'fill them in')
-    return list(asked[:-1] if asked[-1].role == 'model' else asked)
+          'this form makes plain text, not a question',
+          'more fields filled in', 'fill them in')
+    return list(messages[:-1] if messages[-1].role == 'model' else messages)
 
-  def _check_length(self, asked):
+  def _check_length(self, prepared):
     served = self._served
-    # Even for a transcript: it says whether the turns are in order.
+    # Rendered even if the model reads a transcript, to check the turns' order.
     n = len(chat.render_prompt(
-        asked.conversation, served.tokenizer, 'the question'))
+        prepared.conversation, served.tokenizer, 'the question'))
     n = max(n, sum(len(served.tokenizer.encode(m['content']))
-                   for m in asked.shown()))
-    limit = min(_LONGEST_PROMPT, architecture.context_length(
+                   for m in prepared.shown()))
+    limit = min(_MAX_PROMPT, architecture.context_length(
         served.model.config, served.model.generation)
-                - asked.sampling.max_new_tokens)
+                - prepared.sampling.max_new_tokens)
     if n > limit:
       raise errors.UserError(
           f'the prompt has {n} tokens', f'at most {limit}', 'shorten it')
@@ -215,18 +212,19 @@ class Playground:
     """Returns a filled-in form as a record.
 
     Raises:
-      UserError: if what is needed is left out, or a field is not the task's.
+      UserError: if the first field is empty, or a field is not the task's.
     """
-    needed, unknown = self._task.FIELDS[0], set(fields) - set(self._task.FIELDS)
+    known = self._task.FIELDS
+    required, unknown = known[0], set(fields) - set(known)
     if unknown:
       raise errors.UserError(
           f'the form has a field {sorted(unknown)[0]!r}',
-          f'{", ".join(self._task.FIELDS)}', 'load the page again')
+          ', '.join(known), 'load the page again')
     filled = {k: v.strip() for k, v in fields.items() if v.strip()}
-    if needed not in filled:
+    if required not in filled:
       raise errors.UserError(
-          f'{needed} is empty', 'some text', 'fill it in')
-    # Some tasks look for files beside their data.
+          f'{required} is empty', 'some text', 'fill it in')
+    # Some tasks read files that are beside their data.
     where = self._training[0].where if self._training else 'form'
     return records_lib.Record(filled, where)
 
@@ -241,17 +239,18 @@ class Playground:
   def verdict(
       self, question: _Question, text: str
   ) -> tuple[dict[str, Any], str]:
-    """Returns (the judge's row, its note) on an answer to a form.
+    """Returns (the judge's row, its note) for an answer to a form.
 
-    A judge that needs a reference has nothing to say here: the row is empty.
+    The row is empty if the judge needs a reference, which a form does not have.
     """
     if question.fields is None:
       return {}, ''
     try:
       judged = self._task.judge(
           [self.record(question.fields)], [text], self._training)
-    except Exception as error:  # Tasks of other people, without a reference.
-      print(f'the judge could not work: {type(error).__name__}: {error}')
+    # A judge without its reference may raise anything.
+    except Exception as error:
+      print(f'the judge failed: {type(error).__name__}: {error}')
       return {}, ''
     row = judged.rows[0] if judged.rows else {}
     return {str(k): v for k, v in row.items()
@@ -267,7 +266,7 @@ def make_app(
   """Returns the app.
 
   Args:
-    playground: The models.
+    playground: The models and data.
     answer: `sample.answer`.
     token: See `guard.Guard`.
   """
@@ -287,12 +286,12 @@ def make_app(
           f'no model {question.model!r}', ', '.join(playground.models),
           'load the page again')
 
-    # In a thread: retrieval and a long prompt take their time.
-    asked = await asyncio.to_thread(playground.prepare, question)
+    # In a thread, as retrieval and long prompts take time.
+    prepared = await asyncio.to_thread(playground.prepare, question)
 
-    def work(write):
-      return answer(served, asked.sampling, asked.conversation, write,
-                    asked.prompter, asked.as_text)
+    def generate(write):
+      return answer(served, prepared.sampling, prepared.conversation, write,
+                    prepared.prompter, prepared.as_text)
 
     def judge(text):
       row, note = playground.verdict(question, text)
@@ -300,14 +299,14 @@ def make_app(
 
     turns.check_room()
     return responses.StreamingResponse(
-        _lines(turns.stream(work, judge), asked),
+        _lines(turns.stream(generate, judge), prepared),
         media_type='application/x-ndjson')
 
   return app
 
 
-async def _lines(events, asked):
-  """Yields a line of JSON an event, the prompt first."""
-  yield json.dumps({'prompt': asked.shown()}) + '\n'
+async def _lines(events, prepared):
+  """Yields the prompt and then each event, each as a line of JSON."""
+  yield json.dumps({'prompt': prepared.shown()}) + '\n'
   async for event in events:
     yield json.dumps(event) + '\n'

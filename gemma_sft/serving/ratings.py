@@ -1,5 +1,6 @@
-"""What people say of two models' answers: kept in SQLite, and summed up."""
+"""Ratings of two models' answers by people: an SQLite file and a summary."""
 
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -10,18 +11,19 @@ import sqlite3
 from typing import Mapping
 from typing import Sequence
 
+import krippendorff
+
 from gemma_sft import errors
 from gemma_sft.evaluation import intervals
 
 CRITERIA = ('style', 'meaning', 'fluency')
 SIDES = ('a', 'b')
-# In order: an ordinal scale, on which a tie is nearer to either than they are
-# to each other.
+# An ordinal scale: a tie lies between the two other choices.
 CHOICES = ('a', 'tie', 'b')
 _SCORE = {'a': 1.0, 'tie': 0.5, 'b': 0.0}
 
 _VERSION = 1
-# One that was taken back stays in the file, marked as such.
+# A rating that was undone stays in the file, marked as such.
 _SCHEMA = """
 CREATE TABLE ratings (
   id INTEGER PRIMARY KEY,
@@ -48,14 +50,14 @@ CREATE TABLE marks (
 
 @dataclasses.dataclass(frozen=True)
 class Rating:
-  """One person's word on one pair of answers.
+  """One person's rating of one pair of answers.
 
   Attributes:
     rater: The person's name.
-    item: The pair, see `web.pairs`.
-    shown_first: 'a' or 'b': which answer stood first.
-    choice: Of `CHOICES`: the better one.
-    marks: {('a', 'style'): 4, ...}, from 1 to 5; those that were given.
+    item: The pair's id, see `pairs.AnswerPair`.
+    shown_first: 'a' or 'b', the answer that the page showed first.
+    choice: The better answer, one of `CHOICES`.
+    marks: {('a', 'style'): 4, ...}, from 1 to 5, without those left out.
   """
 
   rater: str
@@ -70,7 +72,7 @@ class Store:
   """The file of ratings; each call is a transaction of its own."""
 
   def __init__(self, path: str):
-    """Opens the file, or makes it.
+    """Opens the file, or creates it.
 
     Raises:
       UserError: if it is another kind of file, or cannot be written.
@@ -85,24 +87,24 @@ class Store:
               f'BEGIN; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;')
           found = _objects(connection)
         version = connection.execute('PRAGMA user_version').fetchone()[0]
-        # Into damaged pages SQLite writes what it does not find again.
-        whole = connection.execute('PRAGMA integrity_check(1)').fetchone()[0]
-        if whole != 'ok':
-          raise sqlite3.DatabaseError(whole)
+        # SQLite would write into damaged pages and lose what it wrote.
+        state = connection.execute('PRAGMA integrity_check(1)').fetchone()[0]
+        if state != 'ok':
+          raise sqlite3.DatabaseError(state)
     # ValueError: names that are not UTF-8.
     except (sqlite3.Error, OSError, ValueError) as error:
       raise errors.UserError(
           f'{path}: {error}', 'a file of ratings, or a place to make one',
           'choose another --out') from None
-    # Views and triggers are programs, and somebody else's.
-    if version != _VERSION or found != _ours():
+    # Views and triggers that are not ours are programs of somebody else.
+    if version != _VERSION or found != _own_objects():
       raise errors.UserError(
           f'{path} is an SQLite file of another program or version',
           f'ratings of version {_VERSION}', 'choose another --out')
 
   @contextlib.contextmanager
   def _open(self):
-    # Handlers run on many threads, a connection belongs to one.
+    # Requests are handled on many threads; a connection belongs to one.
     with contextlib.closing(
         sqlite3.connect(self.path, timeout=10)) as connection:
       connection.execute('PRAGMA foreign_keys = ON')
@@ -111,37 +113,38 @@ class Store:
         yield connection
 
   @contextlib.contextmanager
-  def _told(self):
-    """Tells of a file that was damaged, or of a full disk, in our words."""
+  def _transaction(self):
+    """Yields a connection; a damaged file or a full disk is a `UserError`."""
     try:
-      yield
+      with self._open() as connection:
+        yield connection
     except sqlite3.IntegrityError:
       raise
     except (sqlite3.Error, ValueError) as error:
       raise errors.UserError(
-          f'{self.path}: {error}', 'a file of ratings that is whole',
+          f'{self.path}: {error}', 'an intact file of ratings',
           'restore it from a copy, or choose another --out') from None
 
   def add(
       self, rating: Rating, *, runs: tuple[str, str], place: str) -> bool:
-    """Keeps a rating; returns False if the rater's is there already.
+    """Stores a rating; returns False if this rater has rated the pair already.
 
     Args:
-      rating: What was said.
+      rating: The rating.
       runs: The names of a and b.
       place: The record, as 'test.csv:12', for people who read the file.
     """
     now = datetime.datetime.now(datetime.timezone.utc)
     try:
-      with self._told(), self._open() as connection:
-        number = connection.execute(
+      with self._transaction() as connection:
+        rating_id = connection.execute(
             'INSERT INTO ratings (time, rater, run_a, run_b, item, place,'
             ' shown_first, choice) VALUES (?, ?, ?, ?, ?, ?, ?, ?)',
             (now.isoformat(timespec='seconds'), rating.rater, *runs,
              rating.item, place, rating.shown_first, rating.choice)).lastrowid
         connection.executemany(
             'INSERT INTO marks VALUES (?, ?, ?, ?)',
-            [(number, *key, mark) for key, mark in rating.marks.items()])
+            [(rating_id, *key, mark) for key, mark in rating.marks.items()])
     except sqlite3.IntegrityError as error:
       if 'ratings.rater' in str(error):
         return False
@@ -149,42 +152,43 @@ class Store:
     return True
 
   def undo(self, rater: str, items: Sequence[str]) -> Rating | None:
-    """Takes back a rater's last rating of these items, and returns it."""
-    mine = [(number, rating) for number, rating in self._read()
+    """Undoes the rater's last rating of these pairs, and returns it."""
+    mine = [(rating_id, rating) for rating_id, rating in self._read()
             if rating.rater == rater and rating.item in set(items)]
     if not mine:
       return None
-    number, rating = mine[-1]
-    with self._told(), self._open() as connection:
+    rating_id, rating = mine[-1]
+    with self._transaction() as connection:
       connection.execute(
-          'UPDATE ratings SET undone = 1 WHERE id = ?', (number,))
+          'UPDATE ratings SET undone = 1 WHERE id = ?', (rating_id,))
     return rating
 
   def ratings(self) -> list[Rating]:
-    """Returns all ratings that stand, in the order in which they came."""
+    """Returns all ratings that were not undone, in order of arrival."""
     return [rating for _, rating in self._read()]
 
   def _read(self):
-    with self._told(), self._open() as connection:
-      marks = {}
-      for number, side, criterion, mark in connection.execute(
+    with self._transaction() as connection:
+      marks = collections.defaultdict(dict)
+      for rating_id, side, criterion, mark in connection.execute(
           'SELECT rating, side, criterion, mark FROM marks'):
         _check_row(side in SIDES and isinstance(criterion, str)
-                   and mark in range(1, 6), 'mark', number)
-        marks.setdefault(number, {})[side, criterion] = mark
+                   and mark in range(1, 6), 'mark', rating_id)
+        marks[rating_id][side, criterion] = mark
       rows = []
-      for number, rater, item, first, choice in connection.execute(
+      for rating_id, rater, item, first, choice in connection.execute(
           'SELECT id, rater, item, shown_first, choice FROM ratings'
           ' WHERE NOT undone ORDER BY id'):
-        _check_row(isinstance(rater, str) and isinstance(item, str)
-                   and first in SIDES and choice in CHOICES, 'rating', number)
-        rows.append((number, Rating(
-            rater, item, first, choice, marks.get(number, {}))))
+        _check_row(
+            isinstance(rater, str) and isinstance(item, str)
+            and first in SIDES and choice in CHOICES, 'rating', rating_id)
+        rows.append((rating_id, Rating(
+            rater, item, first, choice, marks[rating_id])))
       return rows
 
 
 def _objects(connection):
-  """Returns what a file holds but for SQLite's own, as {(type, name, sql)}."""
+  """Returns {(type, name, sql)} of all that is in a file but SQLite's own."""
   return {
       row for row in connection.execute(
           'SELECT type, name, sql FROM sqlite_master')
@@ -192,27 +196,28 @@ def _objects(connection):
 
 
 @functools.cache
-def _ours():
+def _own_objects():
   with contextlib.closing(sqlite3.connect(':memory:')) as connection:
     connection.executescript(_SCHEMA)
     return _objects(connection)
 
 
-def _check_row(good, what, number):
-  # Our tables check their values themselves; a damaged file does not.
-  if not good:
-    raise ValueError(f'the {what} {number} is none')
+def _check_row(is_valid, what, rating_id):
+  # The tables check their values on writing; a damaged file may hold others.
+  if not is_valid:
+    raise ValueError(f'the {what} with id {rating_id} is invalid')
 
 
 # Statistics ------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Marks:
-  """One criterion: means over the pairs whose answers both have a mark.
+class CriterionMarks:
+  """The marks of one criterion, over the `n` pairs with marks on both answers.
 
-  `gain` is a's mean less b's, with its 95 % bootstrap interval over the pairs;
-  `alpha` the raters' agreement, None if there is nothing to tell it from.
+  `a` and `b` are means over pairs, `gain` is a - b with its 95 % bootstrap
+  interval over pairs, and `alpha` is the raters' agreement (None where
+  `krippendorff_alpha` is).
   """
 
   criterion: str
@@ -225,22 +230,22 @@ class Marks:
 
 
 @dataclasses.dataclass(frozen=True)
-class Summary:
-  """What the ratings of two runs say.
+class RatingSummary:
+  """The result of the ratings of two runs.
 
   Attributes:
-    n_items: Pairs there are.
-    n_rated: Pairs that anybody has rated.
+    n_items: Number of pairs.
+    n_rated: Number of pairs with a rating.
     raters: Name -> number of pairs rated.
     counts: Choice -> number of ratings.
     win_rate: Of a over b, see `win_rate`; None without ratings.
     win_interval: Its 95 % interval.
-    agreement: Share of pairs of raters who chose the same, over all pairs
-      rated by two; None without any.
-    alpha: Krippendorff's, of the choices as an ordinal scale.
-    marks: One a criterion that was marked.
-    shown_first: Share of ratings without a tie that chose the first answer:
-      far from a half, the raters look at the place.
+    agreement: Share of equal choices among all pairs of ratings of the same
+      answers; None if no answers were rated twice.
+    alpha: Krippendorff's alpha of the choices as an ordinal scale.
+    marks: The criteria that were marked.
+    shown_first: Share of ratings, without ties, that chose the answer shown
+      first. Far from a half, the position influences the raters.
   """
 
   n_items: int
@@ -251,50 +256,52 @@ class Summary:
   win_interval: tuple[float, float]
   agreement: float | None
   alpha: float | None
-  marks: Sequence[Marks]
+  marks: Sequence[CriterionMarks]
   shown_first: float | None
 
 
-def summarise(ratings: Sequence[Rating], items: Sequence[str]) -> Summary:
-  """Sums up the ratings of these items; others are left out."""
+def summarise(
+    ratings: Sequence[Rating], items: Sequence[str]) -> RatingSummary:
+  """Summarises the ratings of these pairs; ratings of others are ignored."""
   known = set(items)
   ratings = [r for r in ratings if r.item in known]
-  by_item: dict[str, list[Rating]] = {}
+  by_item = collections.defaultdict(list)
   for rating in ratings:
-    by_item.setdefault(rating.item, []).append(rating)
-  raters: dict[str, int] = {}
-  for rating in ratings:
-    raters[rating.rater] = raters.get(rating.rater, 0) + 1
-  rate, interval = win_rate([[r.choice for r in group]
-                             for group in by_item.values()])
-  decided = [r for r in ratings if r.choice != 'tie']
-  pairs = [x.choice == y.choice for group in by_item.values()
+    by_item[rating.item].append(rating)
+  groups = list(by_item.values())
+  rate, interval = win_rate([[r.choice for r in group] for group in groups])
+  decided = [r.choice == r.shown_first for r in ratings if r.choice != 'tie']
+  equal = [x.choice == y.choice for group in groups
            for x, y in itertools.combinations(group, 2)]
-  return Summary(
-      n_items=len(known), n_rated=len(by_item), raters=raters,
-      counts={c: sum(r.choice == c for r in ratings) for c in CHOICES},
+  counts = collections.Counter(r.choice for r in ratings)
+  marks = [_criterion_marks(name, groups) for name in CRITERIA]
+  return RatingSummary(
+      n_items=len(known), n_rated=len(groups),
+      raters=dict(collections.Counter(r.rater for r in ratings)),
+      counts={choice: counts[choice] for choice in CHOICES},
       win_rate=rate, win_interval=interval,
-      agreement=sum(pairs) / len(pairs) if pairs else None,
+      agreement=_share(equal),
       alpha=krippendorff_alpha([
-          [CHOICES.index(r.choice) for r in group]
-          for group in by_item.values()]),
-      marks=[m for c in CRITERIA
-             if (m := _marks(c, list(by_item.values()))) is not None],
-      shown_first=sum(r.choice == r.shown_first for r in decided)
-      / len(decided) if decided else None)
+          [CHOICES.index(r.choice) for r in group] for group in groups]),
+      marks=[m for m in marks if m is not None],
+      shown_first=_share(decided))
+
+
+def _share(hits: Sequence[bool]) -> float | None:
+  return sum(hits) / len(hits) if hits else None
 
 
 def win_rate(
     choices: Sequence[Sequence[str]]
 ) -> tuple[float | None, tuple[float, float]]:
-  """Returns how often a is the better one, ties as half, and its interval.
+  """Returns the share of pairs that a wins, a tie counting half, and a 95 % CI.
 
-  Ratings of one pair by several people are not independent: each pair counts
-  once, with the mean of its ratings, and the 95 % Wilson interval is that of
-  so many pairs. It is rather too wide: halves vary less than ones and zeros.
+  Ratings of one pair by several people are not independent, so each pair counts
+  once, with the mean of its ratings, in the Wilson interval. The interval is
+  conservative: halves vary less than zeros and ones.
 
   Args:
-    choices: A list of `CHOICES` a pair.
+    choices: For each pair, the choices of its raters.
   """
   scores = [sum(_SCORE[c] for c in group) / len(group) for group in choices]
   if not scores:
@@ -304,44 +311,28 @@ def win_rate(
 
 
 def krippendorff_alpha(units: Sequence[Sequence[int]]) -> float | None:
-  """Returns how far raters agree beyond chance: 1 fully, 0 not at all.
+  """Returns the raters' agreement beyond chance: 1 is full, 0 is chance.
 
-  Krippendorff's alpha for ordinal values, of any number of raters, each of whom
-  may have left units out ("Computing Krippendorff's Alpha-Reliability",
-  University of Pennsylvania, 2011, section D).
+  Krippendorff's alpha for ordinal values and any number of raters, each of whom
+  may have skipped units.
 
   Args:
     units: The values that each unit was given, in any order.
 
   Returns:
-    None where no unit has two values, or all values are the same.
+    None if no unit has two values, or all values are the same.
   """
   units = [unit for unit in units if len(unit) > 1]
-  values = sorted({value for unit in units for value in unit})
+  values = sorted(set(itertools.chain.from_iterable(units)))
   if len(values) < 2:
     return None
-  coincidences = {pair: 0.0 for pair in itertools.product(values, values)}
-  for unit in units:
-    for pair in itertools.permutations(unit, 2):
-      coincidences[pair] += 1 / (len(unit) - 1)
-  totals = {c: sum(coincidences[c, k] for k in values) for c in values}
-
-  def distance(c, k):
-    """Squared number of values between two, their own counted half."""
-    low, high = min(c, k), max(c, k)
-    between = sum(totals[g] for g in values if low <= g <= high)
-    return (between - (totals[c] + totals[k]) / 2) ** 2
-
-  observed = sum(
-      n * distance(c, k) for (c, k), n in coincidences.items())
-  expected = sum(
-      totals[c] * totals[k] * distance(c, k)
-      for c, k in itertools.product(values, values))
-  return 1 - (sum(totals.values()) - 1) * observed / expected
+  return float(krippendorff.alpha(
+      value_counts=[[unit.count(value) for value in values] for unit in units],
+      level_of_measurement='ordinal'))
 
 
-def _marks(criterion, groups):
-  """Returns the `Marks` of a criterion; None if no pair has both marks."""
+def _criterion_marks(criterion, groups):
+  """Returns a criterion's `CriterionMarks`, None if no pair has both marks."""
   means, units = [], []
   for group in groups:
     both = [(r.marks['a', criterion], r.marks['b', criterion]) for r in group
@@ -354,21 +345,20 @@ def _marks(criterion, groups):
     return None
   n = len(means)
   a, b = (sum(side) / n for side in zip(*means))
-  return Marks(
+  return CriterionMarks(
       criterion, n, a, b, a - b,
       intervals.bootstrap([x - y for x, y in means]),
       krippendorff_alpha(units))
 
 
-def report(summary: Summary, runs: tuple[str, str]) -> str:
+def report(summary: RatingSummary, runs: tuple[str, str]) -> str:
   """Returns the summary as text for a terminal."""
   a, b = runs
   counts = summary.counts
+  raters = ', '.join(f'{name} ({n})' for name, n in summary.raters.items())
   lines = [
       f'{summary.n_rated} of {summary.n_items} pairs rated by'
-      f' {len(summary.raters)}: '
-      + (', '.join(f'{name} ({n})' for name, n in summary.raters.items())
-         or 'nobody yet')]
+      f' {len(summary.raters)}: {raters or "nobody yet"}']
   if summary.win_rate is None:
     return lines[0]
   low, high = summary.win_interval
@@ -376,7 +366,7 @@ def report(summary: Summary, runs: tuple[str, str]) -> str:
       f'{a} is better in {counts["a"]} ratings, {b} in {counts["b"]},'
       f' {counts["tie"]} ties',
       f'win rate of {a}: {summary.win_rate:.1%} (95 %: {low:.0%} to'
-      f' {high:.0%}; ties as half, {summary.n_rated} pairs)',
+      f' {high:.0%}; a tie counts half; {summary.n_rated} pairs)',
       'agreement: ' + (
           'no pair was rated by two people' if summary.agreement is None else
           f'{summary.agreement:.1%} of choices the same,'

@@ -1,4 +1,4 @@
-"""Answers one after the other, each streamed while it is made."""
+"""Generates answers one at a time and streams each while it is generated."""
 
 import asyncio
 from concurrent import futures
@@ -12,35 +12,35 @@ from typing import Callable
 from gemma_sft import errors
 from gemma_sft.serving import app as app_lib
 
-# Further questions are refused: each waits on a thread of its own.
-_MOST_WAITING = 8
+# More questions are refused: each occupies a thread while it waits.
+_MAX_WAITING = 8
 
 
 class _Stopped(Exception):
-  """Nobody listens any more."""
+  """The client has gone."""
 
 
 class Turns:
-  """A queue before the one device.
+  """A queue for the one device.
 
-  `end` makes all of them stop at their next piece of text, as does closing the
-  iterator of one (the page's stop button closes its connection).
+  An answer stops at its next piece of text once its iterator is closed (the
+  page's stop button closes the connection); `end` stops all of them.
   """
 
   def __init__(self):
     self._lock = threading.Lock()
-    self._pool = futures.ThreadPoolExecutor(_MOST_WAITING)
+    self._pool = futures.ThreadPoolExecutor(_MAX_WAITING)
     self._stops: set[threading.Event] = set()
 
   def check_room(self) -> None:
     """Raises a `UserError` if too many questions are waiting."""
-    if len(self._stops) >= _MOST_WAITING:
+    if len(self._stops) >= _MAX_WAITING:
       raise errors.UserError(
           f'{len(self._stops)} questions are waiting', 'fewer',
           'try again in a while')
 
   def end(self) -> None:
-    """Stops all answers; for the end of the server."""
+    """Stops all answers, when the server shuts down."""
     for stop in list(self._stops):
       stop.set()
     self._pool.shutdown(wait=False, cancel_futures=True)
@@ -52,11 +52,12 @@ class Turns:
   ) -> AsyncIterator[dict[str, Any]]:
     """Yields {'started'}, {'text'} ..., {'answer', 'seconds'}, the verdict.
 
-    Or {'error'} at the end.
+    The last event is {'error'} if something fails.
 
     Args:
-      answer: Called with a function to write pieces of text to; returns all.
-      judge: Called with the answer; what it returns is the last event.
+      answer: Called with a function that takes pieces of text; returns the
+        whole answer.
+      judge: Called with the answer; returns the last event.
     """
     loop = asyncio.get_running_loop()
     events: asyncio.Queue = asyncio.Queue()

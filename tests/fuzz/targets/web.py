@@ -25,7 +25,7 @@ from gemma_sft.run import restore
 from gemma_sft.serving import guard
 from gemma_sft.serving import pairs as pairs_lib
 from gemma_sft.serving import playground
-from gemma_sft.serving import rating
+from gemma_sft.serving import rating_page
 from gemma_sft.serving import ratings
 from gemma_sft.weights import tokenizer_file
 
@@ -47,8 +47,9 @@ class _Apps:
     self._n = 0
     store = ratings.Store(self._path)
     self.by_name = {
-        'rate': rating.make_app(_PAIRS, ('w/a', 'w/b'), store),
-        'token': rating.make_app(_PAIRS, ('w/a', 'w/b'), store, token=_TOKEN),
+        'rate': rating_page.make_app(_PAIRS, ('w/a', 'w/b'), store),
+        'token': rating_page.make_app(
+            _PAIRS, ('w/a', 'w/b'), store, token=_TOKEN),
         'play': playground.make_app(_playground(), _echo)}
 
   def tidy(self):

@@ -1,4 +1,4 @@
-"""The page on which people say which of two answers is the better one."""
+"""The page on which people say which of two answers is better."""
 
 import dataclasses
 import threading
@@ -21,10 +21,9 @@ _Marks = dict[Literal[ratings.CRITERIA], _Mark]
 _Name = Annotated[str, pydantic.Field(max_length=200)]
 
 
-class _Vote(pydantic.BaseModel):
-  """What the page sends; the answers go by their places on it."""
+class _Vote(app_lib.Body):
+  """A choice; answers are called by their position on the page."""
 
-  model_config = pydantic.ConfigDict(extra='forbid')
   rater: _Name
   item: Annotated[str, pydantic.Field(max_length=64)]
   choice: Literal['first', 'tie', 'second']
@@ -32,13 +31,12 @@ class _Vote(pydantic.BaseModel):
   second: _Marks = {}
 
 
-class _Rater(pydantic.BaseModel):
-  model_config = pydantic.ConfigDict(extra='forbid')
+class _Rater(app_lib.Body):
   rater: _Name
 
 
 def make_app(
-    pairs: Sequence[pairs_lib.Pair],
+    pairs: Sequence[pairs_lib.AnswerPair],
     runs: tuple[str, str],
     store: ratings.Store,
     *,
@@ -46,65 +44,63 @@ def make_app(
 ) -> fastapi.FastAPI:
   """Returns the app.
 
-  Which run an answer is of never reaches the page that rates it: that goes by
-  first and second, and the server maps them back.
+  The rating page never learns which run an answer comes from: it says first and
+  second, and the server maps these back.
 
   Args:
-    pairs: What there is to rate, in order.
-    runs: Their names, for the page of results.
-    store: Where ratings go.
+    pairs: The pairs to rate, in order.
+    runs: The names of a and b, for the page of results.
+    store: Where ratings are stored.
     token: See `guard.Guard`.
   """
   app = app_lib.make_app(page='rate.html', token=token)
   app_lib.add_page(app, '/results', 'results.html')
   by_item = {pair.item: pair for pair in pairs}
-  # One vote at a time: what comes next depends on what is there.
+  # One vote at a time: the next pair depends on what is stored.
   lock = threading.Lock()
 
-  def task_of(rater: str, before: ratings.Rating | None = None):
+  def next_state(rater: str, before: ratings.Rating | None = None):
     done = {r.item for r in store.ratings() if r.rater == rater} & set(by_item)
-    left = [pair for pair in pairs if pair.item not in done]
     state = {'done': len(done), 'total': len(pairs),
              'criteria': ratings.CRITERIA, 'pair': None}
-    if left:
-      pair = left[0]
-      first = pairs_lib.shown_first(rater, pair.item)
-      texts = (pair.a, pair.b) if first == 'a' else (pair.b, pair.a)
+    pair = next((pair for pair in pairs if pair.item not in done), None)
+    if pair is not None:
+      texts = {'a': pair.a, 'b': pair.b}
+      first, second = _sides(rater, pair.item)
       state['pair'] = dict(item=pair.item, prompt=pair.prompt,
-                           first=texts[0], second=texts[1])
+                           first=texts[first], second=texts[second])
       if before is not None and before.item == pair.item:
         state['pair']['before'] = _as_shown(before)
     return state
 
   @app.get('/api/next')
   def _(rater: _Name) -> dict[str, Any]:
-    return task_of(_name(rater))
+    return next_state(_clean_name(rater))
 
   @app.post('/api/rate')
   def _(vote: _Vote) -> dict[str, Any]:
-    rater = _name(vote.rater)
+    rater = _clean_name(vote.rater)
     pair = by_item.get(vote.item)
     if pair is None:
       raise errors.UserError(
-          'this pair is not among those that are rated now', 'one of them',
+          'this pair is not one of those being rated', 'one of them',
           'load the page again')
-    first = pairs_lib.shown_first(rater, pair.item)
-    second = 'b' if first == 'a' else 'a'
+    first, second = _sides(rater, pair.item)
     sides = {'first': first, 'second': second, 'tie': 'tie'}
-    marks = {(first, c): m for c, m in vote.first.items()}
-    marks |= {(second, c): m for c, m in vote.second.items()}
+    marks = {(first, c): mark for c, mark in vote.first.items()}
+    marks |= {(second, c): mark for c, mark in vote.second.items()}
     with lock:
-      # A vote that is there already (a key hit twice, two windows) stands.
+      # The first vote on a pair stands (a key hit twice, two windows).
       store.add(
           ratings.Rating(rater, pair.item, first, sides[vote.choice], marks),
           runs=runs, place=pair.place)
-      return task_of(rater)
+      return next_state(rater)
 
   @app.post('/api/undo')
-  def _(who: _Rater) -> dict[str, Any]:
-    rater = _name(who.rater)
+  def _(body: _Rater) -> dict[str, Any]:
+    rater = _clean_name(body.rater)
     with lock:
-      return task_of(rater, store.undo(rater, list(by_item)))
+      return next_state(rater, store.undo(rater, list(by_item)))
 
   @app.get('/api/results')
   def _() -> dict[str, Any]:
@@ -114,7 +110,13 @@ def make_app(
   return app
 
 
-def _name(text: str) -> str:
+def _sides(rater: str, item: str) -> tuple[str, str]:
+  """Returns the runs of the first and the second answer on the page."""
+  first = pairs_lib.shown_first(rater, item)
+  return first, 'b' if first == 'a' else 'a'
+
+
+def _clean_name(text: str) -> str:
   """Returns a rater's name in one spelling, or raises a `UserError`."""
   name = ' '.join(unicodedata.normalize('NFC', text).split())
   if not name or len(name) > 40 or not name.isprintable():
@@ -124,10 +126,10 @@ def _name(text: str) -> str:
 
 
 def _as_shown(rating: ratings.Rating) -> dict[str, Any]:
-  """Returns a rating by the places on the page, to be changed there."""
-  place = {rating.shown_first: 'first', 'tie': 'tie'}
-  shown = {'choice': place.get(rating.choice, 'second'),
+  """Returns a rating by positions on the page, to be changed there."""
+  position = {rating.shown_first: 'first', 'tie': 'tie'}
+  shown = {'choice': position.get(rating.choice, 'second'),
            'first': {}, 'second': {}}
   for (side, criterion), mark in rating.marks.items():
-    shown[place.get(side, 'second')][criterion] = mark
+    shown[position.get(side, 'second')][criterion] = mark
   return shown
