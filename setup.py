@@ -107,8 +107,8 @@ setuptools.setup(
     packages=setuptools.find_packages(
         include=['gemma_sft', 'gemma_sft.*', 'configs']),
     package_data={
-        'gemma_sft': ['py.typed'],
-        'gemma_sft.curation': ['lists/*.txt'],
+        'gemma_sft': ['*.html', 'py.typed'],
+        'gemma_sft.curation': ['*.html', 'lists/*.txt'],
         'gemma_sft.evaluation': ['*.html'],
         'gemma_sft.serving': ['static/*'],
         'gemma_sft.sweeping': ['*.html'],

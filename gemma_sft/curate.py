@@ -4,10 +4,10 @@ r"""Cleans a raw collection of texts and divides it into three splits.
         --config.source=raw.csv --out=DIR
     python -m gemma_sft.curate --config=configs/curation.py:lyrics --dry_run
 
-Writes train, validation and test.jsonl; removed.jsonl, every row that was taken
-out, and why; changes.jsonl, every cell that was changed, before and after;
-review.jsonl, lines with listed words, all of them kept; and what was done in
-short as report.json, report.md and report.html. configs/curation.py has every
+Writes train.jsonl, validation.jsonl and test.jsonl; removed.jsonl, every row
+that was removed and why; changes.jsonl, every cell that was changed, before and
+after; review.jsonl, lines with listed words, none of which are removed; and a
+summary as report.json, report.md and report.html. configs/curation.py has every
 setting with its reason.
 """
 
@@ -48,11 +48,11 @@ _FILES = (
     *(f'{name}.{kind}' for name in splits.NAMES for kind in ('jsonl', 'csv')),
     'removed.jsonl', 'changes.jsonl', 'review.jsonl', 'report.json',
     'report.md', 'report.html')
-# A text in ITRANS, HK or SLP1 has a capital inside a fifth of its words and
-# more; in English these are a few names.
+# In ITRANS, HK or SLP1 at least a fifth of the words have a capital inside; in
+# English, a few names.
 _ROMANISED = 0.1
-# A split whose share is further from its fraction is noted.
-_OFF = 0.03
+# A note is made of a split whose share is further than this from its fraction.
+_TOLERANCE = 0.03
 
 
 def main(
@@ -68,26 +68,29 @@ def main(
     _check_folder(cli.require('out', out, '--out=curated'), overwrite,
                   config.source)
   result = curate(config)
-  blocks = report_lib.blocks(result, examples)
-  print(report_lib.to_markdown(blocks))
+  sections = report_lib.make_sections(result, examples)
+  print(report_lib.to_markdown(sections))
   if not dry_run:
-    _write(pathlib.Path(out), result, config, blocks, examples)
+    _write(pathlib.Path(out), result, config, sections, examples)
     print(f'\nwritten to {out}')
   return 0
 
 
-def curate(config: Any) -> report_lib.Result:
-  """Returns the splits of the collection, and an account of all that was done.
+def curate(config: Any) -> report_lib.CurationResult:
+  """Returns the splits of the collection, and a log of everything done.
 
-  The rows read are those kept and those removed, whatever the steps are.
+  Whatever the steps, every row read is either kept or removed.
 
   Raises:
     UserError: for a source that cannot be read, a column that it lacks, or a
       step that would lose meaning.
   """
-  account = table.Account()
+  log = table.ChangeLog()
   fill = config_lib.parse_columns(config.fill, 'fill')
-  rows = _read(config)
+  # Blank rows too, so that they are counted.
+  rows = [table.TableRow(row.where, row.fields) for row in records_lib.read(
+      config.source, format=config.format, validated=False,
+      columns=config_lib.parse_columns(config.rename, 'rename'))]
   num_read = len(rows)
   known = table.columns(rows)
   for key, names in (
@@ -95,45 +98,43 @@ def curate(config: Any) -> report_lib.Result:
       ('fill', (*fill, *fill.values())), ('required', config.required),
       ('balance', (config.balance,) if config.balance else ()),
       ('groups', config.groups), ('romanise', config.romanise)):
-    table.require_columns(key, names, rows)
+    table.require_columns(key, names, known)
   text = config.text or tuple(
       name for name in known
       if any(table.is_text(row.fields.get(name)) for row in rows))
   augment.check_templates(config.augment_templates, known)
   entries = [e for name in config.lists for e in words.load_list(name)]
 
-  _clean_characters(rows, account, config, text, known)
-  account.begin('fill', bool(fill))
-  table.fill_missing(rows, account, fill)
-  account.begin('missing')
+  _clean_characters(rows, log, config, text, known)
+  log.begin('fill', bool(fill))
+  table.fill_missing(rows, log, fill)
+  log.begin('missing')
   rows = table.remove_incomplete(
-      rows, account, required=config.required,
-      max_missing=config.max_missing, min_lines=config.min_lines, text=text,
-      known=known)
-  account.begin('punctuation', bool(config.punctuation))
+      rows, log, required=config.required, max_missing=config.max_missing,
+      min_lines=config.min_lines, text=text, known=known)
+  log.begin('punctuation', bool(config.punctuation))
   table.repair_punctuation(
-      rows, account, config.punctuation, config.punctuation_share)
-  account.begin('duplicates', config.duplicates > 0)
+      rows, log, config.punctuation, config.punctuation_share)
+  log.begin('duplicates', config.duplicates > 0)
   if config.duplicates:
     rows = duplicates.remove_duplicates(
-        rows, account, text, config.duplicates, config.ngram)
-  parts = _split(rows, account, config, text)
-  account.begin('augment', bool(config.augment))
-  made = augment.augment(
-      parts['train'], account, methods=config.augment,
-      share=config.augment_share, names=text,
-      templates=config.augment_templates, keep=config.augment_keep,
+        rows, log, text, config.duplicates, config.ngram)
+  parts = _split(rows, log, config, text)
+  log.begin('augment', bool(config.augment))
+  augmented = augment.augment(
+      parts['train'], log, methods=config.augment, share=config.augment_share,
+      names=text, templates=config.augment_templates, keep=config.augment_keep,
       seed=config.seed)
-  every = [*rows, *made]
-  account.begin('romanise', bool(config.romanise))
-  _romanise(every, account, config.romanise, config.scheme)
-  account.begin('tokens', bool(config.tokens))
+  all_rows = [*rows, *augmented]
+  log.begin('romanise', bool(config.romanise))
+  _romanise(all_rows, log, config.romanise, config.scheme)
+  log.begin('tokens', bool(config.tokens))
   if config.tokens:
-    _add_tokens(every, account, text, config.tokens)
-  assert num_read == len(rows) + len(account.removals)
-  return report_lib.Result(
-      source=config.source, num_read=num_read, account=account,
-      parts=parts, augmented=made, text=text, balance=config.balance,
+    _add_tokens(all_rows, log, text, config.tokens)
+  assert num_read == len(rows) + len(log.removals)
+  return report_lib.CurationResult(
+      source=config.source, num_read=num_read, log=log, parts=parts,
+      augmented=augmented, text=text, balance=config.balance,
       flags=[flag for name, part in parts.items()
              for flag in _flags(part, name, text, entries)],
       leaks=splits.leaks(
@@ -141,46 +142,38 @@ def curate(config: Any) -> report_lib.Result:
           config.duplicates or 1.0, config.ngram))
 
 
-def _read(config) -> list[table.Row]:
-  """Returns the rows of every source that training takes, blanks and all."""
-  rows = records_lib.read(
-      config.source, format=config.format, validated=False,
-      columns=config_lib.parse_columns(config.rename, 'rename'))
-  return [table.Row(row.where, row.fields) for row in rows]
+def _clean_characters(rows, log, config, text, known) -> None:
+  """Applies the steps on single cells, all but lower case to all columns.
 
-
-def _clean_characters(rows, account, config, text, known) -> None:
-  """Applies the steps that look at one cell: all but the case to all columns.
-
-  A title with a stray tag would part songs that belong together.
+  A title with a stray tag would otherwise separate songs that belong together.
   """
   steps = (
       ('html', config.html, characters.strip_html,
        'markup is not part of a text'),
       ('symbols', bool(config.symbols), functools.partial(
           characters.remove_symbols, pattern=config.symbols),
-       'signs that stand for no sound'),
+       'symbols that stand for no sound'),
       ('encoding', config.unicode, characters.repair_encoding,
-       'decoded wrongly'),
+       'wrongly decoded'),
       ('invisible', config.unicode, characters.remove_invisible,
-       'of no width, and no joiner that its script needs'),
+       'zero width, and not a joiner that its script needs'),
       ('letters', config.unicode, characters.compose_nukta,
        'one form of each letter: NFC, a nukta joined to its letter'),
       ('whitespace', config.whitespace, characters.regular_whitespace,
        'one space between words, at most one blank line'),
       ('lower', config.lower, characters.lower, 'lower case'))
   for step, is_on, function, why in steps:
-    account.begin(step, is_on)
+    log.begin(step, is_on)
     if not is_on:
       continue
     if step == 'lower':
-      _check_case(rows, account, config, text)
+      _check_case(rows, log, config, text)
     table.apply_text(
-        rows, account, step, text if step == 'lower' else known, function, why)
+        rows, log, step, text if step == 'lower' else known, function, why)
 
 
-def _check_case(rows, account, config, text) -> None:
-  """Raises where lower case would lose a sound; notes where there is none."""
+def _check_case(rows, log, config, text) -> None:
+  """Raises if lower case would lose a sound; notes texts without case."""
   texts = [table.as_text(row.fields.get(name)) for row in rows for name in text]
   own, cased = config.romanised, romanise.CASED
   if config.romanise and config.scheme in cased:
@@ -193,22 +186,22 @@ def _check_case(rows, account, config, text) -> None:
                ' HK or SLP1')
   else:
     caseless = sum(
-        bool(t.strip()) and not any(map(characters.has_case, t)) for t in texts)
+        bool(t.strip()) and not characters.has_case(t) for t in texts)
     if caseless:
-      account.notes.append(
+      log.notes.append(
           f'lower: {caseless} of {len(texts)} texts are in scripts without'
-          ' case and stay as they are')
+          ' case and stay unchanged')
     return
   raise errors.UserError(
-      f'config.lower=True, but {problem}: a capital is another sound'
-      ' there (a and A, t and T)',
+      f'config.lower=True, but {problem}: there a capital is another sound'
+      ' (a and A, t and T)',
       'lower=False, or a scheme without capitals: '
       + ', '.join(s for s in romanise.SCHEMES if s not in cased),
-      'set --config.lower=false or --config.scheme=iast; for text'
-      ' that is not romanised --config.romanised=none')
+      'set --config.lower=false or --config.scheme=iast; for text that is not'
+      ' romanised set --config.romanised=none')
 
 
-def _split(rows, account, config, text) -> dict[str, list[table.Row]]:
+def _split(rows, log, config, text) -> dict[str, list[table.TableRow]]:
   """Returns the rows of each split; groups and openings stay together."""
   pairs = []
   if config.opening:
@@ -216,28 +209,29 @@ def _split(rows, account, config, text) -> dict[str, list[table.Row]]:
     pairs = duplicates.similar_pairs(
         starts, config.duplicates or 1.0, config.ngram)
   members = splits.groups(rows, config.groups, pairs)
-  wanted = sum(part > 0 for part in config.fractions)
-  if len(members) < wanted:
-    account.notes.append(
+  num_splits = sum(part > 0 for part in config.fractions)
+  if len(members) < num_splits:
+    log.notes.append(
         f'split: {len(rows)} rows are in {len(members)} groups, too few for'
-        f' {wanted} splits')
+        f' {num_splits} splits')
   largest = max(map(len, members), default=0)
   if len(rows) > 1 and largest > len(rows) / 2:
-    account.notes.append(
+    log.notes.append(
         f'split: one group has {largest} of the {len(rows)} rows; fewer'
-        ' columns in config.groups make smaller ones')
+        ' columns in config.groups make smaller groups')
   chosen = splits.split(
       rows, members, config.fractions, config.balance, config.seed)
   for (name, part), wanted in zip(chosen.items(), config.fractions):
-    if abs(len(part) - wanted * len(rows)) > max(1, _OFF * len(rows)):
-      account.notes.append(
+    if abs(len(part) - wanted * len(rows)) > max(1, _TOLERANCE * len(rows)):
+      log.notes.append(
           f'split: {name} has {len(part) / len(rows):.0%} of the rows instead'
-          f' of {wanted:.0%}: groups stay whole, the largest has {largest}')
+          f' of {wanted:.0%}: groups stay whole, and the largest has {largest}'
+          ' rows')
   return {name: [rows[i] for i in part] for name, part in chosen.items()}
 
 
-def _romanise(rows, account, names, scheme) -> None:
-  strange: set[str] = set()
+def _romanise(rows, log, names, scheme) -> None:
+  unknown: set[str] = set()
   for row in rows:
     for name in names:
       value = row.fields.get(name)
@@ -245,26 +239,25 @@ def _romanise(rows, account, names, scheme) -> None:
       if column in row.read:
         raise errors.UserError(
             f'config.romanise: {row.where} has a column {column!r}',
-            'a name that is free', 'rename it: --config.rename='
-            f"'{column}_original={column}'")
+            'an unused name',
+            f"rename it: --config.rename='{column}_original={column}'")
       if table.is_text(value):
-        lines = romanise.romanise(table.as_text(value), scheme).split('\n')
-        strange.update(romanise.leftover('\n'.join(lines)))
-        account.change(
-            row, column, 'romanise',
-            lines if isinstance(value, list) else '\n'.join(lines),
-            f'{name} in {scheme}')
-  if strange:
-    account.notes.append(
-        f'romanise: {scheme} has no letter for {" ".join(sorted(strange))}')
+        latin = romanise.romanise(table.as_text(value), scheme)
+        unknown.update(romanise.leftover(latin))
+        log.change(row, column, 'romanise',
+                   latin.split('\n') if isinstance(value, list) else latin,
+                   f'{name} in {scheme}')
+  if unknown:
+    log.notes.append(
+        f'romanise: {scheme} has no letter for {" ".join(sorted(unknown))}')
 
 
-def _add_tokens(rows, account, text, kind) -> None:
+def _add_tokens(rows, log, text, kind) -> None:
   function = words.words if kind == 'words' else words.aksharas
   for row in rows:
     for name in text:
       if table.is_text(row.fields.get(name)):
-        account.change(
+        log.change(
             row, f'{name}_{kind}', 'tokens',
             function(table.as_text(row.fields[name])), f'{kind} of {name}')
 
@@ -283,13 +276,14 @@ def _flags(rows, split, text, entries) -> Iterable[dict[str, Any]]:
 
 
 def _check_folder(out: str, overwrite: bool, source: str) -> None:
-  """Raises where writing would destroy what somebody may want to keep."""
+  """Raises if writing would destroy files that somebody may want to keep."""
   if os.path.exists(out) and not os.path.isdir(out):
     raise errors.UserError(f'--out={out} is a file', 'a folder', 'name another')
   if os.path.isdir(out) and os.listdir(out) and not overwrite:
     raise errors.UserError(
         f'--out={out} is not empty', 'a new or an empty folder',
-        'name another, or add --overwrite to replace what an earlier run wrote')
+        'name another, or add --overwrite to replace the files of an earlier'
+        ' run')
   written = {os.path.realpath(os.path.join(out, name)) for name in _FILES}
   if ':' in source:
     return
@@ -300,18 +294,17 @@ def _check_folder(out: str, overwrite: bool, source: str) -> None:
           'name another')
 
 
-def _write(folder, result, config, blocks, examples) -> None:
+def _write(folder, result, config, sections, examples) -> None:
   folder.mkdir(parents=True, exist_ok=True)
-  for name in _FILES:  # Nothing of an earlier run may lie beside this one's.
+  for name in _FILES:  # No file of an earlier run may stay beside this one's.
     (folder / name).unlink(missing_ok=True)
   for name, rows in result.written().items():
     fields = [row.fields for row in rows]
     _write_jsonl(folder / f'{name}.jsonl', fields)
     if config.csv:
       _write_csv(folder / f'{name}.csv', fields, table.columns(rows))
-  account = result.account
-  for name, items in (('removed', account.removals),
-                      ('changes', account.changes)):
+  for name, items in (('removed', result.log.removals),
+                      ('changes', result.log.changes)):
     _write_jsonl(folder / f'{name}.jsonl', map(dataclasses.asdict, items))
   _write_jsonl(folder / 'review.jsonl', result.flags)
   report = report_lib.to_json(result, examples) | {
@@ -320,8 +313,8 @@ def _write(folder, result, config, blocks, examples) -> None:
   for name, content in (
       ('report.json', json.dumps(
           report, indent=1, ensure_ascii=False, default=str)),
-      ('report.md', report_lib.to_markdown(blocks)),
-      ('report.html', report_lib.to_html(blocks))):
+      ('report.md', report_lib.to_markdown(sections)),
+      ('report.html', report_lib.to_html(sections))):
     (folder / name).write_text(content + '\n', encoding='utf-8')
 
 
@@ -332,7 +325,7 @@ def _write_jsonl(path, items: Iterable[dict[str, Any]]) -> None:
 
 
 def _write_csv(path, items: Sequence[dict[str, Any]], names) -> None:
-  """Writes a table; a list of lines becomes the lines of its cell."""
+  """Writes a table; a list of lines becomes a cell of several lines."""
   with open(path, 'w', encoding='utf-8', newline='') as file:
     writer = csv.writer(file, lineterminator='\n')
     writer.writerow(names)

@@ -208,7 +208,7 @@ def test_read_is_kept_and_removed(
       groups=('poet',) if grouped else (), punctuation=('text', 'note'))
   result = curate.curate(config)
   kept = [row.where for part in result.parts.values() for row in part]
-  removed = [removal.where for removal in result.account.removals]
+  removed = [removal.where for removal in result.log.removals]
   assert sorted(kept + removed) == sorted(
       f'{path}:{i}' for i in range(1, len(rows) + 1))
   assert result.leaks == []
@@ -324,9 +324,9 @@ def test_too_few_groups_are_noted(config):
   config.groups = ('style',)
   result = curate.curate(config)
   assert any('40 rows are in 2 groups, too few for 3 splits' in note
-             for note in result.account.notes)
+             for note in result.log.notes)
   assert any('test has 0% of the rows instead of 10%' in note
-             for note in result.account.notes)
+             for note in result.log.notes)
 
 
 def _lower(config, text, **values):
@@ -336,7 +336,7 @@ def _lower(config, text, **values):
       lower=True, text=('text',), groups=(), balance='', fill='', min_lines=0,
       romanise=(), **values)
   result = curate.curate(config)
-  return result.parts['train'][0].fields['text'], result.account.notes
+  return result.parts['train'][0].fields['text'], result.log.notes
 
 
 def test_lower_case(config):
@@ -358,7 +358,7 @@ def test_lower_case_is_refused_where_it_would_lose_a_sound(
 
 def test_lower_case_is_refused_before_a_cased_scheme(config):
   config.update(lower=True, scheme='hk')
-  with pytest.raises(errors.UserError, match='scheme is hk: a capital'):
+  with pytest.raises(errors.UserError, match='scheme is hk: there a capital'):
     curate.curate(config)
   config.scheme = 'iast'
   curate.curate(config)

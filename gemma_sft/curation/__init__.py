@@ -1,7 +1,7 @@
-"""Cleaning of raw text collections: what `gemma_sft.curate` is made of.
+"""The parts of `gemma_sft.curate`, which cleans raw text collections.
 
-`characters` repairs a text, `words` divides one, `romanise` writes Indic
-scripts in Latin letters; all three are pure functions. `table` applies them to
-rows and keeps account of every change and removal, `duplicates`, `splits` and
-`augment` work on whole collections, `summary` writes the report.
+`characters` repairs texts, `words` divides them, `romanise` writes Indic
+scripts in Latin letters: these are pure functions. `table` applies them to rows
+and logs every change and removal. `duplicates`, `splits` and `augment` work on
+whole collections, `report` writes the report, `settings` checks the config.
 """

@@ -1,7 +1,7 @@
-"""Further training rows made of training rows; nothing else is touched.
+"""Makes additional training rows from training rows.
 
-An augmented row names its method under 'augmented' and its source under
-'augmented_from'.
+The column 'augmented' of such a row names its method, 'augmented_from' the row
+it was made from.
 """
 
 import collections
@@ -14,83 +14,84 @@ from gemma_sft import errors
 from gemma_sft.curation import table
 
 METHODS = ('line_order', 'span_dropout', 'paraphrase')
-# Of a text in one line, the share of words in the span that is left out.
+# Share of the words of a one-line text that span_dropout leaves out.
 _SPAN = 0.15
 
 
 def augment(
-    rows: Sequence[table.Row], account: table.Account, *,
+    rows: Sequence[table.TableRow], log: table.ChangeLog, *,
     methods: Sequence[str], share: float, names: Sequence[str],
     templates: Sequence[str], keep: Sequence[str], seed: int
-) -> list[table.Row]:
-  """Returns new rows, for each method `share` of the rows where it can work.
+) -> list[table.TableRow]:
+  """Returns new rows, made by each method from a random `share` of the rows.
 
-  line_order: the couplets of a text (its stanzas, if blank lines divide it)
-  change places; the first and the last stay, where a song states its theme and
-  a poet signs. span_dropout: one couplet of the middle is left out; of a text
-  in one line, a run of words. paraphrase: a column is worded anew by a template
+  line_order permutes the couplets of a text (its stanzas, if it has blank
+  lines), except the first and the last, where a song states its theme and a
+  poet signs. span_dropout leaves out one couplet of the middle, or a run of
+  words of a one-line text. paraphrase fills a column by a template
   'column=wording with {other} columns'.
 
   Args:
     rows: The training rows.
-    account: Of the notes: for how many rows a method had nothing to do.
-    methods: Of `METHODS`.
-    share: Of the rows, for each method.
+    log: Receives a note on rows that a method could not change.
+    methods: Some of `METHODS`.
+    share: Share of the rows, for each method.
     names: The columns of text.
-    templates: For paraphrase.
-    keep: Phrases that mean something in their culture: a couplet, or a run of
-      words, that holds one stays where it is.
-    seed: With the method and a row's number, all that chance depends on.
+    templates: Templates of paraphrase.
+    keep: Phrases with a meaning in their culture: a couplet or run of words
+      that contains one stays in place.
+    seed: Together with the method and the row's index, the only source of
+      randomness.
   """
   made = []
   for m, method in enumerate(METHODS):
     if method not in methods:
       continue
     chosen = np.random.default_rng([seed, m]).random(len(rows)) < share
-    idle = 0
+    num_unchanged = 0
     for i in np.flatnonzero(chosen):
       row, rng = rows[i], np.random.default_rng([seed, m, int(i)])
       fields = copy.deepcopy(row.fields)
       if method == 'paraphrase':
         _paraphrase(fields, templates, rng)
       else:
-        work = _reorder if method == 'line_order' else _drop
+        change = _reorder if method == 'line_order' else _drop
         for name in names:
           if table.is_text(fields.get(name)):
-            text = work(table.as_text(fields[name]), keep, rng)
+            text = change(table.as_text(fields[name]), keep, rng)
             is_list = isinstance(fields[name], list)
             fields[name] = text.split('\n') if is_list else text
       if fields == row.fields:
-        idle += 1
+        num_unchanged += 1
         continue
       fields |= {'augmented': method, 'augmented_from': row.where}
-      made.append(table.Row(row.where, row.read, fields))
-    if idle:
-      account.notes.append(
-          f'augment: {method} had nothing to do in {idle} of'
+      made.append(table.TableRow(row.where, row.read, fields))
+    if num_unchanged:
+      log.notes.append(
+          f'augment: {method} could not change {num_unchanged} of'
           f' {int(chosen.sum())} rows')
   return made
 
 
 def check_templates(templates: Sequence[str], known: Sequence[str]) -> None:
-  """Raises a UserError for a template that no row could fill."""
+  """Raises a UserError for a template with a syntax error or unknown column."""
   for template in templates:
     column, equals, wording = template.partition('=')
     try:
       wording.format_map(dict.fromkeys(known, ''))
-      good = bool(equals) and column in known
+      is_valid = bool(equals) and column in known
     except (KeyError, ValueError, IndexError, AttributeError):
-      good = False
-    if not good:
+      is_valid = False
+    if not is_valid:
       raise errors.UserError(
           f'config.augment_templates has {template!r}',
-          'column=wording, with {column} for what to insert; the columns are'
+          'column=wording, with {column} to insert a column; the columns are'
           f' {", ".join(map(repr, known))}',
           "for example 'description=You say it when {description}'")
 
 
 def _units(text: str) -> tuple[list[str], str]:
-  """Returns stanzas, or else couplets, and what joins them."""
+  """Returns the stanzas, or else couplets, and the separator between them."""
   if '\n\n' in text:
     return text.split('\n\n'), '\n\n'
   lines = text.split('\n')
@@ -98,13 +99,13 @@ def _units(text: str) -> tuple[list[str], str]:
 
 
 def _free(units: Sequence[str], keep: Sequence[str]) -> list[int]:
-  """Returns the units of the middle that hold none of the kept phrases."""
+  """Returns the indices of inner units without any of the kept phrases."""
   return [i for i in range(1, len(units) - 1)
           if not any(phrase in units[i] for phrase in keep)]
 
 
 def _reorder(text: str, keep: Sequence[str], rng: np.random.Generator) -> str:
-  units, joint = _units(text)
+  units, separator = _units(text)
   free = _free(units, keep)
   if len({units[i] for i in free}) < 2:
     return text
@@ -112,20 +113,20 @@ def _reorder(text: str, keep: Sequence[str], rng: np.random.Generator) -> str:
   while after == units:
     for i, j in zip(free, rng.permutation(free)):
       after[i] = units[j]
-  return joint.join(after)
+  return separator.join(after)
 
 
 def _drop(text: str, keep: Sequence[str], rng: np.random.Generator) -> str:
   if '\n' in text:
-    units, joint = _units(text)
+    units, separator = _units(text)
     free = _free(units, keep)
     if not free:
       return text
     del units[rng.choice(free)]
-    return joint.join(units)
+    return separator.join(units)
   found = text.split(' ')
   size = int(len(found) * _SPAN)
-  # The first and the last word stay, and with them the capital and the mark.
+  # The first and last words stay, with their capital and final mark.
   starts = []
   for i in range(1, len(found) - size):
     rest = ' '.join(found[:i] + found[i + size:])

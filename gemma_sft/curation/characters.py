@@ -1,51 +1,49 @@
-"""A text -> the same text without what the web and its encodings did to it.
+"""Repairs texts: markup, encoding errors, invisible characters, white space.
 
-Every function leaves a clean text as it is.
+Every function leaves a clean text unchanged.
 """
 
-import functools
 import unicodedata
 
 import ftfy
 import regex
 from selectolax import lexbor
 
-# Scripts in which a joiner chooses the form of a letter.
+# Scripts in which a joiner selects the form of a letter.
 _JOINING = (
     '[\\p{Devanagari}\\p{Bengali}\\p{Gurmukhi}\\p{Gujarati}\\p{Oriya}\\p{Tamil}'
     '\\p{Telugu}\\p{Kannada}\\p{Malayalam}\\p{Sinhala}\\p{Arabic}'
     '\\p{Mongolian}]')
 _VIRAMA = '[\u094d\u09cd\u0a4d\u0acd\u0b4d\u0bcd\u0c4d\u0ccd\u0d4d\u0dca]'
-_JOINERS = regex.compile('([\u200c\u200d])\\1*')
 # Zero-width space, word joiner, byte order mark, soft hyphen.
 _INVISIBLE = regex.compile('[\u200b\u2060\ufeff\u00ad]')
-_BEFORE_JOINER = regex.compile(f'{_JOINING}$')
-_AFTER_VIRAMA = regex.compile(f'{_VIRAMA}$')
-_JOINED = regex.compile(_JOINING)
-_EMOJI = regex.compile('\\p{Extended_Pictographic}')
-_AFTER_EMOJI = regex.compile(
-    '[\\p{Extended_Pictographic}\ufe0f\U0001f3fb-\U0001f3ff]$')
+# ZWNJ and ZWJ matter after a virama and between letters of these scripts, ZWJ
+# also between emoji (of which a variation or skin tone may be part).
+_USELESS_JOINER = regex.compile(
+    f'(?!(?<={_VIRAMA})|(?<={_JOINING}).(?={_JOINING})'
+    '|(?<=[\\p{Extended_Pictographic}\ufe0f\U0001f3fb-\U0001f3ff])\u200d'
+    '(?=\\p{Extended_Pictographic}))[\u200c\u200d]')
 
-# Unicode excludes these letters from composition, so NFC takes them apart; a
-# transliterator, and many a font, knows them only in one piece.
+# Unicode excludes these letters from composition, so NFC decomposes them; the
+# transliterator and many fonts know only the composed form.
 _NUKTA = {
     unicodedata.normalize('NFC', letter): letter
     for letter in map(chr, range(0x900, 0xD80))
     if len(unicodedata.normalize('NFC', letter)) == 2}
 _NUKTA_PAIR = regex.compile('|'.join(_NUKTA))
 _NUKTA_SIGN = '[\u093c\u09bc\u0a3c\u0b3c]'
-# Typed twice, or after the vowel sign of its letter: in one file of 520
-# ghazals twelve lines have it so.
+# Typed twice, or after the vowel sign of its letter, as in twelve lines of one
+# file of 520 ghazals.
 _MISPLACED_NUKTA = regex.compile(
     f'(\\p{{L}})({_NUKTA_SIGN}?)'
     f'((?:(?!{_NUKTA_SIGN}|{_VIRAMA})\\p{{M}})*)({_NUKTA_SIGN})')
 
 _FTFY = ftfy.TextFixerConfig(
-    # The default turns ， into a comma; full width is right in Chinese.
+    # The default turns ， into a comma, but Chinese uses full width.
     fix_character_width=False,
     uncurl_quotes=False,
-    unescape_html=False,  # `strip_html` does it.
-    normalization=None,  # `compose_nukta` does it.
+    unescape_html=False,  # `strip_html` does.
+    normalization=None,  # `compose_nukta` does.
     explain=False)
 
 _BLOCK = ('address article aside blockquote center dd div dl dt figcaption'
@@ -61,7 +59,7 @@ _INLINE = ('a abbr b bdi bdo big body button caption cite code col colgroup'
            ' wbr').split()
 _SWITCHES = ('async|checked|compact|controls|defer|disabled|hidden|multiple'
              '|noshade|nowrap|open|readonly|required|selected')
-# A name that HTML has, with what can be attributes: 'x <b and c> d' is prose.
+# A tag name of HTML with valid attributes; 'x <b and c> d' is prose.
 _TAG = regex.compile(
     rf'<(?P<close>/?)(?P<name>br|{"|".join((*_BLOCK, *_HIDDEN, *_INLINE))})\b'
     r'(?:\s+[\w:-]+\s*=\s*(?:"[^"]*"|\'[^\']*\'|[^\s"\'<>=]+)'
@@ -72,10 +70,10 @@ _ENTITY = regex.compile(r'&(?:#\d+|#x[0-9a-f]+|[a-z]\w*);', regex.IGNORECASE)
 
 
 def strip_html(text: str) -> str:
-  """Returns the text that a browser would show, its line breaks kept.
+  """Returns the text that a browser would show, and keeps its line breaks.
 
-  Signs of prose stay: 'I <3 you & 3 > 2', 'a<b'. Escaped markup (&lt;br&gt;)
-  counts as markup, as pages that were scraped twice have it.
+  '<', '>' and '&' in prose stay: 'I <3 you & 3 > 2', 'a<b'. Escaped markup
+  (&lt;br&gt;) counts as markup: pages that were scraped twice contain it.
   """
   while True:
     stripped = _strip_once(text)
@@ -96,7 +94,7 @@ def _strip_once(text: str) -> str:
     end = tag.end()
     name = (tag['name'] or '').lower()
     if name == 'br' or name in _BLOCK and tag['close']:
-      # The line break of the source after it is the same one.
+      # A line break of the source right after the tag is not a second one.
       end += len(regex.match(r'[ \t]*(?:\r?\n)?', text[end:])[0])
       pieces.append('\n\n' if name == 'p' else '\n')
       is_line_open = False
@@ -112,30 +110,29 @@ def _strip_once(text: str) -> str:
 
 
 def _escape(prose: str) -> str:
-  """Returns prose in which only whole entities are left to decode."""
+  """Escapes prose so that only complete entities are decoded."""
   prose = regex.sub(r'&(?!(?:#\d+|#x[0-9a-f]+|[a-z]\w*);)', '&amp;', prose,
                     flags=regex.IGNORECASE)
   return prose.replace('<', '&lt;')
 
 
 def remove_symbols(text: str, pattern: str) -> str:
-  """Returns the text without the matches of a pattern of `regex`."""
+  """Returns the text without the matches of a pattern."""
   return regex.sub(pattern, '', text)
 
 
 def repair_encoding(text: str) -> str:
-  """Returns the text with mojibake undone and no control characters (ftfy).
+  """Undoes mojibake and removes control characters (ftfy).
 
-  Full-width signs and curly quotes stay.
+  Full-width characters and curly quotes stay.
   """
   return ftfy.fix_text(text, _FTFY)
 
 
 def compose_nukta(text: str) -> str:
-  """Returns the text with each Indic letter and its nukta as one character.
+  """Composes each Indic letter and its nukta into one character.
 
-  A nukta that stands after the vowel sign goes to its letter, a second one
-  goes.
+  A nukta after the vowel sign moves to its letter; a second nukta is removed.
   """
   text = unicodedata.normalize('NFC', text)
   while (moved := _MISPLACED_NUKTA.sub(
@@ -146,27 +143,17 @@ def compose_nukta(text: str) -> str:
 
 
 def remove_invisible(text: str) -> str:
-  """Returns the text without characters of no width, but for true joiners.
+  """Removes zero-width characters, except joiners that change a letter.
 
-  ZWNJ and ZWJ carry meaning inside a word of an Indic or the Arabic script,
-  after a virama, and ZWJ between emoji. Marks of direction are left alone.
+  Direction marks stay.
   """
   text = _INVISIBLE.sub('', text)
-
-  def keep(joiner):
-    before, after = text[:joiner.start()][-1:], text[joiner.end():][:1]
-    is_real = (
-        _AFTER_VIRAMA.search(before)
-        or _BEFORE_JOINER.search(before) and _JOINED.match(after)
-        or joiner[1] == '\u200d' and _AFTER_EMOJI.search(before)
-        and _EMOJI.match(after))
-    return joiner[1] if is_real else ''
-
-  return _JOINERS.sub(keep, text)
+  text = regex.sub('([\u200c\u200d])\\1+', r'\1', text)
+  return _USELESS_JOINER.sub('', text)
 
 
 def regular_whitespace(text: str) -> str:
-  """Returns the text with single spaces and at most one blank line in a row."""
+  """Leaves single spaces and at most one blank line in a row."""
   text = regex.sub(r'\r\n?|[\v\f\x85\u2028\u2029]', '\n', text)
   text = regex.sub(r'[^\S\n]+', ' ', text)
   text = regex.sub(r' ?\n ?', '\n', text)
@@ -178,18 +165,17 @@ def lower(text: str) -> str:
   return compose_nukta(text.lower())
 
 
-@functools.cache
-def has_case(letter: str) -> bool:
-  """Whether a letter has an upper and a lower case."""
-  return letter.lower() != letter.upper()
+def has_case(text: str) -> bool:
+  """Whether any letter has an upper and a lower case."""
+  return text.lower() != text.upper()
 
 
 def capitals_inside(text: str) -> float:
-  """Returns the share of Latin words with a capital after a small letter.
+  """Returns the share of Latin words with a capital after a lower-case letter.
 
-  In prose these are a few names (iPhone); in ITRANS, HK or SLP1 a capital is
-  another sound than its small letter, and a fifth of the words and more has
-  one.
+  In prose these are a few names (iPhone). In ITRANS, HK and SLP1 a capital is
+  another sound than its lower-case letter, and at least a fifth of the words
+  have one.
   """
   latin = regex.findall(r'\p{Latin}[\p{Latin}\p{M}]+', text)
   mixed = [w for w in latin if regex.search(r'\p{Ll}\p{Lu}', w)]

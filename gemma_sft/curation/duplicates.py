@@ -1,5 +1,6 @@
-"""Rows that say almost the same: found by MinHash, confirmed exactly."""
+"""Removes near-duplicate rows, which MinHash proposes and Jaccard confirms."""
 
+import collections
 from collections.abc import Sequence
 import unicodedata
 
@@ -10,32 +11,32 @@ from gemma_sft.curation import romanise
 from gemma_sft.curation import table
 from gemma_sft.curation import words
 
-# 32 bands of 4 rows: a pair of likeness s shares a band with probability
+# 32 bands of 4 rows: a pair of similarity s shares a band with probability
 # 1 - (1 - s^4)^32, which is 0.87 at s = 0.5 and 0.9998 at 0.7.
 _PERMUTATIONS, _BANDS = 128, 32
-# The hash functions are part of what is reproduced, whatever config.seed is.
+# Fixed, so that config.seed does not change which duplicates are found.
 _SEED = 1
 
 
 def similar_pairs(
     texts: Sequence[str], threshold: float, n: int
 ) -> list[tuple[int, int, float]]:
-  """Returns (i, j, likeness), i < j, of texts at least `threshold` alike.
+  """Returns (i, j, similarity), i < j, of texts at least `threshold` similar.
 
-  Likeness is Jaccard's, of the sets of n-grams of characters
-  (`words.shingles`): exact, only the choice of pairs is by chance. A text in
-  Latin letters is compared with romanised ones (IAST, diacritics aside) of the
-  Indic texts. Texts without a letter are like none.
+  The similarity is the exact Jaccard index of their character n-grams
+  (`words.shingles`); only the search for pairs is probabilistic. Texts in Latin
+  letters are also compared with the romanised Indic texts (IAST without
+  diacritics). An empty text is similar to none.
   """
-  likeness = _similar_pairs(texts, threshold, n)
+  similarity = _similar_pairs(texts, threshold, n)
   scripts = [words.script(text) for text in texts]
   is_indic = [bool(romanise.INDIC.search(text)) for text in texts]
   if 'Latin' in scripts and any(is_indic):
     latin = [_plain(romanise.romanise(text)) for text in texts]
     for (i, j), value in _similar_pairs(latin, threshold, n).items():
       if is_indic[i] != is_indic[j]:
-        likeness.setdefault((i, j), value)
-  return [(i, j, value) for (i, j), value in sorted(likeness.items())]
+        similarity.setdefault((i, j), value)
+  return [(i, j, value) for (i, j), value in sorted(similarity.items())]
 
 
 def _similar_pairs(texts, threshold, n) -> dict[tuple[int, int], float]:
@@ -49,9 +50,9 @@ def _similar_pairs(texts, threshold, n) -> dict[tuple[int, int], float]:
     sketch = rensa.RMinHash(num_perm=_PERMUTATIONS, seed=_SEED)
     sketch.update(sorted(grams))
     for i in index.query(sketch):
-      likeness = len(sets[i] & grams) / len(sets[i] | grams)
-      if likeness >= threshold:
-        pairs[i, j] = likeness
+      similarity = len(sets[i] & grams) / len(sets[i] | grams)
+      if similarity >= threshold:
+        pairs[i, j] = similarity
     index.insert(j, sketch)
   return pairs
 
@@ -62,37 +63,34 @@ def _plain(text: str) -> str:
 
 
 def remove_duplicates(
-    rows: Sequence[table.Row], account: table.Account, names: Sequence[str],
-    threshold: float, n: int) -> list[table.Row]:
-  """Returns the rows without those that are nearly the same as a fuller one.
+    rows: Sequence[table.TableRow], log: table.ChangeLog,
+    names: Sequence[str], threshold: float, n: int) -> list[table.TableRow]:
+  """Returns the rows without those that nearly equal a more complete row.
 
-  The fuller of two has fewer missing cells, then its own script, then more
-  text, then came first. Every row that is taken out is like one that stays,
-  which is named.
+  Of two rows the more complete one has fewer missing cells, else an Indic
+  script, else more text, else came first. Every removed row is similar to a row
+  that stays, which the log names.
   """
-  like = {}
   texts = ['\n'.join(table.as_text(row.fields.get(name)) for name in names)
            for row in rows]
-  for i, j, likeness in similar_pairs(texts, threshold, n):
-    like.setdefault(i, {})[j] = likeness
-    like.setdefault(j, {})[i] = likeness
+  similar = collections.defaultdict(dict)
+  for i, j, similarity in similar_pairs(texts, threshold, n):
+    similar[i][j] = similar[j][i] = similarity
 
-  def fullness(i):
+  def completeness(i):
     cells = rows[i].fields.values()
     return (sum(not table.is_missing(cell) for cell in cells),
             bool(romanise.INDIC.search(texts[i])), len(texts[i]), -i)
 
-  kept = set(range(len(rows))) - like.keys()
-  duplicates = {}
-  for i in sorted(like, key=fullness, reverse=True):
-    originals = kept & like[i].keys()
-    if not originals:
+  kept = set(range(len(rows))) - similar.keys()
+  originals = {}
+  for i in sorted(similar, key=completeness, reverse=True):
+    candidates = kept & similar[i].keys()
+    if candidates:
+      originals[i] = max(candidates, key=lambda k: (similar[i][k], -k))
+    else:
       kept.add(i)
-      continue
-    best = max(originals, key=lambda k: (like[i][k], -k))
-    duplicates[i] = best
-  for i, best in sorted(duplicates.items()):
-    account.remove(
-        rows[i], 'duplicates',
-        f'{like[i][best]:.0%} the same as {rows[best].where}')
+  for i, original in sorted(originals.items()):
+    log.remove(rows[i], 'duplicates',
+               f'{similar[i][original]:.0%} the same as {rows[original].where}')
   return [rows[i] for i in sorted(kept)]

@@ -1,180 +1,171 @@
-"""What a curation did, for people to read and for programs."""
+"""The report of a curation, for people and for programs."""
 
 import collections
 from collections.abc import Sequence
 import dataclasses
 import difflib
-import html
 import itertools
+import os
 from typing import Any
 import unicodedata
 
 import regex
 
+from gemma_sft import pages
 from gemma_sft.curation import splits
 from gemma_sft.curation import table
 from gemma_sft.curation import words
 
-# Characters shown around what changed, and at most of one thing.
-_CONTEXT, _LONGEST = 24, 160
-# Leaks, notes and lines for review that the report quotes.
+# Characters shown around a change, and of any one text.
+_CONTEXT, _MAX_LENGTH = 24, 160
+# Number of leaks and of notes in the report.
 _MAX_SHOWN = 20
 _INVISIBLE = regex.compile(r'[\p{C}\p{Zl}\p{Zp}]|(?! )\p{Zs}')
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class CurationResult:
   """A curated collection.
 
   Attributes:
-    source: What was read.
-    num_read: Rows in it.
-    account: Changes, removals and notes.
-    parts: {'train': rows, ...}, without augmented ones.
-    augmented: Rows made of training rows.
+    source: The raw collection's path or pattern.
+    num_read: Number of rows read.
+    log: Changes, removals and notes.
+    parts: {'train': rows, ...}, without augmented rows.
+    augmented: Rows made from training rows.
     text: The columns of text.
     balance: The column of styles, or ''.
-    flags: Lines of review.jsonl.
-    leaks: What two splits share.
+    flags: The lines of review.jsonl.
+    leaks: Rows in different splits that belong together.
   """
 
   source: str
   num_read: int
-  account: table.Account
-  parts: dict[str, list[table.Row]]
-  augmented: list[table.Row]
+  log: table.ChangeLog
+  parts: dict[str, list[table.TableRow]]
+  augmented: list[table.TableRow]
   text: Sequence[str]
   balance: str
   flags: list[dict[str, Any]]
   leaks: list[splits.Leak]
 
-  def written(self) -> dict[str, list[table.Row]]:
-    """Returns the rows of each file; augmented ones end the training rows.
+  def written(self) -> dict[str, list[table.TableRow]]:
+    """Returns the rows of each file; augmented rows end the training rows.
 
-    A split without rows has no file: nothing reads an empty one.
+    A split without rows has no file: no reader accepts an empty one.
     """
     parts = self.parts | {'train': [*self.parts['train'], *self.augmented]}
     return {name: rows for name, rows in parts.items() if rows}
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
-  """A block of the report."""
+class Section:
+  """A part of the report: a heading, then tables (header, rows) and texts."""
 
-  head: Sequence[str]
-  rows: Sequence[Sequence[str]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Heading:
-  """A block of the report."""
-
-  text: str
+  heading: str
+  blocks: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]] | str]
   level: int = 2
 
 
-# Or a paragraph.
-Block = Table | Heading | str
-
-
-def blocks(result: Result, num_examples: int) -> list[Block]:
+def make_sections(
+    result: CurationResult, num_examples: int) -> list[Section]:
   """Returns the report, in the order in which it is read."""
   data = to_json(result, num_examples)
-  made = len(result.augmented)
-  found: list[Block] = [
-      Heading('Curation', 1),
-      f'{result.source}: {data["read"]} rows read = {data["kept"]} kept +'
-      f' {data["removed"]} removed.'
-      + (f' {made} augmented rows were added to train.' if made else ''),
-      Table(('split', 'rows', 'augmented', 'words', 'different words',
-             'characters'), [
-                 (name, *(str(value) for value in part.values()))
-                 for name, part in data['splits'].items()]),
-      Heading('Steps'),
-      Table(('step', 'rows changed', 'cells changed', 'rows removed'), [
-          (step['step'], *(str(step[key]) for key in
-                           ('rows_changed', 'cells_changed', 'rows_removed')))
-          if step['on'] else (step['step'], 'off', '', '')
-          for step in data['steps']]),
-  ]
+  counts = (f'{result.source}: {data["read"]} rows read = {data["kept"]} kept +'
+            f' {data["removed"]} removed.')
+  if result.augmented:
+    counts += f' {len(result.augmented)} augmented rows were added to train.'
+  sections = [
+      Section('Curation', [counts, (
+          ('split', 'rows', 'augmented', 'words', 'different words',
+           'characters'),
+          [(name, *map(str, part.values()))
+           for name, part in data['splits'].items()])], level=1),
+      Section('Steps', [(
+          ('step', 'rows changed', 'cells changed', 'rows removed'),
+          [(step['step'], *(str(step[key]) for key in (
+              'rows_changed', 'cells_changed', 'rows_removed')))
+           if step['on'] else (step['step'], 'off', '', '')
+           for step in data['steps']])])]
   for step in data['steps']:
-    if step['examples'] or step['removals']:
-      found.append(Heading(step['step'], 3))
+    blocks = []
     if step['examples']:
-      found.append(Table(('row', 'column', 'before', 'after', 'why'), [
+      blocks.append((('row', 'column', 'before', 'after', 'why'), [
           (e['where'], e['column'],
            *difference(e['before'], e['after']), e['why'])
           for e in step['examples']]))
     if step['removals']:
-      found.append(Table(('removed row', 'why', 'it began'), [
+      blocks.append((('removed row', 'why', 'beginning'), [
           (e['where'], e['why'], _shorten(_visible(e['began'])))
           for e in step['removals']]))
+    if blocks:
+      sections.append(Section(step['step'], blocks, level=3))
   if result.balance:
-    found.append(Heading(f'Rows by {result.balance}'))
-    found.append(Table((result.balance, *splits.NAMES), [
-        (style or '(none)', *(f'{counts[n]} ({_percent(counts, n)})'
-                              for n in splits.NAMES))
-        for style, counts in data['styles'].items()]))
-  found.append(Heading('Leakage between splits'))
-  if result.leaks:
-    found.append(Table(('row', 'split', 'row', 'split', 'why'), [
-        dataclasses.astuple(leak) for leak in result.leaks[:_MAX_SHOWN]]))
-  found.append(f'{len(result.leaks)} found by a second look at the finished'
-               ' splits.')
-  found.append(Heading('For review'))
-  found.append(f'{len(result.flags)} lines have listed words; all are kept and'
-               ' stand in review.jsonl.')
-  if result.flags:
-    found.append(Table(('row', 'line', 'found', 'list'), [
-        (f['where'], _shorten(_visible(f['text'])), ', '.join(f['found']),
-         ', '.join(f['lists'])) for f in result.flags[:num_examples]]))
-  if notes := result.account.notes:
-    found.append(Heading('Notes'))
-    found += notes[:_MAX_SHOWN]
-    if len(notes) > _MAX_SHOWN:
-      found.append(f'and {len(notes) - _MAX_SHOWN} more, in report.json.')
-  return found
+    sections.append(Section(f'Rows by {result.balance}', [(
+        (result.balance, *splits.NAMES),
+        [(style or '(none)',
+          *(f'{n} ({n / max(1, sum(by_split.values())):.0%})'
+            for n in by_split.values()))
+         for style, by_split in data['styles'].items()])]))
+  leaks = [dataclasses.astuple(leak) for leak in result.leaks[:_MAX_SHOWN]]
+  sections.append(Section('Leakage between splits', [
+      *([(('row', 'split', 'row', 'split', 'why'), leaks)] if leaks else []),
+      f'{len(result.leaks)} found by a second check of the finished splits.']))
+  flags = [(f['where'], _shorten(_visible(f['text'])), ', '.join(f['found']),
+            ', '.join(f['lists'])) for f in result.flags[:num_examples]]
+  sections.append(Section('For review', [
+      f'{len(result.flags)} lines contain listed words. They were kept and are'
+      ' listed in review.jsonl.',
+      *([(('row', 'line', 'found', 'list'), flags)] if flags else [])]))
+  if notes := result.log.notes:
+    more = len(notes) - _MAX_SHOWN
+    sections.append(Section('Notes', [
+        *notes[:_MAX_SHOWN],
+        *([f'{more} more notes are in report.json.'] if more > 0 else [])]))
+  return sections
 
 
-def to_json(result: Result, num_examples: int) -> dict[str, Any]:
+def to_json(
+    result: CurationResult, num_examples: int) -> dict[str, Any]:
   """Returns counts, examples, notes and leaks."""
-  account = result.account
-  changes, removals = collections.defaultdict(list), collections.defaultdict(
-      list)
-  for change in account.changes:
+  log = result.log
+  changes = collections.defaultdict(list)
+  removals = collections.defaultdict(list)
+  for change in log.changes:
     changes[change.step].append(change)
-  for removal in account.removals:
+  for removal in log.removals:
     removals[removal.step].append(removal)
   steps = []
-  for step, is_on in account.steps.items():
+  for step, is_on in log.steps.items():
     steps.append({
         'step': step, 'on': is_on,
         'rows_changed': len({c.where for c in changes[step]}),
         'cells_changed': len(changes[step]),
         'rows_removed': len(removals[step]),
         'examples': [
-            dataclasses.asdict(c) for c in _varied(changes[step], num_examples)
-        ],
+            dataclasses.asdict(change)
+            for change in _spread(changes[step], num_examples)],
         'removals': [
             {'where': r.where, 'why': r.why, 'began': ' | '.join(
-                table.as_text(r.fields.get(name))[:_LONGEST]
+                table.as_text(r.fields.get(name))[:_MAX_LENGTH]
                 for name in result.text)}
             for r in removals[step][:num_examples]]})
   return {
       'source': result.source, 'read': result.num_read,
       'kept': sum(map(len, result.parts.values())),
-      'removed': len(account.removals), 'augmented': len(result.augmented),
+      'removed': len(log.removals), 'augmented': len(result.augmented),
       'steps': steps,
       'splits': {name: _statistics(name, result) for name in splits.NAMES},
       'styles': _styles(result) if result.balance else {},
       'leaks': [dataclasses.asdict(leak) for leak in result.leaks],
-      'flagged_lines': len(result.flags), 'notes': account.notes}
+      'flagged_lines': len(result.flags), 'notes': log.notes}
 
 
 def difference(before: Any, after: Any) -> tuple[str, str]:
-  """Returns the first words that changed, with a little around, made visible.
+  """Returns the first changed words before and after, with some context.
 
-  Where the two would look the same, code points are shown.
+  Invisible characters get a name, as do all characters of two texts that would
+  look the same.
   """
   if before is None:
     return '', _shorten(_visible(table.as_text(after)))
@@ -189,8 +180,8 @@ def difference(before: Any, after: Any) -> tuple[str, str]:
   cuts = [''.join(old[places[0]:places[1]]), ''.join(new[places[2]:places[3]])]
   if unicodedata.normalize('NFC', cuts[0]) == unicodedata.normalize(
       'NFC', cuts[1]):
-    start = _common(*cuts)
-    end = _common(cuts[0][start:][::-1], cuts[1][start:][::-1])
+    start = len(os.path.commonprefix(cuts))
+    end = len(os.path.commonprefix([cut[start:][::-1] for cut in cuts]))
     middles = []
     for cut in cuts:
       points = ' '.join(
@@ -211,49 +202,25 @@ def difference(before: Any, after: Any) -> tuple[str, str]:
   return shown[0], shown[1] + more
 
 
-def to_markdown(found: Sequence[Block]) -> str:
+def to_markdown(sections: Sequence[Section]) -> str:
   """Returns the report in Markdown."""
-  lines = []
-  for block in found:
-    if isinstance(block, Heading):
-      lines += ['#' * block.level + ' ' + block.text, '']
-    elif isinstance(block, Table):
-      head, *rows = [
-          '| ' + ' | '.join(map(_escape_markdown, row)) + ' |'
-          for row in (block.head, *block.rows)]
-      lines += [head, '|' + '---|' * len(block.head), *rows, '']
-    else:
-      lines += [_escape_markdown(block), '']
-  return '\n'.join(lines).rstrip()
+  parts = []
+  for section in sections:
+    parts.append(f'{"#" * section.level} {section.heading}')
+    for block in section.blocks:
+      if isinstance(block, str):
+        parts.append(_escape_markdown(block))
+      else:
+        header, *rows = [
+            [_escape_markdown(cell) for cell in row]
+            for row in (block[0], *block[1])]
+        parts.append(pages.table(header, rows))
+  return '\n\n'.join(parts)
 
 
-def to_html(found: Sequence[Block]) -> str:
-  """Returns the report as one page without anything from elsewhere."""
-  body = []
-  for block in found:
-    if isinstance(block, Heading):
-      tag = f'h{block.level}'
-      body.append(f'<{tag}>{html.escape(block.text)}</{tag}>')
-    elif isinstance(block, Table):
-      rows = [''.join(f'<th>{html.escape(cell)}</th>' for cell in block.head)]
-      rows += [''.join(f'<td dir="auto">{html.escape(cell)}</td>'
-                       for cell in row) for row in block.rows]
-      body.append('<div><table>'
-                  + '\n'.join(f'<tr>{row}</tr>' for row in rows)
-                  + '</table></div>')
-    else:
-      body.append(f'<p>{html.escape(block)}</p>')
-  return (
-      '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-      '<meta name="viewport" content="width=device-width">\n'
-      '<title>Curation</title>\n<style>\n'
-      'body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;'
-      'padding:0 1em}\n'
-      'div{overflow-x:auto}\n'
-      'table{border-collapse:collapse}\n'
-      'td,th{border-bottom:1px solid #ccc;padding:.3em .8em;text-align:start;'
-      'vertical-align:top}\n'
-      '</style></head><body>\n' + '\n'.join(body) + '\n</body></html>')
+def to_html(sections: Sequence[Section]) -> str:
+  """Returns the report as one self-contained page."""
+  return pages.render('curation/report_page.html', sections=sections)
 
 
 def _statistics(name, result) -> dict[str, int]:
@@ -277,34 +244,24 @@ def _styles(result) -> dict[str, dict[str, int]]:
   return dict(sorted(counts.items()))
 
 
-def _varied(changes, n):
-  """Returns n changes spread over the collection, the first among them."""
-  return [changes[i * len(changes) // n] for i in range(min(n, len(changes)))
-          ] if len(changes) > n else changes
-
-
-def _percent(counts, name) -> str:
-  return f'{counts[name] / max(1, sum(counts.values())):.0%}'
-
-
-def _common(a: str, b: str) -> int:
-  """Returns the length of the common beginning."""
-  pairs = zip(a, b)
-  return sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1], pairs))
+def _spread(changes, n):
+  """Returns up to n changes, evenly spread from the first one on."""
+  return changes if len(changes) <= n else [
+      changes[i * len(changes) // n] for i in range(n)]
 
 
 def _visible(text: str) -> str:
-  """Returns the text with a name for what cannot be seen."""
+  """Returns the text with names for invisible characters."""
   text = regex.sub('  +', lambda m: '␣' * len(m[0]), text.replace('\n', '⏎'))
   return _INVISIBLE.sub(lambda m: f'⟨U+{ord(m[0]):04X}⟩', text)
 
 
 def _shorten(text: str) -> str:
-  if len(text) <= _LONGEST:
+  if len(text) <= _MAX_LENGTH:
     return text
-  half = _LONGEST // 2
+  half = _MAX_LENGTH // 2
   return f'{text[:half]} … {text[-half:]}'
 
 
 def _escape_markdown(text: str) -> str:
-  return regex.sub(r'([\\`*_<>|\[\]#])', r'\\\1', text).replace('\n', ' ')
+  return regex.sub(r'([\\`*_<>\[\]#])', r'\\\1', text).replace('\n', ' ')

@@ -1,4 +1,4 @@
-"""Indic scripts -> Latin letters, by indic-transliteration."""
+"""Writes Indic scripts in Latin letters, by indic-transliteration."""
 
 import functools
 
@@ -8,7 +8,7 @@ import regex
 from gemma_sft import errors
 from gemma_sft.curation import characters
 
-# Those in which a capital is another sound than its small letter.
+# In these a capital is another sound than its lower-case letter.
 CASED = ('hk', 'itrans', 'optitrans', 'slp1')
 SCHEMES = ('iast', 'iso', 'kolkata_v2', 'titus', *CASED)
 
@@ -19,27 +19,28 @@ _SCRIPTS = {
     'Oriya': sanscript.ORIYA, 'Telugu': sanscript.TELUGU,
     'Kannada': sanscript.KANNADA, 'Malayalam': sanscript.MALAYALAM,
 }
-# Dandas and joiners belong to no script.
+# Dandas and joiners have no script of their own.
 _RUNS = {
     name: regex.compile(
         rf'\p{{{name}}}[\p{{{name}}}\u0964\u0965\u200c\u200d]*')
     for name in _SCRIPTS}
-# The two blocks are laid out alike. By way of Devanagari ব is ba, where the
-# library's own table has va; after a virama it is the v of svapna.
+# Bengali goes through Devanagari, whose block has the same layout: ব becomes
+# ba, where the library's own table has va. After a virama it is the v of
+# svapna.
 _BENGALI = {
     code: code - 0x80 for code in range(0x980, 0xA00)} | {
         ord('ৎ'): 'त्', ord('ৰ'): 'र', ord('ৱ'): 'व'}
 _BENGALI_V = '্ব', '্ৱ'
 INDIC = regex.compile(
     '[' + ''.join(rf'\p{{{name}}}' for name in _SCRIPTS) + ']')
-# The library has no letter for the open vowels of English words (कॉफ़ी) and
-# would write the inherent a before them. They go through as o and e with a
-# private mark, to be ISO 15919's ô and ê.
+# The library does not know the open vowels of English words (कॉफ़ी) and would
+# write the inherent a before them. They pass through it as o and e with a
+# private mark, and become ISO 15919's ô and ê.
 _OPEN = {'ॉ': 'ो\ue000', 'ऑ': 'ओ\ue000', 'ॅ': 'े\ue000', 'ऍ': 'ए\ue000',
          'ॲ': 'ए\ue000', 'ૉ': 'ો\ue000', 'ઑ': 'ઓ\ue000', 'ૅ': 'ે\ue000',
          'ઍ': 'એ\ue000'}
-# The one letter that it knows only with its nukta apart.
-_APART = '\u095d', '\u0922\u093c'
+# The one letter that the library knows only in decomposed form.
+_DECOMPOSED = '\u095d', '\u0922\u093c'
 _OPEN_LATIN = str.maketrans(
     {'o': 'ô', 'ō': 'ô', 'e': 'ê', 'ē': 'ê'})
 
@@ -54,11 +55,11 @@ def check_scheme(scheme: str) -> None:
 
 
 def romanise(text: str, scheme: str = 'iast') -> str:
-  """Returns the text with its Indic letters in Latin ones.
+  """Returns the text with its Indic letters replaced by Latin ones.
 
-  Letter by letter: a final a that Hindi does not speak is written (दाम is
-  dāma), so the native text has to be kept beside it. Other scripts stay.
-  Tamil is left alone: the library writes its க as gh. Joiners are dropped.
+  Each letter is transliterated, also a final a that Hindi does not pronounce
+  (दाम is dāma), so keep the native text too. Other scripts stay, as does Tamil,
+  whose க the library writes as gh. Joiners are removed.
   """
   check_scheme(scheme)
   text = characters.compose_nukta(text)
@@ -68,7 +69,7 @@ def romanise(text: str, scheme: str = 'iast') -> str:
 
 
 def leftover(text: str) -> list[str]:
-  """Returns the Indic characters that a romanised text still has."""
+  """Returns the Indic characters that are left in a romanised text."""
   return sorted(set(INDIC.findall(text)))
 
 
@@ -76,12 +77,12 @@ def _transliterate(name: str, scheme: str, run: regex.Match) -> str:
   native = regex.sub('[\u200c\u200d]', '', run[0])
   if name == 'Bengali':
     native = native.replace(*_BENGALI_V).translate(_BENGALI)
-  native = native.replace(*_APART)
+  native = native.replace(*_DECOMPOSED)
   for letter, mark in _OPEN.items():
     native = native.replace(letter, mark)
   latin = sanscript.transliterate(native, _SCRIPTS[name], scheme)
   if scheme == 'iast':
-    # Of a candrabindu; m̐ is what IAST and ISO have for it.
+    # A candrabindu, which IAST and ISO write as m̐.
     latin = latin.replace('~', 'm\u0310')
   return regex.sub('([oōeē])\ue000', lambda m: m[1].translate(_OPEN_LATIN),
                    latin).replace('\ue000', '')

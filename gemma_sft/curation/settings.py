@@ -5,6 +5,7 @@ from typing import Any
 
 import regex
 
+from gemma_sft import config as config_lib
 from gemma_sft import errors
 from gemma_sft.curation import augment
 from gemma_sft.curation import romanise
@@ -53,6 +54,8 @@ def validate(config: Any) -> None:
     check('augment_templates', bool, 'at least one for paraphrase',
           "for example --config.augment_templates="
           "\"('description=You say it when {description}',)\"")
+  for key in ('rename', 'fill'):
+    config_lib.parse_columns(config[key], key)
   try:
     regex.compile(config.symbols)
   except regex.error as error:

@@ -1,4 +1,4 @@
-"""Rows -> train, validation and test: balanced, and no group in two of them."""
+"""Divides rows into train, validation and test, by whole groups."""
 
 import collections
 from collections.abc import Hashable
@@ -7,19 +7,20 @@ from collections.abc import Sequence
 import dataclasses
 
 import numpy as np
+from scipy.cluster import hierarchy
 
 from gemma_sft.curation import duplicates
 from gemma_sft.curation import table
 from gemma_sft.curation import words
 
 NAMES = ('train', 'validation', 'test')
-# An opening of fewer characters says too little: 'Oh, my love' opens many.
-_SHORT = 12
+# Openings of fewer characters are common: 'Oh, my love'.
+_MIN_OPENING = 12
 
 
 @dataclasses.dataclass(frozen=True)
 class Leak:
-  """Two rows in different splits that should have been in one."""
+  """Two rows in different splits that belong together."""
 
   where: str
   split: str
@@ -28,11 +29,10 @@ class Leak:
   why: str
 
 
-def opening(row: table.Row, names: Sequence[str], num_lines: int) -> str:
-  """Returns the first lines of a row's text; of one line, its first words.
+def opening(row: table.TableRow, names: Sequence[str], num_lines: int) -> str:
+  """Returns the first lines of a row's text, or '' if they are very short.
 
-  A column of one line gives six words for each line asked for, and all of a
-  text no longer than that is its own opening. '' if it is very short.
+  A text of one line gives its first six words for each of `num_lines`.
   """
   text = '\n'.join(table.as_text(row.fields.get(name)) for name in names)
   lines = [line for line in text.split('\n') if line.strip()]
@@ -40,61 +40,51 @@ def opening(row: table.Row, names: Sequence[str], num_lines: int) -> str:
     start = ' '.join(words.words(lines[0])[:6 * num_lines])
   else:
     start = '\n'.join(lines[:num_lines])
-  return start if len(words.aksharas(start)) >= _SHORT else ''
+  return start if len(words.aksharas(start)) >= _MIN_OPENING else ''
 
 
 def groups(
-    rows: Sequence[table.Row], columns: Sequence[str],
+    rows: Sequence[table.TableRow], columns: Sequence[str],
     openings: Sequence[tuple[int, int, float]] = ()) -> list[list[int]]:
-  """Returns the rows that have to stay together, as lists of indices.
+  """Returns the groups of rows that must stay together, as lists of indices.
 
-  Two rows do if they share the value of a column (case and spaces aside), or
-  are one of the pairs `openings`, or are both together with a third.
+  Two rows are in one group if they share the value of a column (ignoring case
+  and spaces), or are a pair of `openings`, or both belong to a third row.
   """
-  parent = list(range(len(rows)))
-
-  def root(i):
-    while parent[i] != i:
-      parent[i] = parent[parent[i]]
-      i = parent[i]
-    return i
-
+  sets = hierarchy.DisjointSet(range(len(rows)))
   first: dict[Hashable, int] = {}
   for i, row in enumerate(rows):
     for column in columns:
       if key := _key(row, column):
-        parent[root(i)] = root(first.setdefault((column, key), i))
+        sets.merge(first.setdefault((column, key), i), i)
   for i, j, _ in openings:
-    parent[root(j)] = root(i)
-  members = collections.defaultdict(list)
-  for i in range(len(rows)):
-    members[root(i)].append(i)
-  return sorted(members.values())
+    sets.merge(i, j)
+  return sorted(map(sorted, sets.subsets()))
 
 
 def split(
-    rows: Sequence[table.Row], members: Sequence[Sequence[int]],
+    rows: Sequence[table.TableRow], members: Sequence[Sequence[int]],
     fractions: Sequence[float], balance: str, seed: int
 ) -> dict[str, list[int]]:
-  """Returns {'train': indices, ...}: whole groups, each style in proportion.
+  """Returns {'train': indices, ...} with whole groups and balanced styles.
 
-  Groups are dealt out from the largest to the smallest, in an order that the
-  seed chooses among equals, each to the split that it brings nearest to its
-  share of every style and of the whole. A split whose fraction is not 0 gets a
-  group if there are enough of them.
+  Groups are dealt from the largest to the smallest, in random order among equal
+  sizes. Each goes to the split where it most reduces the distance to the wanted
+  number of rows of every style and of all rows. Every split with a fraction
+  above 0 gets a group if there are enough.
 
   Args:
     rows: All rows.
-    members: From `groups`.
-    fractions: Of train, validation and test.
+    members: The groups, from `groups`.
+    fractions: Shares of train, validation and test.
     balance: The column of styles; '' for none.
-    seed: Of the order.
+    seed: Decides the order of equal groups.
   """
   names = [name for name, part in zip(NAMES, fractions) if part > 0]
   parts = np.array([part for part in fractions if part > 0])
   styles = [_key(row, balance) if balance else '' for row in rows]
   known = sorted(set(styles))
-  # The last column counts all rows; it weighs as much as all styles together.
+  # The last column counts all rows and weighs as much as all styles together.
   counts = np.zeros((len(members), len(known) + 1))
   for g, group in enumerate(members):
     for i in group:
@@ -122,17 +112,17 @@ def split(
 
 
 def leaks(
-    parts: Mapping[str, Sequence[table.Row]], columns: Sequence[str],
+    parts: Mapping[str, Sequence[table.TableRow]], columns: Sequence[str],
     names: Sequence[str], num_lines: int, threshold: float, n: int
 ) -> list[Leak]:
-  """Returns what two splits share: a group's value, or an opening.
+  """Returns rows in different splits that share a group or an opening.
 
-  Reads the finished splits afresh, so that it also finds what `groups` missed.
+  Looks at the finished splits only, so that it also finds what `groups` missed.
   """
   placed = [(row, name) for name, rows in parts.items() for row in rows]
   found = []
   for column in columns:
-    seen: dict[str, dict[str, table.Row]] = collections.defaultdict(dict)
+    seen: dict[str, dict[str, table.TableRow]] = collections.defaultdict(dict)
     for row, name in placed:
       if key := _key(row, column):
         seen[key].setdefault(name, row)
@@ -143,13 +133,13 @@ def leaks(
                 for other_name, other in others]
   if num_lines and threshold:
     starts = [opening(row, names, num_lines) for row, _ in placed]
-    for i, j, likeness in duplicates.similar_pairs(starts, threshold, n):
+    for i, j, similarity in duplicates.similar_pairs(starts, threshold, n):
       (row, name), (other, other_name) = placed[i], placed[j]
       if name != other_name:
         found.append(Leak(row.where, name, other.where, other_name,
-                          f'openings are {likeness:.0%} the same'))
+                          f'openings are {similarity:.0%} the same'))
   return found
 
 
-def _key(row: table.Row, column: str) -> str:
+def _key(row: table.TableRow, column: str) -> str:
   return ' '.join(table.as_text(row.fields.get(column)).casefold().split())

@@ -1,4 +1,4 @@
-"""Rows of a collection, the steps on them, and the account of what they did."""
+"""Rows of a collection, the steps on them, and the log of what they changed."""
 
 import collections
 from collections.abc import Callable
@@ -13,20 +13,20 @@ import regex
 from gemma_sft import errors
 from gemma_sft.curation import words
 
-# At the end of a sentence or a line of verse, by script; Latin elsewhere.
+# The mark at the end of a sentence or verse line, by script; '.' elsewhere.
 _FINAL = {'Devanagari': '।', 'Bengali': '।', 'Gurmukhi': '।', 'Oriya': '।',
           'Han': '。', 'Hiragana': '。', 'Katakana': '。', 'Arabic': '۔'}
 _PLAIN, _COMMAS = frozenset('.।॥。۔'), frozenset(',;，、；،؛')
-# A mark, then what may close after it.
+# Quotes and brackets that may close after a mark.
 _CLOSING = '["\'”’»)\\]」』）]*$'
 _ENDS = regex.compile('[.!?…।॥。！？۔؟,;，、；،؛]' + _CLOSING)
-# What a mark can follow: not a dash or a colon, after which the text goes on.
+# A line end without a mark. After a dash or a colon the sentence goes on.
 _BARE = regex.compile(r'[\p{L}\p{M}\p{N}]' + _CLOSING)
 
 
 @dataclasses.dataclass
-class Row:
-  """A row: where it stood, what was read there and what it is now."""
+class TableRow:
+  """A row: its place in the source, its columns as read and as they are now."""
 
   where: str
   read: dict[str, Any]
@@ -38,7 +38,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-  """One cell that a step changed; `before` is None in an added column."""
+  """A cell that a step changed; `before` is None in a new column."""
 
   where: str
   column: str
@@ -50,7 +50,7 @@ class Change:
 
 @dataclasses.dataclass(frozen=True)
 class Removal:
-  """One row that a step took out, as it was read."""
+  """A row that a step removed, as it was read."""
 
   where: str
   step: str
@@ -59,10 +59,10 @@ class Removal:
 
 
 @dataclasses.dataclass
-class Account:
-  """What the steps did, and what they have to say.
+class ChangeLog:
+  """All changes and removals, and notes for the report.
 
-  `steps` has them in their order, True for those that are on.
+  `steps` has every step in order, with True if it is on.
   """
 
   steps: dict[str, bool] = dataclasses.field(default_factory=dict)
@@ -71,24 +71,24 @@ class Account:
   notes: list[str] = dataclasses.field(default_factory=list)
 
   def begin(self, step: str, is_on: bool = True):
-    """Lists a step, whether or not it will find anything to do."""
+    """Lists a step, even if it will change nothing."""
     self.steps[step] = is_on
 
-  def change(self, row: Row, column: str, step: str, after: Any, why: str):
-    """Sets a cell and notes it, if that changes anything."""
+  def change(self, row: TableRow, column: str, step: str, after: Any, why: str):
+    """Sets a cell and logs the change, if there is one."""
     before = row.fields.get(column)
     if before != after:
       row.fields[column] = after
       self.changes.append(
           Change(row.where, column, step, before, after, why))
 
-  def remove(self, row: Row, step: str, why: str):
-    """Notes a row that a step leaves out."""
+  def remove(self, row: TableRow, step: str, why: str):
+    """Logs the removal of a row."""
     self.removals.append(Removal(row.where, step, why, row.read))
 
 
 def as_text(value: Any) -> str:
-  """Returns a cell as text: a list of lines as lines, a missing one as ''."""
+  """Returns a cell as text: a list of lines joined, a missing cell as ''."""
   if isinstance(value, list):
     return '\n'.join(as_text(item) for item in value)
   return '' if value is None else str(value)
@@ -102,19 +102,18 @@ def is_text(value: Any) -> bool:
 
 
 def is_missing(value: Any) -> bool:
-  """Whether a cell holds nothing, or white space alone."""
+  """Whether a cell is empty or only white space."""
   return value is None or isinstance(value, (str, list)) and not (
       as_text(value).strip())
 
 
-def columns(rows: Sequence[Row]) -> list[str]:
-  """Returns the names of all columns, in the order of their first row."""
+def columns(rows: Sequence[TableRow]) -> list[str]:
+  """Returns the names of all columns, in order of appearance."""
   return list(dict.fromkeys(name for row in rows for name in row.fields))
 
 
-def require_columns(key: str, names: Sequence[str], rows: Sequence[Row]):
-  """Raises a UserError that names the config's key for an unknown column."""
-  known = columns(rows)
+def require_columns(key: str, names: Sequence[str], known: Sequence[str]):
+  """Raises a UserError that names the config key of an unknown column."""
   for name in names:
     if name not in known:
       raise errors.UserError(
@@ -124,9 +123,9 @@ def require_columns(key: str, names: Sequence[str], rows: Sequence[Row]):
 
 
 def apply_text(
-    rows: Sequence[Row], account: Account, step: str,
+    rows: Sequence[TableRow], log: ChangeLog, step: str,
     names: Sequence[str], function: Callable[[str], str], why: str) -> None:
-  """Applies a function of texts to columns; lists of lines stay lists."""
+  """Applies a function to the texts of columns; lists of lines stay lists."""
   for row in rows:
     for name in names:
       value = row.fields.get(name)
@@ -135,19 +134,18 @@ def apply_text(
       before = as_text(value)
       after = function(before)
       if after != before:
-        account.change(
+        log.change(
             row, name, step,
             after.split('\n') if isinstance(value, list) else after, why)
 
 
 def fill_missing(
-    rows: Sequence[Row], account: Account, sources: Mapping[str, str]) -> None:
+    rows: Sequence[TableRow], log: ChangeLog, sources: Mapping[str, str]
+) -> None:
   """Fills missing cells from other rows of the same group.
 
-  Args:
-    rows: Changed in place.
-    account: Of the changes; a group whose rows disagree is noted, not filled.
-    sources: {'poet': 'song'}: a missing poet is that of the same song.
+  {'poet': 'song'} takes a missing poet from another row of the same song. If
+  those rows disagree, the cell stays empty and a note says so.
   """
   for column, by in sources.items():
     known = collections.defaultdict(dict)
@@ -160,27 +158,27 @@ def fill_missing(
       if not is_missing(row.fields.get(column)) or key not in known:
         continue
       if len(known[key]) > 1:
-        account.notes.append(
+        log.notes.append(
             f'fill: {row.where} has no {column}, and the rows of its {by}'
             f' disagree: {", ".join(sorted(known[key]))}')
         continue
       value, where = next(iter(known[key].values()))
-      account.change(row, column, 'fill', copy.deepcopy(value),
+      log.change(row, column, 'fill', copy.deepcopy(value),
                      f'from {where}, of the same {by}')
 
 
 def remove_incomplete(
-    rows: Sequence[Row], account: Account, *, required: Sequence[str],
+    rows: Sequence[TableRow], log: ChangeLog, *, required: Sequence[str],
     max_missing: float, min_lines: int, text: Sequence[str],
-    known: Sequence[str]) -> list[Row]:
-  """Returns the rows that have enough in them.
+    known: Sequence[str]) -> list[TableRow]:
+  """Returns the rows without those that lack columns or lines.
 
   Args:
     rows: All rows.
-    account: Of the removals.
-    required: Columns that every row needs.
-    max_missing: Largest share of missing cells, of all columns.
-    min_lines: Fewest lines of the longest text column, blank ones not counted.
+    log: Receives the removals.
+    required: Columns that every row must have.
+    max_missing: Largest share of missing cells among all columns.
+    min_lines: Fewest non-blank lines of the longest text column.
     text: The columns of text.
     known: All columns.
   """
@@ -199,21 +197,21 @@ def remove_incomplete(
     else:
       kept.append(row)
       continue
-    account.remove(row, 'missing', why)
+    log.remove(row, 'missing', why)
   return kept
 
 
 def repair_punctuation(
-    rows: Sequence[Row], account: Account, names: Sequence[str],
+    rows: Sequence[TableRow], log: ChangeLog, names: Sequence[str],
     share: float) -> None:
-  """Adds the mark that a line lacks where most lines like it have one.
+  """Adds the final mark that a line lacks but most comparable lines have.
 
-  A line ends in a letter or number. Verse is often marked by couplets, a comma
-  and then a danda: so the lines like it are those of its text that are first,
-  or second, in a couplet as it is. If more than `share` of them, three at
-  least, end with a mark, the commonest is added. Without that, the final mark
-  of such lines in the whole column (of the same script, ten at least). A
-  collection of verse without marks is left as it is.
+  A line lacks a mark if it ends in a letter or number. Couplets often end in a
+  comma and then a danda, so the comparable lines of a first (second) line are
+  the other first (second) lines of the text. If more than `share` of at least
+  three of them end with a mark, the commonest one is added. Otherwise the
+  comparable lines of the whole column, of the same script and at least ten,
+  decide about final marks. Verse without marks stays unchanged.
   """
   for name in names:
     cells = []
@@ -235,35 +233,35 @@ def repair_punctuation(
         alike = [other for j, other in enumerate(lines)
                  if j != i and kinds[j] == kinds[i]]
         mark, rate = _common_mark(alike, kinds[i][0], share, at_least=3)
-        place = 'lines of the text in this place'
+        source = 'comparable lines of the text'
         if not mark:
           mark, rate = rules[kinds[i]]
           mark = '' if mark in _COMMAS else mark
-          place = 'such lines of the column'
+          source = 'comparable lines of the column'
         if mark:
           after[i] = line + mark
-          why = why or f'{rate} {place} end with a mark'
+          why = why or f'{rate} {source} end with a mark'
       if why:
         is_list = isinstance(row.fields[name], list)
-        account.change(row, name, 'punctuation',
+        log.change(row, name, 'punctuation',
                        after if is_list else '\n'.join(after), why)
 
 
 def _kinds(lines: Sequence[str]) -> list[tuple[str, int]]:
-  """Returns each line's script and its place: in a couplet, or -1 if alone."""
+  """Returns each line's script and position in its couplet, -1 if alone."""
   is_alone = sum(bool(line.strip()) for line in lines) < 2
-  kinds, place = [], 0
+  kinds, position = [], 0
   for line in lines:
-    kinds.append((words.script(line), -1 if is_alone else place % 2)
+    kinds.append((words.script(line), -1 if is_alone else position % 2)
                  if line.strip() else ('', -2))
-    place = place + 1 if line.strip() else 0  # A stanza begins anew.
+    position = position + 1 if line.strip() else 0  # A new stanza.
   return kinds
 
 
 def _common_mark(
     lines: Sequence[str], script: str, share: float, at_least: int
 ) -> tuple[str, str]:
-  """Returns the mark that most lines end with and '9 of 10'; '' without."""
+  """Returns the mark that most lines end with, and '9 of 10', or ''."""
   ends = [match[0][0] for line in lines if (match := _ENDS.search(line))]
   commas = [end for end in ends if end in _COMMAS]
   finals = [end for end in ends if end not in _COMMAS]
@@ -271,7 +269,7 @@ def _common_mark(
     if len(lines) >= at_least and len(marks) > share * len(lines):
       usual = collections.Counter(
           mark for mark in marks if mark in _PLAIN | _COMMAS)
-      # Ties go to the script's own mark, then to the order of the code points.
+      # Ties go to the script's own mark, then to the lower code point.
       mark = max(sorted(usual), default=default,
                  key=lambda m: (usual[m], m == default))
       return mark, f'{len(marks)} of {len(lines)}'

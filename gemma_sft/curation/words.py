@@ -1,19 +1,18 @@
-"""A text -> its words, its characters as readers count them, listed words."""
+"""Divides texts into words and visible characters, and finds listed words."""
 
 import dataclasses
-import importlib.resources
-import os
+import pathlib
 
 import regex
 
 from gemma_sft import errors
 from gemma_sft.curation import characters
 
-# Written without spaces between words: there a character is the unit.
+# Written without spaces between words, so that each character is a unit.
 _UNSPACED = ('\\p{Han}\\p{Hiragana}\\p{Katakana}\\p{Thai}\\p{Lao}\\p{Khmer}'
              '\\p{Myanmar}\\p{Tibetan}')
-# The re of the standard library takes vowel signs for punctuation: \w+ breaks
-# तुझे into त and झ.
+# The standard library's re takes vowel signs for punctuation: \w+ breaks तुझे
+# into त and झ.
 _WORD = regex.compile(
     f'[{_UNSPACED}]\\p{{M}}*'
     f'|(?:(?![{_UNSPACED}])[\\p{{L}}\\p{{M}}\\p{{N}}])+'
@@ -22,27 +21,28 @@ _SCRIPTS = ('Latin', 'Devanagari', 'Bengali', 'Gurmukhi', 'Gujarati', 'Oriya',
             'Tamil', 'Telugu', 'Kannada', 'Malayalam', 'Sinhala', 'Arabic',
             'Han', 'Hiragana', 'Katakana', 'Hangul', 'Cyrillic', 'Greek',
             'Hebrew', 'Thai')
+_LISTS = pathlib.Path(__file__).parent / 'lists'
 
 
 def words(text: str) -> list[str]:
-  """Returns the words; in scripts without spaces each character is one.
+  """Returns the words; in scripts without spaces each character is a word.
 
-  Vowel signs and joiners belong to their word, hyphens divide.
+  Vowel signs and joiners belong to their word; a hyphen separates words.
   """
   return _WORD.findall(text)
 
 
 def aksharas(text: str) -> list[str]:
-  """Returns the characters that a reader sees; spaces are left out.
+  """Returns the characters that a reader sees, without spaces.
 
-  In Indic scripts these are aksharas: क्षत्रिय is क्ष, त्रि, य. They are the
-  grapheme clusters of Unicode (UAX 29, GB9c).
+  In Indic scripts these are aksharas: क्षत्रिय is क्ष, त्रि, य. They are Unicode's
+  grapheme clusters (UAX 29, GB9c).
   """
   return [c for c in regex.findall(r'\X', text) if not c.isspace()]
 
 
 def script(text: str) -> str:
-  """Returns the script of most of the letters, such as 'Devanagari', or ''."""
+  """Returns the script of most letters, such as 'Devanagari', or ''."""
   counts = {
       name: len(regex.findall(rf'\p{{{name}}}', text)) for name in _SCRIPTS}
   best = max(counts, key=counts.get)
@@ -50,14 +50,14 @@ def script(text: str) -> str:
 
 
 def shingles(text: str, n: int) -> set[str]:
-  """Returns the n-grams of characters of a text, for likeness alone.
+  """Returns the character n-grams of a text, to compare it with others.
 
-  Case, punctuation and the division into lines do not count. A text of fewer
-  than n characters is its own only shingle.
+  Case, punctuation and line breaks are ignored. A text of fewer than n
+  characters is its only n-gram.
   """
   folded = characters.compose_nukta(text.casefold())
   spoken = regex.sub(r'[^\p{L}\p{M}\p{N}\s]', '', folded)
-  units = aksharas(spoken) or aksharas(folded)  # Of emoji, the emoji.
+  units = aksharas(spoken) or aksharas(folded)  # Of emoji alone, the emoji.
   if not units:
     return set()
   return {''.join(units[i:i + n]) for i in range(max(1, len(units) - n + 1))}
@@ -65,7 +65,7 @@ def shingles(text: str, n: int) -> set[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """A word or phrase of a list; `is_prefix` also finds what begins with it."""
+  """A word or phrase of a list; a prefix matches words that start with it."""
 
   words: tuple[str, ...]
   is_prefix: bool
@@ -74,33 +74,28 @@ class Entry:
 
 def builtin_lists() -> list[str]:
   """Returns the names of the lists that come with the package."""
-  folder = importlib.resources.files('gemma_sft.curation') / 'lists'
-  return sorted(f.name.removesuffix('.txt') for f in folder.iterdir()
-                if f.name.endswith('.txt'))
+  return sorted(path.stem for path in _LISTS.glob('*.txt'))
 
 
 def load_list(name: str) -> list[Entry]:
-  """Reads a list of the package by its name, or a file of one's own.
+  """Reads one of the package's lists by its name, or a file by its path.
 
-  A line holds a word or phrase; `*` at its end finds all words that begin with
-  it; `#` begins a comment.
+  Each line is a word or phrase; `*` at its end makes it a prefix; `#` begins a
+  comment.
 
   Raises:
     UserError: if there is neither.
   """
-  if os.path.isfile(name):
-    with open(name, encoding='utf-8') as file:
-      text = file.read()
-  elif name in builtin_lists():
-    folder = importlib.resources.files('gemma_sft.curation') / 'lists'
-    text = (folder / f'{name}.txt').read_text(encoding='utf-8')
-  else:
+  path = pathlib.Path(name)
+  if not path.is_file() and name in builtin_lists():
+    path = _LISTS / f'{name}.txt'
+  if not path.is_file():
     raise errors.UserError(
         f'config.lists: no list {name!r}',
-        f'one of {", ".join(builtin_lists())}, or a file, a word a line',
+        f'one of {", ".join(builtin_lists())}, or a file, one word a line',
         f'{errors.nearest(name, builtin_lists())}Correct the name or path.')
   entries = []
-  for line in text.splitlines():
+  for line in path.read_text(encoding='utf-8').splitlines():
     phrase = line.partition('#')[0].strip()
     if found := words(_fold(phrase)):
       entries.append(Entry(tuple(found), phrase.endswith('*'), name))

@@ -34,7 +34,7 @@ _STEPS = (characters.strip_html, characters.repair_encoding,
 
 
 def _rows(*fields, start=1):
-  return [table.Row(f'f:{i}', f) for i, f in enumerate(fields, start)]
+  return [table.TableRow(f'f:{i}', f) for i, f in enumerate(fields, start)]
 
 
 # Characters -------------------------------------------------------------------
@@ -227,62 +227,62 @@ def test_an_unknown_scheme_is_refused():
 
 
 def test_lists_of_lines_stay_lists():
-  account = table.Account()
+  log = table.ChangeLog()
   rows = _rows({'lines': ['a<br>b', 'c']}, {'lines': 'a<br>b'}, {'lines': 7},
                {'lines': []}, {'lines': None})
   table.apply_text(
-      rows, account, 'html', ['lines'], characters.strip_html, 'why')
+      rows, log, 'html', ['lines'], characters.strip_html, 'why')
   assert [row.fields['lines'] for row in rows] == [
       ['a', 'b', 'c'], 'a\nb', 7, [], None]
   assert rows[0].read == {'lines': ['a<br>b', 'c']}
-  assert [(c.where, c.before, c.after) for c in account.changes] == [
+  assert [(c.where, c.before, c.after) for c in log.changes] == [
       ('f:1', ['a<br>b', 'c'], ['a', 'b', 'c']), ('f:2', 'a<br>b', 'a\nb')]
 
 
 def test_missing_cells_are_filled_from_their_group():
-  account = table.Account()
+  log = table.ChangeLog()
   rows = _rows(
       {'song': 'Rain', 'poet': 'Ada'}, {'song': ' rain ', 'poet': '  '},
       {'song': 'Sun', 'poet': None}, {'song': 'Fog', 'poet': 'A'},
       {'song': 'Fog', 'poet': 'B'}, {'song': 'Fog', 'poet': ''},
       {'song': '', 'poet': 'C'}, {'song': '', 'poet': ''})
-  table.fill_missing(rows, account, {'poet': 'song'})
+  table.fill_missing(rows, log, {'poet': 'song'})
   assert [row.fields['poet'] for row in rows] == [
       'Ada', 'Ada', None, 'A', 'B', '', 'C', '']
-  assert [(c.where, c.before, c.why) for c in account.changes] == [
+  assert [(c.where, c.before, c.why) for c in log.changes] == [
       ('f:2', '  ', 'from f:1, of the same song')]
-  assert account.notes == [
+  assert log.notes == [
       'fill: f:6 has no poet, and the rows of its song disagree: A, B']
 
 
 def test_rows_that_lack_too_much_are_removed():
-  account = table.Account()
+  log = table.ChangeLog()
   rows = _rows(
       {'text': 'a\nb', 'poet': 'p', 'year': 1}, {'text': ' \n', 'poet': 'p'},
       {'text': 'a\n\nb', 'poet': ''}, {'text': 'a\n \n', 'poet': 'p', 'year': 0}
   )
   kept = table.remove_incomplete(
-      rows, account, required=['text'], max_missing=0.5, min_lines=2,
+      rows, log, required=['text'], max_missing=0.5, min_lines=2,
       text=['text'], known=['text', 'poet', 'year'])
   assert [row.where for row in kept] == ['f:1']
-  assert [(r.where, r.why) for r in account.removals] == [
+  assert [(r.where, r.why) for r in log.removals] == [
       ('f:2', 'no text'), ('f:3', '2 of 3 columns are missing'),
       ('f:4', '1 lines, fewer than 2')]
 
 
 def _punctuated(*texts, share=0.5):
-  account = table.Account()
+  log = table.ChangeLog()
   rows = _rows(*({'text': text} for text in texts))
-  table.repair_punctuation(rows, account, ['text'], share)
-  return [row.fields['text'] for row in rows], account
+  table.repair_punctuation(rows, log, ['text'], share)
+  return [row.fields['text'] for row in rows], log
 
 
 def test_a_couplet_gets_the_marks_of_the_other_couplets():
   song = 'एक,\nदो।\n' * 3 + 'तीन\nचार\n\nपाँच,\nछह॥'
-  (text,), account = _punctuated(song)
+  (text,), log = _punctuated(song)
   assert text == 'एक,\nदो।\n' * 3 + 'तीन,\nचार।\n\nपाँच,\nछह॥'
-  assert account.changes[0].why == (
-      '4 of 4 lines of the text in this place end with a mark')
+  assert log.changes[0].why == (
+      '4 of 4 comparable lines of the text end with a mark')
   # Only the second lines have marks: the first ones stay without.
   (text,), _ = _punctuated('एक\nदो।\n' * 4 + 'तीन\nचार')
   assert text == 'एक\nदो।\n' * 4 + 'तीन\nचार।'
@@ -292,11 +292,11 @@ def test_a_couplet_gets_the_marks_of_the_other_couplets():
 
 def test_a_text_gets_the_mark_of_the_column():
   whole = ['It is one.'] * 9 + ['Is it?']
-  texts, account = _punctuated(
+  texts, log = _punctuated(
       *whole, 'It is two', 'It goes on:', 'It “ends”', 'दिल', share=0.7)
   assert texts == [*whole, 'It is two.', 'It goes on:', 'It “ends”.', 'दिल']
-  assert [(c.where, c.why) for c in account.changes] == [
-      (where, '10 of 13 such lines of the column end with a mark')
+  assert [(c.where, c.why) for c in log.changes] == [
+      (where, '10 of 13 comparable lines of the column end with a mark')
       for where in ('f:11', 'f:13')]
   assert not _punctuated(*whole, 'It is two', 'a', 'b', share=0.8)[1].changes
 
@@ -313,14 +313,14 @@ _VERSE = 'the river carries every lamp that we forgot to light'
 
 
 def test_the_fuller_of_two_stays_and_is_named():
-  account = table.Account()
+  log = table.ChangeLog()
   rows = _rows(
       {'text': _VERSE, 'poet': ''}, {'text': _VERSE.upper() + '!', 'poet': 'p'},
       {'text': 'quite another song about winter', 'poet': 'p'},
       {'text': '', 'poet': 'p'}, {'text': '', 'poet': 'p'})
-  kept = duplicates.remove_duplicates(rows, account, ['text'], 0.7, 3)
+  kept = duplicates.remove_duplicates(rows, log, ['text'], 0.7, 3)
   assert [row.where for row in kept] == ['f:2', 'f:3', 'f:4', 'f:5']
-  (removal,) = account.removals
+  (removal,) = log.removals
   assert removal.where == 'f:1' and removal.why == '100% the same as f:2'
   assert removal.fields == {'text': _VERSE, 'poet': ''}
 
@@ -329,11 +329,11 @@ def test_what_a_row_duplicates_is_kept():
   # b is like a and c, which are less like one another.
   a, c = 'abcdefghijkl', 'defghijklmno'
   b = 'abcdefghijklmno'
-  account = table.Account()
+  log = table.ChangeLog()
   kept = duplicates.remove_duplicates(
-      _rows({'t': a}, {'t': b}, {'t': c}), account, ['t'], 0.75, 2)
+      _rows({'t': a}, {'t': b}, {'t': c}), log, ['t'], 0.75, 2)
   assert [row.where for row in kept] == ['f:2']
-  assert all('f:2' in removal.why for removal in account.removals)
+  assert all('f:2' in removal.why for removal in log.removals)
 
 
 def test_similar_pairs_are_exact():
@@ -348,14 +348,14 @@ def test_similar_pairs_are_exact():
 
 def test_a_romanised_copy_is_a_duplicate_and_the_native_text_stays():
   native = 'कागा रे, मायके जा कह देना, झूला मैं भी डालूँगी'
-  account = table.Account()
+  log = table.ChangeLog()
   kept = duplicates.remove_duplicates(
       _rows({'t': romanise.romanise(native)}, {'t': native},
             {'t': 'kaga re, mayake ja kaha dena, jhula maim bhi dalumgi'},
             {'t': 'an English song of another kind'}),
-      account, ['t'], 0.7, 3)
+      log, ['t'], 0.7, 3)
   assert [row.where for row in kept] == ['f:2', 'f:4']
-  assert account.removals[0].why == '100% the same as f:2'
+  assert log.removals[0].why == '100% the same as f:2'
 
 
 # Splits -----------------------------------------------------------------------
@@ -419,12 +419,13 @@ def test_leaks_are_found():
 
 
 def test_openings():
-  row = table.Row('f:1', {'text': 'one long line\nsecond long line\nthird'})
+  row, prose, short = _rows(
+      {'text': 'one long line\nsecond long line\nthird'},
+      {'text': ' '.join(f'word{i}' for i in range(20))},
+      {'text': 'oh my\nlove'})
   assert splits.opening(row, ['text'], 2) == 'one long line\nsecond long line'
-  prose = table.Row('f:2', {'text': ' '.join(f'word{i}' for i in range(20))})
   assert splits.opening(prose, ['text'], 1).split() == [
       f'word{i}' for i in range(6)]
-  short = table.Row('f:3', {'text': 'oh my\nlove'})
   assert splits.opening(short, ['text'], 2) == ''
 
 
@@ -436,7 +437,7 @@ _SONG = [f'line {i}' for i in range(10)]
 def _augmented(method, fields, **kwargs):
   arguments = dict(share=1.0, names=['text'], templates=(), keep=(), seed=0)
   return augment.augment(
-      _rows(*fields), table.Account(), methods=[method],
+      _rows(*fields), table.ChangeLog(), methods=[method],
       **(arguments | kwargs))
 
 
@@ -503,12 +504,12 @@ def test_augmentation_is_a_function_of_the_seed():
 
 
 def test_what_cannot_be_augmented_is_noted():
-  account = table.Account()
+  log = table.ChangeLog()
   assert augment.augment(
-      _rows({'text': 'a\nb\nc'}), account, methods=['line_order'], share=1.0,
+      _rows({'text': 'a\nb\nc'}), log, methods=['line_order'], share=1.0,
       names=['text'], templates=(), keep=(), seed=0) == []
-  assert account.notes == [
-      'augment: line_order had nothing to do in 1 of 1 rows']
+  assert log.notes == [
+      'augment: line_order could not change 1 of 1 rows']
 
 
 # Report -----------------------------------------------------------------------
@@ -527,10 +528,10 @@ def test_a_difference_can_be_seen(before, after, shown):
 
 
 def test_the_report_is_escaped():
-  found = [report.Heading('T'), 'a <b> | *c*',
-           report.Table(('h', 'i'), [('<script>', 'x|y')])]
-  page = report.to_html(found)
+  sections = [report.Section('T', [
+      'a <b> *c*', (('h', 'i'), [('<script>', 'x|y')])])]
+  page = report.to_html(sections)
   assert '<script>' not in page and '&lt;script&gt;' in page
-  markdown = report.to_markdown(found)
+  markdown = report.to_markdown(sections)
   assert markdown.splitlines()[-1] == r'| \<script\> | x\|y |'
-  assert r'a \<b\> \| \*c\*' in markdown
+  assert r'a \<b\> \*c\*' in markdown
