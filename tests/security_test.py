@@ -302,7 +302,7 @@ def test_headers_that_do_not_parse(header, value, status):
 
 
 def test_loopback_is_the_default():
-  source = (conftest.ROOT / 'gemma_sft' / 'cli.py').read_text()
+  source = (conftest.ROOT / 'gemma_sft' / 'serve.py').read_text()
   assert "'host', '127.0.0.1'" in source
 
 

@@ -1,4 +1,4 @@
-// What all pages use. Text from anywhere goes in as text nodes, never as HTML.
+// Shared by all pages. All text is inserted as text nodes, never as HTML.
 
 export function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
@@ -20,7 +20,7 @@ export function showError(error) {
   if (error) place.scrollIntoView({block: 'nearest'});
 }
 
-// Sends a request; a refusal becomes an Error with the server's own words.
+// Sends a request; a refusal becomes an Error with the server's message.
 export async function ask(path, body, signal) {
   let response;
   try {
@@ -38,7 +38,7 @@ export async function ask(path, body, signal) {
     let message = `The server answers ${response.status}.`;
     try {
       message = (await response.json()).error || message;
-    } catch { /* Not JSON: the status has to do. */ }
+    } catch { /* Not JSON: the status must do. */ }
     throw new Error(message);
   }
   return response;

@@ -9,9 +9,9 @@ const WAYS = {
 };
 
 let setup = null;
-let running = null;  // The AbortController of the answers that are being made.
-let result = null;   // Of the form, to be saved.
-let turns = [];      // Of the chat: {said, answers: {model: text}}.
+let running = null;  // The AbortController of the answers being generated.
+let result = null;   // The form's last result, for saving.
+let turns = [];      // The chat's turns: {said, answers}.
 
 const label = (name) =>
   (name[0].toUpperCase() + name.slice(1)).replaceAll('_', ' ');
@@ -69,7 +69,7 @@ function refresh() {
   byId('save').hidden = busy || !shown;
   byId('hint').hidden = Boolean(busy || shown);
   byId('hint').textContent = isChat() ?
-      'Write a message. Each model goes on with its own conversation.' :
+      'Write a message. Each model continues its own conversation.' :
       'Fill in the form: the answers appear here, side by side.';
 }
 
@@ -92,8 +92,8 @@ function chosenModels() {
   return boxes.map((box) => setup.models.find((m) => m.name === box.value));
 }
 
-// Asks the chosen models one after the other, each into a card of `place`.
-// A question that is refused leaves no cards.
+// Asks the models one after the other and shows each answer in a card of
+// `place`. A refused question leaves no cards.
 async function answerAll(place, questionOf, examples, settings, models) {
   const cards = models.map((model) => card(model));
   place.append(make('div', {class: 'columns'}, ...cards.map((c) => c.root)));
@@ -187,7 +187,7 @@ async function* lines(response) {
   }
 }
 
-// What the model was asked, word for word.
+// The exact prompt that the model read.
 function asked(prompt) {
   return make('details', {class: 'asked'}, make('summary', {}, 'Prompt'),
               ...prompt.flatMap((message) => [
@@ -210,7 +210,7 @@ function chips(answer) {
   return [...all, make('span', {}, `${answer.seconds.toFixed(1)} s`)];
 }
 
-// All that can be wrong is told in one place, before anything is asked.
+// Shows the error of whatever fails, and clears the previous one.
 async function guarded(work) {
   showError(null);
   try {
@@ -273,7 +273,7 @@ function send() {
   });
 }
 
-// A model's own conversation: turns that it has not answered are left out.
+// A model's own conversation, without the turns that it has not answered.
 const history = (before, model) => before.flatMap((turn) => {
   const answer = turn.answers.find((a) => a.model === model);
   return answer && answer.text.trim() && !answer.error ? [

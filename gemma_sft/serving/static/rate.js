@@ -7,7 +7,7 @@ let rater = '';
 let pair = null;
 let criteria = [];
 let marks = {first: {}, second: {}};
-let armed = null;  // [side, criterion] that the next digit marks.
+let armed = null;  // The [side, criterion] that the next digit marks.
 let busy = false;
 
 function begin() {
@@ -20,7 +20,7 @@ function begin() {
   }
 }
 
-// One request at a time: a second key within it is not a second choice.
+// One request at a time, so that a key hit twice is one choice.
 async function load(request) {
   if (busy) return;
   busy = true;
@@ -81,7 +81,7 @@ function showMarks() {
   }
 }
 
-// The same mark again takes it away.
+// Choosing the same mark again removes it.
 function setMark(side, criterion, mark) {
   if (marks[side][criterion] === mark) delete marks[side][criterion];
   else marks[side][criterion] = mark;

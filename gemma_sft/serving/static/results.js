@@ -41,7 +41,7 @@ function show(all) {
       `alpha (ordinal) ${number(all.alpha)}: 1 is full agreement, 0 is chance.`;
   byId('place').textContent = all.shown_first === null ? '' :
       `The answer shown first was chosen in ${percent(all.shown_first)} of ` +
-      'the ratings without a tie; far from 50 %, raters look at the place.';
+      'the ratings without a tie. Far from 50 %, the position influences raters.';
   const raters = Object.entries(all.raters);
   byId('raters').replaceChildren(...raters.map(
       ([name, n]) => row('td', name, `${n} of ${all.n_items}`)));
@@ -50,9 +50,9 @@ function show(all) {
 
 function verdict(all) {
   const [low, high] = all.win_interval;
-  if (low > .5) return `${all.runs[0]} is the better one.`;
-  if (high < .5) return `${all.runs[1]} is the better one.`;
-  return 'They cannot be told apart.';
+  if (low > .5) return `${all.runs[0]} is better.`;
+  if (high < .5) return `${all.runs[1]} is better.`;
+  return 'The ratings show no clear difference.';
 }
 
 askJson('api/results').then(show).catch(showError);
