@@ -1,4 +1,4 @@
-"""The curation command: every row is accounted for, every change is told."""
+"""The curation command: every row and every change is accounted for."""
 
 import collections
 import csv

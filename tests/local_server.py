@@ -1,4 +1,4 @@
-"""What the tests of the pages share: answers, a server, a browser."""
+"""Shared by the tests of the pages: answers, a server, a browser."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ RUNS = ('w/a', 'w/b')
 
 
 def write_result(workdir, answers, *, name='tuned', prompts=True):
-  """Writes what `evaluate` keeps, {where: answer}; returns the workdir."""
+  """Writes an evaluation of {where: answer}; returns the workdir."""
   folder = workdir / 'evaluation'
   folder.mkdir(parents=True, exist_ok=True)
   rows = [{'where': where, 'answer': answer, 'verdict': {}}
@@ -47,7 +47,7 @@ def make_client(app):
 
 @contextlib.contextmanager
 def running(app):
-  """Yields the address of an app that a server on a thread answers for."""
+  """Yields the address of an app that is served by a thread."""
   with serve.listen('127.0.0.1', 0) as (sock, url, _):
     server = uvicorn.Server(uvicorn.Config(
         app, log_level='warning', timeout_graceful_shutdown=1))
@@ -84,7 +84,7 @@ def launch():
   if path is None:
     pytest.skip('no chromium on the PATH')
   with sync_api.sync_playwright() as driver:
-    # Its sandbox cannot be had as root.
+    # Its sandbox does not work for root.
     browser = driver.chromium.launch(
         executable_path=path, args=['--no-sandbox'])
     yield browser
@@ -114,6 +114,6 @@ def browse(browser, app, **options):
 
 
 def fits(page):
-  """Whether nothing reaches beyond the page's right edge."""
+  """Whether nothing extends beyond the page's right edge."""
   return page.evaluate(
       'document.documentElement.scrollWidth <= innerWidth')

@@ -1,11 +1,10 @@
-"""What outside input must not be able to do, where no other test says so.
+"""What outside input must not be able to do, unless another test covers it.
 
-Elsewhere: the guard of the pages (token, loopback, Host and Origin, size,
-headers) in serve_test; escaping in a browser in rating_page_test,
-playground_test and the tests of each page; hostile queries and scripts in
-sql_test; hostile programs and Node's permissions in blop_run_test; secrets in
-run.json, card and uploads in provenance_test, card_test, push_test and
-tracking_test; generated bad input of all kinds in fuzz_test.
+Covered elsewhere: the guard of the pages (serve_test), escaping in a browser
+(rating_page_test, playground_test), hostile queries and scripts (sql_test),
+hostile programs (blop_run_test), secrets in run.json, cards and uploads
+(record_test, card_test, push_test, tracking_test), generated bad input of all
+kinds (fuzz_test).
 """
 
 import ast
@@ -38,7 +37,7 @@ from gemma_sft.weights import safetensors_file
 
 _FILES = sorted(path for folder in ('gemma_sft', 'configs', 'data', 'launch')
                 for path in (conftest.ROOT / folder).rglob('*.py'))
-# Modules that make objects or code of bytes.
+# Modules that make objects or code from bytes.
 _MODULES = {'pickle', 'cPickle', 'dill', 'cloudpickle', 'joblib', 'marshal',
             'shelve', 'jsonpickle', 'xmlrpc', 'code', 'codeop', 'tarfile',
             'zipfile'}
@@ -49,12 +48,11 @@ _CALLS = {'eval', 'exec', 'compile', '__import__', 'breakpoint', 'os.system',
 _METHODS = {'extractall', 'enable_load_extension'}
 _ARGUMENTS = {'shell', 'allow_pickle', 'trust_remote_code'}
 _ALLOWED = {
-    # An entry point's own name, the library's, and a task's, which is one of
-    # the files in the folder.
+    # Names of an entry point, of the library, and of a task in the folder.
     ('gemma_sft/cli.py', 'import_module'),
     ('gemma_sft/model.py', 'import_module'),
     ('gemma_sft/tasks/__init__.py', 'import_module'),
-    # The project itself, which a notebook unpacks in order to run it.
+    # A notebook unpacks the project itself.
     ('launch/kaggle/notebooks.py', 'shutil.unpack_archive')}
 
 
@@ -65,7 +63,7 @@ def _dotted(node):
 
 
 def _findings(tree):
-  """Yields (line, what) of what may run or unpack outside input."""
+  """Yields (line, call or import) that may run or unpack outside input."""
   for node in ast.walk(tree):
     if isinstance(node, (ast.Import, ast.ImportFrom)):
       imported = [alias.name for alias in node.names]
@@ -166,7 +164,7 @@ def test_a_database_that_is_none_is_named(tmp_path, ending, data):
   if data:
     with pytest.raises(errors.UserError, match=r'train.jsonl:1|a\.sql:1'):
       task.to_messages(_sql_record(tmp_path, 'a'))
-  else:  # To SQLite that is a database without tables.
+  else:  # For SQLite an empty file is a database without tables.
     assert task.to_messages(_sql_record(tmp_path, 'a'))
 
 
@@ -232,7 +230,7 @@ def test_a_script_cannot_compare_for_minutes():
 
 _SHOWS = ("function Hi(a) {{ return blop.h('p', {{}}, ['' + ({})]) }}\n"
           'module.exports = {{ Hi }};')
-# Programs and what they show, '' where they may fail instead.
+# Programs that try to reach the host.
 _PROGRAMS = {
     'the environment': "typeof process === 'undefined' ? 'none' :"
                        ' process.env.SECRET_OF_THE_HOST',
@@ -265,13 +263,13 @@ def test_programs_that_look_for_the_host(monkeypatch, tmp_path):
   outcomes = run_js.run([
       run_js.ProgramPair(reference, {'js': _SHOWS.format(js), 'names': {}})
       for js in _PROGRAMS.values()])
-  # The cage's own limits are 4 and 10 s of a processor, for one program each.
+  # Each program has at most 4 and 10 s of processor time.
   assert time.monotonic() - start < 60 * len(_PROGRAMS)
   for name, lines in zip(_PROGRAMS, outcomes):
     text = json.dumps(lines)
     assert 'SENTINEL' not in text and len(text) < 2_000_000, name
     assert '[object process]' not in text, name
-    # The reference was traced before and is as ever.
+    # The reference was traced first and is unaffected.
     shown = lines[1]['traces']['Hi']['runs'][0]['tree'][3]
     assert shown == ['name_1'], name
 
@@ -290,7 +288,7 @@ def test_no_other_site_is_let_in(tmp_path):
 
 
 @pytest.mark.parametrize('header, value, status', [
-    # All of them once ended in a traceback.
+    # Each of them once ended in a traceback.
     ('host', '[', 403), ('host', '[::1', 403), ('origin', 'http://[', 403),
     ('content-length', '9' * 5000, 413), ('content-length', '\u00b2', 413)])
 def test_headers_that_do_not_parse(header, value, status):

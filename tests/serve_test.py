@@ -1,4 +1,4 @@
-"""The command, and what its pages keep out."""
+"""The command `serve`, and what its guard refuses."""
 
 import contextlib
 import json
@@ -73,7 +73,7 @@ def test_what_another_sites_page_sends_is_refused(client, store):
   assert post(**kind, origin='http://127.0.0.1:80') in (200, 403)
   assert post(**kind, origin='http://evil.example') == 403
   assert post(**kind, origin='null') == 403
-  # What a form can send without being asked.
+  # What a foreign form can send.
   assert post(**{'content-type': 'text/plain'}) == 415
   assert post() == 415
   assert client.put('/api/undo', json={}).status_code == 405
@@ -84,7 +84,7 @@ def test_too_large_a_request_is_refused(client):
   kind = {'content-type': 'application/json'}
   assert client.post('/api/undo', content=big, headers=kind
                      ).status_code == 413
-  # Its length not told beforehand.
+  # Without a declared length.
   parts = (big[i:i + 1000] for i in range(0, len(big), 1000))
   assert client.post('/api/undo', content=parts, headers=kind
                      ).status_code == 413
@@ -109,7 +109,7 @@ def test_with_a_token_nobody_comes_in_without(store):
   cookie = 'gemma_sft_80'
   assert get('/', cookie=f'{cookie}=wrong').status_code == 401
   assert get('/', cookie='\x00;=').status_code == 401
-  # The token leaves the address for a cookie that no script reads.
+  # The token moves from the address to a cookie that scripts cannot read.
   first = get(f'/?token={token}')
   assert (first.status_code, first.headers['location']) == (303, '/')
   set_cookie = first.headers['set-cookie'].lower()

@@ -55,7 +55,7 @@ def groups(
   first: dict[Hashable, int] = {}
   for i, row in enumerate(rows):
     for column in columns:
-      if key := _key(row, column):
+      if key := table.fold(row.fields.get(column)):
         sets.merge(first.setdefault((column, key), i), i)
   for i, j, _ in openings:
     sets.merge(i, j)
@@ -82,7 +82,8 @@ def split(
   """
   names = [name for name, part in zip(NAMES, fractions) if part > 0]
   parts = np.array([part for part in fractions if part > 0])
-  styles = [_key(row, balance) if balance else '' for row in rows]
+  styles = [
+      table.fold(row.fields.get(balance)) if balance else '' for row in rows]
   known = sorted(set(styles))
   # The last column counts all rows and weighs as much as all styles together.
   counts = np.zeros((len(members), len(known) + 1))
@@ -124,7 +125,7 @@ def leaks(
   for column in columns:
     seen: dict[str, dict[str, table.TableRow]] = collections.defaultdict(dict)
     for row, name in placed:
-      if key := _key(row, column):
+      if key := table.fold(row.fields.get(column)):
         seen[key].setdefault(name, row)
     for key, by_split in seen.items():
       (name, row), *others = by_split.items()
@@ -139,7 +140,3 @@ def leaks(
         found.append(Leak(row.where, name, other.where, other_name,
                           f'openings are {similarity:.0%} the same'))
   return found
-
-
-def _key(row: table.TableRow, column: str) -> str:
-  return ' '.join(table.as_text(row.fields.get(column)).casefold().split())

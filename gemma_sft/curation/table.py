@@ -150,11 +150,11 @@ def fill_missing(
   for column, by in sources.items():
     known = collections.defaultdict(dict)
     for row in rows:
-      key, value = as_text(row.fields.get(by)), row.fields.get(column)
-      if key.strip() and not is_missing(value):
-        known[_fold(key)].setdefault(as_text(value), (value, row.where))
+      key, value = fold(row.fields.get(by)), row.fields.get(column)
+      if key and not is_missing(value):
+        known[key].setdefault(as_text(value), (value, row.where))
     for row in rows:
-      key = _fold(as_text(row.fields.get(by)))
+      key = fold(row.fields.get(by))
       if not is_missing(row.fields.get(column)) or key not in known:
         continue
       if len(known[key]) > 1:
@@ -276,5 +276,6 @@ def _common_mark(
   return '', ''
 
 
-def _fold(text: str) -> str:
-  return ' '.join(text.casefold().split())
+def fold(value: Any) -> str:
+  """Returns a cell as text for comparison, ignoring case and spaces."""
+  return ' '.join(as_text(value).casefold().split())

@@ -1,4 +1,4 @@
-"""Cleaning: what is repaired, what is left alone, and the traps of scripts."""
+"""The parts of curation: what is repaired, what stays, pitfalls of scripts."""
 
 import re
 import unicodedata

@@ -1,4 +1,4 @@
-"""The playground: its answers, their queue, and the page itself."""
+"""The playground: its answers, their queue, and the page."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Rating: pairs of answers, the server's part of it, and the page itself."""
+"""Rating: pairs of answers, the server, and the page itself."""
 
 import contextlib
 import json

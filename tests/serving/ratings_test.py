@@ -1,4 +1,4 @@
-"""Ratings: what is kept, and what is made of it."""
+"""Ratings: their file and their summary."""
 
 import itertools
 import sqlite3
@@ -61,7 +61,7 @@ def test_undo_takes_back_the_raters_last_of_these_pairs(store):
   assert store.undo('Ana', items) is None
   assert [(r.rater, r.item) for r in store.ratings()] == [
       ('Ana', 'of another comparison'), ('Bo', 'y')]
-  # It is still in the file, and may be given anew.
+  # It stays in the file, and the pair can be rated again.
   connection = sqlite3.connect(store.path)
   assert connection.execute('SELECT sum(undone) FROM ratings').fetchone() == (
       2,)
@@ -96,7 +96,7 @@ def test_another_kind_of_file_is_refused(tmp_path):
 
 
 # Krippendorff, "Computing Krippendorff's Alpha-Reliability", 2011, section C:
-# four observers, twelve units, '.' where one said nothing.
+# four observers, twelve units, '.' for a missing value.
 _PUBLISHED = ('123321412...', '1233224125.3',
               '.3332342251.', '12332441251.')
 
