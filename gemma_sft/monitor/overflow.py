@@ -1,9 +1,9 @@
-"""Where a step in float16 overflowed: its batch once more, watched.
+"""Finds where a step in float16 overflowed, by running its batch again.
 
-Only a step that has failed is looked into, so the check costs a run nothing.
-The forward pass tells the largest magnitude of each tensor in it, in the order
-of computation; where all of it is finite, the gradient tells how far the
-backward pass has come from the last layer down.
+Only a failed step is examined, so the check costs a healthy run nothing. The
+forward pass records the largest magnitude of each tensor, in the order of
+computation. If all of them are finite, the gradient shows how far the backward
+pass came from the last layer down.
 """
 
 import dataclasses
@@ -38,10 +38,10 @@ def explain(
   Args:
     run: Prepared.
     gradient_sums: `train.gradient_sums`.
-    state: With the weights before the step: an update that is not finite, and
-      all after one that stops the run, are left out.
+    state: It has the weights before the step, because an update that is not
+      finite is skipped, as are all that follow a scale of 0.
     step: Updates before this one.
-    batch: Of `batches.Batches`.
+    batch: From `batches.Batches`.
   """
   arrays = sharding.put_batch(batch, run.mesh)
   base, trainable = run.base, state.trainable
@@ -50,8 +50,8 @@ def explain(
   for name, value in largest.items():
     limit = float16.LARGEST if name.endswith(_ROUNDED) else np.inf
     if not value < limit:
-      return (f'the first tensor of the forward pass beyond its numbers is'
-              f' {name}: {value:.4g}')
+      return ('the first tensor of the forward pass beyond the range of its'
+              f' dtype is {name}: {value:.4g}')
   gradient, nll, _ = jax.jit(
       gradient_sums, static_argnames=('settings', 'max_trained'))(
           trainable, base, arrays, jnp.int32(step),
@@ -64,7 +64,7 @@ def explain(
   if name:
     return ('the forward pass is finite; the first gradient of the backward'
             f' pass that is not is that of {name}')
-  return 'computed once more, the batch gives finite numbers'
+  return 'computed again, the batch gives finite numbers'
 
 
 # Ends the names of tensors that are about to be rounded to float16.

@@ -40,8 +40,8 @@ SILENCE = 30.0
 GRACE = 10.0
 _VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 _AGAIN = ('  expected: all processes alive to the end\n'
-          '  fix: start the same command on all of them again; it goes on from'
-          ' the last checkpoint\n')
+          '  fix: start the same command on all of them again; it continues'
+          ' from the last checkpoint\n')
 _METADATA = ('http://{}/computeMetadata/v1/instance/attributes/'
              'worker-network-endpoints')
 

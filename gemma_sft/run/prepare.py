@@ -228,7 +228,7 @@ def report_audit(splits: dict[str, splits_lib.Split], task: Any) -> None:
   if problems:
     n = splits['train'].report.n_examples
     hosts.say(f'warning: {len(problems)} of {n} training answers are wrong by'
-              " the task's own judge; the run goes on and learns from them")
+              " the task's own judge; the run continues and learns from them")
 
 
 
