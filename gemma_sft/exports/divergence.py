@@ -1,4 +1,4 @@
-"""Whether an exported file still is the model: fixed prompts and limits."""
+"""Compares a runtime's outputs with the JAX model's: prompts and limits."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -8,11 +8,12 @@ import numpy as np
 
 from gemma_sft import chat
 
-# Kullback-Leibler divergence from the JAX model in nats, see `compare`. f32 is
-# the same model with other roundings: llama.cpp looks its GELU up in a table of
-# float16 and stays below 3e-6 on Gemma 3 270M. f16 and bf16 round every weight
-# once. q8_0 and q4_k_m are what their users expect of them, and the others lie
-# between by the bits that they leave out; q4_0 has no more bits than q4_k_m.
+# Largest Kullback-Leibler divergence from the JAX model in nats, see `compare`.
+# An f32 file is the same model up to rounding: llama.cpp looks GELU up in a
+# float16 table and stays below 3e-6 on Gemma 3 270M. f16 and bf16 round every
+# weight once. The limits of q8_0 and q4_k_m are what users expect of these
+# formats; q6_k and q5_k_m lie between them, and q4_0 has no more bits than
+# q4_k_m.
 LIMITS = {
     'f32': 1e-5,
     'f16': 1e-3,
@@ -23,10 +24,10 @@ LIMITS = {
     'q4_k_m': 0.05,
     'q4_0': 0.05,
 }
-# A server sums probabilities in float32, whose smallest is e^-103. What lies
-# below e^-80 decides nothing and is compared as e^-80.
+# llama-server sums probabilities in float32, whose smallest number is e^-103.
+# Probabilities below e^-80 do not matter and are compared as e^-80.
 _FLOOR = -80.0
-# Tokens by which the longest prompt exceeds the window.
+# Tokens by which the longest prompt exceeds the sliding window.
 _BEYOND_WINDOW = 32
 
 _TEXTS = (
@@ -51,22 +52,22 @@ _PLACES = ('over', 'along', 'across', 'beside', 'against')
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class Divergence:
   """How far a runtime is from the JAX model.
 
   Attributes:
     kind: A key of `LIMITS`.
-    max_logit_difference: The largest difference of two log-probabilities,
-      which is that of the logits but for a constant a position.
-    kl_mean: Mean divergence of the compared positions, in nats.
-    kl_max: The largest of one position.
-    n_positions: How many were compared.
+    max_logit_difference: Largest difference of two log-probabilities, which is
+      that of the logits up to a constant for each position.
+    kl_mean: Mean divergence over all compared positions, in nats.
+    kl_max: Largest divergence at one position, in nats.
+    n_positions: Number of compared positions.
     greedy_equal: Prompts whose greedy answers are the same tokens.
-    greedy_near_ties: Prompts whose answers part where the JAX model's two
-      tokens are as close as the rounding.
+    greedy_near_ties: Prompts whose answers differ first at a token where the
+      JAX model's two candidates are as close as the rounding.
     greedy_total: Prompts with a greedy answer.
-    limit: What was allowed.
-    passed: The verdict.
+    limit: Largest allowed `kl`.
+    passed: Whether the file is close enough.
   """
 
   kind: str
@@ -82,7 +83,7 @@ class Comparison:
 
   @property
   def kl(self) -> float:
-    """The figure that is held against the limit."""
+    """The divergence that is compared with the limit."""
     return self.kl_max if self.kind == 'f32' else self.kl_mean
 
   def __str__(self) -> str:
@@ -103,28 +104,28 @@ def compare(
     *,
     kind: str,
     continue_reference: Callable[[int, int], np.ndarray] | None = None,
-) -> Comparison:
+) -> Divergence:
   """Compares a runtime's distributions and greedy answers with the model's.
 
-  Files in f32 are judged by their worst position: one that is far off is a
-  wrong mask, rope or norm. The others are judged by the mean: where the model
-  is undecided, rounded weights move single positions far (bfloat16 on the 270M:
+  Files in f32 are judged by their worst position: one that is far off means a
+  wrong mask, RoPE or norm. The others are judged by the mean: rounded weights
+  move single positions far where the model is undecided (bfloat16 on the 270M:
   mean 3e-4, worst 3e-3), while a fault moves all of them.
 
-  The greedy answers decide for f32 alone, where they have to be equal or part
-  at a near tie: the model's two tokens lie within twice the largest measured
-  difference, as each of the two may be off by it.
+  Greedy answers count for f32 only. They have to be equal, or differ first at a
+  near tie: the logits of the two tokens lie within twice the largest measured
+  difference, as each of the two may be off by that much.
 
   Args:
     reference: For each prompt, logits or log-probabilities (n, V).
-    other: The runtime's, in the same order; columns beyond V belong to no
-      token and are left out.
+    other: The same of the runtime; columns beyond V belong to no token and are
+      ignored.
     reference_greedy: For each prompt, the tokens of the greedy answer.
-    other_greedy: The runtime's.
+    other_greedy: The same of the runtime.
     kind: A key of `LIMITS`.
-    continue_reference: From (number of the prompt, n) to logits (V,) of the
-      token after the prompt and n tokens of its reference answer; called where
-      answers part. Without it, no tie is looked for.
+    continue_reference: From (index of the prompt, n) to logits (V,) after the
+      prompt and n tokens of its reference answer; called where answers differ.
+      Without it, no answer counts as a near tie.
   """
   limit = LIMITS[kind]
   differences, divergences = [], []
@@ -138,22 +139,22 @@ def compare(
     divergences.append(
         np.sum(np.exp(ours_nV) * (ours_nV - theirs_nV), axis=1))
   divergences = np.concatenate(divergences)
-  # Numpy's, unlike Python's, keep a NaN.
+  # Numpy's max, unlike Python's, keeps a NaN.
   difference = float(np.max(differences))
   greedy = [
       _same_answer(i, ours, theirs, difference, continue_reference)
       for i, (ours, theirs) in enumerate(
           zip(reference_greedy, other_greedy, strict=True))]
-  comparison = Comparison(
+  found = Divergence(
       kind=kind, max_logit_difference=difference,
       kl_mean=float(divergences.mean()), kl_max=float(divergences.max()),
       n_positions=len(divergences), greedy_equal=greedy.count('equal'),
       greedy_near_ties=greedy.count('tie'), greedy_total=len(greedy),
       limit=limit, passed=False)
-  # A NaN is not within the limit.
-  passed = comparison.kl <= limit and (
+  # False for a NaN.
+  passed = found.kl <= limit and (
       kind != 'f32' or 'different' not in greedy)
-  return dataclasses.replace(comparison, passed=bool(passed))
+  return dataclasses.replace(found, passed=bool(passed))
 
 
 def _log_softmax(logits_nV: np.ndarray) -> np.ndarray:
@@ -170,7 +171,7 @@ def _same_answer(number, ours, theirs, difference, continue_reference) -> str:
     return 'equal'
   n = next((i for i, pair in enumerate(zip(ours, theirs))
             if pair[0] != pair[1]), None)
-  # Where one goes on after the other ends, the ending token is not known.
+  # If one answer is a prefix of the other, the token that ended it is unknown.
   if n is None or continue_reference is None:
     return 'different'
   logits_V = np.asarray(continue_reference(number, n), np.float64)
@@ -181,18 +182,16 @@ def _same_answer(number, ours, theirs, difference, continue_reference) -> str:
 def prompts(
     tokenizer: chat.Tokenizer,
     window: int | None,
-    max_length: int | None = None,
 ) -> list[list[int]]:
   """Returns the fixed prompts as token ids, BOS first.
 
-  English, code, Hindi, Chinese, a rendered question, BOS alone, and a text
-  that is longer than the sliding window: a mask that is off by one, or a rope
-  of the other kind of layer, shows there alone.
+  They are English, code, Hindi, Chinese, a rendered question, BOS alone, and a
+  text that is longer than the sliding window: only that one shows a mask that
+  is off by one, or the RoPE of the other kind of layer.
 
   Args:
-    tokenizer: Of the model.
-    window: Of the local layers in tokens; None where there are none.
-    max_length: Prompts are cut there, also the one that is to pass the window.
+    tokenizer: The model's tokenizer.
+    window: Tokens that local layers attend to; None without local layers.
   """
   found = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in _TEXTS]
   found.append(chat.render_prompt(
@@ -200,11 +199,11 @@ def prompts(
   found.append([tokenizer.bos_id])
   if window is not None:
     found.append(_long_prompt(tokenizer, window + _BEYOND_WINDOW))
-  return [ids[:max_length] for ids in found]
+  return found
 
 
 def _long_prompt(tokenizer: chat.Tokenizer, length: int) -> list[int]:
-  """Returns `length` tokens of lines that differ, so that places matter."""
+  """Returns `length` tokens of lines that differ, so that positions matter."""
   ids, number = [tokenizer.bos_id], 4
   while len(ids) < length:
     ids += tokenizer.encode(_LONG.format(
@@ -215,7 +214,7 @@ def _long_prompt(tokenizer: chat.Tokenizer, length: int) -> list[int]:
 
 
 def template_conversations() -> list[tuple[str, list[dict[str, str]]]]:
-  """Returns (name, messages) on which templates of all formats have to agree.
+  """Returns (name, messages) that all formats' templates have to render alike.
 
   Roles are system, user and assistant, as clients send them.
   """

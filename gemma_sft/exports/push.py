@@ -1,8 +1,8 @@
-"""Uploads of an export to the Hugging Face Hub and to Kaggle Models.
+"""Uploads an export to the Hugging Face Hub or to Kaggle Models.
 
-Through their own clients, whose logins are the only ones used: no token is an
-argument, and what a client says when it fails is scrubbed before it is shown.
-Nothing here changes the export: after a failure the files are where they were.
+The services' own clients do the upload, with the login that they find: no token
+is ever an argument, and a client's error message is scrubbed before it is
+shown. The local files stay as they are, also after a failure.
 """
 
 import contextlib
@@ -15,27 +15,31 @@ from typing import Iterator
 from typing import Mapping
 from typing import Sequence
 
+import huggingface_hub
+
 from gemma_sft import errors
 from gemma_sft.monitor import scrub
 
-# Seconds for connecting, reading, writing and a place in the pool. The clients'
-# own default is to wait for ever. A commit may well be silent for minutes.
+# Seconds for connecting, reading, writing and waiting for a connection of the
+# pool. The clients' default is to wait for ever. A commit may take minutes.
 _TIMEOUT_OF_LOGIN = (10.0, 30.0, 30.0, 10.0)
 _TIMEOUT_OF_UPLOAD = (10.0, 600.0, 600.0, None)
-# hf/ lies at the root of a repository, where `from_pretrained` looks.
+# Its files go to the root of a repository, where `from_pretrained` looks.
 _ROOT_FOLDER = 'hf'
-# What an earlier export may have left in a repository: weights that the new
+# Weights that an earlier export may have left in a repository, and that the new
 # card does not describe.
 _OWN_FILES = re.compile(
     r'(gguf|peft)/.+|model[^/]*\.safetensors(\.index\.json)?')
-# Kaggle keeps frameworks apart: framework and variation of each folder.
+# Folder of an export -> its framework and variation on Kaggle.
 _KAGGLE_PARTS = {'hf': ('transformers', 'merged'),
                  'peft': ('transformers', 'adapter'),
                  'gguf': ('gguf', 'llama-cpp')}
-# Named by class: the clients use httpx, httpx2, requests or Rust, by version.
+# Names of exception classes: depending on the version, the clients use httpx,
+# httpx2, requests or Rust.
 _NO_NETWORK = {'TransportError', 'ConnectionError', 'TimeoutError', 'Timeout',
                'gaierror', 'OfflineModeIsEnabled'}
 _REFUSED = {401: 'no valid login', 403: 'no right to write there'}
+# Larger files are weights, which are not searched for the token.
 _TEXT_BYTES = 4_000_000
 
 
@@ -57,7 +61,7 @@ def parse_target(text: str) -> Target:
   kaggle = text.startswith('kaggle:')
   name = text.removeprefix('kaggle:')
   parts = name.split('/')
-  # Both begin and end with a letter or a digit; Kaggle's have no dots.
+  # Names begin and end with a letter or digit; Kaggle's have no dots.
   word = r'[A-Za-z0-9]([\w-]*[A-Za-z0-9])?' if kaggle else (
       r'[A-Za-z0-9]([\w.-]{0,94}[A-Za-z0-9])?')
   fine = all(re.fullmatch(word, part, re.ASCII) for part in parts)
@@ -70,43 +74,42 @@ def parse_target(text: str) -> Target:
   return Target('kaggle' if kaggle else 'huggingface', name)
 
 
+def hub_repository(targets: Sequence[Target]) -> str:
+  """Returns the first target on the Hugging Face Hub, or ''."""
+  return next((t.name for t in targets if t.service == 'huggingface'), '')
+
+
 def push(
     folder: str | os.PathLike, target: Target, *,
     data_files: Sequence[str] = (), data_card: str = '', private: bool = False,
 ) -> str:
-  """Uploads an export to where the target is and returns its address."""
-  if target.service == 'kaggle':
-    return push_kaggle(folder, target.name, data_files=data_files,
-                       data_card=data_card)
-  return push_hugging_face(folder, target.name, data_files=data_files,
-                           data_card=data_card, private=private)
-
-
-def push_hugging_face(
-    folder: str | os.PathLike, repo_id: str, *, data_files: Sequence[str] = (),
-    data_card: str = '', private: bool = False) -> str:
-  """Uploads an export in one commit and returns the repository's address.
-
-  hf/ goes to the root, all else keeps its place. Weights of an earlier export
-  in that repository that this one does not bring are removed in the same
-  commit; the Hub's history keeps them.
+  """Uploads an export and returns its address.
 
   Args:
     folder: The finished export.
-    repo_id: org/name; made if it is not there.
-    data_files: If any: uploaded to the data set repository org/name-data.
-    data_card: README.md of that repository.
-    private: Of repositories that are made now.
+    target: Where to.
+    data_files: Uploaded as a data set of the model's name and '-data', if any.
+    data_card: README.md of the data set.
+    private: Whether new repositories of the Hub are private. New models on
+      Kaggle always are.
 
   Raises:
-    UserError: without the client, a login, a network or the right to write.
+    UserError: There is no client, no login, no network or no right to write.
   """
-  try:
-    import huggingface_hub  # Optional: only needed for a push.
-  except ImportError as error:
-    raise _no_client('huggingface_hub') from error
-  files = _hub_files(folder)
   data = _data_files(data_files, data_card)
+  if target.service == 'kaggle':
+    return _push_kaggle(folder, target.name, data)
+  return _push_hugging_face(folder, target.name, data, private)
+
+
+def _push_hugging_face(folder, repo_id, data, private) -> str:
+  """Uploads an export in one commit.
+
+  The files of hf/ go to the root; all others keep their paths. The commit also
+  removes weights of an earlier export that this one does not replace; they stay
+  in the repository's history.
+  """
+  files = _hub_files(folder)
   with _explained(folder, 'the Hugging Face Hub') as secrets:
     token = huggingface_hub.get_token()
     if token is None:
@@ -118,21 +121,21 @@ def push_hugging_face(
     api = huggingface_hub.HfApi()
     try:
       huggingface_hub.get_session().timeout = _TIMEOUT_OF_LOGIN
-      api.whoami()  # Before anything is made: is the token accepted?
+      api.whoami()  # Fails before anything is created if the token is wrong.
       huggingface_hub.get_session().timeout = _TIMEOUT_OF_UPLOAD
       if data:
-        _commit(
-            huggingface_hub, api, f'{repo_id}-data', 'dataset', data, private)
-      return _commit(huggingface_hub, api, repo_id, 'model', files, private)
+        _commit(api, f'{repo_id}-data', 'dataset', data, private)
+      return _commit(api, repo_id, 'model', files, private)
     finally:
-      huggingface_hub.close_session()  # The next has the client's timeouts.
+      huggingface_hub.close_session()  # The next has the default timeouts.
 
 
-def _commit(client, api, repo_id, repo_type, files, private):
+def _commit(api, repo_id, repo_type, files, private):
   url = api.create_repo(
       repo_id, repo_type=repo_type, private=private, exist_ok=True)
   operations = [
-      client.CommitOperationAdd(path_in_repo=name, path_or_fileobj=source)
+      huggingface_hub.CommitOperationAdd(
+          path_in_repo=name, path_or_fileobj=source)
       for name, source in files.items()]
   if repo_type == 'model':
     stale = [name for name in api.list_repo_files(repo_id)
@@ -140,41 +143,30 @@ def _commit(client, api, repo_id, repo_type, files, private):
     if stale:
       print(f'removing what an earlier export left in {repo_id}:'
             f' {", ".join(stale)}')
-    operations += [client.CommitOperationDelete(path_in_repo=name)
-                   for name in stale]
+    operations += [
+        huggingface_hub.CommitOperationDelete(path_in_repo=name)
+        for name in stale]
   api.create_commit(repo_id, operations, repo_type=repo_type,
                     commit_message='Export of gemma_sft')
   return str(url)
 
 
-def push_kaggle(
-    folder: str | os.PathLike, handle: str, *, data_files: Sequence[str] = (),
-    data_card: str = '', licence: str | None = None) -> str:
-  """Uploads an export to Kaggle Models and returns the model's address.
+def _push_kaggle(folder, handle, data) -> str:
+  """Uploads an export to Kaggle Models.
 
-  What is not there yet is made, and made private, by Kaggle's client; a
-  variation that is there gets a new version.
-
-  Args:
-    folder: The finished export.
-    handle: owner/model: hf/, peft/ and gguf/ become a variation each. Or
-      owner/model/framework/variation: all files go there, laid out as on the
-      Hub.
-    data_files: If any: uploaded as the data set owner/model-data.
-    data_card: README.md of that data set.
-    licence: A name that Kaggle knows. Gemma's terms are not in its list; the
-      card, uploaded with each variation, states them.
-
-  Raises:
-    UserError: without the client, a login, a network or the right to write.
+  The folders hf/, peft/ and gguf/ become a variation each. With a handle of
+  owner/model/framework/variation all files go to that one, laid out as on the
+  Hub. An existing variation gets a new version. No licence is set: the terms of
+  Gemma are not in Kaggle's list, and the card in each variation states them.
   """
   try:
     import kagglehub  # Optional: only needed for a push.
     from kagglehub import config as kaggle_config
   except ImportError as error:
-    raise _no_client('kagglehub') from error
+    raise errors.UserError(
+        'kagglehub is not installed', 'the client of Kaggle',
+        "pip install 'gemma_sft[push]'") from error
   uploads = _kaggle_uploads(folder, handle)
-  data = _data_files(data_files, data_card)
   owner, model = handle.split('/')[:2]
   with (_explained(folder, 'Kaggle') as secrets,
         tempfile.TemporaryDirectory() as scratch):
@@ -193,20 +185,20 @@ def push_kaggle(
       kagglehub.dataset_upload(
           f'{owner}/{model}-data', _staged(scratch, 'data', data))
     for i, (name, files) in enumerate(uploads.items()):
-      kagglehub.model_upload(name, _staged(scratch, str(i), files), licence)
+      kagglehub.model_upload(name, _staged(scratch, str(i), files))
   return f'https://www.kaggle.com/models/{owner}/{model}'
 
 
 def _reach_kaggle():
-  """Raises what `requests` raises if Kaggle does not answer soon.
+  """Raises an exception of `requests` if Kaggle does not answer soon.
 
-  Kaggle's client sets no timeout of its own, and calls a missing network a
-  wrong login.
+  Kaggle's client sets no timeout, and reports a missing network as a wrong
+  login.
   """
   from kagglesdk import kaggle_env  # Both come with kagglehub.
   import requests
 
-  # It has a timeout, on the next line.
+  # The timeout is two lines below.
   requests.head(  # nosec B113
       kaggle_env.get_endpoint(kaggle_env.get_env()),
       timeout=_TIMEOUT_OF_LOGIN[:2])
@@ -236,7 +228,7 @@ def _kaggle_uploads(folder, handle):
 
 
 def _staged(scratch, name, files):
-  """Returns a folder of links: the client uploads folders, copies are big."""
+  """Returns a folder of links to files, because the client uploads folders."""
   root = pathlib.Path(scratch, name)
   for path, source in files.items():
     link = root / path
@@ -249,7 +241,7 @@ def _staged(scratch, name, files):
 
 
 def _files(folder) -> dict[str, str]:
-  """Returns {path in the folder, with slashes: path} of all its files."""
+  """Returns {path relative to the folder, with slashes: path}."""
   root = pathlib.Path(folder)
   files = {path.relative_to(root).as_posix(): str(path)
            for path in sorted(root.rglob('*')) if path.is_file()}
@@ -287,42 +279,36 @@ def _data_files(data_files, data_card) -> dict[str, str | bytes]:
 
 
 def _refuse_token(files: Mapping[str, str | bytes], token: str):
-  """Raises UserError if a text that would be published holds the login."""
+  """Raises UserError if a text to be published contains the login."""
   for name, source in files.items():
     if isinstance(source, bytes):
       content = source
-    elif os.path.getsize(source) <= _TEXT_BYTES:  # Weights are larger.
+    elif os.path.getsize(source) <= _TEXT_BYTES:
       content = pathlib.Path(source).read_bytes()
     else:
       continue
     if token and token.encode() in content:
       raise errors.UserError(
           f'{name} contains the token of this login', 'files without secrets',
-          'remove it there, and give that token back: it has been written to'
-          ' disk')
-
-
-def _no_client(name):
-  return errors.UserError(
-      f'{name} is not installed', 'the client of the service to push to',
-      "pip install 'gemma_sft[push]'")
+          'remove it there, and revoke the token: it has been written to disk')
 
 
 @contextlib.contextmanager
 def _explained(folder, service) -> Iterator[list[str]]:
-  """Turns what a client raises into one UserError without secrets.
+  """Turns a client's exception into one UserError without secrets.
 
-  Yields a list for secrets that the environment does not hold.
+  Yields a list, to which the caller adds secrets that are not in the
+  environment.
   """
   secrets = []
   try:
     yield secrets
   except errors.UserError:
     raise
-  # They raise from four libraries, bare exceptions of the Rust one included.
+  # The clients raise exceptions of four libraries, the Rust one bare ones.
   except Exception as error:
     got, fix = _reason(_chain(error), service, secrets)
-    # Not `from error`: its text may hold what was just scrubbed.
+    # Not `from error`: its text may hold the secrets.
     raise errors.UserError(
         f'{got}; the files stay in {folder}', f'an upload to {service}', fix
     ) from None
@@ -342,7 +328,7 @@ def _reason(chain, service, secrets):
   if status in _REFUSED:
     return (f'{service} refused, {_REFUSED[status]}: {first}',
             'check the token and its rights, then push again')
-  return f'{service}: {first}', 'mend this, then push again'
+  return f'{service}: {first}', 'correct this, then push again'
 
 
 def _chain(error):

@@ -1,4 +1,4 @@
-"""What the JAX model says: the measure of every exported file."""
+"""Outputs of the JAX model, with which every exported file is compared."""
 
 import dataclasses
 import functools
@@ -14,12 +14,12 @@ from gemma_sft import model as model_lib
 from gemma_sft.exports import divergence
 from gemma_sft.generation import generate
 
-# Of each prompt; one forward gives them all, and a fault in a mask or a rope
-# shows in the later ones.
+# Positions compared at the end of each prompt. One forward pass gives them all,
+# and a fault in a mask or in RoPE shows in late positions.
 POSITIONS = 4
 GREEDY_TOKENS = 24
-# Programs are compiled for multiples of this.
-_ROW = 64
+# Prompts are padded to multiples of this, to compile fewer programs.
+_LENGTH_MULTIPLE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +29,10 @@ class Reference:
   Attributes:
     prompts: Token ids.
     logits: For each prompt, f32 (n, V) at its last n <= POSITIONS positions.
-    greedy: For each prompt, the tokens that follow, without what ends them.
-    along_greedy: For each prompt, f32 (n + 1, V) along those n tokens: what a
-      runtime that takes another turn is weighed by.
+    greedy: For each prompt, the tokens of the answer, without the one that
+      ends it.
+    along_greedy: For each prompt, f32 (n + 1, V) along those n tokens. Where a
+      runtime's answer differs, these show whether the model was near a tie.
     conversations: (name, messages with the roles of Hugging Face, token ids).
   """
 
@@ -41,6 +42,10 @@ class Reference:
   along_greedy: list[np.ndarray]
   conversations: list[tuple[str, list[dict[str, str]], list[int]]]
 
+  def logits_along_greedy(self, prompt: int, n: int) -> np.ndarray:
+    """Returns logits (V,) after a prompt and n tokens of its greedy answer."""
+    return self.along_greedy[prompt][n]
+
 
 def make_reference(
     model: model_lib.Model,
@@ -48,21 +53,21 @@ def make_reference(
     tokenizer: chat.Tokenizer,
     examples: Sequence[chat.Example] = (),
 ) -> Reference:
-  """Runs the model on the fixed prompts and on beginnings of its own data.
+  """Runs the model on the fixed prompts and on parts of its own data.
 
   Args:
     model: From `make_model`.
     params: Weights with the adapters merged in, float32.
-    tokenizer: Of the model.
-    examples: Of the domain, where the model is used: each is cut in the middle
-      of what is trained.
+    tokenizer: The model's tokenizer.
+    examples: Of the domain that the model was tuned on. Each becomes a prompt:
+      it is cut in the middle of the trained tokens.
   """
   window = model.config.sliding_window_size
   prompts = divergence.prompts(tokenizer, window) + [
       _beginning(example) for example in examples]
   with jax.default_matmul_precision('highest'):
     logits = [
-        next_logits(model, params, ids, tokenizer.vocab_size)
+        _next_logits(model, params, ids, tokenizer.vocab_size)
         for ids in prompts]
     greedy = generate.generate(
         model, params, prompts,
@@ -71,12 +76,12 @@ def make_reference(
         batch_size=len(prompts))
     greedy = [list(map(int, tokens)) for tokens in greedy]
     along_greedy = [
-        next_logits(model, params, [*ids, *tokens], tokenizer.vocab_size,
+        _next_logits(model, params, [*ids, *tokens], tokenizer.vocab_size,
                     positions=len(tokens) + 1)
         for ids, tokens in zip(prompts, greedy)]
   return Reference(
       prompts, logits, greedy, along_greedy,
-      [(name, messages, render(messages, tokenizer))
+      [(name, messages, _render(messages, tokenizer))
        for name, messages in divergence.template_conversations()])
 
 
@@ -85,7 +90,7 @@ def _beginning(example: chat.Example) -> list[int]:
   return example.tokens[:trained[len(trained) // 2]].tolist()
 
 
-def render(
+def _render(
     messages: Sequence[dict[str, str]], tokenizer: chat.Tokenizer
 ) -> list[int]:
   """Returns the tokens that training makes of a conversation."""
@@ -98,7 +103,7 @@ def render(
   return chat.render(turns, tokenizer).tokens.tolist()
 
 
-def next_logits(
+def _next_logits(
     model: model_lib.Model,
     params: Any,
     ids: Sequence[int],
@@ -106,7 +111,7 @@ def next_logits(
     positions: int = POSITIONS,
 ) -> np.ndarray:
   """Returns f32 logits (n, V) at the last n positions of a prompt."""
-  T = -(-len(ids) // _ROW) * _ROW
+  T = -(-len(ids) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
   tokens_1T = np.zeros((1, T), np.int32)
   tokens_1T[0, :len(ids)] = ids
   return np.asarray(_logits(

@@ -10,8 +10,10 @@ from gemma_sft import config as config_lib
 from gemma_sft import tasks
 from gemma_sft.evaluation import report
 from gemma_sft.exports import card
-from gemma_sft.exports import divergence
+from gemma_sft.exports import divergence as divergence_lib
+from gemma_sft.exports import formats
 from gemma_sft.exports import verify
+from gemma_sft.exports import writer
 from gemma_sft.inputs import splits as splits_lib
 from gemma_sft.monitor import record
 from gemma_sft.run import base
@@ -41,78 +43,72 @@ def hub_name(model_name: str) -> str:
 
 def make_summary(
     chosen: restore.Chosen,
-    identity: str,
+    source: writer.ExportSource,
     workdir: str,
-    name: str,
-    files: Sequence[tuple[str, str]],
     folder: pathlib.Path,
-    results: Mapping[str, verify.Result],
+    rows: Sequence[formats.Format],
+    proofs: Mapping[str, verify.Proof],
     missing: Mapping[str, str],
-    stops: Sequence[str],
+    *,
+    identity: str,
+    repository: str,
     config_changes: Mapping[str, object],
-) -> card.Summary:
+) -> card.CardSummary:
   """Returns everything that the card says.
 
   Args:
     chosen: The weights.
-    identity: What tells this export from another.
+    source: What the files were made of.
     workdir: Of the run, for its scores.
-    name: Of the tuned model.
-    files: (path below the folder, precision) of the artefacts.
-    folder: Where they lie.
-    results: Path -> result of its proof.
-    missing: Path -> why it was not proven.
-    stops: Texts that end an answer.
+    folder: Where the files are.
+    rows: The formats of the export.
+    proofs: From the name of a format to its proof.
+    missing: From the name of a runtime to why it is missing.
+    identity: What tells this export from another.
+    repository: See `card.CardSummary`.
     config_changes: What differs from configs/default.py.
   """
   config = chosen.config
-  flat = dict(config_lib.leaves(config))
-  tuned = chosen.meta is not None
+  is_tuned = chosen.meta is not None
   method = 'base'
-  if tuned:
+  if is_tuned:
     method = 'lora' if config.lora.enabled else 'full'
-  artifacts = [_artifact(folder, path, kind) for path, kind in files]
-  return card.Summary(
-      name=name, identity=identity, repository='', task=config.task,
-      method=method, languages=(),
-      base=_base(chosen), data=_data(chosen, tuned), config=flat,
-      config_changes=config_changes, commit=_commit(),
-      packages=record.packages(_PACKAGES),
-      step=chosen.step, metrics=_scores(workdir, tuned), artifacts=artifacts,
-      parity=[_row(path, kind, results.get(path), missing.get(path, ''))
-              for path, kind in files],
-      templates=[
-          card.TemplateParity(
-              runtime=result.runtime, conversations=len(result.templates),
-              equal=all(result.templates.values()), note='')
-          for result in _one_each(results.values())],
-      sampling=card.Sampling(
-          temperature=config.sampling.temperature,
-          repetition_penalty=config.sampling.repetition_penalty,
-          stop=list(stops)))
+  return card.CardSummary(
+      name=source.name, identity=identity, repository=repository,
+      task=config.task, method=method, languages=(), base=_base(chosen),
+      data=_data(config) if is_tuned else [],
+      config=dict(config_lib.leaves(config)), config_changes=config_changes,
+      commit=_commit(), packages=record.packages(_PACKAGES),
+      step=chosen.step, metrics=_scores(workdir) if is_tuned else None,
+      artifacts=[_artifact(folder, row, source) for row in rows],
+      parity=[_parity(row, source, proofs.get(row.name),
+                      missing.get(row.runtime, '')) for row in rows],
+      templates=_template_parity(proofs.values()),
+      sampling=card.CardSampling(
+          temperature=source.sampling.temperature,
+          repetition_penalty=source.sampling.repetition_penalty,
+          stop=source.stops))
 
 
 def _base(chosen):
-  resolved = chosen.resolved
-  return card.Base(
-      name=chosen.config.model.name, source=chosen.config.model.weights,
-      sha256=base.base_hash(resolved, chosen.config.seed),
-      hugging_face=hub_name(chosen.config.model.name),
-      dequantised_from=load.quantization(resolved),
-      rounded_to=chosen.config.model.quantization)
+  model = chosen.config.model
+  return card.CardBase(
+      name=model.name, source=model.weights,
+      sha256=base.base_hash(chosen.resolved, chosen.config.seed),
+      hugging_face=hub_name(model.name),
+      dequantised_from=load.quantization(chosen.resolved),
+      rounded_to=model.quantization)
 
 
-def _data(chosen, tuned):
-  section = chosen.config.data
-  splits = []
+def _data(config):
+  task, splits = tasks.load(config.task), []
   for split in ('train', 'validation', 'test'):
-    if not section[split] or not tuned:
+    if not config.data[split]:
       continue
-    records = splits_lib.read_split(section, split)
-    splits.append(card.Split(
-        split=split, files=[section[split]], records=len(records),
-        sha256=splits_lib.data_hash(
-            records, tasks.load(chosen.config.task)), origin=''))
+    records = splits_lib.read_split(config.data, split)
+    splits.append(card.CardSplit(
+        split=split, files=[config.data[split]], records=len(records),
+        sha256=splits_lib.data_hash(records, task), origin=''))
   return splits
 
 
@@ -122,9 +118,7 @@ def _commit() -> str:
   return commit[:12] + ('+' if dirty else '')
 
 
-def _scores(workdir, tuned):
-  if not tuned:
-    return None
+def _scores(workdir):
   folder = os.path.join(workdir, 'evaluation')
   for split in ('test', 'validation'):
     results = report.read_results(folder, split)
@@ -133,40 +127,49 @@ def _scores(workdir, tuned):
   return None
 
 
-def _artifact(folder, path, precision):
-  place = folder / path
-  if place.is_file():
-    with open(place, 'rb') as file:
+def size(path: pathlib.Path) -> int:
+  """Returns the bytes of a file, or of all files in a folder."""
+  if path.is_file():
+    return path.stat().st_size
+  return sum(f.stat().st_size for f in path.rglob('*') if f.is_file())
+
+
+def _artifact(folder, row, source):
+  path, sha256 = folder / row.path, ''
+  if path.is_file():
+    with open(path, 'rb') as file:
       sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
-    kind = 'gguf-lora' if path.endswith('adapter.gguf') else 'gguf'
-    size = place.stat().st_size
-  else:
-    kind, sha256 = path, ''
-    size = sum(f.stat().st_size for f in place.rglob('*') if f.is_file())
   return card.Artifact(
-      path=path, kind=kind, precision=precision, size=size, sha256=sha256)
+      path=row.path, kind=row.kind, precision=row.precision(source),
+      size=size(path), sha256=sha256)
 
 
-def _row(path, kind, result, note):
-  if result is None:
+def _parity(row, source, proof, note):
+  if proof is None:
     return card.Parity(
-        artifact=path, runtime='', version='', limit=divergence.LIMITS[kind],
-        kl_max=None, kl_mean=None, max_difference=None, greedy_equal=None,
-        proven=False, note=note)
-  runtime, _, version = result.runtime.partition(' ')
-  comparison = result.comparison
+        artifact=row.path, runtime='', version='',
+        limit=divergence_lib.LIMITS[row.precision(source)], kl_max=None,
+        kl_mean=None, max_difference=None, greedy_equal=None, proven=False,
+        note=note)
+  runtime, _, version = proof.runtime.partition(' ')
+  divergence = proof.divergence
   return card.Parity(
-      artifact=path, runtime=runtime, version=version, limit=comparison.limit,
-      kl_max=comparison.kl_max, kl_mean=comparison.kl_mean,
-      max_difference=comparison.max_logit_difference,
-      greedy_equal=comparison.greedy_equal == comparison.greedy_total,
-      proven=result.passed, note=note)
+      artifact=row.path, runtime=runtime, version=version,
+      limit=divergence.limit, kl_max=divergence.kl_max,
+      kl_mean=divergence.kl_mean,
+      max_difference=divergence.max_logit_difference,
+      greedy_equal=divergence.greedy_equal == divergence.greedy_total,
+      proven=proof.passed, note=note)
 
 
-def _one_each(results):
-  """Returns one result with templates for each runtime."""
-  found = {}
-  for result in results:
-    if result.templates:
-      found.setdefault(result.runtime, result)
-  return found.values()
+def _template_parity(proofs):
+  """Returns one row for each runtime, from the first proof with templates."""
+  first = {}
+  for proof in proofs:
+    if proof.templates:
+      first.setdefault(proof.runtime, proof.templates)
+  return [
+      card.TemplateParity(
+          runtime=runtime, conversations=len(templates),
+          equal=all(templates.values()), note='')
+      for runtime, templates in first.items()]

@@ -1,17 +1,18 @@
 """Chat templates for other runtimes, made from the tables of `chat`.
 
-Each renders the text that `chat.render` and `chat.render_prompt` tokenise, so
-that a served model reads the prompts that it was tuned on.
+They render the text that `chat.render` and `chat.render_prompt` tokenise, so
+that a served model gets prompts in the form that it was tuned on.
 """
 
 from gemma_sft import chat
 from gemma_sft import errors
 
-# `{%-` eats the white space before it, so that the result is the same with and
-# without Jinja's trim_blocks. Only filters and tests that llama.cpp's own
-# Jinja knows too; it has no BOS for {{ bos_token }}, it adds one by itself. A
-# prompt after a turn of the model is rendered, where `chat.render_prompt`
-# refuses: llama.cpp tries that out, and serves no template that raises.
+# `{%-` removes the white space before it, so the result does not depend on
+# Jinja's trim_blocks. llama.cpp's own Jinja has to know all filters and tests;
+# there, {{ bos_token }} is empty, because the server adds BOS itself.
+# `chat.render_prompt` refuses a prompt that follows a turn of the model, but
+# this template renders it: llama.cpp tries it out at start, and refuses a
+# template that raises.
 _JINJA = """\
 {{ bos_token }}
 {%- set turns = messages %}
@@ -51,13 +52,12 @@ _JINJA_SYSTEM_TEXT = """\
 _JINJA_SYSTEM_TURN = """\
 {{- '@START@system\\n' + (messages[0]['content'] | trim) + '@END@\\n' }}"""
 
-# Go's text/template has no way to strip a text or to stop with a message, so
-# in Ollama contents keep the white space at their ends, an empty text renders
-# as an empty turn, and messages of roles other than user and assistant (tool)
-# render as nothing. Before this template runs, Ollama itself joins system
-# texts into .System and neighbours of one role into one message, a blank line
-# between. A conversation that ends with the assistant is left open: that is
-# how Ollama's clients have an answer continued.
+# Go's text/template can neither strip a text nor raise an error. So in Ollama,
+# contents keep the white space at their ends, an empty text becomes an empty
+# turn, and messages of other roles (tool) are left out. Before the template
+# runs, Ollama joins system texts into .System, and adjacent messages of one
+# role into one message, with a blank line between. A last turn of the assistant
+# stays open, so that clients can have the answer continued.
 _OLLAMA = """\
 {{- $system := .System }}
 {{- range $i, $_ := .Messages }}
@@ -85,35 +85,27 @@ def jinja(generation: int) -> str:
 
   It takes `messages` of roles system, user and assistant (or model) with texts
   as contents, `bos_token` and `add_generation_prompt`, and calls
-  `raise_exception` for what `chat` refuses. Its text is the BOS and every turn
-  with the newline after it, as in `chat.render`; with `add_generation_prompt`
-  it is that of `chat.render_prompt`.
-
-  Args:
-    generation: 1 to 4.
+  `raise_exception` for what `chat` refuses. It renders BOS and every turn with
+  the newline after it, as `chat.render` does, or with `add_generation_prompt`
+  what `chat.render_prompt` does.
   """
   start, end = _tags(generation)
-  system = (
-      _JINJA_SYSTEM_TURN
-      if chat.HAS_SYSTEM_ROLE[generation]
-      else _JINJA_SYSTEM_TEXT
-  )
+  system = (_JINJA_SYSTEM_TURN if chat.HAS_SYSTEM_ROLE[generation]
+            else _JINJA_SYSTEM_TEXT)
   template = _JINJA.replace('@SYSTEM@', system)
   return template.replace('@START@', start).replace('@END@', end)
 
 
 def ollama(generation: int) -> str:
-  """Returns the Go template of a Modelfile; it has no BOS, llama.cpp adds it.
+  """Returns the Go template of a Modelfile, without BOS: llama.cpp adds it.
 
-  It equals `chat.render_prompt` for texts without white space at their ends.
-
-  Args:
-    generation: 1 to 4.
+  It renders what `chat.render_prompt` does, for texts without white space at
+  their ends.
   """
   start, end = _tags(generation)
   if chat.HAS_SYSTEM_ROLE[generation]:
-    first, _, rest = _OLLAMA.partition('\n')
-    del first  # $system is for the generations without a system turn.
+    # The first line sets $system, which only the other generations need.
+    rest = _OLLAMA.partition('\n')[2]
     template = _OLLAMA_SYSTEM_TURN + '\n' + rest.replace('@SYSTEM@', '')
   else:
     template = _OLLAMA.replace('@SYSTEM@', _OLLAMA_SYSTEM_TEXT)

@@ -1,23 +1,23 @@
 """Runs a Hugging Face folder in transformers and peft, for comparison.
 
-A script of its own, for an interpreter that has PyTorch and not this package:
+This is a script for an interpreter that has PyTorch but not this package:
 
     python transformers_runtime.py REQUEST.json [REQUEST.json ...]
 
 A request is {"folder": a model, "adapter": a PEFT folder or null, "prompts":
 lists of token ids, "positions": n, "greedy_tokens": n, "conversations": lists
-of {"role", "content"}, "out": an .npz to write}. The answer holds, for number
-i:
+of {"role", "content"}, "out": path of the .npz to write}. The answer holds:
 
-    logits_i     f32 (n, V) at the last n positions of prompt i, or at all of
-                 them where it is shorter
-    greedy_i     the likeliest next tokens, without the one that ends the answer
-    template_i   the tokens of conversation i, an answer begun where the last
-                 message is the user's
+    logits_i     f32 (n, V) at the last n positions of prompt i, or at all of a
+                 shorter prompt
+    greedy_i     the greedy answer to prompt i, without the token that ends it
+    template_i   the tokens of conversation i; the model's turn is opened if the
+                 last message is the user's
     info         JSON: runtime (names and versions in one line), versions,
-                 tied (the output head is the embedding), end_ids
+                 tied (whether the output head is the embedding), end_ids
 
-Float32, eager attention, CPU. What did not load is an error with one message.
+It computes in float32 on the CPU with eager attention. A tensor that does not
+load is an error with one message.
 """
 
 import importlib.metadata
@@ -29,21 +29,21 @@ import sys
 
 import numpy as np
 
-# What is proven is what lies in the folder.
+# The proof is of what lies in the folder.
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['TRANSFORMERS_VERBOSITY'] = 'error'
 
 
 def _load_model(folder):
-  """Returns the model; every tensor of it came from the folder."""
+  """Returns the model, all of whose tensors come from the folder."""
   import torch
   import transformers
 
-  # A folder of ours; nothing is downloaded, and no code in it is run.
+  # The folder is our own; nothing is downloaded, and no code in it is run.
   load = transformers.AutoModelForCausalLM.from_pretrained
   model, loaded = load(
       folder, output_loading_info=True, attn_implementation='eager',
-      # Of this name in versions 4 and 5.
+      # Versions 4 and 5 both accept this name.
       torch_dtype=torch.float32)
   problems = [f'{kind}: {sorted(map(str, found))[:8]}'
               for kind, found in loaded.items() if found]
@@ -53,13 +53,13 @@ def _load_model(folder):
 
 
 def _add_adapter(model, folder):
-  """Returns the model with an adapter; every tensor of the file is in it."""
+  """Returns the model with all tensors of an adapter."""
   import peft
   from safetensors import torch as safetensors_torch
 
   file = pathlib.Path(folder) / 'adapter_model.safetensors'
   adapted = peft.PeftModel.from_pretrained(model, folder).eval()
-  # Keys that it does not know leave peft an adapter of zeros and a warning.
+  # If peft does not know the keys, it warns and runs an adapter of zeros.
   wanted = safetensors_torch.load_file(file)
   found = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
   missing = sorted(found.keys() - wanted.keys())
@@ -94,7 +94,7 @@ def _last_logits(model, ids, n):
 
 
 def _greedy(model, ids, n, end_ids):
-  """Returns at most n tokens; with the cache, as `generate` does."""
+  """Returns at most n tokens, computed with the cache as `generate` does."""
   import torch
 
   new, cache, tokens = [], None, torch.tensor([ids])
@@ -113,7 +113,7 @@ def _template_tokens(tokenizer, messages):
   found = tokenizer.apply_chat_template(
       messages, tokenize=True,
       add_generation_prompt=messages[-1]['role'] == 'user')
-  if hasattr(found, 'keys'):  # From version 5 on, a BatchEncoding.
+  if hasattr(found, 'keys'):  # A BatchEncoding, from version 5 on.
     found = found['input_ids']
   return found
 

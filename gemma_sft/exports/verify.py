@@ -1,5 +1,6 @@
 """Loads each exported file in its own runtime and compares it with JAX."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import json
@@ -8,12 +9,11 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from typing import Any
 
 import numpy as np
 
 from gemma_sft import errors
-from gemma_sft.exports import divergence
+from gemma_sft.exports import divergence as divergence_lib
 from gemma_sft.exports import llama_runtime
 from gemma_sft.exports import reference as reference_lib
 
@@ -22,37 +22,36 @@ _ENVIRONMENT = pathlib.Path('.venv-runtimes/bin/python')
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
-  """One file in its runtime.
+class Proof:
+  """The result of running one exported file in its runtime.
 
   Attributes:
-    runtime: Name and version of what loaded it.
-    comparison: Of its logits with the JAX model's.
+    runtime: Name and version of the runtime.
+    divergence: How far its outputs are from those of the JAX model.
     templates: Conversation -> whether its tokens are those of training.
   """
 
   runtime: str
-  comparison: divergence.Comparison
+  divergence: divergence_lib.Divergence
   templates: dict[str, bool]
 
   @property
   def passed(self) -> bool:
-    return self.comparison.passed and all(self.templates.values())
+    return self.divergence.passed and all(self.templates.values())
 
 
 def find_python(path: str | None) -> str:
   """Returns an interpreter that has torch, transformers and peft.
 
   Args:
-    path: The one to use; None for .venv-runtimes of launch/runtimes.sh, or
-      this one.
+    path: The one to use; None for that of .venv-runtimes, which
+      launch/runtimes.sh makes, or else this one.
 
   Raises:
-    UserError: it lacks one of them.
+    UserError: The interpreter lacks one of the packages.
   """
-  candidate = path
-  if not candidate:
-    candidate = str(_ENVIRONMENT if _ENVIRONMENT.exists() else sys.executable)
+  candidate = path or str(
+      _ENVIRONMENT if _ENVIRONMENT.exists() else sys.executable)
   try:
     subprocess.run(
         [candidate, '-c', 'import peft, torch, transformers'],
@@ -76,19 +75,40 @@ def prove_hf(
     kind: str,
     python: str,
     adapter: pathlib.Path | None = None,
-) -> Result:
+) -> Proof:
   """Proves a Hugging Face folder, or a PEFT adapter on top of one.
 
   Args:
     folder: Weights, config and tokenizer.
-    reference: Of the JAX model.
+    reference: Outputs of the JAX model.
     kind: A key of `divergence.LIMITS`.
     python: From `find_python`.
     adapter: The PEFT folder.
 
   Raises:
-    UserError: the runtime could not load it; its last lines are told.
+    UserError: The runtime could not load the folder; the message ends with the
+      runtime's last lines.
   """
+  found = _run_transformers(folder, adapter, reference, python)
+  n = len(reference.prompts)
+  info = json.loads(str(found['info']))
+  if not info['tied']:
+    raise errors.UserError(
+        f'{folder}: {info["runtime"]} gives the model an output head of its'
+        ' own', 'the embedding as the head, as in Gemma',
+        'set tie_word_embeddings to true in config.json')
+  divergence = divergence_lib.compare(
+      reference.logits, [found[f'logits_{i}'] for i in range(n)],
+      reference.greedy, [found[f'greedy_{i}'].tolist() for i in range(n)],
+      kind=kind, continue_reference=reference.logits_along_greedy)
+  templates = {} if adapter else {
+      name: found[f'template_{i}'].tolist() == ids
+      for i, (name, _, ids) in enumerate(reference.conversations)}
+  return Proof(info['runtime'], divergence, templates)
+
+
+def _run_transformers(folder, adapter, reference, python):
+  """Returns the arrays that `transformers_runtime` answers with, by name."""
   with tempfile.TemporaryDirectory() as scratch:
     out = os.path.join(scratch, 'out.npz')
     request = os.path.join(scratch, 'request.json')
@@ -100,39 +120,20 @@ def prove_hf(
           'positions': reference_lib.POSITIONS,
           'greedy_tokens': reference_lib.GREEDY_TOKENS,
           'conversations': [] if adapter else conversations, 'out': out}, file)
+    # Offline: the proof is of what lies in the folder.
     process = subprocess.run(
         [python, str(_SCRIPT), request], capture_output=True, text=True,
-        check=False, env=_clean_environment())
+        check=False, env={
+            **os.environ, 'HF_HUB_OFFLINE': '1', 'TRANSFORMERS_OFFLINE': '1'})
     if process.returncode:
       raise errors.UserError(
           f'{adapter or folder} cannot be loaded: '
           + '\n  '.join(process.stderr.strip().splitlines()[-5:]),
           'a folder that transformers and peft load',
-          'the unproven files were left; report this with the lines above')
+          'the unproven files are still there; report this with the lines'
+          ' above')
     with np.load(out) as arrays:
-      found = dict(arrays)
-  n = len(reference.prompts)
-  info = json.loads(str(found['info']))
-  if not info['tied']:
-    raise errors.UserError(
-        f'{folder}: {info["runtime"]} gives it an output head of its own',
-        'the embedding as the head, as Gemma has it',
-        'tie_word_embeddings in config.json has to be true')
-  comparison = divergence.compare(
-      reference.logits, [found[f'logits_{i}'] for i in range(n)],
-      reference.greedy, [found[f'greedy_{i}'].tolist() for i in range(n)],
-      kind=kind, continue_reference=_continued(reference))
-  templates = {}
-  if not adapter:
-    templates = {
-        name: found[f'template_{i}'].tolist() == ids
-        for i, (name, _, ids) in enumerate(reference.conversations)}
-  return Result(info['runtime'], comparison, templates)
-
-
-def _clean_environment():
-  # A single thread pool, no hub: what is proven is what lies in the folder.
-  return {**os.environ, 'HF_HUB_OFFLINE': '1', 'TRANSFORMERS_OFFLINE': '1'}
+      return dict(arrays)
 
 
 def prove_gguf(
@@ -142,14 +143,14 @@ def prove_gguf(
     kind: str,
     server: str,
     lora: pathlib.Path | None = None,
-) -> Result:
+) -> Proof:
   """Proves a GGUF, or a LoRA GGUF on top of one, in llama-server.
 
-  The server tells the distribution after a prompt, not at every position.
+  The server gives the distribution after a prompt, not at every position.
 
   Args:
     path: The model.
-    reference: Of the JAX model.
+    reference: Outputs of the JAX model.
     kind: A key of `divergence.LIMITS`.
     server: From `llama_runtime.find_server`.
     lora: The adapter.
@@ -158,26 +159,23 @@ def prove_gguf(
   with llama_runtime.Server(
       server, path, lora=lora,
       context_length=longest + 2 * reference_lib.GREEDY_TOKENS) as running:
-    theirs = [running.logprobs(ids)[None] for ids in reference.prompts]
+    logprobs = [running.logprobs(ids)[None] for ids in reference.prompts]
     greedy = [running.greedy(ids, reference_lib.GREEDY_TOKENS)
               for ids in reference.prompts]
     templates = {} if lora else {
         name: _served_tokens(running, messages, ids[0]) == ids
         for name, messages, ids in reference.conversations}
     version = running.version
-  comparison = divergence.compare(
-      [logits[-1:] for logits in reference.logits], theirs,
+  divergence = divergence_lib.compare(
+      [logits[-1:] for logits in reference.logits], logprobs,
       reference.greedy, greedy, kind=kind,
-      continue_reference=_continued(reference))
-  return Result(version, comparison, templates)
-
-
-def _continued(reference):
-  return lambda number, n: reference.along_greedy[number][n]
+      continue_reference=reference.logits_along_greedy)
+  return Proof(version, divergence, templates)
 
 
 def _served_tokens(
-    running: Any, messages: Sequence[dict[str, str]], bos: int
+    running: llama_runtime.Server, messages: Sequence[Mapping[str, str]],
+    bos: int,
 ) -> list[int]:
   """Returns the tokens that the server makes of a conversation."""
   text = running.apply_template(messages)

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import re
 
+import huggingface_hub
 import pytest
 import yaml
 
@@ -72,12 +74,44 @@ def _rows(text):
 
 
 def test_front_matter():
-  assert _front(card.render(_summary())) == {
+  front = _front(card.render(_summary()))
+  del front['model-index']  # See the next test.
+  assert front == {
       'license': 'gemma', 'license_link': 'https://ai.google.dev/gemma/terms',
       'base_model': 'google/gemma-3-270m', 'base_model_relation': 'finetune',
       'language': ['en'], 'library_name': 'transformers',
       'pipeline_tag': 'text-generation',
       'tags': ['gemma', 'lora', 'gemma_sft', 'blop', 'gguf']}
+
+
+def test_the_hub_reads_the_scores():
+  summary = _summary()
+  summary['data'].append({**summary['data'][0], 'split': 'test',
+                          'files': ['data/blop/test.txt']})
+  scores = summary['metrics']['tuned']['scores']
+  scores |= {'bits_per_byte': {'value': math.inf}, 'perplexity': {
+      'value': math.nan}}
+  data = huggingface_hub.ModelCard(card.render(summary)).data
+  assert data.model_name == 'blop-gemma3-270m'
+  assert {(r.task_type, r.dataset_type, r.dataset_name, r.dataset_split)
+          for r in data.eval_results} == {
+              ('text-generation', 'blop', 'data/blop/test.txt', 'test')}
+  # Of the tuned model; infinities and NaN are no JSON.
+  assert [(r.metric_type, r.metric_value) for r in data.eval_results] == [
+      ('loss', 0.75), ('strict', 0.75), ('reach', 0.8642)]
+  assert data.base_model == 'google/gemma-3-270m'
+  assert data.license == 'gemma' and data.language == ['en']
+  # The Hub's own validation, as of a file that it has stored.
+  assert huggingface_hub.ModelCard(str(huggingface_hub.ModelCard(
+      card.render(summary)))).data.to_dict() == data.to_dict()
+
+
+def test_no_scores_no_model_index():
+  for metrics in (None, card.metrics_of(
+      {'base': {'scores': {'loss': 2.5}, 'records': 1, 'weights': ''}},
+      'test')):
+    front = _front(card.render(_summary(metrics=metrics)))
+    assert 'model-index' not in front and 'model_name' not in front
 
 
 def test_front_matter_claims_nothing_unknown():
@@ -181,7 +215,7 @@ def test_dequantised_base():
   assert "from_pretrained('google/gemma-3-270m')" in card.render(summary)
   summary['base']['dequantised_from'] = 'Q4_K_M'
   text = card.render(summary)
-  assert '**The base was read from a Q4_K_M GGUF and dequantised.**' in text
+  assert '**The base was read from a Q4_K_M GGUF and dequantised**' in text
   assert 'is not the model measured here' in text
   # The snippet may not put the adapter on the original weights either.
   assert "from_pretrained('google/gemma-3-270m')" not in text
@@ -195,14 +229,14 @@ def test_rounded_base():
       {'path': 'gguf/adapter.gguf', 'kind': 'gguf-lora', 'precision': 'f32',
        'size': 1, 'sha256': ''}]
   text = card.render(summary)
-  assert 'rounded' not in text.replace('| base rounded to | - |', '')
+  assert 'rounded' not in re.sub(r'\| base rounded to +\| - +\|', '', text)
   summary['base']['rounded_to'] = 'nf4'
   text = card.render(summary)
   assert '**The base was rounded to nf4 for training.**' in text
-  assert 'it is another model than the one measured here' in text
+  assert 'it is not the model measured here' in text
   assert ['base rounded to', 'nf4'] in _rows(text)
   assert "from_pretrained('google/gemma-3-270m')" not in text
-  assert 'adapters on a GGUF of the rounded base' in text
+  assert 'adapter on a GGUF of the rounded base' in text
 
 
 def test_what_was_trained_is_named():
@@ -223,28 +257,32 @@ def test_commands():
        'size': 1, 'sha256': ''}]
   text = card.render(summary)
   for line in (
-      'ollama create blop-gemma3-270m -f Modelfile',
+      'ollama create blop-gemma3-270m -f gguf/Modelfile',
       # The smaller of the two.
-      'llama-server -m gguf/model-q8_0.gguf --temp 0.2 --repeat-penalty 1.1',
-      'llama-server -m BASE.gguf --lora gguf/adapter.gguf --temp 0.2'
+      'llama-server -m gguf/model-q8_0.gguf --jinja --temp 0.2'
       ' --repeat-penalty 1.1',
-      "tokenizer = AutoTokenizer.from_pretrained('hf')",
+      'llama-server -m BASE.gguf --lora gguf/adapter.gguf --jinja --temp 0.2'
+      ' --repeat-penalty 1.1',
+      "name = 'hf'  # On the Hub: the name of this repository.",
       "model = PeftModel.from_pretrained(base, 'peft')"):
     assert line in text.splitlines()
+  assert 'hf download' not in text
   text = card.render({**summary, 'repository': 'org/blop'})
-  assert "tokenizer = AutoTokenizer.from_pretrained('org/blop')" in text
+  assert "name = 'org/blop'\n" in text
   assert "from_pretrained(base, 'org/blop', subfolder='peft')" in text
+  assert "hf download org/blop --include 'gguf/*' --local-dir ." in text
   text = card.render(_summary(artifacts=[], parity=[]))
   assert 'ollama' not in text and 'from_pretrained' not in text
 
 
 @pytest.mark.parametrize('kind', ['hf', 'peft'])
 def test_snippets_are_python(kind):
-  summary = _summary(repository='org/blop', artifacts=[
-      {'path': kind, 'kind': kind, 'precision': 'f32', 'size': 1,
-       'sha256': ''}])
-  code = card.render(summary).split('```python\n')[1].split('```')[0]
-  compile(code, 'card', 'exec')
+  for repository in ('', 'org/blop'):
+    summary = _summary(repository=repository, artifacts=[
+        {'path': kind, 'kind': kind, 'precision': 'f32', 'size': 1,
+         'sha256': ''}])
+    code = card.render(summary).split('```python\n')[1].split('```')[0]
+    compile(code, 'card', 'exec')
 
 
 def test_how_it_was_made_and_under_which_terms():
@@ -261,7 +299,7 @@ def test_how_it_was_made_and_under_which_terms():
 
 def test_a_bar_or_a_line_break_keeps_its_cell():
   rows = card.render(_summary(config_changes={'lora.targets': 'attn/|mlp/'}))
-  assert '| `lora.targets` | `"attn/\\|mlp/"` |' in rows.splitlines()
+  assert re.search(r'^\| `lora.targets` +\| `"attn/\\\|mlp/"` +\|$', rows, re.M)
   text = card.render(_summary(parity=[_parity('hf', note='one\ntwo')]))
   assert '| one two |' in text
 
@@ -382,10 +420,9 @@ def test_data_card(private):
        'sha256': 'de' * 32, 'origin': ''}]
   text = card.data_card(
       data, name='blop-data', task='blop', licence='apache-2.0',
-      schema={'prompt': 'What is asked.', 'completion': 'The answer.'},
-      languages=('en',))
+      schema={'prompt': 'What is asked.', 'completion': 'The answer.'})
   assert _front(text) == {
-      'license': 'apache-2.0', 'language': ['en'],
+      'license': 'apache-2.0',
       'task_categories': ['text-generation'], 'tags': ['gemma_sft', 'blop']}
   rows = _rows(text)
   assert ['`prompt`', 'What is asked.'] in rows

@@ -312,7 +312,7 @@ def test_an_adapter_changes_the_model_as_its_update_says(
 # What can go wrong ----------------------------------------------------------
 
 
-def test_a_damaged_file_is_told_with_the_log(binary, gemma3, tmp_path):
+def test_a_damaged_file_is_reported_with_the_log(binary, gemma3, tmp_path):
   whole = open(gemma3.path, 'rb').read()
   cut = tmp_path / 'cut.gguf'
   cut.write_bytes(whole[:len(whole) // 2])
@@ -344,7 +344,7 @@ def test_the_server_ends_with_its_block(binary, gemma3):
   assert server._process.poll() is not None
 
 
-def test_a_server_that_dies_is_told_with_the_log(binary, gemma3):
+def test_a_server_that_dies_is_reported_with_the_log(binary, gemma3):
   with llama_runtime.Server(
       binary, gemma3.path, context_length=64, threads=1) as server:
     server._process.kill()
@@ -366,7 +366,7 @@ def test_a_proxy_is_not_asked(binary, gemma3, monkeypatch):
 def test_find_server(tmp_path, monkeypatch):
   assert llama_runtime.find_server(sys.executable) == sys.executable
   for name in ('none', '.'):
-    with pytest.raises(errors.UserError, match='no program'):
+    with pytest.raises(errors.UserError, match='not a program'):
       llama_runtime.find_server(str(tmp_path / name))
 
   def no_package(name):

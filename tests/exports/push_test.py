@@ -7,6 +7,7 @@ import json
 import pathlib
 import re
 import socket
+import sys
 import threading
 import time
 
@@ -154,7 +155,10 @@ def _failure(*arguments, **options):
     ('kaggle:owner/model/gguf/small', 'kaggle', 'owner/model/gguf/small'),
 ])
 def test_targets(text, service, name):
-  assert push.parse_target(text) == push.Target(service, name)
+  target = push.parse_target(text)
+  assert target == push.Target(service, name)
+  assert push.hub_repository([push.Target('kaggle', 'a/b'), target]) == (
+      name if service == 'huggingface' else '')
 
 
 @pytest.mark.parametrize('text', [
@@ -426,12 +430,10 @@ def test_data_files_that_cannot_be_laid_out(export, tmp_path, names):
               data_files=[str(tmp_path / name) for name in names])
 
 
-@pytest.mark.parametrize('client, target', [
-    ('huggingface_hub', 'org/blop'), ('kagglehub', 'kaggle:owner/blop')])
-def test_a_missing_client(monkeypatch, export, client, target):
-  monkeypatch.setitem(__import__('sys').modules, client, None)
+def test_a_missing_client(monkeypatch, export):
+  monkeypatch.setitem(sys.modules, 'kagglehub', None)
   with pytest.raises(errors.UserError, match='not installed') as caught:
-    push.push(export, push.parse_target(target))
+    push.push(export, push.parse_target('kaggle:owner/blop'))
   assert "pip install 'gemma_sft[push]'" in str(caught.value)
 
 
