@@ -2,11 +2,11 @@
 
     python -m gemma_sft.compare workdirs/a workdirs/b [more] [--out=page.html]
 
-Each argument is the --workdir of a training run. The first is what the others
-are compared with: config, data, base weights, code, packages and devices; then
-updates, losses, time and memory, and the scores of a split that `evaluate` has
-answered with each run's weights, paired record by record. With --out all of it
-is a page with the curves of training, which needs nothing beside it.
+Each argument is the --workdir of a training run; all others are compared with
+the first: config, data, base weights, code, packages and devices; then updates,
+losses, time and memory; then the scores from `evaluate`, paired record by
+record. --out writes all of it, with the training curves, to one self-contained
+HTML page.
 """
 
 from gemma_sft import cli
@@ -34,7 +34,7 @@ def main(workdirs: Sequence[str], out: str | None = None) -> int:
   if len(set(paths)) < 2 or len(set(paths)) < len(paths):
     raise errors.UserError(
         f'compare was given {len(paths)} runs: {", ".join(workdirs) or "none"}',
-        'two or more, each once',
+        'two or more different ones',
         'python -m gemma_sft.compare workdirs/a workdirs/b')
   if out is not None:
     _check_out(out)
@@ -54,5 +54,5 @@ def _check_out(out):
   folder = os.path.dirname(out) or '.'
   if not out.endswith('.html') or not os.path.isdir(folder):
     raise errors.UserError(
-        f'--out={out}', 'a file NAME.html in a folder that is there',
+        f'--out={out}', 'a file NAME.html in an existing folder',
         'for example --out=page.html')

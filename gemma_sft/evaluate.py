@@ -5,14 +5,16 @@
     python -m gemma_sft.evaluate --workdir=W
     python -m gemma_sft.evaluate --workdir=W --gguf=O/gguf/model-q8_0.gguf
 
-The first form scores the untouched base before there is a run; the second the
-best checkpoint, and the base as it is, with four examples of the training split
-before each question, and with the four nearest ones; the third the best
-checkpoint alone; the fourth what llama.cpp answers with an exported file. All
-are shown side by side, with intervals and with a sentence on whether tuning
-beats prompting. Scores and all answers are kept in W/evaluation/ (eval.json),
-and answers are made once: a second call judges those that are there. The report
-is W/report/report.html.
+1. The untouched base, before there is a run.
+2. The best checkpoint, and the base prompted in three ways: as it is, with four
+   training examples before each question, and with the four nearest ones.
+3. The best checkpoint alone.
+4. llama.cpp with an exported file.
+
+All results of a split are shown side by side, with confidence intervals and a
+sentence on whether tuning beats prompting. Scores and answers are in
+W/evaluation/ (eval.json), the report is W/report/report.html. A second call
+judges the cached answers and makes only those that are missing.
 """
 
 from gemma_sft import cli
@@ -32,6 +34,8 @@ if __name__ == '__main__':
           ' exported file instead.'))
 
 from concurrent import futures
+import contextlib
+import dataclasses
 import json
 import os
 import time
@@ -42,6 +46,7 @@ import jax
 
 from gemma_sft import config as config_lib
 from gemma_sft import errors
+from gemma_sft import pages
 from gemma_sft import tasks
 from gemma_sft.evaluation import judge
 from gemma_sft.evaluation import report
@@ -54,8 +59,33 @@ from gemma_sft.monitor import log
 from gemma_sft.run import restore
 from gemma_sft.weights import convert
 
-# Answers that the server makes at a time: more use the cores better.
+# Requests to llama-server at a time: more than one uses the cores better.
 _PARALLEL = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+  """What to score, from the flags."""
+
+  config: Any
+  workdir: str
+  split: str
+  step: int
+  limit: int
+
+  @property
+  def folder(self) -> str:
+    return os.path.join(self.workdir, 'evaluation')
+
+  def result_path(self, name: str) -> str:
+    """Returns the file of the result 'base', 'few:4', 'tuned', ..."""
+    return os.path.join(
+        self.folder, f'{self.split}-{name.replace(":", "-")}.json')
+
+  def open_answers(self):
+    """Returns the cache of answers, to be used in a `with`."""
+    return contextlib.closing(answers_lib.Answers(
+        os.path.join(self.folder, 'answers.jsonl')))
 
 
 def main(
@@ -88,195 +118,185 @@ def main(
   if limit < 0:
     raise errors.UserError(
         f'--limit={limit}', '0 for all records, or a number', 'leave it out')
-  folder = os.path.join(workdir, 'evaluation')
+  if gguf and baselines:
+    raise errors.UserError(
+        '--gguf with --baseline', 'one of them at a time',
+        'score the baselines in a command of their own')
+  request = _Request(config, workdir, split, step, limit)
+  zero = prompting.Baseline('zero', 0)
   if gguf:
-    if baselines:
-      raise errors.UserError(
-          '--gguf with --baseline', 'one of them at a time',
-          'score the baselines in a command of their own')
-    results = [_score_gguf(config, gguf, llama_server, folder, split, limit)]
+    results = [_score_gguf(request, gguf, llama_server)]
   else:
     if base and not baselines:
-      baselines = [prompting.Baseline('zero', 0)]
-    results = []
-    if baselines:
-      results += _score(config, workdir, True, -1, folder, split, limit,
-                        baselines)
+      baselines = [zero]
+    results = _score(request, True, baselines) if baselines else []
     if not base:
-      results += _score(config, workdir, False, step, folder, split, limit,
-                        [prompting.Baseline('zero', 0)])
-  notes = dict.fromkeys(r['judge_note'] for r in results if r['judge_note'])
-  for note in notes:
+      results += _score(request, False, [zero])
+  for note in dict.fromkeys(filter(None, (r['judge_note'] for r in results))):
     print(note)
   page = report.write(workdir, split)
-  print(report.table(folder, split))
+  print(report.table(request.folder, split))
   for result in results:
     for sample in result['samples']:
       print(log.quote(sample['prompt'], sample['answer']))
-  if said := report.sentence(report.read_results(folder, split)):
-    print(said)
-  print(f'answers and verdicts: {folder}')
+  if sentence := report.sentence(report.read_results(request.folder, split)):
+    print(sentence)
+  print(f'answers and verdicts: {request.folder}')
   print(f'report: {page}')
   return 0
 
 
-def _score(config, workdir, base, step, folder, split, limit, baselines):
+def _score(request, base, baselines):
   """Scores JAX weights, once for each way of prompting them."""
-  served = restore.load_weights(config, workdir, base=base, step=step)
-  # Together, so that no question of the split is one of the training examples.
+  config, split = request.config, request.split
+  served = restore.load_weights(
+      config, request.workdir, base=base, step=-1 if base else request.step)
+  # Loaded together, so that no question is one of the training examples.
   splits = splits_lib.load_splits(
       config.data, dict.fromkeys((split, 'train')), served.task,
       served.tokenizer)
-  part, training = splits[split], splits['train'].records
-  records, examples = part.records, part.examples
-  if limit:
-    records, examples = records[:limit], examples[:limit]
-  kept = answers_lib.Answers(os.path.join(folder, 'answers.jsonl'))
+  end = request.limit or None
+  records, examples = splits[split].records[:end], splits[split].examples[:end]
+  training = splits['train'].records
   results = []
-  for baseline in baselines:
-    name = 'tuned' if not base else 'base' if not baseline.n else str(baseline)
-    identity = _identity(
-        served.identity, splits_lib.data_hash(records, served.task),
-        config.eval, baseline)
-    print(f'scoring {name} ({served.description}) on {len(records)} records of'
-          f' {split}', flush=True)
-    scores = {}
-    if not baseline.n:
-      scores = _kept_loss(_path(folder, split, name), identity)
-    if not scores and not baseline.n:
-      scores = validation.evaluate_loss(
-          served.model, served.params, served.source(examples), served.mesh,
-          execution=served.execution, accuracy=True)
-    prompter = prompting.Prompter(
-        baseline, [served.task.to_messages(r) for r in training], config.seed
-    ) if baseline.n else None
-    prompts = () if baseline.n else config.eval.prompts
-    start = time.monotonic()
-    judged, answers, samples = judge.judge_records(
-        served.model, served.params, served.tokenizer, served.task, records,
-        section=config.eval, seed=config.seed, prompts=prompts,
-        training=training, prompter=prompter,
-        as_text=base and config.eval.base_prompt == 'text',
-        identity=served.identity, kept=kept,
-        progress=_show_count(len(records) + len(prompts)))
-    result = _result(
-        config, split, name, identity, served, records, scores, judged,
-        answers, prompts, samples, time.monotonic() - start)
-    if prompter is not None:
-      for row, record in zip(result['answers'], records):
-        row['shown'] = [training[i].where for i in prompter.places(
-            served.task.to_messages(record))]
-    results.append(_save(folder, result))
-  kept.close()
+  with request.open_answers() as cached:
+    for baseline in baselines:
+      name = ('tuned' if not base
+              else str(baseline) if baseline.n else 'base')
+      print(f'scoring {name} ({served.description}) on {len(records)} records'
+            f' of {split}', flush=True)
+      identity = _identity(
+          served.identity, splits_lib.data_hash(records, served.task),
+          config.eval, baseline)
+      # With examples in the prompt only answers are scored: a loss is of the
+      # bare prompt. Free prompts are answered without examples too.
+      prompter, prompts, scores = None, config.eval.prompts, {}
+      if baseline.n:
+        prompts, prompter = (), prompting.Prompter(
+            baseline, [served.task.to_messages(r) for r in training],
+            config.seed)
+      else:
+        scores = _cached_loss(request.result_path(name), identity) or (
+            validation.evaluate_loss(
+                served.model, served.params, served.source(examples),
+                served.mesh, execution=served.execution, accuracy=True))
+      start = time.monotonic()
+      judged, answers, samples = judge.judge_records(
+          served.model, served.params, served.tokenizer, served.task, records,
+          section=config.eval, seed=config.seed, prompts=prompts,
+          training=training, prompter=prompter,
+          as_text=base and config.eval.base_prompt == 'text',
+          identity=served.identity, cached=cached,
+          progress=_show_count(len(records) + len(prompts)))
+      result = _make_result(
+          request, name, records, judged, identity=identity,
+          weights=served.description, answers=answers, prompts=prompts,
+          samples=samples, seconds=time.monotonic() - start, scores=scores)
+      if prompter is not None:
+        for row, record in zip(result['answers'], records):
+          row['shown'] = [training[i].where for i in prompter.indices(
+              served.task.to_messages(record))]
+      results.append(_save(request, result))
   return results
 
 
-def _path(folder, split, name):
-  return os.path.join(folder, f'{split}-{name.replace(":", "-")}.json')
-
-
-def _save(folder, result):
-  os.makedirs(folder, exist_ok=True)
-  path = _path(folder, result['split'], result['name'])
-  with open(path + '.tmp', 'w', encoding='utf-8') as file:
-    json.dump(result, file, indent=1, ensure_ascii=False)
-  os.replace(path + '.tmp', path)
-  return result
-
-
-def _kept_loss(path, identity):
+def _cached_loss(path, identity):
   """Returns the losses of an earlier score of the same weights, or {}."""
-  if not report.is_current(path, identity):
+  if not os.path.exists(path):
     return {}
   with open(path, encoding='utf-8') as file:
-    scores = json.load(file)['scores']
-  return {k: v for k, v in scores.items() if not k.startswith('judge/')}
+    result = json.load(file)
+  if result.get('identity') != identity:
+    return {}
+  return {key: value for key, value in result['scores'].items()
+          if not key.startswith('judge/')}
 
 
-def _score_gguf(config, gguf, llama_server, folder, split, limit):
+def _score_gguf(request, gguf, llama_server):
   """Returns the judge's scores of llama.cpp's answers."""
   if not os.path.isfile(gguf):
     raise errors.UserError(
         f'--gguf={gguf}: no such file', 'an exported GGUF',
         'python -m gemma_sft.export --workdir=... --out=... writes one')
   server = llama_runtime.find_server(llama_server)
+  config, split = request.config, request.split
   task = tasks.load(config.task)
-  records = splits_lib.read_split(config.data, split)
+  records = splits_lib.read_split(config.data, split)[:request.limit or None]
   training = splits_lib.read_split(config.data, 'train')
-  records = records[:limit] if limit else records
   weights = convert.file_sha256(gguf)
+  print(f'scoring llama.cpp ({gguf}) on {len(records)} records of {split}',
+        flush=True)
+  # Records are answered as in JAX, to compare the scores; free prompts as the
+  # exported model will be served.
+  as_judged, as_served = (
+      {'temperature': section.temperature, 'seed': config.seed,
+       'repeat_penalty': section.repetition_penalty}
+      for section in (config.eval, config.sampling))
+  prompts, max_new_tokens = config.eval.prompts, config.eval.max_new_tokens
+  conversations = [
+      *((judge.ask(prompt), as_served) for prompt in prompts),
+      *((task.to_messages(record), as_judged) for record in records)]
+  keys = [answers_lib.make_key(
+      weights, repr(conversation), sorted(sampling.items()), max_new_tokens)
+          for conversation, sampling in conversations]
+  show = _show_count(len(keys))
+
+  def answer(indices, keep):
+    with llama_runtime.Server(
+        server, gguf, parallel=_PARALLEL, f32_cache=False,
+        # As many tokens for the prompt as a training example has.
+        context_length=max_new_tokens + config.data.max_length,
+    ) as running, futures.ThreadPoolExecutor(_PARALLEL) as pool:
+      texts = pool.map(lambda i: _ask_server(
+          running, *conversations[i], max_new_tokens), indices)
+      for count, (i, text) in enumerate(zip(indices, texts), 1):
+        keep(i, text)
+        if count % 16 == 0:
+          show(len(keys) - len(indices) + count)
+
+  start = time.monotonic()
+  with request.open_answers() as cached:
+    answers = cached.complete(keys, answer)
+  free, answers = answers[:len(prompts)], answers[len(prompts):]
+  judged = judge.judge_answers(
+      task, records, answers, prompts=prompts, free=free, training=training)
   identity = _identity(
       weights, splits_lib.data_hash(records, task), config.eval,
       prompting.Baseline('zero', 0))
-  print(f'scoring llama.cpp ({gguf}) on {len(records)} records of {split}',
-        flush=True)
-  # What is judged is as in JAX; what is shown is as it is served.
-  judged_as = {'temperature': config.eval.temperature, 'seed': config.seed,
-               'repeat_penalty': config.eval.repetition_penalty}
-  served = {'temperature': config.sampling.temperature, 'seed': config.seed,
-            'repeat_penalty': config.sampling.repetition_penalty}
-  conversations = [
-      *((judge.ask(prompt), served) for prompt in config.eval.prompts),
-      *((task.to_messages(record), judged_as) for record in records)]
-  kept = answers_lib.Answers(os.path.join(folder, 'answers.jsonl'))
-  keys = [answers_lib.make_key(
-      weights, repr(c), sorted(sampling.items()), config.eval.max_new_tokens)
-          for c, sampling in conversations]
-  due = [i for i, key in enumerate(keys) if kept.find(key) is None]
-  start = time.monotonic()
-  show = _show_count(len(conversations))
-  if due:
-    # As many tokens for the prompt as a training row has.
-    length = config.eval.max_new_tokens + config.data.max_length
-    with llama_runtime.Server(
-        server, gguf, context_length=length, parallel=_PARALLEL,
-        f32_cache=False) as running, futures.ThreadPoolExecutor(
-            _PARALLEL) as pool:
-      answers = pool.map(lambda i: _ask_server(
-          running, *conversations[i], config.eval.max_new_tokens), due)
-      for count, (i, answer) in enumerate(zip(due, answers), 1):
-        kept.add(keys[i], answer)
-        if count % 16 == 0:
-          show(len(conversations) - len(due) + count)
-  kept.close()
-  n = len(config.eval.prompts)
-  free, answers = (
-      part for part in ([kept.find(k) for k in keys[:n]],
-                        [kept.find(k) for k in keys[n:]]))
-  judged = judge.judge_answers(
-      task, records, answers, prompts=config.eval.prompts, free=free,
-      training=training)
-  return _save(folder, _result(
-      config, split, 'llama.cpp', identity, None, records, {}, judged,
-      answers, config.eval.prompts, free, time.monotonic() - start,
-      weights=gguf))
+  return _save(request, _make_result(
+      request, 'llama.cpp', records, judged, identity=identity, weights=gguf,
+      answers=answers, prompts=prompts, samples=free,
+      seconds=time.monotonic() - start))
 
 
 def _ask_server(running, conversation, sampling, max_new_tokens) -> str:
   """Asks as a user's program does, through the template inside the file."""
   if isinstance(conversation, str):  # Plain text is continued.
     return running.complete(
-        conversation.partition('\n')[0] + '\n', n_predict=max_new_tokens)
+        f'{prompting.question(conversation)}\n', n_predict=max_new_tokens)
   return running.chat(
       [{'role': 'assistant' if m.role == 'model' else m.role,
         'content': m.content} for m in conversation[:-1]],
       max_tokens=max_new_tokens, **sampling)
 
 
-def _result(config, split, name, identity, served, records, scores, judged,
-            answers, prompts, samples, seconds, weights='') -> dict[str, Any]:
+def _make_result(
+    request, name, records, judged, *, identity, weights, answers, prompts,
+    samples, seconds, scores=()) -> dict[str, Any]:
+  """Returns what a result's file holds; see `report.read_results`."""
+  config = request.config
   task = tasks.load(config.task)
   conversations = [task.to_messages(r) for r in records]
   return {
-      'identity': identity, 'name': name,
-      'weights': weights or served.description, 'split': split,
-      'headline': task.HEADLINE,
+      'identity': identity, 'name': name, 'weights': weights,
+      'split': request.split, 'headline': task.HEADLINE,
       'lower_is_better': sorted(task.LOWER_IS_BETTER),
       'records': len(records), 'seed': config.seed,
       'temperature': config.eval.temperature,
       'repetition_penalty': config.eval.repetition_penalty,
       'max_new_tokens': config.eval.max_new_tokens,
-      'scores': scores | {f'judge/{k}': v for k, v in judged.metrics.items()},
+      'scores': dict(scores) | {
+          f'judge/{key}': value for key, value in judged.metrics.items()},
       'judge_note': judged.note, 'generation_seconds': seconds,
       'samples': [
           {'prompt': p, 'answer': a, 'verdict': v}
@@ -290,14 +310,22 @@ def _result(config, split, name, identity, served, records, scores, judged,
   }
 
 
+def _save(request, result):
+  os.makedirs(request.folder, exist_ok=True)
+  pages.write(request.result_path(result['name']), json.dumps(
+      result, indent=1, ensure_ascii=False))
+  return result
+
+
 def _identity(weights, data_hash, section, baseline) -> str:
-  """Returns what an earlier loss has to share to stand for this one."""
+  """Returns everything that a loss depends on: an equal one is reused."""
   return ' '.join([
-      weights, data_hash, str(baseline),
-      str(section.max_new_tokens), ' '.join(section.prompts)])
+      weights, data_hash, str(baseline), str(section.max_new_tokens),
+      ' '.join(section.prompts)])
 
 
 def _show_count(total: int) -> Any:
+  """Returns a function that prints the progress, on the first host only."""
   def show(done):
     if jax.process_index() == 0:
       print(f'  {done}/{total} answered', flush=True)

@@ -1,8 +1,8 @@
-"""Shows what a config would train on, token by token; loads no weights.
+"""Shows, token by token, what a config would train on; loads no weights.
 
     python -m gemma_sft.preview --config=configs/blop.py
 
-Trained tokens are green (or in «guillemets» without colours), the rest is dim.
+Trained tokens are green, or in «guillemets» without colours; the rest is dim.
 """
 
 from gemma_sft import cli
@@ -74,14 +74,14 @@ def colored(
 
 
 def histogram(lengths: Sequence[int], n_bins: int = 10) -> str:
-  """Returns the lengths as bars, with their quantiles."""
+  """Returns a bar chart of the lengths, with quantiles, as text."""
   low, high = min(lengths), max(lengths)
   width = max(1, -(-(high - low + 1) // n_bins))
   counts = [0] * n_bins
   for length in lengths:
     counts[(length - low) // width] += 1
   ordered = sorted(lengths)
-  lines = ['tokens of an example: median '
+  lines = ['tokens per example: median '
            f'{ordered[len(ordered) // 2]}, 95 % at most'
            f' {ordered[int(0.95 * (len(ordered) - 1))]}, longest {high}']
   for i, count in enumerate(counts):
@@ -95,10 +95,10 @@ def histogram(lengths: Sequence[int], n_bins: int = 10) -> str:
 
 def fertility(
     examples: Sequence[chat.Example], tokenizer: chat.Tokenizer) -> str:
-  """Returns how many tokens the trained text costs.
+  """Returns the number of tokens per character and per word, as text.
 
-  Many tokens a character (over 0.5, or so) say that the tokenizer does not
-  know the script or the notation.
+  More than about 0.5 tokens per character mean that the tokenizer does not know
+  the script or the notation.
   """
   tokens = characters = words = 0
   for example in examples:
@@ -107,4 +107,4 @@ def fertility(
     characters += len(text)
     words += len(text.split())
   return (f'fertility of the trained text: {tokens / max(1, characters):.2f}'
-          f' tokens a character, {tokens / max(1, words):.2f} a word')
+          f' tokens per character, {tokens / max(1, words):.2f} per word')

@@ -1,12 +1,12 @@
-"""Answers prompts with a run's weights, or chats.
+"""Answers prompts with a run's weights, or chats with you.
 
     python -m gemma_sft.sample --workdir=W --prompt='What is Blop?'
     python -m gemma_sft.sample --workdir=W            # a chat; /help
     python -m gemma_sft.sample --workdir=W --base     # the untouched model
     python -m gemma_sft.sample --workdir=W --base --baseline=rag:4 --prompt=...
 
-Temperature, top-k, top-p, repetition penalty, stop texts and seed have flags;
-their defaults are the run's `config.sampling`.
+The flags of temperature, top-k, top-p, repetition penalty, stop texts and seed
+override the run's `config.sampling`.
 """
 
 from gemma_sft import cli
@@ -47,8 +47,8 @@ from gemma_sft.inputs import splits
 from gemma_sft.run import restore
 
 _HELP = """  /new           forget the conversation
-  /system TEXT   set the system text and begin anew
-  /quit          leave (so does end of file)"""
+  /system TEXT   set the system text and start a new conversation
+  /quit          leave (end of file does too)"""
 
 
 def main(
@@ -108,20 +108,15 @@ def answer(
   """Streams an answer to `write` and returns it.
 
   Args:
-    served: The weights.
     sampling: `config.sampling`.
-    conversation: Ending with the user's turn.
+    conversation: Ends with the user's turn.
     write: Called with each new piece of text.
-    prompter: Puts examples of the training split before the conversation.
-    as_text: As a transcript, without turns, see `prompting.transcript`.
+    prompter: Chooses training examples to put before the conversation.
+    as_text: Prompts without turns, see `prompting.transcript`.
   """
-  examples = prompter.choose(conversation) if prompter else []
-  if as_text:
-    prompt = [served.tokenizer.bos_id, *served.tokenizer.encode(
-        prompting.transcript(examples, conversation))]
-  else:
-    prompt = chat.render_prompt(
-        prompting.before(examples, conversation), served.tokenizer)
+  prompt = prompting.render(
+      served.tokenizer, prompter.choose(conversation) if prompter else [],
+      conversation, as_text=as_text)
   stops = [*sampling.stop, *([prompting.NEXT] if as_text else [])]
   shown = ''
 
@@ -129,8 +124,8 @@ def answer(
     nonlocal shown
     text, stopped = cut_at_stop(
         served.tokenizer.decode(tokens), stops)
-    # A half-decoded character or the beginning of a stop text may still
-    # change: it is held back until it is settled.
+    # A half-decoded character, or the beginning of a stop text, is held back:
+    # the next tokens may change it.
     settled = text if stopped else _settled(text, stops)
     if len(settled) > len(shown):
       write(settled[len(shown):])
@@ -155,11 +150,12 @@ def answer(
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
   """Returns the text before the first stop text, and whether there was one."""
-  places = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
-  return (text[:min(places)], True) if places else (text, False)
+  starts = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
+  return (text[:min(starts)], True) if starts else (text, False)
 
 
 def _settled(text, stops):
+  """Returns the text without an end that may still change."""
   longest = max((len(s) for s in stops), default=1)
   for n in range(min(longest - 1, len(text)), 0, -1):
     if any(stop.startswith(text[-n:]) for stop in stops):

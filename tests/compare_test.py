@@ -33,8 +33,8 @@ def _make(folder, *, config=None, record=True, data=_HASHES, start=None,
     data: Hashes in it.
     start: Changes to `_START`.
     end: Whether the run has ended.
-    losses: Of validation, after 0, 10, ... updates.
-    scored: Verdicts of the test answers, or None: not evaluated.
+    losses: On validation, after 0, 10, ... updates.
+    scored: Verdicts on the test answers, or None if not evaluated.
   """
   folder.mkdir()
   leaves = dict(config_lib.leaves(default.get_config())) | {
@@ -174,9 +174,9 @@ def test_answers_decoded_unlike_are_not_paired(tmp_path):
   _score(tmp_path / 'b', [1] * 10, temperature=0.7)
   found = _compare(a, b)
   assert not found.gains
-  assert any('decoded unlike (temperature 0.0 and 0.7)' in note
+  assert any('decoded differently (temperature 0.0 and 0.7)' in note
              for note in found.notes)
-  assert 'cannot be said' in found.sentences[0]
+  assert 'is unknown' in found.sentences[0]
 
 
 def test_one_training_twice_and_two_places_of_it(tmp_path):
@@ -185,7 +185,8 @@ def test_one_training_twice_and_two_places_of_it(tmp_path):
   found = _compare(a, b, c)
   assert found.sentences[0].startswith('b is the same training as a. ')
   assert found.sentences[1].startswith(
-      'c is the same training as a: only checkpoint.keep differs, which')
+      'c is the same training as a: only checkpoint.keep differs, which does'
+      ' not affect the result.')
   assert not found.config and not found.origin
   assert 'Config: no difference affects the result.' in (
       compare_page.text(found))
@@ -242,7 +243,7 @@ def test_a_picture_needs_curves(tmp_path):
 @pytest.mark.parametrize('make, got', (
     (lambda p: ['a'], 'compare was given 1 runs'),
     (lambda p: ['a', 'a'], 'compare was given 2 runs'),
-    (lambda p: ['a', str(p / 'none')], 'is no folder'),
+    (lambda p: ['a', str(p / 'none')], 'is not a folder'),
     (lambda p: ['a', str(p)], 'has no config.json')))
 def test_wrong_folders_are_named(tmp_path, make, got):
   a = _make(tmp_path / 'a')
@@ -262,5 +263,5 @@ def test_the_command_takes_folders_and_ends_with_2(tmp_path):
   a = _make(tmp_path / 'a')
   status, out, err = conftest.run_module('compare', a, str(tmp_path / 'none'))
   assert status == 2 and not out
-  assert f'error: {tmp_path / "none"} is no folder\n  expected: ' in err
+  assert f'error: {tmp_path / "none"} is not a folder\n  expected: ' in err
   assert 'Traceback' not in err

@@ -35,10 +35,21 @@ def trained(tmp_path_factory):
   return config, folder / 'w'
 
 
+@pytest.fixture
+def workdir(trained, tmp_path):
+  """A copy of the run's workdir, to be evaluated."""
+  return shutil.copytree(trained[1], tmp_path / 'w')
+
+
 def _evaluate(workdir, *, config=None, base=False, split='test', step=-1,
-              limit=0, baseline=()):
+              limit=0, **more):
   return evaluate.main(config, str(workdir), base=base, split=split, step=step,
-                       limit=limit, baseline=baseline)
+                       limit=limit, **more)
+
+
+def _result(workdir, name, split='test'):
+  return json.loads(
+      (workdir / 'evaluation' / f'{split}-{name}.json').read_text('utf-8'))
 
 
 def _rows(table: str) -> dict[str, list[str]]:
@@ -48,12 +59,12 @@ def _rows(table: str) -> dict[str, list[str]]:
 
 
 def test_base_then_tuned_side_by_side(trained, tmp_path, capsys):
-  config, workdir = trained
+  config, trained_workdir = trained
   # The base is scored before there is a run.
   fresh = tmp_path / 'w'
   assert _evaluate(fresh, config=config, base=True) == 0
   assert _rows(capsys.readouterr().out)['test split'] == ['base']
-  shutil.copytree(workdir, fresh, dirs_exist_ok=True)
+  shutil.copytree(trained_workdir, fresh, dirs_exist_ok=True)
   assert _evaluate(fresh) == 0
   out = capsys.readouterr().out
   rows = _rows(out)
@@ -61,10 +72,7 @@ def test_base_then_tuned_side_by_side(trained, tmp_path, capsys):
   assert rows['records'] == ['3', '3', '']
   assert rows['weights'][0] == 'custom, untouched'
   assert rows['weights'][1].startswith('custom, tuned 2 updates in')
-  results = {
-      name: json.loads(
-          (fresh / 'evaluation' / f'test-{name}.json').read_text('utf-8'))
-      for name in ('base', 'tuned')}
+  results = {name: _result(fresh, name) for name in ('base', 'tuned')}
   for i, name in enumerate(('base', 'tuned')):
     scores = results[name]['scores']
     assert float(rows['loss'][i]) == pytest.approx(scores['loss'], rel=1e-3)
@@ -82,42 +90,46 @@ def test_base_then_tuned_side_by_side(trained, tmp_path, capsys):
 
 
 def test_without_node_everything_else_goes_on(
-    trained, tmp_path, capsys, monkeypatch):
-  _, workdir = trained
-  workdir = shutil.copytree(workdir, tmp_path / 'w')
+    workdir, tmp_path, capsys, monkeypatch):
   monkeypatch.setenv('PATH', str(tmp_path))
   assert _evaluate(workdir) == 0
   out = capsys.readouterr().out
   assert 'no Node.js on the PATH, so nothing was compiled' in out
   rows = _rows(out)
   assert 'loss' in rows and 'strict' not in rows
-  result = json.loads(
-      (workdir / 'evaluation' / 'test-tuned.json').read_text('utf-8'))
+  result = _result(workdir, 'tuned')
   assert result['judge_note'] and len(result['answers']) == 3
   assert pathlib.Path(workdir, 'report', 'training.png').stat().st_size > 5000
 
 
-def test_limit_and_the_other_splits(trained, tmp_path, capsys):
-  _, workdir = trained
-  workdir = shutil.copytree(workdir, tmp_path / 'w')
+def test_limit_and_the_other_splits(workdir, capsys):
   _evaluate(workdir, split='validation', limit=1)
   assert _rows(capsys.readouterr().out)['records'] == ['1']
 
 
-def test_a_negative_limit_is_refused(trained, tmp_path):
-  _, workdir = trained
-  workdir = shutil.copytree(workdir, tmp_path / 'w')
-  with pytest.raises(errors.UserError):
-    _evaluate(workdir, limit=-1)
-
-
-def test_a_missing_split_names_those_there_are(run_config, tmp_path):
-  run_config.train.steps = 1
-  train.main(run_config, str(tmp_path / 'w'), False)
-  for split in ('test', 'tset'):
-    with pytest.raises(errors.UserError, match=f'--split={split}') as error:
-      _evaluate(tmp_path / 'w', split=split)
-    assert "['train', 'validation']" in str(error.value)
+@pytest.mark.parametrize('changes, match', [
+    (dict(limit=-1), '--limit=-1'),
+    (dict(split='tset'), r"=tset(.|\n)*\['train', 'validation', 'test'\]"),
+    (dict(step=7), r'no checkpoint of step 7(.|\n)*one of \[2\]'),
+    (dict(baseline=['few:2'], split='train'), 'training split'),
+    (dict(baseline=['fwe:2']), 'way of prompting'),
+    (dict(baseline=['rag:400']), 'rag:400, with'),
+    (dict(baseline=['zero'], gguf='x.gguf'), 'one of them at a time'),
+    (dict(gguf='x.gguf'), 'x.gguf: no such file'),
+    (dict(changes={'lora.alpha': 640.0}), 'lora.alpha'),
+    (dict(changes={'seed': 5}), 'seed'),
+    (dict(changes={'lora.enabled': False}), 'lora.enabled'),
+    (dict(changes={'model.embed_dim': 64}), 'model.embed_dim'),
+    (dict(changes={'data.test': ''}), r"test(.|\n)*\['train', 'validation'\]"),
+], ids=str)
+def test_what_makes_no_sense_is_refused(trained, workdir, changes, match):
+  config = None
+  if 'changes' in changes:
+    config = trained[0].copy_and_resolve_references()
+    config.update_from_flattened_dict(changes['changes'])
+    changes = {}
+  with pytest.raises(errors.UserError, match=match):
+    _evaluate(workdir, config=config, **changes)
 
 
 def test_without_a_run(run_config, tmp_path):
@@ -125,34 +137,10 @@ def test_without_a_run(run_config, tmp_path):
     _evaluate(tmp_path / 'w')
   with pytest.raises(errors.UserError, match='no checkpoints in'):
     _evaluate(tmp_path / 'w', config=run_config, split='validation')
-  with pytest.raises(errors.UserError, match='no checkpoint of step 7') as e:
-    run_config.train.steps = 1
-    train.main(run_config, str(tmp_path / 'w'), False)
-    _evaluate(tmp_path / 'w', split='validation', step=7)
-  assert 'one of [1]' in str(e.value)
+  assert not (tmp_path / 'w').exists()  # A mistyped one is not made.
 
 
-def test_a_mistyped_workdir_is_not_made(run_config, tmp_path):
-  with pytest.raises(errors.UserError):
-    _evaluate(tmp_path / 'w', config=run_config, split='validation')
-  assert not (tmp_path / 'w').exists()
-
-
-@pytest.mark.parametrize('changes', [
-    {'lora.alpha': 640.0}, {'seed': 5}, {'lora.enabled': False},
-    {'model.embed_dim': 64}], ids=lambda c: next(iter(c)))
-def test_weights_of_another_config_are_refused(trained, tmp_path, changes):
-  config, workdir = trained
-  workdir = shutil.copytree(workdir, tmp_path / 'w')
-  config = config.copy_and_resolve_references()
-  config.update_from_flattened_dict(changes)
-  with pytest.raises(errors.UserError, match=next(iter(changes))):
-    _evaluate(workdir, config=config)
-
-
-def test_prompting_beside_tuning(trained, tmp_path, capsys, monkeypatch):
-  config, workdir = trained
-  workdir = shutil.copytree(workdir, tmp_path / 'w')
+def test_prompting_beside_tuning(workdir, capsys, monkeypatch):
   assert _evaluate(workdir, baseline=['zero', 'few:2', 'rag:1'], limit=2) == 0
   out = capsys.readouterr().out
   rows = _rows(out)
@@ -161,7 +149,7 @@ def test_prompting_beside_tuning(trained, tmp_path, capsys, monkeypatch):
   assert rows['loss'][1:3] == ['-', '-'] and rows['accuracy'][0] != '-'
   assert 'cannot be told apart' in out  # A model of noise.
   folder = workdir / 'evaluation'
-  few = json.loads((folder / 'test-few-2.json').read_text('utf-8'))
+  few = _result(workdir, 'few-2')
   shown = [a['shown'] for a in few['answers']]
   assert len(shown[0]) == 2 and shown[0] == shown[1]
   assert all('train' in where for where in shown[0])
@@ -176,16 +164,13 @@ def test_prompting_beside_tuning(trained, tmp_path, capsys, monkeypatch):
 
   monkeypatch.setattr(generate, '_generate_batch', refuse)
   monkeypatch.setattr(validation, 'evaluate_loss', refuse)
-  before = folder.joinpath('test-rag-1.json').read_text('utf-8')
+  before = _result(workdir, 'rag-1')
   assert _evaluate(workdir, baseline=['zero', 'few:2', 'rag:1'], limit=2) == 0
-  after = folder.joinpath('test-rag-1.json').read_text('utf-8')
-  assert json.loads(before)['answers'] == json.loads(after)['answers']
+  assert before['answers'] == _result(workdir, 'rag-1')['answers']
   assert _rows(capsys.readouterr().out) == rows
 
 
-def test_examples_are_part_of_the_prompt(trained, tmp_path, monkeypatch):
-  _, workdir = trained
-  workdir = shutil.copytree(workdir, tmp_path / 'w')
+def test_examples_are_part_of_the_prompt(trained, workdir, monkeypatch):
   asked = []
   real = generate.generate
 
@@ -195,9 +180,7 @@ def test_examples_are_part_of_the_prompt(trained, tmp_path, monkeypatch):
 
   monkeypatch.setattr(generate, 'generate', record)
   _evaluate(workdir, base=True, baseline=['few:2'], limit=1)
-  result = json.loads((workdir / 'evaluation' / 'test-few-2.json').read_text(
-      'utf-8'))
-  [answer] = result['answers']
+  [answer] = _result(workdir, 'few-2')['answers']
   assert len(answer['shown']) == 2
   config, _ = trained
   by_place = {r.where: chat_task.to_messages(r)
@@ -207,14 +190,50 @@ def test_examples_are_part_of_the_prompt(trained, tmp_path, monkeypatch):
   assert max(asked) > len(answer['prompt']) + sum(turns)
 
 
-@pytest.mark.parametrize('changes, match', [
-    (dict(baseline=['few:2'], split='train'), 'training split'),
-    (dict(baseline=['fwe:2']), 'way of prompting'),
-    (dict(baseline=['rag:400']), 'rag:400, with'),
-    (dict(baseline=['zero'], gguf='x.gguf'), 'no such file|one of them')])
-def test_baselines_that_make_no_sense(trained, tmp_path, changes, match):
-  _, workdir = trained
-  workdir = shutil.copytree(workdir, tmp_path / 'w')
-  with pytest.raises(errors.UserError, match=match):
-    evaluate.main(None, str(workdir), **(dict(
-        base=False, split='test', step=-1, limit=0) | changes))
+class _Server:
+  """A llama-server that answers, and stops at the third question."""
+
+  asked = []
+
+  def __init__(self, *_, **options):
+    assert options['context_length'] > 0
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    pass
+
+  def chat(self, messages, **sampling):
+    self.asked.append((messages[-1]['content'], sampling['temperature']))
+    if len(self.asked) == 3:
+      raise ConnectionError
+    return _CODE
+
+
+def test_llama_cpp_is_not_asked_again(workdir, tmp_path, capsys, monkeypatch):
+  gguf = tmp_path / 'model.gguf'
+  gguf.write_bytes(b'GGUF')
+  monkeypatch.setattr(evaluate.llama_runtime, 'find_server', lambda _: 'x')
+  monkeypatch.setattr(evaluate.llama_runtime, 'Server', _Server)
+  monkeypatch.setattr(evaluate, '_PARALLEL', 1)
+  monkeypatch.setattr(_Server, 'asked', [])
+
+  def run():
+    return _evaluate(workdir, gguf=str(gguf))
+
+  with pytest.raises(ConnectionError):
+    run()
+  first = _Server.asked.copy()
+  # The free prompt is sampled as the model will be served.
+  assert first[0] == ('Who?', 0.2) and first[1] == ('Write Hi in Blop.', 0.0)
+  assert run() == 0
+  assert set(_Server.asked[4:]).isdisjoint(first[:2])
+  questions = [question for question, _ in _Server.asked]
+  assert questions.count('Who?') == questions.count('Write Hi in Blop.') == 1
+  assert _rows(capsys.readouterr().out)['test split'] == ['llama.cpp']
+  n = len(_Server.asked)
+  assert run() == 0 and len(_Server.asked) == n
+  # Another file is another model.
+  gguf.write_bytes(b'GGUF other')
+  assert run() == 0 and len(_Server.asked) == n + 4

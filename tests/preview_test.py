@@ -51,7 +51,7 @@ def test_counts_are_those_of_the_data(three, capsys):
   bars = re.findall(r'^ +(\d+) to +(\d+) +(\d+)', out, re.MULTILINE)
   assert sum(int(count) for *_, count in bars) == 3
   assert int(bars[0][0]) == min(int(n) for n, _ in header)
-  assert re.search(r'fertility of the trained text: \d\.\d\d tokens a', out)
+  assert re.search(r'fertility of the trained text: \d\.\d\d tokens per', out)
 
 
 def test_colours(three, capsys):
@@ -75,9 +75,6 @@ def test_histogram_counts_every_example_once(lengths, counts):
 def test_split_is_the_one_named(three, capsys):
   _preview(three, split='validation')
   assert 'audit: validation: 2 examples' in capsys.readouterr().out
-  for split in ('test', 'tarin'):
-    with pytest.raises(errors.UserError, match=f'--split={split}'):
-      _preview(three, split=split)
 
 
 def test_training_data_is_the_default(three):
@@ -87,12 +84,13 @@ def test_training_data_is_the_default(three):
   assert 'audit: train: 3 examples' in out
 
 
-def test_bad_data_is_refused(three, tmp_path):
-  (tmp_path / 'three.txt').write_text('')
-  with pytest.raises(errors.UserError, match='no records in'):
-    _preview(three)
-
-
-def test_a_negative_number_of_examples_is_refused(three):
-  with pytest.raises(errors.UserError):
-    _preview(three, examples=-1)
+@pytest.mark.parametrize('changes, match', (
+    (dict(split='test'), '--split=test'),
+    (dict(split='tarin'), '--split=tarin'),
+    (dict(examples=-1), '--examples=-1'),
+    (dict(), 'no records in')))
+def test_what_makes_no_sense_is_refused(three, tmp_path, changes, match):
+  if not changes:
+    (tmp_path / 'three.txt').write_text('')
+  with pytest.raises(errors.UserError, match=match):
+    _preview(three, **changes)

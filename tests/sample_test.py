@@ -9,6 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+from gemma_sft import chat
+from gemma_sft import cli
 from gemma_sft import errors
 from gemma_sft import sample
 from gemma_sft import train
@@ -73,19 +75,10 @@ def test_flags_override_the_runs_sampling(trained, capsys):
             max_new_tokens=16)
     outs.append(capsys.readouterr().out)
   assert outs[0] == outs[1] != outs[2]
-  with pytest.raises(errors.UserError, match='sampling.top_p is 0'):
-    _sample(trained, prompt=['Red?'], top_p=0.0)
-
-
-def test_ids_beyond_the_vocabulary_are_not_sampled(trained, capsys):
-  # The tokenizer has fewer pieces than the model's 512 rows.
+  # The tokenizer has fewer pieces than the model's 512 rows: no other id is
+  # sampled.
   _sample(trained, prompt=['Red?'], temperature=50.0, max_new_tokens=64)
   assert capsys.readouterr().out
-
-
-def test_an_empty_prompt_names_the_flag(trained):
-  with pytest.raises(errors.UserError, match='--prompt'):
-    _sample(trained, prompt=[''])
 
 
 @pytest.mark.parametrize('text, stops, cut', [
@@ -100,13 +93,25 @@ def test_cut_at_stop(text, stops, cut):
   assert sample.cut_at_stop(text, stops) == cut
 
 
-def _stream(monkeypatch, tokenizer, pieces, stops):
-  """Streams tokens that come a few at a time; returns (writes, answer)."""
+@pytest.mark.parametrize('pieces, stops, first, answer', (
+    # A part of a stop text is never shown.
+    (['Yes', ' #', '#', 'no', ' ##', '# INPUT', ' more'], ('## INPUT', '###'),
+     'Yes', 'Yes ##no '),
+    # What was held back comes at the end.
+    (['a', '#'], ('## INPUT',), 'a', 'a#'),
+    # Half a character is held back; a slice is one of the bytes of '☃'.
+    (['a', slice(0, 2), slice(2, None), 'b'], (), 'a', 'a☃b')),
+    ids=('stop text', 'held back', 'half a character'))
+def test_streaming(monkeypatch, tokenizer, pieces, stops, first, answer):
+  snowman = tokenizer.encode('☃')
+  assert len(snowman) > 2  # Bytes, in this tokenizer.
+
   def fake_generate(*unused, is_done, **options):
     del unused, options
     so_far = []
     for piece in pieces:
-      so_far += tokenizer.encode(piece) if isinstance(piece, str) else piece
+      so_far += (snowman[piece] if isinstance(piece, slice)
+                 else tokenizer.encode(piece))
       if is_done(0, so_far):
         break
     return [so_far]
@@ -116,39 +121,15 @@ def _stream(monkeypatch, tokenizer, pieces, stops):
   sampling = types.SimpleNamespace(
       stop=stops, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
       max_new_tokens=99, seed=0)
-  writes = []
-  from gemma_sft import chat
+  written = []
   text = sample.answer(
-      served, sampling, [chat.Message('user', 'Hi')], writes.append)
-  return writes, text
-
-
-def test_streaming_never_shows_a_part_of_a_stop_text(monkeypatch, tokenizer):
-  writes, text = _stream(
-      monkeypatch, tokenizer,
-      ['Yes', ' #', '#', 'no', ' ##', '# INPUT', ' more'], ('## INPUT', '###'))
-  assert text == 'Yes ##no '
-  assert ''.join(writes) == 'Yes ##no \n'
+      served, sampling, [chat.Message('user', 'Hi')], written.append)
+  assert text == answer and ''.join(written) == f'{answer}\n'
+  assert written[0] == first  # It does stream.
   shown = ''
-  for write in writes[:-1]:
+  for write in written[:-1]:
     shown += write
-    assert 'Yes ##no '.startswith(shown)
-  assert writes[0] == 'Yes'  # It does stream.
-
-
-def test_what_was_held_back_comes_at_the_end(monkeypatch, tokenizer):
-  writes, text = _stream(
-      monkeypatch, tokenizer, ['a', '#'], ('## INPUT',))
-  assert text == 'a#' and ''.join(writes) == 'a#\n'
-
-
-def test_half_a_character_is_held_back(monkeypatch, tokenizer):
-  snowman = tokenizer.encode('☃')
-  assert len(snowman) > 2  # Bytes, in this tokenizer.
-  writes, text = _stream(
-      monkeypatch, tokenizer, ['a', snowman[:2], snowman[2:], 'b'], ())
-  assert text == 'a☃b'
-  assert '\ufffd' not in ''.join(writes)
+    assert answer.startswith(shown)
 
 
 def _chat(monkeypatch, capsys, trained, lines):
@@ -188,11 +169,11 @@ def test_chat_help_and_end_of_file(monkeypatch, capsys, trained):
   assert not asked
 
 
-@pytest.mark.parametrize('line', ['/hlep', '/systemic'])
-def test_chat_names_an_unknown_command(monkeypatch, capsys, trained, line):
-  out, asked = _chat(monkeypatch, capsys, trained, f'{line}\nHi\n')
+def test_chat_names_an_unknown_command(monkeypatch, capsys, trained):
+  out, asked = _chat(
+      monkeypatch, capsys, trained, '/hlep\n/systemic\nHi\n')
   assert asked == [[('user', 'Hi')]]
-  assert '/help' in out
+  assert out.count('/help') == 2
 
 
 def test_chat_through_a_pipe(trained):
@@ -203,16 +184,19 @@ def test_chat_through_a_pipe(trained):
   assert 'abc abc abc' in out and 'sky' in out
 
 
-def test_without_a_run(tmp_path):
+def test_what_makes_no_sense_is_refused(trained, tmp_path):
   with pytest.raises(errors.UserError, match='no config.json in'):
     _sample(str(tmp_path), prompt=['Hi'])
+  for match, flags in (('--prompt', dict(prompt=[''])),
+                       ('sampling.top_p is 0', dict(top_p=0.0)),
+                       ('one way of prompting',
+                        dict(baseline=('few:2', 'rag:2')))):
+    with pytest.raises(errors.UserError, match=match):
+      _sample(trained, **{'prompt': ['Red?']} | flags)
 
 
 def test_the_answer_is_that_of_greedy_generation(trained, capsys):
   # Left-padded prompt, chunks and streaming: the same as one prompt by hand.
-  from gemma_sft import chat
-  from gemma_sft import cli
-
   config = cli.load_run_config(trained)
   served = restore.load_weights(config, trained, base=False, step=-1)
   prompt = chat.render_prompt(
@@ -239,5 +223,3 @@ def test_examples_of_the_training_split_come_first(trained, monkeypatch):
     _sample(trained, prompt=['Who is it?'], baseline=baseline)
   bare, few, rag = asked
   assert few > bare + 20 and rag > bare + 20
-  with pytest.raises(errors.UserError, match='one way of prompting'):
-    _sample(trained, prompt=['Who?'], baseline=('few:2', 'rag:2'))

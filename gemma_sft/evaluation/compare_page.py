@@ -1,4 +1,4 @@
-"""What people read of a comparison: text, page and picture."""
+"""A comparison of runs as text, as an HTML page and as a picture."""
 
 from typing import Sequence
 
@@ -33,7 +33,7 @@ def sections(comparison: compare_runs.Comparison
 def _gain(row):
   judged = row['metric'].startswith('judge/')
   def number(value):
-    # Adding 0 makes 0 of -0.
+    # Adding 0 turns -0 into 0.
     return (f'{round(100 * value, 1) + 0:+.1f}' if judged
             else f'{value + 0:+.4g}')
   if 'low' not in row:
@@ -57,9 +57,7 @@ def text(comparison: compare_runs.Comparison) -> str:
 def page(comparison: compare_runs.Comparison, image: bytes | None) -> str:
   """Returns the comparison as one self-contained HTML page.
 
-  Args:
-    comparison: From `compare_runs.compare`.
-    image: PNG from `picture`, or None.
+  The image is the PNG of `picture`.
   """
   return pages.render(
       'evaluation/compare_page.html', comparison=comparison,
@@ -69,7 +67,7 @@ def page(comparison: compare_runs.Comparison, image: bytes | None) -> str:
 _COLORS = ('#1f4e8c', '#c25b1e', '#2f7d4f', '#7a4fa3', '#8a6d00', '#555555')
 
 
-def picture(runs: Sequence[compare_runs.Run]) -> bytes | None:
+def picture(runs: Sequence[compare_runs.FinishedRun]) -> bytes | None:
   """Returns a PNG of losses and the first judged metric; None without any."""
   if not any('loss' in row or 'eval/loss' in row
              for run in runs for row in run.rows):
@@ -98,14 +96,14 @@ def picture(runs: Sequence[compare_runs.Run]) -> bytes | None:
 
 
 def _judged(runs):
-  """Returns the judged metric to draw: what chose the best, or the headline."""
-  there = {key for run in runs for row in run.rows for key in row
+  """Returns the judged metric to draw: that of the best, or the headline."""
+  found = {key for run in runs for row in run.rows for key in row
            if key.startswith('eval/judge/') and key != 'eval/judge/n'}
   wanted = [f'eval/{run.flat["eval.metric"]}' for run in runs] + [
       f'eval/judge/{s.get("headline")}' for run in runs
       for s in run.scores.values()]
-  return next((key for key in wanted if key in there),
-              min(there, default=''))
+  return next((key for key in wanted if key in found),
+              min(found, default=''))
 
 
 def _plot(axis, run, key, factor, **style):

@@ -1,4 +1,4 @@
-"""What differs between finished (or stopped) runs: config, origin, result."""
+"""Compares finished (or stopped) runs: config, origin and result."""
 
 import collections
 import dataclasses
@@ -16,23 +16,21 @@ from gemma_sft.monitor import metrics
 from gemma_sft.monitor import record as record_lib
 
 _SPLITS = ('test', 'validation', 'train')
-# Only answers decoded alike are paired, see `report.gains`.
-_DECODING = ('temperature', 'repetition_penalty', 'max_new_tokens')
-# Names to which `report` gives a meaning of its own.
+# Names that have a meaning of their own in `report`.
 _RESERVED = ('base', 'tuned', 'llama.cpp')
 UNKNOWN = '-'
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-  """What a workdir says of itself; whatever is missing is empty or None.
+class FinishedRun:
+  """What a workdir holds of a run; whatever is missing is empty or None.
 
   Attributes:
-    name: For people; no other run of the comparison has it.
-    flat: The flat config, what it lacks filled in from the defaults.
+    name: For people, unique in the comparison.
+    flat: The flat config, missing keys filled in from the defaults.
     record: From `record.read`.
     rows: Of metrics.jsonl.
-    scores: Split -> the tuned model's entry of `report.read_results`.
+    scores: {split: entry 'tuned' of `report.read_results`}.
   """
 
   name: str
@@ -44,21 +42,21 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """Tables whose first column names a row; the others are of the runs.
+  """The differences between the first run and the others.
+
+  A table has one column of row names, then one column for each run.
 
   Attributes:
-    names: Of the runs; the first is what the others are compared with.
-    sentences: What differs, and whether the result does; one for each of the
-      other runs.
+    names: Of the runs, the first being the one to compare with.
+    sentences: For each other run, what differs and whether its result does.
     notes: What could not be compared and why.
-    config: Keys that decide the result and differ.
-    free: Keys that differ and do not decide it.
-    origin: Data, base, code, packages and devices that differ.
-    results: Updates, losses, time and memory.
+    config: Table of the config keys that differ and affect the result.
+    free: Table of the config keys that differ and do not affect it.
+    origin: Table of data, base, code, packages and devices that differ.
+    results: Table of updates, losses, time and memory.
     split: Of the scores, or ''.
-    scores: Cells of `report.cells`, or [].
-    gains: Of each other run over the first: 'run' and the keys of
-      `report.gains`.
+    scores: Table of `report.cells`, header first, or [].
+    gains: Rows of `report.gains` over the first run, with the key 'run'.
   """
 
   names: list[str]
@@ -74,22 +72,18 @@ class Comparison:
 
 
 def names(workdirs: Sequence[str]) -> list[str]:
-  """Returns the folders' last names, or their paths where those are alike."""
+  """Returns the names of the folders, or their paths if two names are equal."""
   last = [os.path.basename(os.path.abspath(path)) for path in workdirs]
   return [name if last.count(name) == 1 and name not in _RESERVED
           else os.path.join('.', path) for name, path in zip(last, workdirs)]
 
 
-def load(workdir: str, name: str, defaults: Mapping[str, Any]) -> Run:
-  """Reads a workdir.
-
-  Args:
-    workdir: Of a run.
-    name: From `names`.
-    defaults: Flat config; keys that were added since a run was made.
+def load(workdir: str, name: str, defaults: Mapping[str, Any]
+         ) -> FinishedRun:
+  """Reads a workdir; `defaults` fills in config keys newer than the run.
 
   Raises:
-    UserError: if it is no workdir of a training run, or cannot be read.
+    UserError: if this is not the workdir of a training run, or is unreadable.
   """
   record = record_lib.read(workdir)
   rows = metrics.read_jsonl(os.path.join(workdir, 'metrics.jsonl'))
@@ -102,10 +96,10 @@ def load(workdir: str, name: str, defaults: Mapping[str, Any]) -> Run:
       except ValueError as error:
         raise errors.UserError(
             f'{path}: {error}', 'the config that training wrote',
-            'start the run again: it writes its config anew') from None
+            'start the run again: it rewrites its config') from None
   if not saved:
     what = ('has no config.json' if os.path.isdir(workdir)
-            else 'is no folder')
+            else 'is not a folder')
     raise errors.UserError(
         f'{workdir} {what}', 'the workdir of a training run',
         'name the folder that was given to gemma_sft.train as --workdir')
@@ -116,19 +110,19 @@ def load(workdir: str, name: str, defaults: Mapping[str, Any]) -> Run:
       scores[split] = results['tuned']
   flat = {key: list(value) if isinstance(value, tuple) else value
           for key, value in {**defaults, **saved}.items()}
-  return Run(name, flat, record, rows, scores)
+  return FinishedRun(name, flat, record, rows, scores)
 
 
-def compare(runs: Sequence[Run]) -> Comparison:
+def compare(runs: Sequence[FinishedRun]) -> Comparison:
   """Compares runs with the first of them."""
   decisive, free = _config_rows(runs)
   origin = _origin_rows(runs)
   split = _shared_split(runs)
   gains, notes = [], [
-      f'{run.name} has no run.json, being older: its data, base, code,'
+      f'{run.name} has no run.json, as it is older: its data, base, code,'
       ' packages and devices are not known'
       for run in runs if run.record is None]
-  notes += [f'{run.name} has not ended, or was killed: what is shown is so far'
+  notes += [f'{run.name} has not ended, or was killed: its results so far'
             for run in runs if run.record and not run.record['end']]
   sentences = []
   for other in runs[1:]:
@@ -150,14 +144,14 @@ def compare(runs: Sequence[Run]) -> Comparison:
 
 
 def _config_rows(runs):
-  """Returns the keys that differ: (those that decide the result, the rest)."""
+  """Returns the keys that differ: (those that affect the result, the rest)."""
   keys = sorted({key for run in runs for key in run.flat})
   differing = {key: [run.flat.get(key) for run in runs] for key in keys}
   differing = {key: values for key, values in differing.items()
                if any(value != values[0] for value in values)}
   decides = set(config_lib.result_leaves(differing))
   if any(run.record is None for run in runs):
-    # Without hashes, another name may be other data.
+    # Without hashes of the data, another file name may mean other data.
     decides |= {key for key in differing
                 if key.startswith(('data.', 'model.weights'))}
   rows = {key: [key, *map(_value, values)]
@@ -174,7 +168,7 @@ def _value(value):
 
 
 def _origin(run):
-  """Returns {what: value} of a record; of several starts all, in order."""
+  """Returns {fact: value}; a value lists those of all starts, in order."""
   if run.record is None:
     return {}
   starts = run.record['starts']
@@ -214,20 +208,21 @@ def _what_differs(first, other):
   origin = [(key, a, b) for key, a, b in _origin_rows([first, other])]
   parts = [f'{key} ({a} -> {b})' for key, a, b in decisive[:_NAMED]]
   if len(decisive) > _NAMED:
-    parts.append(f'{len(decisive) - _NAMED} more keys of the config')
+    parts.append(f'{len(decisive) - _NAMED} more config keys')
   parts += [key for key, _, _ in origin[:_NAMED]]
   if len(origin) > _NAMED:
     parts.append(f'{len(origin) - _NAMED} more of code and devices')
   if parts:
     return f'{other.name} differs from {first.name} in {_list(parts)}.'
   if first.record is None or other.record is None:
-    return (f'{other.name} and {first.name} have one config; their data, base'
-            ' and code are not known.')
+    return (f'{other.name} and {first.name} have the same config; their data,'
+            ' base and code are not known.')
   alike = f'{other.name} is the same training as {first.name}'
   if free:
     return (f'{alike}: only {_list([row[0] for row in free[:_NAMED]])}'
             f'{" and more" if len(free) > _NAMED else ""} differ'
-            f'{"s" if len(free) == 1 else ""}, which decides no number.')
+            f'{"s" if len(free) == 1 else ""}, which does not affect the'
+            ' result.')
   return f'{alike}.'
 
 
@@ -265,10 +260,10 @@ def _result_rows(runs):
   return [[key, *values] for key, values in rows.items()]
 
 
-def best_of(run: Run) -> dict[str, Any] | None:
+def best_of(run: FinishedRun) -> dict[str, Any] | None:
   """Returns {'metric', 'value', 'step'} of the best evaluation, or None.
 
-  Of equal ones the later, as `log.Tracker` has it.
+  Ties go to the later step, as in training.
   """
   metric = run.flat['eval.metric']
   sign = 1 if run.flat['eval.mode'] == 'max' else -1
@@ -284,8 +279,8 @@ def _time(run):
   if run.record and run.record['end']:
     return metrics.duration(run.record['end']['seconds'])
   times = [row['time'] for row in run.rows if 'time' in row]
-  # From the first line to the last: without loading and compiling, and with
-  # what lay between two starts.
+  # From the first line to the last: this leaves out loading and compiling, and
+  # includes the time between two starts.
   return f'about {metrics.duration(max(times) - min(times))}' if (
       times) else UNKNOWN
 
@@ -299,7 +294,7 @@ def _speed(run):
 
 
 def _shared_split(runs):
-  """Returns the split that most runs have scores of; the first such one."""
+  """Returns the split that most runs have scores of, or ''."""
   counts = {split: sum(split in run.scores for run in runs)
             for split in _SPLITS}
   best = max(counts, key=counts.get)
@@ -307,7 +302,7 @@ def _shared_split(runs):
 
 
 def _pair(first, other, split):
-  """Returns (rows of `report.gains`, why there are none or fewer)."""
+  """Returns (rows of `report.gains`, why some or all are missing or '')."""
   a, b = (run.scores.get(split) for run in (first, other))
   both = f'{other.name} and {first.name}'
   if a is None or b is None:
@@ -316,10 +311,10 @@ def _pair(first, other, split):
     return [], (
         f'{both} are not paired: no scores of {split or "any split"} of'
         f' {missing}; python -m gemma_sft.evaluate --workdir=... makes them')
-  unlike = [f'{key} {a.get(key)} and {b.get(key)}' for key in _DECODING
+  unlike = [f'{key} {a.get(key)} and {b.get(key)}' for key in report.DECODING
             if a.get(key) != b.get(key)]
   if unlike:
-    return [], (f'{both} are not paired: their answers were decoded unlike'
+    return [], (f'{both} are not paired: their answers were decoded differently'
                 f' ({", ".join(unlike)}); evaluate one of them again')
   a, b = _by_content(a), _by_content(b)
   where = [{row['where'] for row in result['answers']} for result in (a, b)]
@@ -328,7 +323,7 @@ def _pair(first, other, split):
   if where[0] == where[1] and shared or not (where[0] or where[1]) and (
       _same_records(first, other, split, a, b)):
     return rows, ''
-  # Means over different records say nothing of the runs.
+  # Means over different records say nothing about the runs.
   return [row for row in rows if 'low' in row], (
       f'{both}: {shared} records of {split} are in both'
       f' ({len(where[0])} and {len(where[1])}); only these are paired')
@@ -342,10 +337,10 @@ def _same_records(first, other, split, a, b):
 
 
 def _by_content(result):
-  """Returns a result whose answers go by what was asked, not by file and line.
+  """Returns a result whose answers are identified by their records' content.
 
-  So records are the same wherever the file lies, and others are others even
-  where their place is the same.
+  Then a record is the same in another file, and another record on the same line
+  of the same file is another one.
   """
   seen, answers = collections.Counter(), []
   for row in result.get('answers', ()):
@@ -356,7 +351,7 @@ def _by_content(result):
 
 
 def _outcome(first, other, paired):
-  """Says whether a result differs beyond chance."""
+  """Returns a sentence on whether the result differs beyond chance."""
   headline = next((run.scores[s]['headline'] for run in (first, other)
                    for s in _SPLITS if run.scores.get(s, {}).get('headline')),
                   '')
@@ -364,8 +359,8 @@ def _outcome(first, other, paired):
               and 'low' in row), None)
   if row is None:
     a, b = (best_of(run) for run in (first, other))
-    text = 'Whether the results differ beyond chance cannot be said: no judged'
-    text += ' answers to the same records.'
+    text = ('Whether the results differ beyond chance is unknown: there are no'
+            ' judged answers to the same records.')
     if a and b and a['metric'] == b['metric']:
       text += (f' Best {a["metric"]} of validation: {b["value"]:.4g} against'
                f' {a["value"]:.4g}.')

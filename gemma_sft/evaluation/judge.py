@@ -1,4 +1,4 @@
-"""Scores of a set of weights: loss on a split, and the judge's on answers."""
+"""Answers of a model to records, and the task's verdict on them."""
 
 import dataclasses
 from typing import Any
@@ -25,68 +25,49 @@ def answer_records(
     prompter: prompting.Prompter | None = None,
     as_text: bool = False,
     identity: str = '',
-    kept: answers_lib.Answers | None = None,
+    cached: answers_lib.Answers | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
   """Answers the last question of each conversation.
 
-  Plain text is continued from its first line.
+  When sampling, an answer depends on the seed and on its index here, not on
+  which other answers are in the cache.
 
   Args:
-    model: From `make_model`.
     params: Weights with the adapters merged in.
-    tokenizer: Of the model.
-    conversations: As tasks make them, the reference answer last.
-    sampling: How; at temperature 0 the likeliest token each time.
-    batch_size: Rows at a time.
-    seed: Of the sampling; an answer depends on it and its place, not on which
-      others are kept.
-    prompter: Puts examples before each question.
-    as_text: As a transcript, without turns, see `prompting.transcript`.
-    identity: Of the weights, for `kept`.
-    kept: Earlier answers, which are taken, and new ones, which are kept.
-    progress: See `generate.generate`.
+    conversations: From the task, each ending with the reference answer. Plain
+      text is continued from its first line.
+    prompter: Chooses examples to put before each question.
+    as_text: Prompts without turns, see `prompting.transcript`.
+    identity: Content hash of the weights, for the keys of `cached`.
+    progress: Called with the number of conversations answered so far.
   """
-  examples = [prompter.choose(c) if prompter else [] for c in conversations]
-  prompts = []
-  for shown, c in zip(examples, conversations):
-    if isinstance(c, str) or as_text:
-      prompts.append([tokenizer.bos_id, *tokenizer.encode(
-          prompting.transcript(shown, c))])
-    else:
-      prompts.append(chat.render_prompt(
-          prompting.before(shown, c[:-1]), tokenizer))
+  prompts = [
+      prompting.render(
+          tokenizer, prompter.choose(c) if prompter else [],
+          c if isinstance(c, str) else c[:-1], as_text=as_text)
+      for c in conversations]
   settings = dataclasses.astuple(sampling)
-  if sampling.temperature:
-    settings += (seed,)
   keys = [answers_lib.make_key(
-      identity, p, *settings, *([i] if sampling.temperature else []))
-          for i, p in enumerate(prompts)]
-  known = {key: kept.find(key) for key in keys} if kept else {}
-  # Prompts that are asked twice are answered once.
-  due = {key: i for i, key in reversed(list(enumerate(keys)))
-         if known.get(key) is None}
-  due_keys = sorted(due, key=due.get)
+      identity, prompt, *settings,
+      *([seed, i] if sampling.temperature else []))
+          for i, prompt in enumerate(prompts)]
 
   def decode(tokens):
     text = tokenizer.decode(tokens)
     return prompting.first_answer(text) if as_text else (text, False)
 
-  def keep(number, tokens):
-    key = due_keys[number]
-    known[key] = decode(tokens)[0]
-    if kept:
-      kept.add(key, known[key])
+  def answer(indices, keep):
+    generate.generate(
+        model, params, [prompts[i] for i in indices], sampling, seed=seed,
+        row_ids=indices, stop_ids=tokenizer.stop_ids,
+        vocab_size=tokenizer.vocab_size, batch_size=batch_size,
+        on_answer=lambda row, tokens: keep(indices[row], decode(tokens)[0]),
+        is_done=(lambda _, tokens: decode(tokens)[1]) if as_text else None,
+        progress=progress and (
+            lambda n: progress(len(conversations) - len(indices) + n)))
 
-  generate.generate(
-      model, params, [prompts[due[key]] for key in due_keys], sampling,
-      seed=seed, row_ids=[due[key] for key in due_keys],
-      stop_ids=tokenizer.stop_ids, vocab_size=tokenizer.vocab_size,
-      batch_size=batch_size, on_answer=keep,
-      is_done=(lambda _, tokens: decode(tokens)[1]) if as_text else None,
-      progress=None if progress is None else (
-          lambda n: progress(len(conversations) - len(due) + n)))
-  return [known[key] for key in keys]
+  return (cached or answers_lib.Answers()).complete(keys, answer)
 
 
 def ask(prompt: str) -> list[chat.Message]:
@@ -108,42 +89,38 @@ def judge_records(
     prompter: prompting.Prompter | None = None,
     **answering: Any,
 ) -> tuple[tasks.Judged, list[str], list[str]]:
-  """Answers records and free prompts in one go, and judges them.
+  """Answers records and free prompts, and judges the answers.
 
   Args:
-    model: From `make_model`.
     params: Weights with the adapters merged in.
-    tokenizer: Of the model.
     task: A module of `gemma_sft.tasks`.
-    records: To be answered.
-    section: `config.eval`: its prompts, how many tokens, at what temperature.
-    seed: Of the sampling.
-    prompts: Free ones instead of the section's.
-    training: What the model was tuned on, for the judge.
-    prompter: Puts examples before the records' questions.
-    **answering: See `answer_records`.
+    section: `config.eval`.
+    prompts: Free prompts instead of those of the section.
+    training: Records that the model was tuned on, for the judge.
+    prompter: Chooses examples to put before the records' questions. A free
+      prompt, which is of another kind than the records, is asked without.
+    **answering: More arguments of `answer_records`.
 
   Returns:
-    (verdict on the answers, the records' answers, the prompts' answers).
+    (verdict on the answers, answers to the records, answers to the prompts).
   """
   conversations = [task.to_messages(r) for r in records]
   prompts = list(section.prompts) if prompts is None else list(prompts)
-  settings = dict(
+  answering |= dict(
       sampling=generate.Sampling(
           temperature=section.temperature,
           repetition_penalty=section.repetition_penalty,
           max_new_tokens=section.max_new_tokens),
-      batch_size=section.batch_size, seed=seed, **answering)
-  if prompter is None:  # In one go: their batches are fuller.
+      batch_size=section.batch_size, seed=seed)
+  free = list(map(ask, prompts))
+  if prompter is None:  # In one call, which fills the batches better.
     answers = answer_records(
-        model, params, tokenizer, [*map(ask, prompts), *conversations],
-        **settings)
+        model, params, tokenizer, [*free, *conversations], **answering)
   else:
-    # A free prompt is asked as it stands: it is of another kind than records.
-    answers = answer_records(
-        model, params, tokenizer, list(map(ask, prompts)), **settings)
+    answers = answer_records(model, params, tokenizer, free, **answering)
     answers += answer_records(
-        model, params, tokenizer, conversations, prompter=prompter, **settings)
+        model, params, tokenizer, conversations, prompter=prompter,
+        **answering)
   free, judged = answers[:len(prompts)], answers[len(prompts):]
   verdict = judge_answers(
       task, records, judged, prompts=prompts, free=free, training=training)
@@ -159,21 +136,21 @@ def judge_answers(
     free: Sequence[str],
     training: Sequence[Any],
 ) -> tasks.Judged:
-  """Returns the task's verdict, on the free prompts too if it has one.
+  """Returns the task's verdict on answers.
 
   Args:
     task: A module of `gemma_sft.tasks`.
-    records: That were answered.
-    answers: To them.
-    prompts: Free ones.
-    free: Answers to those.
-    training: What the model was tuned on.
+    answers: One for each record.
+    prompts: Free prompts, judged too if the task has `judge_prompts`.
+    free: Answers to the prompts.
+    training: Records that the model was tuned on.
   """
   judged = task.judge(records, answers, training)
   if prompts and hasattr(task, 'judge_prompts'):
     about = task.judge_prompts(prompts, free)
     counts = {k: v for k, v in about.metrics.items() if k != 'n'}
     judged = dataclasses.replace(
-        # A rate over records is not to be replaced by that of a prompt or two.
+        # On a clash of names the rate over the records wins: it is over more
+        # answers than that of a prompt or two.
         judged, metrics=counts | judged.metrics, free_rows=about.rows)
   return judged

@@ -1,8 +1,9 @@
-"""What an evaluation says: table, gains with intervals, sentence, pages."""
+"""The report of an evaluation: scores with intervals, gains, and pages."""
 
 import itertools
 import json
 import os
+import pathlib
 from typing import Any
 from typing import Mapping
 
@@ -12,59 +13,59 @@ from gemma_sft import pages
 from gemma_sft.evaluation import intervals
 from gemma_sft.monitor import metrics
 
-# Over their counts, these are shares and get an interval.
+# The number of judged records, which is not a metric.
 _COUNT = 'judge/n'
+_KINDS = ('base', 'few', 'rag', 'tuned', 'llama.cpp')
+# Losses that stand beside the judge's metrics; less is better.
+_LOSSES = ('loss', 'perplexity', 'bits_per_byte', 'bits_per_character')
+# Only results whose answers were decoded with equal settings are compared.
+DECODING = ('temperature', 'repetition_penalty', 'max_new_tokens')
 
 Results = Mapping[str, Mapping[str, Any]]
 
 
 def read_results(folder: str, split: str) -> dict[str, dict[str, Any]]:
-  """Returns {'base': ..., 'few:4': ..., 'tuned': ...} as `evaluate` kept them.
+  """Returns {'base': ..., 'few:4': ..., 'tuned': ...} as `evaluate` wrote them.
 
-  The untouched model comes first, then what examples in the prompt make of it,
-  then the tuned one, then its export.
+  In order: the untouched model, the same with examples in the prompt, the tuned
+  model, its export.
   """
   results = {}
-  names = os.listdir(folder) if os.path.isdir(folder) else []
-  for file_name in names:
-    if file_name.startswith(f'{split}-') and file_name.endswith('.json'):
-      with open(os.path.join(folder, file_name), encoding='utf-8') as file:
-        result = json.load(file)
-      name = result.get('name', file_name[len(split) + 1:-len('.json')])
-      results[name] = result
+  for path in pathlib.Path(folder).glob(f'{split}-*.json'):
+    result = json.loads(path.read_text('utf-8'))
+    results[result.get('name', path.stem[len(split) + 1:])] = result
   return dict(sorted(results.items(), key=lambda item: _rank(item[0])))
 
 
 def _rank(name):
-  kinds = ('base', 'few', 'rag', 'tuned', 'llama.cpp')
   kind, _, n = name.partition(':')
-  return (kinds.index(kind) if kind in kinds else len(kinds), int(n or 0), name)
-
-
-def is_current(path: str, identity: str) -> bool:
-  """Whether a file of scores is there and of this identity."""
-  if not os.path.exists(path):
-    return False
-  with open(path, encoding='utf-8') as file:
-    return json.load(file).get('identity') == identity
-
-
-# Intervals -------------------------------------------------------------------
+  return (_KINDS.index(kind) if kind in _KINDS else len(_KINDS), int(n or 0),
+          name)
 
 
 def _decoding(result):
-  """How the answers were made: only like is compared with like."""
-  return tuple(result.get(name) for name in (
-      'temperature', 'repetition_penalty', 'max_new_tokens'))
+  return tuple(result.get(name) for name in DECODING)
+
+
+def _sign(result, key):
+  """Returns 1 where more is better, -1 where less is."""
+  lower = key in _LOSSES or (
+      key.removeprefix('judge/') in result.get('lower_is_better', ()))
+  return -1 if lower else 1
+
+
+def _baselines(results):
+  """Returns the results that the tuned one can be compared with."""
+  return {name: result for name, result in results.items()
+          if name not in ('tuned', 'llama.cpp')
+          and _decoding(result) == _decoding(results.get('tuned', {}))}
 
 
 def row_values(result: Mapping[str, Any], key: str) -> dict[str, float]:
-  """Returns {record: value} of a judged metric that is a mean over records.
+  """Returns {record: value} of a metric such as judge/strict.
 
-  Args:
-    result: Of `read_results`.
-    key: Such as judge/strict. Empty for totals that are no such mean (BLEU
-      over a corpus), and for losses.
+  Empty if the metric is not a mean over the records: losses, and totals such as
+  BLEU over a corpus.
   """
   name = key.removeprefix('judge/')
   if name == key:
@@ -82,9 +83,9 @@ def row_values(result: Mapping[str, Any], key: str) -> dict[str, float]:
 
 def interval_of(result: Mapping[str, Any], key: str
                 ) -> tuple[int, tuple[float, float]] | None:
-  """Returns (n, 95 % interval) of a metric, or None where it has none.
+  """Returns (n, 95 % interval) of a metric, or None if it has none.
 
-  Rates of yes and no get Wilson's, means the bootstrap's.
+  Wilson's interval for rates of yes and no, a bootstrap for other means.
   """
   if values := row_values(result, key):
     n, scores = len(values), list(values.values())
@@ -92,36 +93,28 @@ def interval_of(result: Mapping[str, Any], key: str
       return n, intervals.wilson(sum(scores) / n, n)
     return n, intervals.bootstrap(scores)
   n, value = int(result['scores'].get(_COUNT, 0)), result['scores'].get(key)
-  has_rows = any(key.removeprefix('judge/') in row['verdict']
-                 for row in result.get('answers', ()))
-  if (key.startswith('judge/') and not has_rows and not result.get('answers')
+  if (key.startswith('judge/') and not result.get('answers')
       and abs(value * n - round(value * n)) <= 1e-6):
     return n, intervals.wilson(value, n)
   return None
 
 
-def gains(results: Results, name: str = 'tuned') -> list[dict[str, Any]]:
-  """Returns how much better one result is than each other, metric by metric.
+def gains(results: Results) -> list[dict[str, Any]]:
+  """Returns how much better tuning is than each baseline, metric by metric.
 
-  Each: metric, than, gain (above 0 is better, whichever way the metric runs),
-  low and high (95 %, bootstrap of the differences on the same records), n.
-  Metrics that are no mean over records have a gain without an interval. Results
-  whose answers were made at another temperature, penalty or length are left
-  out: score them again.
+  A row has metric, than (the baseline) and gain, which is above 0 if tuning is
+  better, whether more or less of the metric is good. If the metric is a mean
+  over records, the row also has n and a 95 % interval from low to high, a
+  bootstrap of the differences on the same records. Results decoded with other
+  settings are left out.
   """
   rows = []
-  if name not in results:
-    return rows
-  mine = results[name]
-  lower = {f'judge/{k}' for k in mine.get('lower_is_better', ())} | {
-      'loss', 'perplexity', 'bits_per_byte', 'bits_per_character'}
-  for other, theirs in results.items():
-    if other in (name, 'llama.cpp') or _decoding(theirs) != _decoding(mine):
-      continue
+  mine = results.get('tuned', {'scores': {}})
+  for other, theirs in _baselines(results).items():
     for key, value in mine['scores'].items():
       if key == _COUNT or key not in theirs['scores']:
         continue
-      sign = -1 if key in lower else 1
+      sign = _sign(mine, key)
       row = dict(metric=key, than=other,
                  gain=sign * (value - theirs['scores'][key]))
       a, b = row_values(mine, key), row_values(theirs, key)
@@ -135,27 +128,21 @@ def gains(results: Results, name: str = 'tuned') -> list[dict[str, Any]]:
 
 
 def sentence(results: Results) -> str:
-  """Says in plain words whether tuning beats prompting, and by how much.
+  """Returns whether tuning beats prompting, and by how much, in words.
 
-  '' where there is nothing to compare, or the judge could not work.
+  '' if there is nothing to compare, or the judge could not work.
   """
-  if 'tuned' not in results or not results['tuned'].get('headline'):
+  tuned = results.get('tuned', {})
+  key = f'judge/{tuned.get("headline", "")}'
+  row = next((row for row in gains(results) if row['metric'] == key
+              and row['than'] == _best(results)), None)
+  if row is None:
     return ''
-  name = results['tuned']['headline']
-  key = f'judge/{name}'
-  sign = -1 if name in results['tuned']['lower_is_better'] else 1
-  others = {k: r for k, r in results.items()
-            if k not in ('tuned', 'llama.cpp') and key in r['scores']
-            and _decoding(r) == _decoding(results['tuned'])}
-  if not others or key not in results['tuned']['scores']:
-    return ''
-  best = max(others, key=lambda k: sign * others[k]['scores'][key])
-  row = next(r for r in gains(results) if r['metric'] == key
-             and r['than'] == best)
+  best = row['than']
   what = ('the untouched model' if best == 'base' else
           f'the best prompting ({best})')
-  numbers = (f'{_label(key)} {results["tuned"]["scores"][key]:.1%} against'
-             f' {others[best]["scores"][key]:.1%}')
+  numbers = (f'{_label(key)} {tuned["scores"][key]:.1%} against'
+             f' {results[best]["scores"][key]:.1%}')
   if 'low' not in row:
     return f'Tuning against {what}: {numbers}; no interval for this metric.'
   numbers += (f', a gain of {100 * row["gain"]:.1f} points (95 %:'
@@ -178,13 +165,11 @@ def table(folder: str, split: str) -> str:
 
 
 def cells(results: Results, split: str) -> list[list[str]]:
-  """Returns the table's rows, the first one its head."""
+  """Returns the rows of the table of scores, the header first."""
   keys = list(dict.fromkeys(
       k for r in results.values() for k in r['scores'] if k != _COUNT))
   gained = {(r['metric'], r['than']): r for r in gains(results)}
-  against = [n for n in results if n not in ('tuned', 'llama.cpp')
-             and _decoding(results[n]) == _decoding(results.get('tuned', {}))]
-  best = _best(results, against)
+  best = _best(results)
   head = [f'{split} split', *results]
   if best:
     head.append(f'gain over {best}')
@@ -206,16 +191,16 @@ def cells(results: Results, split: str) -> list[list[str]]:
   return rows
 
 
-def _best(results, against):
-  """Returns what tuning has to beat: the best of them by the headline."""
-  if 'tuned' not in results or not against:
+def _best(results):
+  """Returns the baseline that is best by the headline, or ''."""
+  if 'tuned' not in results:
     return ''
+  against = _baselines(results)
   key = f'judge/{results["tuned"].get("headline", "")}'
-  sign = -1 if key.removeprefix('judge/') in results['tuned'].get(
-      'lower_is_better', ()) else 1
-  scored = [n for n in against if key in results[n]['scores']]
-  return max(scored, key=lambda n: sign * results[n]['scores'][key],
-             default=against[0])
+  sign = _sign(results['tuned'], key)
+  scored = [name for name in against if key in against[name]['scores']]
+  return max(scored, key=lambda name: sign * against[name]['scores'][key],
+             default=next(iter(against), ''))
 
 
 def _label(key):
@@ -232,7 +217,7 @@ def _cell(result, key):
   if found is None:
     return f'{value:.1%}'
   n, (low, high) = found
-  if abs(value * n - round(value * n)) > 1e-6:  # A mean, not a rate.
+  if abs(value * n - round(value * n)) > 1e-6:  # Not a rate of yes and no.
     return f'{value:.1%} (95 %: {low:.0%} to {high:.0%})'
   return (f'{value:.1%} ({round(value * n)} of {n};'
           f' 95 %: {low:.0%} to {high:.0%})')
@@ -242,7 +227,7 @@ def _gain_cell(row, key):
   if row is None:
     return '-'
   if not key.startswith('judge/'):
-    return f'{row["gain"]:+.4g}'
+    return f'{row["gain"] + 0:+.4g}'  # Adding 0 turns -0 into 0.
   text = f'{100 * row["gain"]:+.1f}'
   if 'low' in row:
     text += f' (95 %: {100 * row["low"]:+.0f} to {100 * row["high"]:+.0f})'
@@ -253,10 +238,9 @@ def _gain_cell(row, key):
 
 
 def write(workdir: str, split: str) -> str:
-  """Writes eval.json, report.md, report.html and training.png.
+  """Writes eval.json, report.md, training.png and report.html.
 
-  Returns:
-    The path of the page, workdir/report/report.html.
+  Returns the path of the last, workdir/report/report.html.
   """
   folder = os.path.join(workdir, 'report')
   os.makedirs(folder, exist_ok=True)
@@ -283,7 +267,7 @@ def write(workdir: str, split: str) -> str:
 
 
 def summary(results: Results, split: str) -> dict[str, Any]:
-  """Returns what eval.json holds: scores, intervals, gains and the sentence."""
+  """Returns the content of eval.json: scores, intervals, gains, sentence."""
   scores = {}
   for name, result in results.items():
     scores[name] = {'records': result['records'], 'weights': result['weights'],
@@ -298,13 +282,9 @@ def summary(results: Results, split: str) -> dict[str, Any]:
 
 
 def page(results: Results, split: str, name: str, image: bytes | None) -> str:
-  """Returns the report as one self-contained HTML page.
+  """Returns the report of run `name` as one self-contained HTML page.
 
-  Args:
-    results: From `read_results`.
-    split: Their split.
-    name: Of the run.
-    image: PNG from `picture`, or None.
+  The image is the PNG of `picture`.
   """
   return pages.render(
       'evaluation/report_page.html', name=name, split=split,
@@ -315,7 +295,7 @@ def page(results: Results, split: str, name: str, image: bytes | None) -> str:
 
 
 def _examples(results):
-  """Returns one entry a record: prompt, reference and who answered what."""
+  """Returns one entry for each record: prompt, reference and all answers."""
   headline = next((r['headline'] for r in results.values()
                    if r.get('headline')), '')
   examples = {}
@@ -362,7 +342,7 @@ def picture(workdir: str) -> bytes | None:
   left.set(xlabel='updates', ylabel='loss (nats per trained token)',
            title='Loss', ylim=(0, None))
   left.legend(frameon=False)
-  # Rates often coincide: lines of different dashes and widths show through.
+  # Rates often coincide: with different dashes and widths all remain visible.
   styles = itertools.cycle(itertools.product(
       ('-', ':', '--'), zip(('#c25b1e', '#2f7d4f', '#7a4fa3', '#555555'),
                             (1.5, 4, 2.5, 1.5))))

@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits of a set of weights over one pass of a split."""
+"""Loss, perplexity and bits per byte over one pass of a split."""
 
 import functools
 from typing import Any
@@ -25,17 +25,13 @@ def evaluate_loss(
     execution: blocks.Execution = blocks.PLAIN,
     accuracy: bool = False,
 ) -> dict[str, float]:
-  """Returns loss, perplexity and bits over one pass of a source.
+  """Returns the scores of `metrics.summarise` over one pass of a source.
 
   Args:
-    model: From `make_model`.
     params: The base weights, or merged ones.
-    source: One pass of it is scored.
-    mesh: Over all devices.
-    adapters: Of the base, or None.
-    lora_scale: Of the adapters.
-    execution: See `model.hidden_states`.
-    accuracy: Next-token accuracy too, for a second pass over the head.
+    adapters: Of the base weights, or None.
+    accuracy: Whether to return next-token accuracy too, which takes a second
+      pass over the head.
   """
   nll_sum = n_tokens = n_hits = 0.0
   for i in range(source.batches_per_epoch):
@@ -57,7 +53,7 @@ def evaluate_loss(
 def _nll_of_batch(
     model, params, adapters, batch, lora_scale, max_trained, groups,
     execution, accuracy):
-  """Returns (nll sum, trained tokens, hits or 0) of a batch."""
+  """Returns (NLL sum, number of trained tokens, hits or 0) of a batch."""
 
   def add(total, microbatch):
     x_BTD = model_lib.hidden_states(

@@ -1,1 +1,1 @@
-"""Prompts, decoding, and answers kept from earlier runs."""
+"""Prompts, decoding, and the cache of answers."""

@@ -1,30 +1,28 @@
-"""Answers that a run's weights have given, kept on disk.
+"""A cache of answers on disk.
 
-Decoding is most of what an evaluation costs. With its answers kept, a judge
-that has changed scores them again in seconds, and a killed evaluation goes on
-where it was.
+Decoding is most of what an evaluation costs. With its answers cached, a judge
+that has changed scores them again in seconds, and an evaluation that was killed
+continues where it stopped.
 """
 
 import hashlib
 import json
 import os
+from typing import Callable
 from typing import Sequence
 
+from gemma_sft import cache
 from gemma_sft.monitor import metrics
 
 
 class Answers:
   """A JSON-lines file of {key, answer}; half a line at its end is dropped."""
 
-  def __init__(self, path: str):
-    """Reads what there is.
-
-    Args:
-      path: Of the file; made with its folder at the first `add`.
-    """
+  def __init__(self, path: str = ''):
+    """Reads the file if there is one; '' caches in memory only."""
     self._path = path
     self._answers = {row['key']: row['answer']
-                     for row in metrics.read_jsonl(path)}
+                     for row in metrics.read_jsonl(path)} if path else {}
     self._file = None
 
   def find(self, key: str) -> str | None:
@@ -32,18 +30,39 @@ class Answers:
     return self._answers.get(key)
 
   def add(self, key: str, answer: str) -> None:
-    """Keeps an answer, on disk before this returns."""
+    """Adds an answer, which is on disk when this returns."""
     self._answers[key] = answer
+    if not self._path:
+      return
     if self._file is None:
-      # Anew: a kill may have left half a line at the end.
+      # Rewritten first: a kill may have left half a line at the end.
       os.makedirs(os.path.dirname(self._path), exist_ok=True)
-      with open(self._path + '.tmp', 'w', encoding='utf-8') as file:
-        file.writelines(_line(*item) for item in self._answers.items())
-      os.replace(self._path + '.tmp', self._path)
+      with cache.replacing(self._path) as partial:
+        partial.write_text(''.join(
+            _line(*item) for item in self._answers.items()), 'utf-8')
       self._file = open(self._path, 'a', encoding='utf-8')
       return
     self._file.write(_line(key, answer))
     self._file.flush()
+
+  def complete(
+      self,
+      keys: Sequence[str],
+      answer_fn: Callable[[list[int], Callable[[int, str], None]], None],
+  ) -> list[str]:
+    """Returns the answers under the keys, after making those that are missing.
+
+    Args:
+      keys: May repeat; a key is answered once.
+      answer_fn: Called, if an answer is missing, with the indices of the keys
+        to answer and with a function that takes each index and its answer.
+    """
+    first = {key: i for i, key in reversed(list(enumerate(keys)))
+             if key not in self._answers}
+    if first:
+      answer_fn(sorted(first.values()),
+                lambda i, answer: self.add(keys[i], answer))
+    return [self._answers[key] for key in keys]
 
   def close(self) -> None:
     if self._file is not None:
@@ -56,10 +75,10 @@ def _line(key, answer):
 
 def make_key(weights: str, prompt: Sequence[int] | str, *settings: object
              ) -> str:
-  """Returns a hash of what decides an answer.
+  """Returns a hash of everything that an answer depends on.
 
   Args:
-    weights: Which weights: a content hash.
+    weights: Content hash of the weights.
     prompt: Tokens, or text.
     *settings: Of the decoding.
   """

@@ -1,8 +1,8 @@
 """Batched generation with a key-value cache.
 
-Prompts are padded on the left to a bucket, so that all rows write the same
-cache slot; positions are counted from each row's first token. Adapters are
-merged before, so this is the plain base model's code.
+Prompts are padded on the left to a multiple of a bucket, so that all rows write
+to the same slot of the cache; positions count from each row's first token. The
+weights have the adapters merged in.
 """
 
 import dataclasses
@@ -17,18 +17,18 @@ import numpy as np
 
 from gemma_sft import model as model_lib
 
-# Tokens between two looks at what came out: for stop texts and streaming.
+# Tokens decoded at a time, between checks for stop texts and for streaming.
 _CHUNK = 16
 _PROMPT_BUCKET = 64
-# Room in the cache for new tokens comes in steps, because each length is a
-# program to compile.
+# The cache has room for a multiple of so many new tokens, because each length
+# is compiled anew.
 _NEW_BUCKET = 128
-# Open rows go on alone once they are few: a batch of this part of the rows.
-# Each size is a program to compile, so a half would not pay for it.
+# Once at most 1/4 of a batch's rows are unfinished, they continue in a batch of
+# their own. Each size is compiled anew, so 1/2 would not pay.
 _SHRINK = 4
-# Prompt tokens at a time. The keys and values of 65,536 are 2.4 GB for the 270M
-# in float32; 96 prompts of 2,500 tokens took 15 GB at once.
-_PLACES = 65_536
+# Most prompt tokens of a batch. Keys and values of 65,536 tokens are 2.4 GB for
+# the 270M model in float32; 96 prompts of 2,500 tokens at once took 15 GB.
+_MAX_PROMPT_TOKENS = 65_536
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Sampling:
   """How the next token is chosen.
 
   Attributes:
-    temperature: 0 takes the likeliest; else logits are divided by it.
-    top_k: Keep the k likeliest; 0 keeps all.
-    top_p: Keep the likeliest whose probabilities reach p.
-    repetition_penalty: Logits of recent tokens are divided by it where
-      positive and multiplied where negative (CTRL, arXiv 1909.05858).
-    repetition_window: Number of recent tokens, prompt included; 64 is what
-      llama.cpp and Ollama take.
-    max_new_tokens: At most.
+    temperature: Divides the logits; 0 takes the most likely token.
+    top_k: Keeps the k most likely tokens; 0 keeps all.
+    top_p: Keeps the most likely tokens whose probabilities add up to p.
+    repetition_penalty: Divides positive logits of recent tokens and multiplies
+      negative ones (CTRL, arXiv 1909.05858).
+    repetition_window: Number of recent tokens, prompt included; 64 as in
+      llama.cpp and Ollama.
+    max_new_tokens: Length of an answer, at most.
   """
 
   temperature: float = 0.0
@@ -69,29 +69,26 @@ def generate(
     progress: Callable[[int], None] | None = None,
     on_answer: Callable[[int, list[int]], None] | None = None,
 ) -> list[list[int]]:
-  """Returns the new tokens of each prompt, stop tokens left out.
+  """Returns the new tokens of each prompt, without the stop token.
 
-  A row's tokens are a function of its prompt and, when sampling, of (seed, its
-  id), not of the rows beside it.
+  They depend on the prompt and, when sampling, on the seed and the row's id,
+  not on the other rows.
 
   Args:
-    model: From `make_model`.
     params: Weights with the adapters merged in.
     prompts: Token ids, BOS first.
-    sampling: See `Sampling`.
-    stop_ids: Any of these ends a row.
-    vocab_size: Ids that the tokenizer has; the embedding may have more rows.
-    batch_size: Rows at a time; halves of it of long prompts and of the last
-      few, filled up.
-    seed: Of the sampling.
-    row_ids: One a prompt; their numbers if None.
-    is_done: Called every few tokens with (prompt number, its tokens so far);
-      True ends the row. For stop texts and for streaming.
+    stop_ids: Any of these tokens ends a row.
+    vocab_size: Of the tokenizer; the embedding may have more rows.
+    batch_size: Rows at a time, at most; it is halved for long prompts and for
+      the last few.
+    row_ids: One for each prompt; their indices if None.
+    is_done: Called every few tokens with (index of the prompt, its tokens so
+      far), for stop texts and streaming; True ends the row.
     progress: Called with the number of prompts answered so far.
-    on_answer: Called with (prompt number, its tokens) after its batch.
+    on_answer: Called with (index of the prompt, its tokens) after its batch.
   """
   answers: list[list[int]] = [[] for _ in prompts]
-  # Like lengths together: less padding. Results do not depend on it.
+  # Sorted by length, so that less is padded.
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
   batch_size = min(batch_size, len(prompts))
   finished = 0
@@ -99,8 +96,9 @@ def generate(
     rows = batch_size
     while rows > 1 and (
         -(-rows // 2) >= len(order) - finished
-        or rows * len(prompts[order[finished:finished + rows][-1]]) > _PLACES):
-      rows = -(-rows // 2)  # Few sizes: each is a program.
+        or rows * len(prompts[order[finished:finished + rows][-1]])
+        > _MAX_PROMPT_TOKENS):
+      rows = -(-rows // 2)  # Few sizes, as each is compiled.
     numbers = order[finished:finished + rows]
     _generate_batch(
         model, params, [prompts[i] for i in numbers], numbers,
@@ -121,14 +119,14 @@ def _generate_batch(
   T = -(-longest // _PROMPT_BUCKET) * _PROMPT_BUCKET
   n_chunks = -(-sampling.max_new_tokens // _CHUNK)
   n_new = -(-sampling.max_new_tokens // _NEW_BUCKET) * _NEW_BUCKET
-  # How many tokens are made is decided here, so it is in no program's key.
+  # The number of tokens is decided here, so it must not cause a compilation.
   choice = dataclasses.replace(sampling, max_new_tokens=0)
   tokens_BT = np.zeros((batch_size, T), np.int32)
   mask_BT = np.zeros((batch_size, T), bool)
   for r, prompt in enumerate(prompts):
     tokens_BT[r, T - len(prompt):] = prompt
     mask_BT[r, T - len(prompt):] = True
-  # Rows that only fill the batch see one token, so that no row is empty.
+  # Rows that only fill the batch have one token: attention needs one.
   mask_BT[len(prompts):, -1] = True
   keys_B = jax.vmap(jax.random.fold_in, (None, 0))(
       jax.random.key(seed),
@@ -139,7 +137,7 @@ def _generate_batch(
   for _ in range(n_chunks):
     if not open_rows:
       break
-    size = 1 << (len(open_rows) - 1).bit_length()  # Few sizes: powers of two.
+    size = 1 << (len(open_rows) - 1).bit_length()  # A power of two.
     if size * _SHRINK <= len(keys_B):
       rows = sorted(open_rows)
       carry, keys_B = _take_rows(
@@ -166,7 +164,7 @@ def _generate_batch(
 
 @jax.jit
 def _take_rows(tree, rows_B):
-  """Returns these rows of all arrays (B, ...); scalars as they are."""
+  """Returns these rows of all arrays (B, ...), and scalars unchanged."""
   return jax.tree.map(lambda x: x[rows_B] if x.ndim else x, tree)
 
 
@@ -179,7 +177,7 @@ def _prefill(
   positions_BT = jnp.maximum(jnp.cumsum(mask_BT, axis=1) - 1, 0)
   dtype = model_lib.embedding(params).dtype
   if dtype == jnp.float16:
-    dtype = jnp.float32  # As the library's attention is then, see `float16`.
+    dtype = jnp.float32  # As the attention is then, see `float16`.
   cache = model_lib.init_cache(model, B, T + n_new, dtype)
   filled_BS = jnp.concatenate([mask_BT, jnp.zeros((B, n_new), bool)], axis=1)
   causal_TS = jnp.arange(T)[:, None] >= jnp.arange(T + n_new)[None]
@@ -200,10 +198,10 @@ def _prefill(
     jax.jit, static_argnames=('model', 'sampling', 'vocab_size'),
     donate_argnames=('carry',))
 def _decode_chunk(model, params, carry, keys_B, sampling, vocab_size):
-  """Makes `_CHUNK` more tokens; returns (carry, tokens (B, _CHUNK)).
+  """Decodes `_CHUNK` more tokens; returns (carry, tokens (B, _CHUNK)).
 
-  The carry's token is the next one to be put out. Rows that have stopped go on
-  until the chunk ends; the caller drops what they say.
+  The carry holds the next token to return. Rows that have stopped continue
+  until the chunk ends; the caller drops their tokens.
   """
   def one(carry, _):
     filled_BS = carry['filled'].at[:, carry['slot']].set(True)

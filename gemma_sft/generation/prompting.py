@@ -1,9 +1,8 @@
-"""Prompting as the baseline of tuning: examples of the training split shown.
+"""Prompting as a baseline for tuning: training examples before a question.
 
-`few:4` shows the same four, drawn by the seed, before every question; `rag:4`
-shows the four whose prompts are nearest to the question by BM25 (Robertson and
-Zaragoza 2009, through `bm25s`), the nearest last. Both take them from the
-training split only.
+`few:4` puts the same four examples, drawn by the seed, before every question.
+`rag:4` puts those four whose prompts are nearest to the question by BM25
+(Robertson and Zaragoza 2009, through `bm25s`), the nearest last.
 """
 
 import dataclasses
@@ -17,6 +16,10 @@ from gemma_sft import chat
 from gemma_sft import errors
 
 KINDS = ('zero', 'few', 'rag')
+# Begins a question in a transcript.
+NEXT = 'Prompt:\n'
+# The purpose of the random draw: randomness is a function of (seed, purpose).
+_FEW_SHOT = 0x6665_7773
 
 # A conversation that ends with the model's answer, or plain text.
 Conversation = Sequence[chat.Message] | str
@@ -24,7 +27,7 @@ Conversation = Sequence[chat.Message] | str
 
 @dataclasses.dataclass(frozen=True)
 class Baseline:
-  """A way of prompting: `kind` of `KINDS`, and how many examples."""
+  """A way of prompting: one of `KINDS`, and the number of examples."""
 
   kind: str
   n: int
@@ -51,24 +54,19 @@ def parse(text: str) -> Baseline:
 
 
 class Prompter:
-  """Puts examples of the training split before a question."""
+  """Chooses the training examples that stand before a question."""
 
   def __init__(
       self, baseline: Baseline, training: Sequence[Conversation], seed: int):
-    """Draws or indexes the examples.
-
-    Args:
-      baseline: What to show.
-      training: The training split's conversations.
-      seed: Of the draw for `few`.
+    """Draws the examples (`few`) or indexes them (`rag`).
 
     Raises:
-      UserError: if there are fewer examples than are to be shown.
+      UserError: if the training split has too few examples.
     """
     if baseline.n > len(training):
       raise errors.UserError(
           f'{baseline}, with {len(training)} training examples',
-          'at most as many as there are', 'ask for fewer')
+          'at most as many as the training split has', 'ask for fewer')
     self._baseline = baseline
     self._training = training
     self._drawn: list[int] = []
@@ -80,30 +78,49 @@ class Prompter:
     elif baseline.kind == 'rag':
       import bm25s
 
-      # Else it tells each step of its work to the root logger.
+      # By default it logs each step of its work.
       logging.getLogger('bm25s').setLevel(logging.WARNING)
       self._retriever = bm25s.BM25()
       self._retriever.index(
           [words(question(c)) for c in training], show_progress=False)
 
-  def places(self, conversation: Conversation) -> list[int]:
-    """Returns which training examples are shown before a question, in order.
+  def indices(self, conversation: Conversation) -> list[int]:
+    """Returns the indices of the training examples to show, in order.
 
-    Args:
-      conversation: Its last answer, if it has one, is not looked at.
+    The conversation's last answer, if it has one, plays no part.
     """
     if self._baseline.kind != 'rag':
       return self._drawn
     asked = words(question(conversation))
     scores = self._retriever.get_scores(asked) if asked else np.zeros(
         len(self._training))
-    # A stable sort: equals in the order of the file, on every machine.
+    # A stable sort: ties are in the order of the file on every machine.
     best = np.argsort(-scores, kind='stable')[:self._baseline.n]
     return [int(i) for i in best[::-1]]
 
   def choose(self, conversation: Conversation) -> list[Conversation]:
     """Returns the training examples to show before a question, in order."""
-    return [self._training[i] for i in self.places(conversation)]
+    return [self._training[i] for i in self.indices(conversation)]
+
+
+def render(
+    tokenizer: chat.Tokenizer,
+    examples: Sequence[Conversation],
+    conversation: Conversation,
+    *,
+    as_text: bool = False,
+) -> list[int]:
+  """Returns the tokens of a prompt: the examples, then the question.
+
+  Args:
+    conversation: Ends with the user's turn, or is plain text.
+    as_text: Whether to render a `transcript` without the tags of turns, as is
+      always done for plain text.
+  """
+  if as_text or isinstance(conversation, str):
+    return [tokenizer.bos_id,
+            *tokenizer.encode(transcript(examples, conversation))]
+  return chat.render_prompt(before(examples, conversation), tokenizer)
 
 
 def before(
@@ -112,37 +129,30 @@ def before(
 ) -> list[chat.Message]:
   """Returns a conversation with examples as turns before it.
 
-  Args:
-    examples: Their system texts are left out.
-    conversation: Its system text, if any, stays first.
+  The system text of the conversation stays first; those of the examples are
+  dropped.
 
   Raises:
-    UserError: if an example is plain text, which is no turn.
+    UserError: if an example is plain text.
   """
   if any(isinstance(example, str) for example in examples):
     raise errors.UserError(
-        'training examples that are plain text', 'conversations, to be shown'
-        ' before a question', 'leave --baseline out')
+        'training examples that are plain text',
+        'conversations, which can stand before a question',
+        'leave --baseline out')
   system = [m for m in conversation[:1] if m.role == 'system']
   turns = [m for example in examples for m in example if m.role != 'system']
   return [*system, *turns, *conversation[len(system):]]
 
 
-# What stands before a question in a transcript.
-NEXT = 'Prompt:\n'
-
-
 def transcript(
     examples: Sequence[Conversation], conversation: Conversation) -> str:
-  """Returns a question after examples as plain text, to be continued.
+  """Returns examples and a question as plain text for the model to continue.
 
-  A pretrained model has never seen the tags of turns: it neither takes a turn
-  for one nor ends its own. Prompted in its own element it does far better, and
-  a baseline that does not is no baseline.
-
-  Args:
-    examples: With their answers.
-    conversation: Its last answer, if it has one, is left out.
+  A pretrained model has never seen the tags that separate turns: it neither
+  recognises a turn nor ends its own. It answers far better in plain text, so
+  that is the baseline to beat. The conversation's last answer, if it has one,
+  is left out.
   """
   if isinstance(conversation, str):
     return ''.join(f'{example}\n\n' for example in examples) + (
@@ -159,19 +169,13 @@ def transcript(
 
 
 def first_answer(text: str) -> tuple[str, bool]:
-  """Returns what stands before the transcript's next question, and whether
-  there is one."""
+  """Returns the text up to the next question, and whether there is one."""
   answer, found, _ = f'\n{text}'.partition(f'\n{NEXT}')
   return answer[1:].rstrip() if found else text, bool(found)
 
 
-# A purpose of its own for the draw, see DESIGN: randomness is a function of
-# (seed, purpose, ...).
-_FEW_SHOT = 0x6665_7773
-
-
 def question(conversation: Conversation) -> str:
-  """Returns what is asked: all but the last answer, or a text's first line."""
+  """Returns all turns but the last answer, or the first line of plain text."""
   if isinstance(conversation, str):
     return conversation.partition('\n')[0]
   turns = [m for m in conversation if m.role != 'system']
@@ -181,10 +185,10 @@ def question(conversation: Conversation) -> str:
 
 
 def words(text: str) -> list[str]:
-  """Returns the words of a text as BM25 counts them, in lower case.
+  """Returns the words of a text for BM25, in lower case.
 
-  Letters with their marks and digits; Han characters singly and in pairs, as
-  Chinese is written without spaces.
+  A word is a run of letters, marks and digits. Chinese is written without
+  spaces: there, each Han character and each pair of neighbours is a word.
   """
   import regex
 

@@ -1,4 +1,6 @@
-"""Answers on disk survive a kill and are found by what decides them."""
+"""The cache of answers survives a kill; a key tells answers apart."""
+
+import pytest
 
 from gemma_sft.generation import answers
 
@@ -30,6 +32,42 @@ def test_a_kill_in_the_middle_of_a_line_costs_that_line(tmp_path):
   again.close()
   last = answers.Answers(str(path))
   assert [last.find(k) for k in 'abcd'] == ['aaa', 'bbb', None, 'ddd']
+
+
+@pytest.mark.parametrize('on_disk', (True, False))
+def test_complete_makes_what_is_missing_once(tmp_path, on_disk):
+  path = str(tmp_path / 'answers.jsonl') if on_disk else ''
+  kept = answers.Answers(path)
+  kept.add('b', 'known')
+  asked = []
+
+  def answer(indices, keep):
+    asked.append(indices)
+    for i in reversed(indices):  # In any order.
+      keep(i, f'answer {i}')
+
+  expected = ['answer 0', 'known', 'answer 0', 'answer 3']
+  for _ in range(2):
+    assert kept.complete('abac', answer) == expected
+  assert asked == [[0, 3]]
+  kept.close()
+  assert answers.Answers(path).find('c') == ('answer 3' if on_disk else None)
+
+
+def test_an_interrupted_complete_keeps_what_it_has(tmp_path):
+  path = str(tmp_path / 'answers.jsonl')
+
+  def interrupted(indices, keep):
+    keep(indices[0], 'first')
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    answers.Answers(path).complete('ab', interrupted)
+  rest = []
+  assert answers.Answers(path).complete(
+      'ab', lambda indices, keep: (rest.extend(indices), keep(1, 'x'))) == [
+          'first', 'x']
+  assert rest == [1]
 
 
 def test_keys():

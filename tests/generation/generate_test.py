@@ -200,7 +200,7 @@ def test_long_prompts_come_fewer_at_a_time(monkeypatch):
   prompts = [[2, *rng.integers(3, 512, n).tolist()]
              for n in (3, 4, 5, 6, 40, 50)]
   answers = _generate(prompts=prompts, batch_size=8)
-  monkeypatch.setattr(generate, '_PLACES', 60)
+  monkeypatch.setattr(generate, '_MAX_PROMPT_TOKENS', 60)
   # 6 rows of 51 would be 306; 3 of 6 are 18. Of the rest, 2 of 41 are too many.
   assert _generate(prompts=prompts, batch_size=8,
                    progress=counts.append) == answers

@@ -36,22 +36,22 @@ def test_parse():
 
 def test_nearest_by_bm25_the_nearest_last():
   asked = _talk('How heavy is the youngest whale?', 'not looked at: bakers')
-  assert _prompter('rag:2').places(asked) == [0, 2]
+  assert _prompter('rag:2').indices(asked) == [0, 2]
   # The same without an answer, as it is asked.
-  assert _prompter('rag:2').places(asked[:-1]) == [0, 2]
-  assert _prompter('rag:1').places(_talk('Name the bakers', '')) == [1]
+  assert _prompter('rag:2').indices(asked[:-1]) == [0, 2]
+  assert _prompter('rag:1').indices(_talk('Name the bakers', '')) == [1]
 
 
 def test_no_word_in_common_and_no_word_at_all():
-  assert len(_prompter('rag:3').places(_talk('xyzzy', ''))) == 3
-  assert len(_prompter('rag:3').places(_talk('?!', ''))) == 3
+  assert len(_prompter('rag:3').indices(_talk('xyzzy', ''))) == 3
+  assert len(_prompter('rag:3').indices(_talk('?!', ''))) == 3
 
 
 def test_few_are_drawn_by_the_seed():
-  one = _prompter('few:2').places(_talk('a', ''))
-  assert one == _prompter('few:2').places(_talk('b', ''))
+  one = _prompter('few:2').indices(_talk('a', ''))
+  assert one == _prompter('few:2').indices(_talk('b', ''))
   assert len(set(one)) == 2
-  drawn = {tuple(_prompter('few:2', seed=s).places(_talk('a', '')))
+  drawn = {tuple(_prompter('few:2', seed=s).indices(_talk('a', '')))
            for s in range(20)}
   assert len(drawn) > 5
 
