@@ -71,7 +71,7 @@ def explain(
 _ROUNDED = ', rounded to float16'
 
 
-class _Watch(float16.Operations):
+class _Watch(float16.HalfOperations):
   """An interceptor of the library's modules that records magnitudes.
 
   It is entered outside that of `blocks`, so it sees what a module is given and

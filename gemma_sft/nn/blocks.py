@@ -23,7 +23,7 @@ module's class, because Gemma 4 has classes of its own:
     Block      is recomputed in the backward pass
 
 The code below is for weights in bfloat16 or float32. Weights in float16 need
-other products: `float16.Operations` replaces the class `Operations`.
+other products: `float16.HalfOperations` replaces the class `Operations`.
 """
 
 from collections.abc import Callable

@@ -41,11 +41,11 @@ _BOUNDED = frozenset(projections.BY_LAYER) - {'linear'}
 def operations(params: Any) -> blocks.Operations:
   """Returns the operations of a forward pass with these weights."""
   if any(leaf.dtype == jnp.float16 for leaf in jax.tree.leaves(params)):
-    return Operations()
+    return HalfOperations()
   return blocks.Operations()
 
 
-class Operations(blocks.Operations):
+class HalfOperations(blocks.Operations):
   """The operations of a forward pass whose weights are in float16."""
 
   def prepare(self, params):
