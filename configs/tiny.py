@@ -1,9 +1,9 @@
-"""A Gemma of 0.1 M random weights on Blop data: seconds on a CPU, no download.
+"""A Gemma of 0.1 M random weights on Blop data, for tests and debugging.
 
     python -m gemma_sft.train --config=configs/tiny.py --workdir=workdirs/tiny
 
-What tests and debugging use. `--config=configs/tiny.py:2` takes generation 2.
-It learns nothing but the bytes' frequencies.
+It trains in seconds on a CPU and downloads nothing, but learns only the
+frequencies of bytes. `--config=configs/tiny.py:2` takes generation 2.
 """
 
 from ml_collections import config_dict
@@ -23,7 +23,7 @@ def get_config(arg: str = '3') -> config_dict.ConfigDict:
       vocab_size=512, num_layers=2, embed_dim=32, hidden_dim=64, num_heads=4,
       num_kv_heads=2, head_dim=16, sliding_window=64)
   config.data.update(max_length=768, batch_size=8)
-  config.lora.update(rank=4, dropout=0.0)  # Exactness is what is tested.
+  config.lora.update(rank=4, dropout=0.0)  # Tests compare exact numbers.
   config.optimizer.update(learning_rate=1e-3)
   config.train.update(steps=6, epochs=1, log_every=1)
   config.eval.update(

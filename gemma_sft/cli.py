@@ -42,17 +42,17 @@ def _make(define: Callable[..., Any]) -> Callable[..., Flag]:
   return make
 
 
-# Each takes the flag's name, its default and its help; `choice` takes the
+# Each takes the name of the flag, its default and its help; `choice` takes the
 # possible values before the help.
 switch = _make(flags.DEFINE_bool)
 text = _make(flags.DEFINE_string)
 integer = _make(flags.DEFINE_integer)
 real = _make(flags.DEFINE_float)
 choice = _make(flags.DEFINE_enum)
-words = _make(flags.DEFINE_list)  # Separated by commas.
-texts = _make(flags.DEFINE_multi_string)  # Given several times.
+words = _make(flags.DEFINE_list)  # A list separated by commas.
+texts = _make(flags.DEFINE_multi_string)  # A flag that may be repeated.
 
-# Flags of several commands.
+# Flags that several commands share.
 CONFIG = Flag('config', lambda: config_flags.DEFINE_config_file(
     'config', None, 'Config file, such as configs/blop.py or'
     ' configs/blop.py:gemma1_2b; override values as --config.lora.rank=8.',
@@ -60,16 +60,16 @@ CONFIG = Flag('config', lambda: config_flags.DEFINE_config_file(
 WORKDIR = text(
     'workdir', None, 'Folder of the run: checkpoints, metrics, report.')
 BASE = switch(
-    'base', False, 'The untouched base model instead of the tuned one.')
+    'base', False, 'Use the untouched base model instead of the tuned one.')
 STEP = integer(
     'step', -1, 'Checkpoint to use; -1 is the best, -2 the latest.')
 OVERWRITE = switch(
     'overwrite', False, 'Replace what an earlier run wrote under --out.')
 LLAMA_SERVER = text(
-    'llama_server', None, "llama.cpp's llama-server, in which GGUFs run."
-    ' Default: that of the export extra, else the one on PATH.')
+    'llama_server', None, "llama.cpp's llama-server, which runs GGUFs. Default:"
+    ' that of the export extra, else the one on PATH.')
 TOPOLOGY = text(
-    'topology', 'cpu', 'Where to run: kaggle-tpu, kaggle-t4x2, a slice such as'
+    'topology', 'cpu', 'Hardware: kaggle-tpu, kaggle-t4x2, a slice such as'
     ' v5e-8, v5e:2x4, v5p-8, v6e-4, or cpu, gpu for the devices here.')
 
 
@@ -93,15 +93,15 @@ def run(module: str, *declared: Flag, positional: str = '',
     template: Module of the config whose keys --config must have.
   """
   _quiet_orbax()
-  # So that a started llama-server is ended and a half-written export removed.
-  # Training replaces this handler by its own.
+  # Exit through Python, which ends a started llama-server and removes a
+  # half-written export. Training replaces this handler with its own.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   try:
     values = _parse(module, declared, positional, template)
     main: Callable[..., Any] = importlib.import_module(module).main
     status = main(**values)
   except errors.UserError as error:
-    # One write: other threads may be writing too.
+    # In one write, because other threads may be writing too.
     sys.stderr.write(f'error: {error}\n')
     status = 2
   except KeyboardInterrupt:
@@ -128,7 +128,7 @@ def _quiet_orbax():
   report = sys.unraisablehook
 
   def hook(unraisable):
-    # TensorStore's threads call back into the loop that Orbax has closed.
+    # Threads of TensorStore call into the event loop that Orbax has closed.
     if str(unraisable.exc_value) != 'Event loop is closed':
       report(unraisable)
 
@@ -183,12 +183,12 @@ def _file(template):
 
 def check_key(
     key: str, shown: str, template: str = 'configs.default') -> None:
-  """Raises, naming the nearest, unless a template config has a key.
+  """Raises an error that names the nearest key if `template` lacks the key.
 
   Args:
-    key: Such as lora.rank.
-    shown: How it was written, for the message.
-    template: The module of the config.
+    key: A dotted key such as lora.rank.
+    shown: What the user typed, for the message.
+    template: Module of the config.
   """
   known = _keys(template)
   if key.startswith('curate.'):
@@ -202,18 +202,18 @@ def check_key(
         shown, f'a key of {_file(template)}',
         (f'Did you mean {same_name[0]!r}?' if same_name else
          errors.nearest(key, known).strip())
-        or 'every key stands there with a comment')
+        or 'that file lists every key with a comment')
 
 
 def config_source() -> tuple[str, dict[str, Any]]:
-  """Returns what --config names, argument and all, and {key: override}."""
+  """Returns the value of --config and the overrides as {key: value}."""
   flag = flags.FLAGS['config']
   return (config_flags.get_config_filename(flag),
           config_flags.get_override_values(flag))
 
 
 def _check_complete(config, template):
-  """Raises unless a config has the keys of its template, no others."""
+  """Raises unless a config has exactly the keys of its template."""
   known = set(_keys(template))
   got = {key for key, _ in config_lib.leaves(config)}
   if 'data.train' in got - known:
@@ -236,10 +236,10 @@ def _moved_to_curation(shown) -> errors.UserError:
 
 
 def _explained(error: Exception, template: str) -> errors.UserError:
-  """Turns what absl and ml_collections raise into one message."""
+  """Returns one message for an error of absl or ml_collections."""
   text = str(error)
   if 'Traceback (most recent call last)' in text:
-    # An error inside a config file comes with its whole story: its last line.
+    # An error inside a config file contains a traceback: take its last line.
     text = text.strip().splitlines()[-1].partition(': ')[2] or text
   text = ' '.join(text.split())
   if "'curate'" in text:  # A config file that still sets config.curate.
@@ -252,7 +252,7 @@ def _explained(error: Exception, template: str) -> errors.UserError:
 
 
 def require(name: str, value: Any, example: str) -> Any:
-  """Returns a flag's value, or raises for one that was left out."""
+  """Returns the value of a flag, or raises an error if it is missing."""
   if not value:
     raise errors.UserError(
         f'--{name} is missing', f'--{name}=...', f'for example {example}')
@@ -263,7 +263,7 @@ def load_run_config(workdir: str) -> Any:
   """Returns the locked config that a run saved in its workdir.
 
   Raises:
-    UserError: if there is none.
+    UserError: if there is none, or it cannot be read.
   """
   path = os.path.join(workdir, 'config.json')
   if not os.path.exists(path):
@@ -280,6 +280,6 @@ def load_run_config(workdir: str) -> Any:
           RecursionError) as error:
     raise errors.UserError(
         f'{path}: {" ".join(str(error).split()):.200}',
-        'the config.json that the run has written',
-        'take it from a copy of the run, or train again in another workdir'
+        'the config.json that the run wrote',
+        'restore it from a copy of the run, or train again in another workdir'
     ) from None

@@ -1,4 +1,4 @@
-"""Configs: what of them is checked, kept with a run and compared on resume."""
+"""Checks configs, saves them with a run and compares them on resume."""
 
 import json
 import math
@@ -10,23 +10,22 @@ from typing import Mapping
 
 from gemma_sft import errors
 
-# Change no number that training or evaluation computes, rounding aside.
+# Keys that change no number of training or evaluation, except by rounding.
 _WITHOUT_RESULT = (
     'deadline_minutes', 'checkpoint.', 'mesh.', 'sampling.', 'curate.',
     'track.', 'train.log_every', 'train.remat', 'model.layers',
     'model.attention', 'eval.batch_size')
-# Say where records and weights lie and how they are read: what comes of it is
-# compared by its content hash.
+# Keys that say where records and weights are and how they are read. Runs
+# compare the content hash of what was read instead.
 _BY_CONTENT = (
     'data.train', 'data.validation', 'data.test', 'data.format',
     'data.columns', 'data.limit', 'data.fields', 'model.weights')
-# May differ between a checkpoint and the run that resumes it: none of these
-# changes a number that training computes.
+# Keys that may differ between a checkpoint and the run that resumes it, because
+# they change no number that training computes.
 _FREE_ON_RESUME = (
     *_WITHOUT_RESULT, 'eval.', 'data.test', 'model.weights', 'model.tokenizer')
-
-
-# Keys of configs up to commit a7e8de7, under which old workdirs have them.
+# Current names of the keys of configs up to commit a7e8de7, which old workdirs
+# have saved.
 RENAMED = {
     'lora.dora': 'lora.use_dora',
     'lora.plus_ratio': 'lora.loraplus_lr_ratio',
@@ -38,9 +37,9 @@ RENAMED = {
 
 
 def with_current_names(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns a flat config of any age under the keys of today.
+  """Returns a flat config, old or new, under the current keys.
 
-  Keys of curation, which once stood in the config of a run, are left out.
+  Keys of curation, which were once part of the config of a run, are left out.
   """
   return {RENAMED.get(key, key): value for key, value in flat.items()
           if not key.startswith('curate.')}
@@ -58,7 +57,7 @@ def leaves(config: Mapping[str, Any], prefix: str = ''
 
 
 def to_json(config: Mapping[str, Any]) -> str:
-  """Returns the flat config as JSON, one dotted key a line."""
+  """Returns the flat config as JSON, with one dotted key per line."""
   return json.dumps(dict(leaves(config)), indent=2)
 
 
@@ -67,8 +66,8 @@ def from_json(text: str, template: Any) -> Any:
 
   Args:
     text: From `to_json`.
-    template: `configs.default.get_config()`: keys added since keep its value,
-      and tells lists from tuples.
+    template: `configs.default.get_config()`, which gives the values of keys
+      that were added after the config was saved.
   """
   config = template.copy_and_resolve_references()
   with config.unlocked():
@@ -83,7 +82,7 @@ def from_json(text: str, template: Any) -> Any:
 
 def differences(
     saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-  """Returns 'key: saved -> current' for what a resume may not change."""
+  """Returns 'key: saved -> current' for each change that forbids a resume."""
   saved = with_current_names(dict(leaves(saved)))
   current = with_current_names(dict(leaves(current)))
   return [
@@ -97,8 +96,8 @@ def differences(
 def result_leaves(flat: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the values of a flat config that decide the result.
 
-  Left out are keys that change no number beyond rounding, and the names of data
-  and weights, which a run identifies by the hash of their content.
+  Keys that change numbers only by rounding are left out, and so are the names
+  of data and weights, which a run identifies by the hash of their content.
   """
   return {key: value for key, value in flat.items()
           if not key.startswith(_WITHOUT_RESULT + _BY_CONTENT)}
@@ -106,13 +105,13 @@ def result_leaves(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def parse_columns(
     text: str, key: str = 'data.columns') -> dict[str, str]:
-  """Returns {'prompt': 'question'} of 'prompt=question'."""
+  """Returns {'prompt': 'question'} for 'prompt=question'."""
   columns = {}
   for part in filter(None, (p.strip() for p in text.split(','))):
     name, equals, column = part.partition('=')
     if not equals or not name.strip() or not column.strip():
       raise errors.UserError(
-          f'config.{key} has {part!r}', 'name=column, by commas',
+          f'config.{key} has {part!r}', 'name=column, separated by commas',
           f"for example --config.{key}='prompt=question,completion=answer'")
     columns[name.strip()] = column.strip()
   return columns
@@ -138,7 +137,7 @@ def _above_zero(value):
   return 0 < value < math.inf
 
 
-# Key -> (whether a value is good, what is expected).
+# {key: (whether a value is valid, the expected values in words)}.
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     'seed': (lambda v: 0 <= v < 2**31, 'from 0 to 2147483647'),
     'deadline_minutes': (_not_negative, '0 for none, or minutes'),
@@ -186,7 +185,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     'sampling.max_new_tokens': (_positive, 'at least 1'),
     **{f'mesh.{axis}': (
         lambda v: v >= 1 or v == -1,
-        'a number of devices, or -1 for what the other axes leave')
+        'a number of devices, or -1 for those that the other axes leave')
        for axis in ('data', 'fsdp', 'tensor')},
 }
 _CHOICES = {
@@ -201,10 +200,10 @@ _CHOICES = {
 
 
 def validate(config: Any) -> None:
-  """Checks what can be known before any device or file is touched.
+  """Checks everything that needs no device and no file.
 
   Raises:
-    UserError: for the first value out of its range.
+    UserError: for the first invalid value.
   """
   flat = dict(leaves(config))
 
@@ -217,7 +216,7 @@ def validate(config: Any) -> None:
 
   if config.model.quantization and not config.lora.enabled:
     check('model.quantization', lambda v: not v,
-          "'' where all weights are trained: integers have no gradient",
+          "'' when all weights are trained, as integers have no gradient",
           'set --config.lora.enabled=true, or --config.model.quantization=')
   check('lora.targets', _is_pattern, 'a regular expression',
         "for example --config.lora.targets='attn/' or 'attn/|mlp/'")
@@ -233,7 +232,7 @@ def validate(config: Any) -> None:
     check('lora.dropout', _rate, 'a rate from 0 to below 1')
   if config.model.name == 'custom':
     check('model.head_dim', lambda v: v > 0 and v % 2 == 0,
-          'an even width: rotary positions turn pairs')
+          'an even width, as rotary embeddings rotate pairs')
   for key, (good, expected) in _RANGES.items():
     check(key, good, expected)
   for key, values in _CHOICES.items():
@@ -251,7 +250,7 @@ def validate(config: Any) -> None:
   check('track.wandb', lambda v: re.fullmatch(r'([\w.-]+/)?[\w.-]{1,128}|', v),
         "project, entity/project, or '' for none")
   parse_columns(config.data.columns)
-  # Ranges that are open above; devices and steps count in 32 bits.
+  # Ranges without an upper limit: devices and steps count in 32 bits.
   for key in flat:
     check(key, _is_plain,
           'a finite number, of at most 2147483648 if it is whole')
@@ -260,14 +259,14 @@ def validate(config: Any) -> None:
 def _is_good(good, value):
   try:
     return good(value)
-  except TypeError:  # Another type, such as null in a config.json by hand.
+  except TypeError:  # Such as null in a config.json that was edited by hand.
     return False
 
 
 def _is_pattern(value):
   try:
     re.compile(value)
-  # Too deep a nest of brackets, or too large a repetition.
+  # The others: brackets nested too deeply, or too large a repetition.
   except (re.error, RecursionError, OverflowError):
     return False
   return True
@@ -283,7 +282,7 @@ def _is_plain(value):
 
 def _refuse_key(project):
   if re.fullmatch(r'[0-9a-f]{40}|wandb_v\d+_.*', project):
-    raise errors.UserError(  # Without the value, which must not be shown.
+    raise errors.UserError(  # Does not show the value, which is a secret.
         'config.track.wandb looks like an API key', 'the name of a project',
-        'make a new key, as commands are kept in histories; log in by `wandb'
-        ' login` and set --config.track.wandb=PROJECT')
+        'make a new key, as the shell keeps this one in its history; log in'
+        ' with `wandb login` and set --config.track.wandb=PROJECT')

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Looks for what is known to be unsafe:  bash launch/audit.sh
-# In the code by bandit (bandit.yaml says what is allowed and why), and in what
-# is installed by pip-audit, which asks the database of osv.dev; without a
-# network that part is left out with a line that says so.
+# Looks for known security problems:  bash launch/audit.sh
+# bandit checks the code (bandit.yaml says what is allowed and why), and
+# pip-audit looks up the installed packages in the database of osv.dev. Without
+# a network the script skips the second part and says so.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh

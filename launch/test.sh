@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the fast tests:  bash launch/test.sh [pytest arguments]
-# The slow ones (real model, real runtimes):  bash launch/test.sh -m slow
+# Runs the slow ones (real model and runtimes):  bash launch/test.sh -m slow
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh

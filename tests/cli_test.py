@@ -1,4 +1,4 @@
-"""The command line as a user meets it: each case is a process."""
+"""The command line, with one process per case."""
 
 import time
 
@@ -19,7 +19,7 @@ def test_help_lists_the_flags_without_jax(program, names):
   status, out, err = conftest.run_module(
       program, '--help', env={'PYTHONPROFILEIMPORTTIME': '1'})
   assert status == 0
-  assert time.monotonic() - start < 10  # 3 s alone; others use the machine.
+  assert time.monotonic() - start < 10  # 3 s on an idle machine.
   assert f'python -m gemma_sft.{program}' in out  # The module's docstring.
   for name in names:
     assert f'--{name}: ' in out
@@ -29,7 +29,7 @@ def test_help_lists_the_flags_without_jax(program, names):
 
 
 def _error(program: str, *arguments: str) -> str:
-  """Returns the one message of a command that has to fail with status 2."""
+  """Returns the message of a command that has to fail with status 2."""
   status, out, err = conftest.run_module(program, *arguments)
   assert status == 2, (status, out, err)
   assert 'Traceback' not in err
@@ -77,7 +77,7 @@ def test_a_missing_config_file_is_named(tmp_path):
   assert 'configs/nowhere.py' in message
 
 
-def test_a_variant_that_a_config_lacks_is_named_in_a_line(tmp_path):
+def test_an_unknown_variant_of_a_config_is_named_in_one_line(tmp_path):
   message = _error(
       'train', '--config=configs/blop.py:gemma9', f'--workdir={tmp_path}')
   assert 'use :270m or :gemma1_2b' in message

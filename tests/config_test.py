@@ -1,4 +1,4 @@
-"""What of a config is checked, kept and compared."""
+"""Checking, saving and comparing configs."""
 
 import importlib
 import json
@@ -38,7 +38,7 @@ def test_a_config_comes_back_from_json(valid):
   assert back.is_locked
 
 
-def test_a_saved_config_lacks_keys_that_were_added_since(valid):
+def test_a_saved_config_may_lack_newer_keys(valid):
   saved = json.loads(config_lib.to_json(valid))
   del saved['sampling.top_p']
   template = default.get_config()
@@ -48,7 +48,7 @@ def test_a_saved_config_lacks_keys_that_were_added_since(valid):
 
 
 def test_a_saved_config_may_have_keys_of_curation(valid):
-  # Until curation had a config of its own, a run saved its settings too.
+  # Before curation had its own config, a run saved its settings too.
   saved = json.loads(config_lib.to_json(valid))
   saved |= {'curate.source': 'raw.csv', 'curate.text': ['text']}
   back = config_lib.from_json(json.dumps(saved), default.get_config())
@@ -62,7 +62,7 @@ def test_a_saved_config_may_have_keys_of_curation(valid):
     ('model.dtype', 'float32'),
     ('init_from', 'w'), ('model.name', 'gemma3_1b'), ('train.loss_chunk', 8)))
 def test_what_a_resume_may_not_change(valid, key, value):
-  saved = dict(config_lib.leaves(valid))  # As a checkpoint keeps it.
+  saved = dict(config_lib.leaves(valid))  # The form in a checkpoint.
   changed = valid.copy_and_resolve_references()
   changed.update_from_flattened_dict({key: value})
   assert config_lib.differences(saved, valid) == []
@@ -82,12 +82,12 @@ def test_what_a_resume_may_change(valid, key, value):
   assert config_lib.differences(saved, valid) == []
 
 
-def test_keys_that_are_gone_or_new_are_differences():
+def test_removed_and_added_keys_are_differences():
   assert config_lib.differences({'lora.a': 1}, {'lora.b': 2}) == [
       'lora.a: 1 -> None', 'lora.b: None -> 2']
 
 
-def test_the_defaults_are_valid_but_for_the_data(valid):
+def test_the_defaults_are_valid_except_for_the_data(valid):
   config_lib.validate(valid)
   with pytest.raises(errors.UserError, match="config.data.train is ''"):
     config_lib.validate(default.get_config())
@@ -104,7 +104,7 @@ def test_every_config_is_a_valid_delta(name, arg):
       key for key, _ in config_lib.leaves(default.get_config())}
 
 
-def test_weights_that_the_user_has_to_bring_are_asked_for():
+def test_missing_weights_are_reported():
   config = importlib.import_module('configs.blop').get_config('gemma1_2b')
   with pytest.raises(errors.UserError, match="config.model.weights is ''"):
     config_lib.validate(config)
@@ -149,7 +149,7 @@ def test_a_value_out_of_range_is_named(valid, key, value):
 
 
 @pytest.mark.parametrize('key', ('a1' * 20, 'wandb_v1_abc'))
-def test_a_key_in_the_place_of_a_project_is_not_repeated(valid, key):
+def test_an_api_key_given_as_project_is_not_shown(valid, key):
   valid.track.wandb = key
   with pytest.raises(errors.UserError, match='looks like an API key') as caught:
     config_lib.validate(valid)
@@ -164,7 +164,7 @@ def test_values_at_their_limits_are_valid(valid):
       ('track.wandb', 'entity/my-project_1.2')):
     valid.update_from_flattened_dict({key: value})
   config_lib.validate(valid)
-  # What is not used is not checked.
+  # Unused values are not checked.
   valid.lora.enabled = False
   valid.lora.rank = 0
   config_lib.validate(valid)

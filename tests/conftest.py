@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 
-# Before JAX is imported by any test module.
+# These have to be set before any test module imports JAX.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = (
     os.environ.get('XLA_FLAGS', '')
@@ -15,7 +15,7 @@ os.environ['XLA_FLAGS'] = (
 
 import jaxtyping
 
-# Shape annotations of these modules are checked while they are traced.
+# Checks the shape annotations of these modules while they are traced.
 _HOOK = jaxtyping.install_import_hook(
     ['gemma_sft.loss', 'gemma_sft.model', 'gemma_sft.nn.head'],
     'beartype.beartype')
@@ -36,12 +36,12 @@ from gemma_sft.run import base
 from gemma_sft.weights import load
 from gemma_sft.weights import tokenizer_file
 
-# (1, T) broadcast to (B, T) by accident is a wrong sum, not an error.
+# Broadcasting (1, T) to (B, T) by accident would give a wrong sum silently.
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
 def _allow_rank_promotion(cls):
-  """Spares the library's Gemma 4 blocks, which scale by a (1,) array."""
+  """Allows rank promotion in Gemma 4 blocks, which scale by a (1,) array."""
   strict = cls.__call__
 
   @functools.wraps(strict)
@@ -58,8 +58,8 @@ from gemma.gm.nn.gemma4 import _modules as modules4
 _allow_rank_promotion(modules4.Block)
 
 
-# Two layers, one local and one global; grouped queries; norms where the
-# generation has them. The window is shorter than the rows of the tests.
+# Two layers, one local and one global, with grouped queries. The window is
+# shorter than the rows of the tests.
 DIMENSIONS = dict(
     vocab_size=512, num_layers=2, embed_dim=32, hidden_dim=48, num_heads=4,
     num_kv_heads=2, head_dim=16, sliding_window=8, local_layers_per_global=1)
@@ -67,13 +67,13 @@ DIMENSIONS = dict(
 
 @pytest.fixture(params=(1, 2, 3, 4), ids=lambda g: f'gemma{g}')
 def model(request) -> model_lib.Model:
-  """A tiny model of each generation in turn."""
+  """Returns a tiny model, of each generation in turn."""
   return model_lib.make_model(
       'custom', generation=request.param, **DIMENSIONS)
 
 
 def make_params(model: model_lib.Model, seed: int = 0):
-  """Random f32 weights of a scale at which softcaps and norms matter."""
+  """Returns random f32 weights, large enough that softcaps and norms matter."""
   rng = np.random.default_rng(seed)
   return jax.tree.map(
       lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32),
@@ -81,13 +81,13 @@ def make_params(model: model_lib.Model, seed: int = 0):
 
 
 def make_tokenizer(generation: int) -> chat.Tokenizer:
-  """The built-in byte tokenizer with the tags of a generation."""
+  """Returns the built-in byte tokenizer with the turn tags of a generation."""
   if generation != 4:
     return chat.Tokenizer(
         tokenizer_file.byte_tokenizer(generation), generation)
   proto = sentencepiece_model_pb2.ModelProto.FromString(
       tokenizer_file.byte_tokenizer(3))
-  # Where Gemma 4 has them; the first two ids do not matter.
+  # The ids of the turn tags are those of Gemma 4; the other two are arbitrary.
   for token, piece in ((7, '<|image>'), (8, '<audio|>'), (105, '<|turn>'),
                        (106, '<turn|>')):
     proto.pieces[token].piece = piece
@@ -96,32 +96,33 @@ def make_tokenizer(generation: int) -> chat.Tokenizer:
 
 @pytest.fixture
 def tokenizer() -> chat.Tokenizer:
-  """The built-in byte tokenizer, Gemma 3's turn tags."""
+  """Returns the built-in byte tokenizer with the turn tags of Gemma 3."""
   return chat.Tokenizer(tokenizer_file.byte_tokenizer(3), 3)
 
 
 @pytest.fixture
 def config(tmp_path):
-  """`configs/tiny.py` on six records of its own; unlocked for changes."""
-  rows = [(f'What is {i} and {i}?', f'It is {2 * i}.') for i in range(1, 7)]
-  text = ''.join(f'# INPUT\n{p}\n\n# OUTPUT\n{c}\n\n' for p, c in rows[:4])
-  (tmp_path / 'train.txt').write_text(text)
-  text = ''.join(f'# INPUT\n{p}\n\n# OUTPUT\n{c}\n\n' for p, c in rows[4:])
-  (tmp_path / 'validation.txt').write_text(text)
+  """Returns `configs/tiny.py` on six records, unlocked for changes."""
   config = tiny_config.get_config()
   config.task = 'chat'
   config.data.update(
-      train=str(tmp_path / 'train.txt'), test='',
-      validation=str(tmp_path / 'validation.txt'), max_length=64)
+      train=write_pairs(tmp_path / 'train.txt', _pairs(1, 5)), test='',
+      validation=write_pairs(tmp_path / 'validation.txt', _pairs(5, 7)),
+      max_length=64)
   return config
 
 
 # Whole runs -------------------------------------------------------------------
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# With torch, transformers and peft: made by launch/runtimes.sh.
+# launch/runtimes.sh makes this environment with torch, transformers and peft.
 RUNTIME_PYTHON = os.environ.get('GEMMA_SFT_RUNTIME_PYTHON') or str(
     ROOT / '.venv-runtimes' / 'bin' / 'python')
+
+
+def _pairs(start, stop):
+  return [(f'What is {i} and {i}?', f'It is {2 * i}.')
+          for i in range(start, stop)]
 
 
 def write_pairs(path: pathlib.Path, pairs) -> str:
@@ -133,14 +134,13 @@ def write_pairs(path: pathlib.Path, pairs) -> str:
 
 @pytest.fixture
 def run_config(config, tmp_path):
-  """`config` for whole runs: 3 epochs of 2 batches, two examples a row.
+  """Returns `config` for whole runs: 3 epochs of 2 batches, 2 examples a row.
 
-  Nothing is generated, which would be most of the time.
+  It generates nothing, because generation would take most of the time.
   """
-  pairs = [(f'What is {i} and {i}?', f'It is {2 * i}.') for i in range(1, 27)]
   config.data.update(
-      train=write_pairs(tmp_path / 'train.txt', pairs[:24]),
-      validation=write_pairs(tmp_path / 'validation.txt', pairs[24:]),
+      train=write_pairs(tmp_path / 'train.txt', _pairs(1, 25)),
+      validation=write_pairs(tmp_path / 'validation.txt', _pairs(25, 27)),
       max_length=80)
   config.eval.update(every=3, judged=0, prompts=(), metric='loss', mode='min')
   return config
@@ -148,7 +148,7 @@ def run_config(config, tmp_path):
 
 @pytest.fixture(autouse=True)
 def _signal_handlers():
-  """Puts back the handlers that `train.train` replaces."""
+  """Restores the signal handlers that `train.train` replaces."""
   numbers = (signal.SIGTERM, signal.SIGINT)
   before = [signal.getsignal(n) for n in numbers]
   yield
@@ -158,17 +158,17 @@ def _signal_handlers():
 
 @pytest.fixture(autouse=True, scope='module')
 def _forget_programs():
-  """Drops a module's compiled programs.
+  """Drops the compiled programs of a test module.
 
-  Each holds memory maps, of which Linux grants a process 65,530: without this a
-  worker has been seen to die of the last one, far from what used them up.
+  Each holds memory maps, and Linux allows a process 65,530 of them. Without
+  this a worker has crashed when it ran out of maps, in an unrelated test.
   """
   yield
   jax.clear_caches()
 
 
 def flags(config) -> list[str]:
-  """Returns the command line that makes `configs/tiny.py` this config."""
+  """Returns the flags that turn `configs/tiny.py` into this config."""
   tiny = dict(config_lib.leaves(tiny_config.get_config()))
   changed = {k: v for k, v in config_lib.leaves(config) if tiny[k] != v}
   return ['--config=configs/tiny.py', *(
@@ -177,7 +177,7 @@ def flags(config) -> list[str]:
 
 
 def start(module: str, *arguments: str, devices: int = 8, **options):
-  """Starts `python -m gemma_sft.<module>` as a user does; returns the Popen."""
+  """Starts `python -m gemma_sft.<module>` as a user would."""
   environment = os.environ | {
       'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
       **options.pop('env', {})}
@@ -188,7 +188,7 @@ def start(module: str, *arguments: str, devices: int = 8, **options):
 
 
 def finish(process, stdin: str | None = None) -> tuple[int, str, str]:
-  """Returns (exit status, stdout, stderr) of a process that ends by itself."""
+  """Waits for a process; returns (exit status, stdout, stderr)."""
   out, err = process.communicate(stdin, timeout=240)
   return process.returncode, out, err
 
@@ -210,7 +210,7 @@ def losses(workdir) -> dict[int, float]:
 
 
 def saved_state(workdir, step: int) -> dict[str, np.ndarray]:
-  """Returns every array of a checkpoint by its path, read by Orbax alone."""
+  """Returns {path: array} of a checkpoint, read with Orbax only."""
   path = pathlib.Path(workdir).resolve() / 'checkpoints' / str(step) / 'state'
   with ocp.StandardCheckpointer() as checkpointer:
     tree = checkpointer.restore(path)
@@ -219,13 +219,9 @@ def saved_state(workdir, step: int) -> dict[str, np.ndarray]:
 
 
 def save_base(config, path: pathlib.Path, *, seed: int, change=None) -> str:
-  """Writes random base weights as one of the library's checkpoints.
+  """Writes random base weights of a config's model as a checkpoint.
 
-  Args:
-    config: Whose model the weights are for.
-    path: The folder to make.
-    seed: Of the weights.
-    change: Called with the tree of arrays, may change it.
+  `change` maps the tree of arrays to the one that is written.
   """
   model = base.load_model(config.model)
   params = load.load_params(

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Runs an entry point on this machine's cards, all of them or those of GPUS:
+# Runs an entry point on all cards of this machine, or on those that GPUS lists:
 #
 #   bash launch/gpu/run.sh train --config=configs/blop.py --workdir=workdirs/b
 #   GPUS=0,1 bash launch/gpu/run.sh train ...
 #
-# DRY_RUN=1 prints the commands and runs none. In a container: Dockerfile.
+# DRY_RUN=1 prints the commands without running them. The Dockerfile does the
+# same in a container.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . launch/messages.sh
@@ -13,7 +14,7 @@ cd "$(dirname "$0")/../.."
   "train, evaluate or another of python -m gemma_sft.NAME" \
   "bash launch/gpu/run.sh train --config=configs/blop.py --workdir=workdirs/b"
 [[ "${GPUS:-0}" =~ ^[0-9]+(,[0-9]+)*$ ]] || refuse "GPUS=$GPUS" \
-  "numbers of cards with commas between them" "GPUS=0,1"
+  "numbers of cards, separated by commas" "GPUS=0,1"
 query=(nvidia-smi "--query-gpu=index,driver_version" "--format=csv,noheader")
 start=(.venv/bin/python -m "gemma_sft.$1" "${@:2}")
 [ -z "${GPUS:-}" ] || start=(env "CUDA_VISIBLE_DEVICES=$GPUS" "${start[@]}")
@@ -39,5 +40,5 @@ for gpu in ${gpus//,/ }; do
     "of $(cut -d, -f1 <<<"$cards" | paste -sd,)" "choose from these"
 done
 bash launch/gpu/setup.sh
-# In this process's place: a SIGTERM reaches the run, which saves and ends.
+# The run replaces this process, so that a SIGTERM makes it save and end.
 exec "${start[@]}"

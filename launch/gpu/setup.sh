@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the project with JAX for NVIDIA cards:  bash launch/gpu/setup.sh
-# On a cluster, once, where the network is (the login node). Done again, it
-# installs nothing. EXTRAS (cuda,base) chooses others of setup.py.
+# On a cluster, call it once on the login node, which has a network. A second
+# call installs nothing. EXTRAS (cuda,base) selects other extras of setup.py.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . launch/environment.sh

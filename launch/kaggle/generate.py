@@ -1,6 +1,6 @@
-"""Writes the notebooks from notebooks.py, which is where to change them.
+"""Writes the notebooks from notebooks.py, their source.
 
-    python launch/kaggle/generate.py            # after a change
+    python launch/kaggle/generate.py            # after a change of the source
     python launch/kaggle/generate.py --check    # says whether they are current
 """
 
@@ -16,18 +16,17 @@ NAMES = ('tpu_v5e8', 'gpu_t4x2', 'tutorial')
 
 
 def generate(name: str) -> str:
-  """Returns the text of a notebook; the same for the same source."""
+  """Returns the text of a notebook, a function of the source alone."""
   source = jupytext.read(FOLDER / 'notebooks.py', fmt='py:percent')
   make = {'markdown': v4.new_markdown_cell, 'code': v4.new_code_cell}
   cells = []
-  for cell in source.cells[1:]:  # The first is about the file.
+  for cell in source.cells[1:]:  # The first describes the file.
     if name not in cell.metadata.get('only', name).split():
       continue
-    tags = {key: cell.metadata[key] for key in ('tags',)
-            if key in cell.metadata}
-    # nbformat draws ids at random.
+    tags = cell.metadata.get('tags')
     cells.append(make[cell.cell_type](
-        cell.source, id=f'cell-{len(cells):02d}', metadata=tags))
+        cell.source, id=f'cell-{len(cells):02d}',  # Random by default.
+        metadata={'tags': tags} if tags else {}))
   notebook = v4.new_notebook(cells=cells, metadata={
       'kernelspec': {'name': 'python3', 'language': 'python',
                      'display_name': 'Python 3'},
@@ -41,17 +40,17 @@ def path(name: str) -> pathlib.Path:
 
 
 def main(arguments: list[str]) -> int:
-  stale = [name for name in NAMES if not path(name).exists()
-           or path(name).read_text('utf-8') != generate(name)]
-  if arguments == ['--check']:
-    for name in stale:
-      print(f'{path(name)} is not what notebooks.py says: run'
-            ' python launch/kaggle/generate.py', file=sys.stderr)
-    return bool(stale)
-  for name in stale:
-    path(name).write_text(generate(name), 'utf-8')
-    print(f'wrote {path(name)}')
-  return 0
+  texts = {path(name): generate(name) for name in NAMES}
+  stale = {file: text for file, text in texts.items()
+           if not file.exists() or file.read_text('utf-8') != text}
+  for file, text in stale.items():
+    if arguments == ['--check']:
+      print(f'{file} differs from notebooks.py: run python'
+            ' launch/kaggle/generate.py', file=sys.stderr)
+    else:
+      file.write_text(text, 'utf-8')
+      print(f'wrote {file}')
+  return int(bool(stale) and arguments == ['--check'])
 
 
 if __name__ == '__main__':

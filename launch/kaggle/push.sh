@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Sends a notebook to Kaggle, where it starts at once; before the first, and
-# after a change of the project, its code as a private data set:
+# Sends a notebook to Kaggle, which starts it at once. First, and after every
+# change of the project, send its code as a private data set:
 #
 #   export KAGGLE_USERNAME=me
 #   bash launch/kaggle/push.sh code
 #   bash launch/kaggle/push.sh tpu_v5e8            # or gpu_t4x2, tutorial
 #   CONTINUE=1 bash launch/kaggle/push.sh tpu_v5e8 # with its own output attached
 #
-# It needs Kaggle's client (pip install kaggle) and its login, for which
-# KAGGLE_API_TOKEN or ~/.kaggle is the place. DRY_RUN=1 prints the commands and
-# runs none.
+# It needs Kaggle's client (pip install kaggle) and a login, which the client
+# reads from KAGGLE_API_TOKEN or ~/.kaggle. DRY_RUN=1 prints the commands
+# without running them.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . launch/kaggle/settings.sh
@@ -19,7 +19,7 @@ if [ "$name" = code ]; then
   archive="$folder/gemma_sft.zip"
   run mkdir -p "$folder"
   run rm -f "$archive"
-  # What a clone has: no weights, runs or environments.
+  # The committed files only: no weights, runs or environments.
   run git archive --format=zip --output="$archive" HEAD
   metadata='{"id": "'"$id"'", "title": "gemma-sft-code",'
   metadata+=' "licenses": [{"name": "apache-2.0"}]}'

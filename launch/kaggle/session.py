@@ -1,9 +1,8 @@
-"""What the notebooks of this folder do besides running gemma_sft.
+"""Helpers of the notebooks: environment, inputs, time and disk space.
 
-The standard library alone, for Python 3.10 and newer: this runs in the kernel
-that Kaggle or Colab brings, whose packages stay as they are. gemma_sft has an
-environment of its own and runs in processes, each of which gives the
-accelerator back when it ends.
+This module runs in the kernel of Kaggle or Colab, so it needs only Python 3.10
+and the standard library. gemma_sft has its own environment and runs in separate
+processes, each of which releases the accelerator when it ends.
 """
 
 import dataclasses
@@ -19,15 +18,15 @@ import sys
 import tempfile
 import time
 
-# What a version of a Kaggle notebook keeps; gemma_sft/planning/hardware.py has
-# its source.
+# Limit of the output of a Kaggle notebook; gemma_sft/planning/hardware.py names
+# the source.
 KEPT_BYTES = 19.5e9
 _UV = 'uv==0.13.8'
 _ACCELERATORS = {'tpu': ['jax[tpu]'], 'gpu': ['jax[cuda12]'], 'cpu': []}
-# Of the kernel, and wrong for another Python: Kaggle's own modules, a backend
-# of matplotlib that draws into the notebook, the image's own libtpu.
+# Variables of the kernel that are wrong for another Python: Kaggle's modules,
+# matplotlib's notebook backend, the libtpu of the image.
 _NOT_INHERITED = ('PYTHONPATH', 'PYTHONHOME', 'MPLBACKEND', 'TPU_LIBRARY_PATH')
-# Of a training that has saved before its last update
+# Exit status of a training that was stopped and saved before its last update
 # (gemma_sft/monitor/stop.py).
 UNFINISHED = 75
 _STARTED = time.time()
@@ -45,15 +44,15 @@ class Stop(Exception):
 
 @dataclasses.dataclass
 class Session:
-  """A notebook's session.
+  """A session of a notebook.
 
   Attributes:
-    project: Folder of the project, with setup.py.
-    input: Folder below which attached models, data and outputs lie.
-    output: Folder that outlives the session.
-    scratch: Folder that does not, and has more room.
+    project: Folder that contains setup.py.
+    input: Folder of the attached models, data and outputs.
+    output: Folder that is kept when the session ends.
+    scratch: Folder with more space that is lost when the session ends.
     hosted: Whether this is Kaggle or Colab.
-    python: Interpreter of gemma_sft's environment, once `install` has run.
+    python: Interpreter of gemma_sft's environment; `install` sets it.
   """
 
   project: str
@@ -66,12 +65,10 @@ class Session:
   # The environment ------------------------------------------------------------
 
   def install(self, accelerator: str) -> None:
-    """Makes gemma_sft's environment, in the versions of requirements.txt.
+    """Makes gemma_sft's environment with the versions of requirements.txt.
 
-    Where it is installed in the kernel's own Python, that one is taken.
-
-    Args:
-      accelerator: tpu, gpu or cpu.
+    If the kernel's Python has gemma_sft installed, that Python is used instead.
+    `accelerator` is tpu, gpu or cpu.
     """
     if accelerator not in _ACCELERATORS:
       raise Stop(f'ACCELERATOR={accelerator!r}', 'tpu, gpu or cpu',
@@ -87,7 +84,7 @@ class Session:
     self.python = os.path.join(venv, 'bin', 'python')
     done = os.path.join(venv, f'.installed-{accelerator}')
     if os.path.exists(done):
-      print(f'{venv} is there already')
+      print(f'{venv} exists already')
       return
     start = time.time()
     uv = [sys.executable, '-m', 'uv']
@@ -95,7 +92,7 @@ class Session:
             for name in ('gpu', 'kaggle')]
     for command in (
         [sys.executable, '-m', 'pip', 'install', '--quiet', _UV],
-        # uv brings this Python along where there is none.
+        # uv downloads this Python if the machine lacks it.
         [*uv, 'venv', '--quiet', '--clear', '--python=3.12', venv],
         [*uv, 'pip', 'install', '--quiet', f'--python={self.python}', *pins,
          '--editable', f'{self.project}[base,export]',
@@ -105,19 +102,15 @@ class Session:
     print(f'installed in {time.time() - start:.0f} s')
 
   def run(self, entry_point: str, *arguments: str) -> None:
-    """Runs `python -m gemma_sft.ENTRY_POINT ARGUMENTS`; shows what it prints.
-
-    Raises:
-      Stop: if it fails.
-    """
-    print('$ ' + shlex.join(
-        ['python', '-m', f'gemma_sft.{entry_point}', *arguments]), flush=True)
-    self.execute([self.python, '-m', f'gemma_sft.{entry_point}', *arguments])
+    """Runs `python -m gemma_sft.ENTRY_POINT ARGUMENTS` with `execute`."""
+    command = ['-m', f'gemma_sft.{entry_point}', *arguments]
+    print('$ ' + shlex.join(['python', *command]), flush=True)
+    self.execute([self.python, *command])
 
   def execute(self, command: list) -> None:
-    """Runs a command in the project's folder; shows what it prints.
+    """Runs a command in the project's folder and shows its output.
 
-    An interrupt of the cell becomes a SIGTERM, on which training saves.
+    Interrupting the cell sends a SIGTERM, on which training saves.
 
     Raises:
       Stop: if it fails or is interrupted.
@@ -140,23 +133,23 @@ class Session:
       process.send_signal(signal.SIGTERM)
       print(process.communicate()[0], end='', flush=True)
       raise Stop('an interrupt', 'a command that ends by itself',
-                 'run this cell again: training goes on from there') from None
+                 'run this cell again: training continues') from None
     if status not in (0, UNFINISHED):
       raise Stop(f'status {status} of {shlex.join(command[:3])}', 'status 0',
-                 'its last lines stand above this one')
+                 'read its last lines above')
 
   # Inputs ---------------------------------------------------------------------
 
   def weights(self, wanted: str) -> str:
-    """Returns what config.model.weights takes.
+    """Returns the value of config.model.weights.
 
     Args:
       wanted: 'attached' for the one model among the inputs; 'kagglehub:' and a
-        handle, such as kagglehub:google/gemma-3/flax/gemma3-1b-it; or what the
-        key takes itself.
+        handle, such as kagglehub:google/gemma-3/flax/gemma3-1b-it; or any value
+        of config.model.weights.
     """
     if wanted.startswith('kagglehub:'):
-      import kagglehub  # Kaggle and Colab have it.
+      import kagglehub  # Part of the kernels of Kaggle and Colab.
 
       return kagglehub.model_download(wanted.removeprefix('kagglehub:'))
     if wanted != 'attached':
@@ -164,36 +157,30 @@ class Session:
     found = _find_models(self.input)
     if len(found) != 1:
       raise Stop(
-          f'{len(found)} models below {self.input}'
-          + ''.join(f' {path}' for path in found), 'one',
-          'attach it under "Add input", Models, or name one as WEIGHTS in the'
-          ' first cell')
+          ' '.join([f'{len(found)} models under {self.input}', *found]), 'one',
+          'attach one under "Add input", Models, or set WEIGHTS in the first'
+          ' cell')
     return found[0]
 
-  def bring_back(self, run: str) -> str:
-    """Returns the workdir of a run, with what an earlier session left of it.
+  def restore(self, run: str) -> str:
+    """Returns the workdir of a run, with the files of an earlier session.
 
-    That is in its place if the session's files were kept, or below the inputs
-    if the last version's output is attached; then the copy with the newest
-    checkpoint is taken.
-
-    Args:
-      run: Name of the workdir.
+    If the output still has the workdir, it is used as it is. Otherwise the copy
+    with the newest checkpoint is taken from the attached outputs, if any.
     """
     workdir = os.path.join(self.output, run)
-    if os.path.isdir(os.path.join(workdir, 'checkpoints')):
-      print(f'{workdir} goes on after {_newest_step(workdir)} updates')
-      return workdir
-    earlier = [folder for folder, folders, files in os.walk(self.input)
-               if os.path.basename(folder) == run and 'config.json' in files
-               and 'checkpoints' in folders]
-    if not earlier:
-      print(f'{workdir} begins')
-      return workdir
-    newest = max(earlier, key=_newest_step)
-    _copy(newest, workdir)
-    print(f'{workdir} goes on after {_newest_step(workdir)} updates; copied'
-          f' from {newest}')
+    copied = ''
+    if not os.path.isdir(os.path.join(workdir, 'checkpoints')):
+      earlier = [folder for folder, folders, files in os.walk(self.input)
+                 if os.path.basename(folder) == run and 'config.json' in files
+                 and 'checkpoints' in folders]
+      if not earlier:
+        print(f'{workdir} is a new run')
+        return workdir
+      newest = max(earlier, key=_newest_step)
+      _copy(newest, workdir)
+      copied = f'; copied from {newest}'
+    print(f'{workdir} continues after {_newest_step(workdir)} updates{copied}')
     return workdir
 
   # Time and disk --------------------------------------------------------------
@@ -202,64 +189,61 @@ class Session:
     """Returns the minutes that training may take.
 
     Args:
-      hours: Of the whole session.
+      hours: Length of the whole session.
       reserve: Minutes to keep for the scores and the export.
     """
-    began = _container_start() if self.hosted else _STARTED
-    used = (time.time() - began) / 60
+    start = _container_start() if self.hosted else _STARTED
+    used = (time.time() - start) / 60
     left = 60 * hours - used - reserve
     if left <= 0:
-      raise Stop(f'{used:.0f} minutes of this session are over',
+      raise Stop(f'{used:.0f} minutes of this session have passed',
                  f'fewer than {60 * hours - reserve:.0f}',
-                 'begin a new session; the run goes on there')
-    print(f'{used:.0f} minutes of this session are over; training has'
-          f' {left:.0f}, then it saves')
+                 'start a new session, which continues the run')
+    print(f'{used:.0f} minutes of this session have passed; training saves and'
+          f' stops after {left:.0f} more')
     return left
 
   def finished(self, workdir: str) -> bool:
-    """Whether a run has taken its last update; says what to do if not."""
+    """Whether a run has taken its last update; prints what to do if not."""
     path = pathlib.Path(workdir, 'run.json')
     end = json.loads(path.read_text('utf-8'))['end']
     if end and end['finished']:
       return True
-    print('The run is not finished: the scores and the export come with the'
-          ' session that ends it. Begin a new one, with the output of this one'
-          ' attached as its input.')
+    print('The run is not finished, so there are no scores and no export yet.'
+          ' Start a new session with the output of this one as its input.')
     return False
 
   def keep(self, folder: str, limit: float = KEPT_BYTES) -> str:
-    """Copies a finished folder to the output, if the output then fits.
+    """Copies a folder to the output and returns the copy.
 
-    Args:
-      folder: Whose name it keeps; what stood under that name goes.
-      limit: Bytes that the output may have.
+    A copy that an earlier call made is replaced.
 
-    Returns:
-      The copy.
+    Raises:
+      Stop: if the output would then have more than `limit` bytes.
     """
     kept = os.path.join(self.output, os.path.basename(folder))
-    more, there = _bytes(folder), _bytes(self.output) - _bytes(kept)
-    if more + there > limit:
+    added, present = _bytes(folder), _bytes(self.output) - _bytes(kept)
+    if added + present > limit:
       raise Stop(
-          f'{more / 1e9:.2f} GB beside {there / 1e9:.2f} GB in {self.output}',
+          f'{added / 1e9:.2f} GB and {present / 1e9:.2f} GB in {self.output}',
           f'{limit / 1e9:.1f} GB together',
-          f'fewer FORMATS, or remove something; all of it is in {folder} until'
-          ' the session ends')
+          f'choose fewer FORMATS, or remove files; {folder} exists until the'
+          ' session ends')
     _copy(folder, kept)
-    print(f'{kept}: {more / 1e9:.2f} GB; {self.output} has'
-          f' {(more + there) / 1e9:.2f} of {limit / 1e9:.1f} GB')
+    print(f'{kept}: {added / 1e9:.2f} GB; {self.output} has'
+          f' {(added + present) / 1e9:.2f} of {limit / 1e9:.1f} GB')
     return kept
 
   # Pictures -------------------------------------------------------------------
 
   def show_report(self, workdir: str) -> None:
     """Shows the loss curves and the table of the last evaluation."""
-    from IPython import display  # Of the kernel.
+    from IPython import display  # Part of the kernel.
 
     report = pathlib.Path(workdir, 'report')
-    said, *_ = report.joinpath('report.md').read_text('utf-8').partition('![')
+    text, *_ = report.joinpath('report.md').read_text('utf-8').partition('![')
     display.display(display.Image(filename=str(report / 'training.png')),
-                    display.Markdown(said))
+                    display.Markdown(text))
 
 
 def begin(project: str, input: str = '', output: str = '') -> Session:
@@ -267,31 +251,32 @@ def begin(project: str, input: str = '', output: str = '') -> Session:
 
   Args:
     project: Folder of the project.
-    input: Another than the machine's usual one.
-    output: The same.
+    input: Folder of the inputs; '' takes the usual one of the machine.
+    output: Folder of the output; '' takes the usual one of the machine.
   """
   scratch = os.path.join(tempfile.gettempdir(), 'gemma_sft')
+  hosted = True
   if os.path.isdir('/kaggle/working'):
-    places = '/kaggle/input', '/kaggle/working'
+    usual = '/kaggle/input', '/kaggle/working'
   elif os.path.isdir('/content'):
     drive = '/content/drive/MyDrive'
-    places = '/content/input', os.path.join(
+    usual = '/content/input', os.path.join(
         drive if os.path.isdir(drive) else '/content', 'gemma_sft_output')
   else:
-    places = (os.path.join(project, 'workdirs', 'input'),
-              os.path.join(project, 'workdirs', 'notebook'))
+    hosted = False
+    usual = (os.path.join(project, 'workdirs', 'input'),
+             os.path.join(project, 'workdirs', 'notebook'))
   session = Session(
-      project, input or places[0], output or places[1], scratch,
-      hosted=places[0][:8] in ('/kaggle/', '/content'))
+      project, input or usual[0], output or usual[1], scratch, hosted)
   os.makedirs(session.output, exist_ok=True)
   os.makedirs(scratch, exist_ok=True)
   return session
 
 
 def _container_start() -> float:
-  """Returns when process 1 began, which is when the session did (proc(5))."""
+  """Returns the start of process 1, and so of the session; see proc(5)."""
   with open('/proc/1/stat', encoding='utf-8') as file:
-    # The second field, a name in brackets, may have spaces.
+    # The second field, a name in brackets, may contain spaces.
     ticks = int(file.read().rpartition(')')[2].split()[19])
   with open('/proc/uptime', encoding='utf-8') as file:
     uptime = float(file.read().split()[0])
@@ -299,7 +284,7 @@ def _container_start() -> float:
 
 
 def _find_models(root: str) -> list:
-  """Returns Orbax checkpoints, folders of safetensors and GGUFs of models."""
+  """Returns the models under a folder: Orbax, safetensors or GGUF."""
   found = []
   for folder, folders, files in os.walk(root):
     if {'_METADATA', 'manifest.ocdbt'} & set(files) or any(
@@ -309,7 +294,7 @@ def _find_models(root: str) -> list:
       continue
     found += [os.path.join(folder, name) for name in files
               if name.endswith('.gguf')]
-    # Of earlier runs: not models to begin with.
+    # Checkpoints and exports of earlier runs are not base models.
     folders[:] = sorted(set(folders) - {'checkpoints', 'export'})
   return sorted(found)
 
@@ -320,7 +305,7 @@ def _newest_step(workdir: str) -> int:
 
 
 def _copy(source: str, target: str) -> None:
-  """Copies a folder; the name stands for all of it or is not there."""
+  """Copies a folder; `target` exists only once the copy is complete."""
   partial = target + '.partial'
   shutil.rmtree(partial, ignore_errors=True)
   shutil.copytree(source, partial)
@@ -329,5 +314,5 @@ def _copy(source: str, target: str) -> None:
 
 
 def _bytes(folder: str) -> int:
-  return sum(os.path.getsize(os.path.join(where, name))
-             for where, _, names in os.walk(folder) for name in names)
+  return sum(os.path.getsize(os.path.join(parent, name))
+             for parent, _, names in os.walk(folder) for name in names)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sourced by the scripts of this folder with their arguments: sets `name`, what
-# to send or bring, and `id`, what Kaggle calls it.
+# The scripts of this folder source this with their arguments. It sets `name`,
+# the notebook or code to send or fetch, and `id`, its name on Kaggle.
 
 . launch/messages.sh
 : "${DRY_RUN:=}"
@@ -11,14 +11,14 @@ case "$name" in
     "bash launch/kaggle/push.sh tpu_v5e8" ;;
 esac
 [[ "${KAGGLE_USERNAME:-}" =~ ^[A-Za-z0-9-]+$ ]] || refuse \
-  "KAGGLE_USERNAME=${KAGGLE_USERNAME:-}" "your name on Kaggle, as in addresses" \
+  "KAGGLE_USERNAME=${KAGGLE_USERNAME:-}" "your user name on Kaggle, as in URLs" \
   "export KAGGLE_USERNAME=me"
 [ -n "$DRY_RUN" ] || command -v kaggle >/dev/null || refuse \
   "no program kaggle" "Kaggle's client and its login" "pip install kaggle"
-# shellcheck disable=SC2034 # For the script that sources this.
+# shellcheck disable=SC2034 # The script that sources this uses it.
 id="$KAGGLE_USERNAME/gemma-sft-${name//_/-}"
 
-# Runs a command, or prints it.
+# Runs a command, or prints it if DRY_RUN is set.
 run() {
   if [ -n "$DRY_RUN" ]; then
     quoted "$@"
@@ -27,7 +27,7 @@ run() {
   fi
 }
 
-# write FILE TEXT
+# write FILE TEXT: writes it, or prints the command if DRY_RUN is set.
 write() {
   if [ -n "$DRY_RUN" ]; then
     echo "$(quoted echo "$2") >$(quoted "$1")"

@@ -1,47 +1,47 @@
 #!/usr/bin/env bash
-# Asks for a slice as a queued resource and waits until it is there:
+# Requests a slice as a queued resource and waits until it is active:
 #
 #   PROJECT=p ZONE=us-central1-a bash launch/tpu_vm/create.sh
 #
-# Variables: settings.sh. What is there already is kept; what was preempted or
-# has failed is deleted and asked for again. ^C ends the waiting alone.
+# settings.sh lists the variables. An active slice is kept; a preempted or failed
+# one is deleted and requested again. ^C ends the wait but not the request.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . launch/tpu_vm/settings.sh
 
-give_back() {
-  echo "$TPU_NAME is $state: it is asked for again"
+release() {
+  echo "$TPU_NAME is $state: it is requested again"
   tpus queued-resources delete "$TPU_NAME" --force
 }
 
-ask() {
-  local request=(queued-resources create "$TPU_NAME" "--node-id=$TPU_NAME"
+request() {
+  local command=(queued-resources create "$TPU_NAME" "--node-id=$TPU_NAME"
     "--accelerator-type=$ACCELERATOR" "--runtime-version=$RUNTIME") flag
-  [ "$SPOT" = 0 ] || request+=(--spot)
+  [ "$SPOT" = 0 ] || command+=(--spot)
   for flag in ${CREATE_FLAGS:-}; do
-    request+=("$flag")
+    command+=("$flag")
   done
-  # Without --async: a quota that is too small is told here.
-  tpus "${request[@]}"
+  # Without --async, so that gcloud reports too small a quota here.
+  tpus "${command[@]}"
 }
 
-look
+get_state
 if [ "$state" = FAILED ]; then
-  give_back
+  release
   state=ABSENT
 fi
-[ "$state" != ABSENT ] || ask
+[ "$state" != ABSENT ] || request
 [ -z "$DRY_RUN" ] || exit 0
 
 # States: https://cloud.google.com/tpu/docs/queued-resources
 before=
-while look && [ "$state" != ACTIVE ]; do
+while get_state && [ "$state" != ACTIVE ]; do
   [ "$state" = "$before" ] || echo "$TPU_NAME is $state"
   before="$state"
   case "$state" in
     SUSPENDED)  # Preempted.
-      give_back
-      ask ;;
+      release
+      request ;;
     ABSENT | FAILED)
       tpus queued-resources describe "$TPU_NAME" "--format=yaml(state)" >&2 \
         || true

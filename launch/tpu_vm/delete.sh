@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Gives the slice back, with all that is on its disks:
+# Deletes the slice and its disks:
 #
 #   bash launch/tpu_vm/delete.sh
 #
-# A workdir in gs:// stays. It is no error if there is nothing to delete.
+# A workdir in gs:// stays. If there is no slice, this does nothing.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . launch/tpu_vm/settings.sh
 
-look
+get_state
 if [ "$state" = ABSENT ] && [ -z "$DRY_RUN" ]; then
-  echo "there is no $TPU_NAME in $ZONE of $PROJECT"
+  echo "there is no $TPU_NAME in zone $ZONE of project $PROJECT"
   exit 0
 fi
-# --force: with its node.
+# --force deletes its node too.
 tpus queued-resources delete "$TPU_NAME" --force

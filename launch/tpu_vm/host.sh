@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# What happens on a host of a slice; the other scripts call it over ssh.
+# Runs on a host of a slice; the other scripts call it over ssh.
 #
-#   host.sh install EXTRAS [WEIGHTS]   environment and weights
+#   host.sh install EXTRAS [WEIGHTS]   makes the environment, fetches weights
 #   host.sh start ENTRY_POINT FLAGS    in the background, unless one is running
-#   host.sh stop                       SIGTERM: it saves, and ends
-#   host.sh status                     none, running, stopped or exit N
+#   host.sh stop                       SIGTERM: the run saves and ends
+#   host.sh status                     prints none, running, stopped or exit N
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . launch/environment.sh
@@ -12,7 +12,7 @@ job="${JOB:-$HOME/gemma_sft_job}"
 mkdir -p "$job"
 
 install() {
-  # The images are Ubuntu 22.04, whose Python is 3.10; uv brings another.
+  # The images are Ubuntu 22.04 with Python 3.10; uv installs a newer one.
   if ! find_python >/dev/null 2>&1; then
     python3 -m pip install --user --quiet uv
     "$HOME/.local/bin/uv" python install --quiet 3.12
@@ -32,8 +32,8 @@ install() {
   esac
 }
 
-# Whoever runs holds the lock, its children too: no process id is trusted, so a
-# reboot is seen for what it is.
+# A run and its children hold the lock. Unlike a process id in a file, the lock
+# does not outlive a reboot.
 running() {
   ! flock --nonblock "$job/lock" true
 }
@@ -41,17 +41,17 @@ running() {
 start() {
   exec 9>"$job/lock"
   if ! flock --nonblock 9; then
-    echo "a run is under way already"
+    echo "a run is in progress already"
     return
   fi
   rm -f "$job/exit" "$job/stop" "$job/process"
-  # A session of its own: it outlives this connection.
+  # In a new session, which outlives this connection.
   setsid nohup bash launch/tpu_vm/host.sh work "$@" >>"$job/log" 2>&1 \
     </dev/null &
   echo "started; its log is $job/log"
 }
 
-# One host writes to the bucket. The key is the one that jax.distributed reads
+# Only the first host writes to the bucket. jax.distributed reads the same key
 # (jax/_src/clusters/cloud_tpu_cluster.py).
 is_first() {
   [ "$(curl -sf -H 'Metadata-Flavor: Google' \
@@ -59,10 +59,11 @@ is_first() {
     || echo 0)" = 0 ]
 }
 
-# A checkpoint under way is left out. Deletions come after a copy that went
-# well: whenever this host goes, a whole checkpoint is in the bucket, and one
-# that is not whole is passed over at the start (checkpoint.py). The lock is
-# for what the loop below leaves behind when it is ended.
+# Unfinished checkpoints are not copied, and files are deleted only after a copy
+# that succeeded. So the bucket always has a complete checkpoint, whenever this
+# host is taken away; incomplete ones are skipped at the start
+# (gemma_sft/run/checkpoint.py). The lock waits for a copy that the loop below
+# left running when it was killed.
 push() (
   copy=(gcloud storage rsync --recursive
     "--exclude=.*orbax-checkpoint-tmp.*|(.*/)?\.lock\$")
@@ -72,8 +73,8 @@ push() (
     --delete-unmatched-destination-objects "$local_dir" "$url"
 )
 
-# The marker, because rsync refuses a source that is not there; and because it
-# is better known now than in an hour that the bucket cannot be written.
+# The marker makes the source exist, which rsync requires, and shows at once
+# whether the bucket can be written.
 pull() {
   mkdir -p "$local_dir"
   date | gcloud storage cp - "$url/.synchronised" \
@@ -109,8 +110,8 @@ work() {
   .venv/bin/python -m "gemma_sft.$1" "${arguments[@]}" &
   process=$!
   echo "$process" >"$job/process"
-  # A signal interrupts `wait`. It is not passed on: at a shutdown every
-  # process gets its own, and a second one would end the run unsaved.
+  # A signal interrupts `wait`. It is not passed on: at a shutdown every process
+  # gets its own signal, and a second one would end the run before it has saved.
   while [ -n "$again" ]; do
     again=
     wait "$process" && status=0 || status=$?
@@ -119,14 +120,14 @@ work() {
     kill "$syncing" 2>/dev/null || true
     push || [ "$status" != 0 ] || status=1
   fi
-  # A host that is taken away leaves no status: its run did not end.
+  # When the host is taken away, its run has not ended: leave no status.
   [ -z "$terminated" ] || return 0
   [ ! -e "$job/stop" ] || status=stopped
   echo "$status" >"$job/exit"
   echo "== $(date -u +%FT%TZ) exit $status"
 }
 
-# Returns when it has saved and ended.
+# Returns when the run has saved and ended.
 stop() {
   running || return 0
   touch "$job/stop"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Sourced by run.sh and watch.sh: the arguments of a run, and how it is started.
+# run.sh and watch.sh source this to check the arguments of a run and start it.
 
-# check_job ENTRY_POINT FLAGS: refuses what could not run, sets `workdir`.
+# check_job ENTRY_POINT FLAGS: refuses invalid arguments and sets `workdir`.
 check_job() {
   local argument
   [ -f "gemma_sft/${1:-}.py" ] || refuse "entry point '${1:-}'" \

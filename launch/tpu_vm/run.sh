@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Starts an entry point on every host of the slice, and returns:
+# Starts an entry point on every host of the slice and returns:
 #
 #   bash launch/tpu_vm/run.sh train --config=configs/blop.py \
 #     --workdir=gs://bucket/blop
 #
-# It goes on without this machine; launch/tpu_vm/logs.sh shows how. A workdir
-# in gs:// is kept on the host's disk and copied there every SYNC_SECONDS (300)
-# and at the end; it is copied back before the start, so that the same command
-# goes on from the last checkpoint on any later slice. Where a run is under way
-# already, nothing is started.
+# The run does not need this machine any more; launch/tpu_vm/logs.sh shows its
+# log. A workdir in gs:// is kept on the host's disk, copied to the bucket every
+# SYNC_SECONDS (300) and at the end, and copied back before the start, so that
+# the same command continues from the last checkpoint on any later slice. If a
+# run is in progress already, nothing is started.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . launch/tpu_vm/settings.sh

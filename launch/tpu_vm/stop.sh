@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Asks the run to save and to end:  bash launch/tpu_vm/stop.sh
-# The slice stays, and is paid for: launch/tpu_vm/delete.sh.
+# Makes the run save and end:  bash launch/tpu_vm/stop.sh
+# The slice stays and still costs money until launch/tpu_vm/delete.sh.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . launch/tpu_vm/settings.sh

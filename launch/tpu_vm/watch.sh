@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# A run from nothing to its end, whatever happens to the slice meanwhile:
+# Takes a run from its start to its end, through preemptions and crashes:
 #
 #   bash launch/tpu_vm/watch.sh train --config=configs/blop.py \
 #     --workdir=gs://bucket/blop
 #
-# Creates the slice, sets it up, starts the command, and looks every POLL
-# seconds. A slice that was preempted is asked for again and the same command
-# started, which goes on from its last checkpoint in the bucket. So does a
-# run that crashed, RESTARTS times (3) at most; a mistake of the user's (status
-# 2) ends the watch. DELETE=1 deletes the slice when the run has ended well.
-# The watch itself may be ended and started again at any time.
+# Creates the slice, sets it up, starts the command and checks its status every
+# POLL seconds. If the slice is preempted, the script requests it again and
+# starts the same command, which continues from its last checkpoint in the
+# bucket. It restarts a crashed run at most RESTARTS times (3), but not after a
+# user's mistake (status 2). DELETE=1 deletes the slice when the run has ended
+# without an error. This script may be ended and started again at any time.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . launch/tpu_vm/settings.sh
@@ -18,8 +18,8 @@ limit="${RESTARTS:-3}"
 
 check_job "$@"
 [[ "$workdir" = gs://* ]] || refuse "--workdir=$workdir" \
-  "--workdir=gs://BUCKET/NAME: a host's disk goes with the host" \
-  "choose a bucket, or start without a watch: launch/tpu_vm/run.sh"
+  "--workdir=gs://BUCKET/NAME, as the disk of a host is lost with the host" \
+  "choose a bucket, or start the run with launch/tpu_vm/run.sh"
 
 ask='[ -f gemma_sft/launch/tpu_vm/host.sh ] || { echo none; exit; }'
 ask+='; bash gemma_sft/launch/tpu_vm/host.sh status'
@@ -28,7 +28,7 @@ begin() {
   bash launch/tpu_vm/setup.sh && start_job "$@"
 }
 
-# What fails more often than that in a row is not the network.
+# After more failures than this in a row, the network is not the cause.
 failures=0
 failed() {
   failures=$((failures + 1))
@@ -36,7 +36,7 @@ failed() {
     echo "$1 failed $failures times in a row" >&2
     exit 1
   fi
-  echo "$1 failed; again in $POLL s" >&2
+  echo "$1 failed; trying again in $POLL s" >&2
 }
 
 if [ -n "$DRY_RUN" ]; then
@@ -46,12 +46,12 @@ if [ -n "$DRY_RUN" ]; then
   exit 0
 fi
 
-look  # What is wrong with the login or the project is told at once.
+get_state  # Fails at once if the login or the project is wrong.
 begun=
 crashes=0
 while true; do
-  if ! look; then
-    failed "looking at $TPU_NAME"
+  if ! get_state; then
+    failed "reading the state of $TPU_NAME"
   elif [ "$state" = FAILED ] && [ -n "$begun" ]; then
     echo "the request for $TPU_NAME has FAILED; see: gcloud compute tpus" \
       "queued-resources describe $TPU_NAME --zone=$ZONE" >&2
@@ -60,10 +60,10 @@ while true; do
     bash launch/tpu_vm/create.sh && continue
     failed "creating $TPU_NAME"
   elif ! answer="$(on 0 "$ask")"; then
-    failed "asking $TPU_NAME"
+    failed "reading the status of the run on $TPU_NAME"
   else
     answer="${answer##*$'\n'}"
-    # How an earlier run ended says nothing about this one.
+    # The end of an earlier run says nothing about this one.
     [ -n "$begun" ] || [ "$answer" = running ] || answer=none
     case "$answer" in
       running) failures=0 ;;
@@ -71,12 +71,13 @@ while true; do
       stopped)
         echo "the run was stopped (launch/tpu_vm/stop.sh)"
         exit 0 ;;
-      'exit 0' | 'exit 75')  # 75: saved, and not at its end (stop.py).
+      # 75 means saved but unfinished (gemma_sft/monitor/stop.py).
+      'exit 0' | 'exit 75')
         if [ "$answer" = 'exit 0' ]; then
           echo "the run has ended; its workdir is $workdir"
         else
-          echo "the run has stopped by itself (config.deadline_minutes); the" \
-            "same command goes on from $workdir"
+          echo "the run has stopped at config.deadline_minutes; the same" \
+            "command continues from $workdir"
         fi
         [ -z "${DELETE:-}" ] || bash launch/tpu_vm/delete.sh
         exit 0 ;;
@@ -86,7 +87,7 @@ while true; do
         [ "$answer" != 'exit 2' ] || exit 2
         crashes=$((crashes + 1))
         [ "$crashes" -le "$limit" ] || exit 1
-        # What is left on other hosts goes first.
+        # First end what still runs on other hosts.
         on all "bash gemma_sft/launch/tpu_vm/host.sh stop" || true
         begin "$@" || failed "starting on $TPU_NAME" ;;
       *)

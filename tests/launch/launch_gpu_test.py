@@ -1,10 +1,9 @@
-"""The scripts for NVIDIA cards and SLURM, with their programs made up; the
-image's files."""
+"""The scripts for NVIDIA cards and SLURM, with stand-ins for the programs that
+they call; the files of the image."""
 
 import os
 import pathlib
 import re
-import runpy
 import shlex
 import shutil
 import signal
@@ -13,11 +12,9 @@ import sys
 import time
 
 import conftest
-from packaging import requirements
 import pytest
-import setuptools
+import scripts
 
-_BASH = shutil.which('bash')
 _RUN = ('train', '--config=configs/blop.py', "--config.eval.prompts=('a b',)",
         '--workdir=workdirs/blop')
 _FOLDER = conftest.ROOT / 'launch' / 'gpu'
@@ -25,60 +22,47 @@ _FOLDER = conftest.ROOT / 'launch' / 'gpu'
 
 @pytest.fixture(name='project')
 def _project(tmp_path, monkeypatch):
-  """A project that is installed, on a machine with two cards and SLURM."""
-  project, programs = tmp_path / 'project', tmp_path / 'bin'
-  shutil.copytree(conftest.ROOT / 'launch', project / 'launch')
-  for folder in ('gemma_sft', '.venv/bin', 'cache/blop/node_modules/'
-                 'blop-language'):
+  """An installed project on a machine with two cards and SLURM."""
+  project = scripts.copy_launch(tmp_path, monkeypatch)
+  programs = tmp_path / 'bin'
+  for folder in ('.venv/bin', 'cache/blop/node_modules/blop-language'):
     (project / folder).mkdir(parents=True)
-  programs.mkdir()
   (project / 'setup.py').touch()
-  (project / 'gemma_sft' / 'train.py').touch()
   (project / '.venv' / '.installed-cuda,base').touch()
   os.utime(project / 'setup.py', (0, 0))
   calls = tmp_path / 'calls'
-  _program(programs / 'nvidia-smi', 'printf "0, 580.65.06\\n1, 580.65.06\\n"')
-  _program(project / '.venv/bin/python', f'''
+  scripts.write_program(
+      programs / 'nvidia-smi', 'printf "0, 580.65.06\\n1, 580.65.06\\n"')
+  scripts.write_program(project / '.venv/bin/python', f'''
 echo "python $* cards=${{CUDA_VISIBLE_DEVICES-}} \\
 ids=${{JAX_LOCAL_DEVICE_IDS-}}" >>{calls}
 trap 'echo terminated >>{calls}; exit 75' TERM
 echo $$ >{tmp_path}/process
 while [ -e {tmp_path}/wait ]; do sleep 0.02; done
 exit "$(cat {tmp_path}/status 2>/dev/null || echo 0)"''')
-  _program(programs / 'srun', f'''
+  scripts.write_program(programs / 'srun', f'''
 echo "srun $*" >>{calls}
 while [[ "$1" = --* ]]; do shift; done
 exec "$@"''')
-  _program(programs / 'scancel',
+  scripts.write_program(programs / 'scancel',
            f'echo "scancel $*" >>{calls}; kill "$(cat {tmp_path}/process)"')
-  _program(programs / 'scontrol', f'echo "scontrol $*" >>{calls}')
+  scripts.write_program(programs / 'scontrol', f'echo "scontrol $*" >>{calls}')
   for name, value in {
-      'PATH': f'{programs}{os.pathsep}{os.environ["PATH"]}',
       'GEMMA_SFT_CACHE': str(project / 'cache'), 'SLURM_JOB_ID': '7',
       'SLURM_SUBMIT_DIR': str(project), 'SLURM_GPUS_ON_NODE': '2',
   }.items():
     monkeypatch.setenv(name, value)
   for name in ('GPUS', 'EXTRAS', 'DRY_RUN', 'CUDA_VISIBLE_DEVICES'):
     monkeypatch.delenv(name, raising=False)
-  monkeypatch.chdir(project)
   return project
 
 
-def _program(path, text):
-  path.write_text(f'#!{_BASH}\n{text}\n')
-  path.chmod(0o755)
-
-
 def _launch(script, *arguments, **environment):
-  return subprocess.run(
-      [_BASH, f'launch/gpu/{script}.sh', *arguments],
-      env=os.environ | environment, capture_output=True, text=True,
-      check=False, timeout=300)
+  return scripts.launch(f'gpu/{script}', *arguments, **environment)
 
 
 def _calls():
-  path = pathlib.Path('../calls')
-  return path.read_text().splitlines() if path.exists() else []
+  return scripts.read_lines(pathlib.Path('../calls'))
 
 
 _TRAIN = "python -m gemma_sft.train --config=configs/blop.py --config.eval."
@@ -130,23 +114,19 @@ def test_a_dry_run_prints_the_commands_and_runs_none(
     ('slurm', _RUN, {'SLURM_JOB_ID': ''}, 'no SLURM job'),
     ('slurm', _RUN, {'SLURM_SUBMIT_DIR': '/'}, 'the folder /'),
 ])
-def test_a_mistake_is_told_in_one_line(
+def test_a_mistake_is_reported_in_one_line(
     project, script, arguments, variables, got):
   del project
-  done = _launch(script, *arguments, **variables)
-  assert done.returncode == 2
-  line, = done.stderr.splitlines()
-  assert line.startswith(f'got: {got}; expected: ') and '; fix: ' in line
+  scripts.check_refused(_launch(script, *arguments, **variables), got)
   assert not _calls()
 
 
 @pytest.mark.parametrize('program, got', [
     ('echo 0, 535.104.05', 'NVIDIA driver 535.104.05'),
     ('exit 9', 'nvidia-smi failed')])
-def test_a_driver_that_will_not_do_is_told(project, program, got):
-  _program(project.parent / 'bin' / 'nvidia-smi', program)
-  done = _launch('run', *_RUN)
-  assert done.returncode == 2 and f'got: {got}; ' in done.stderr
+def test_an_unusable_driver_is_refused(project, program, got):
+  scripts.write_program(project.parent / 'bin' / 'nvidia-smi', program)
+  scripts.check_refused(_launch('run', *_RUN), got)
   assert not _calls()
 
 
@@ -160,19 +140,19 @@ def test_a_job_that_finishes_is_not_queued_again(project):
   (project.parent / 'status').write_text('3')
   assert _launch('slurm', *_RUN).returncode == 3
   assert 'scontrol' not in ' '.join(_calls())
-  (project.parent / 'status').write_text('75')  # Its deadline.
+  (project.parent / 'status').write_text('75')  # The deadline.
   assert _launch('slurm', *_RUN).returncode == 0
   assert _calls()[-1] == 'scontrol requeue 7'
 
 
-def test_a_job_whose_time_is_up_saves_and_queues_again(project):
+def test_a_job_at_its_time_limit_saves_and_is_queued_again(project):
   (project.parent / 'wait').touch()
-  job = subprocess.Popen([_BASH, 'launch/gpu/slurm.sh', *_RUN])
+  job = subprocess.Popen([scripts.BASH, 'launch/gpu/slurm.sh', *_RUN])
   end = time.monotonic() + 120
   while not (project.parent / 'process').exists():
     assert time.monotonic() < end
     time.sleep(0.02)
-  # As --signal=B: does it: to the batch shell alone.
+  # --signal=B: signals the batch shell only.
   job.send_signal(signal.SIGTERM)
   assert job.wait(120) == 0
   assert _calls()[2:] == [
@@ -180,19 +160,19 @@ def test_a_job_whose_time_is_up_saves_and_queues_again(project):
 
 
 def test_jax_takes_all_cards_of_the_node():
-  # Without JAX_LOCAL_DEVICE_IDS a task takes the one of its number.
+  # Without JAX_LOCAL_DEVICE_IDS each task takes one card, that of its number.
   code = '''
 import jax
 from jax._src import xla_bridge
 jax.distributed.initialize()
 print(xla_bridge.CUDA_VISIBLE_DEVICES.value, jax.process_count())
 jax.distributed.shutdown()'''
-  job = str(os.getpid())  # From which JAX makes the port.
   done = subprocess.run(
       [sys.executable, '-c', code], capture_output=True, text=True, check=False,
       timeout=300, env=os.environ | {
           'JAX_PLATFORMS': 'cpu', 'JAX_LOCAL_DEVICE_IDS': '0,1',
-          'SLURM_JOB_ID': job, 'SLURM_STEP_NODELIST': 'localhost',
+          # JAX derives the port from the job's number.
+          'SLURM_JOB_ID': str(os.getpid()), 'SLURM_STEP_NODELIST': 'localhost',
           'SLURM_NTASKS': '1', 'SLURM_PROCID': '0', 'SLURM_LOCALID': '0'})
   assert done.stdout.split() == ['0,1', '1'], done.stderr
 
@@ -200,26 +180,24 @@ jax.distributed.shutdown()'''
 # The image ------------------------------------------------------------------
 
 
-def _hadolint():
-  return shutil.which('hadolint') or shutil.which(
-      'hadolint', path=os.path.dirname(sys.executable))
+_HADOLINT = shutil.which('hadolint') or shutil.which(
+    'hadolint', path=os.path.dirname(sys.executable))
 
 
-@pytest.mark.skipif(_hadolint() is None, reason='hadolint is not installed')
+@pytest.mark.skipif(_HADOLINT is None, reason='hadolint is not installed')
 def test_hadolint():
   done = subprocess.run(
-      [_hadolint(), str(_FOLDER / 'Dockerfile')], capture_output=True,
+      [_HADOLINT, str(_FOLDER / 'Dockerfile')], capture_output=True,
       text=True, check=False)
   assert done.returncode == 0, done.stdout
 
 
-def test_the_image_copies_what_is_there_and_not_left_out():
-  lines = (_FOLDER / 'Dockerfile').read_text().splitlines()
+def test_the_image_copies_existing_files_that_are_not_ignored():
+  lines = scripts.read_lines(_FOLDER / 'Dockerfile')
   copied = [line.split()[1] for line in lines
             if line.startswith('COPY') and '--from' not in line]
-  kept = {line[1:] for line in (
-      _FOLDER / 'Dockerfile.dockerignore').read_text().splitlines()
-          if line.startswith('!')}
+  kept = {line[1:] for line in scripts.read_lines(
+      _FOLDER / 'Dockerfile.dockerignore') if line.startswith('!')}
   assert set(copied) == kept
   assert all((conftest.ROOT / name).exists() for name in copied)
   assert 'USER 1000:1000' in lines
@@ -227,17 +205,6 @@ def test_the_image_copies_what_is_there_and_not_left_out():
              for line in lines if line.startswith('FROM'))
 
 
-def test_the_image_has_what_setup_asks_for(monkeypatch):
-  pins = dict(
-      line.split('==') for line in (
-          _FOLDER / 'requirements.txt').read_text().splitlines()
-      if not line.startswith('#'))
-  asked = {}
-  monkeypatch.setattr(setuptools, 'setup', lambda **kw: asked.update(kw))
-  runpy.run_path(str(conftest.ROOT / 'setup.py'))
-  extras = asked['extras_require']
-  for text in asked['install_requires'] + extras['cuda'] + extras['base']:
-    wanted = requirements.Requirement(text)
-    name = re.sub('[-_.]+', '-', wanted.name).lower()
-    assert pins[name] in wanted.specifier, text
-  assert 'jax-cuda13-plugin' in pins
+def test_the_image_has_the_packages_of_setup(monkeypatch):
+  assert 'jax-cuda13-plugin' in scripts.check_pins(
+      monkeypatch, ['gpu'], ['cuda', 'base'])

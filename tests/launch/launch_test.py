@@ -1,4 +1,4 @@
-"""The scripts: their syntax, their dry run, their word on a missing Python."""
+"""The scripts: their syntax, quickstart's dry run, serving, the environment."""
 
 import os
 import pathlib
@@ -8,16 +8,16 @@ import sys
 
 import conftest
 import pytest
+import scripts
 
 _SCRIPTS = [*sorted((conftest.ROOT / 'launch').rglob('*.sh')),
             conftest.ROOT / '.ci' / 'run']
-_BASH = shutil.which('bash')
 
 
 def _bash(*arguments, **environment):
   return subprocess.run(
-      [_BASH, *arguments], cwd=conftest.ROOT, env=os.environ | environment,
-      capture_output=True, text=True, check=False, timeout=120)
+      [scripts.BASH, *arguments], cwd=conftest.ROOT, capture_output=True,
+      env=os.environ | environment, text=True, check=False, timeout=120)
 
 
 @pytest.mark.parametrize('script', _SCRIPTS, ids=lambda p: p.name)
@@ -25,7 +25,7 @@ def test_syntax(script):
   assert _bash('-n', str(script)).stderr == ''
 
 
-# In a virtual environment whose bin is not on the PATH, too.
+# Also in a virtual environment whose bin is not on the PATH.
 _SHELLCHECK = shutil.which('shellcheck') or shutil.which(
     'shellcheck', path=str(pathlib.Path(sys.executable).parent))
 
@@ -40,7 +40,7 @@ def test_shellcheck(script):
 
 
 def _files() -> set[tuple[str, int]]:
-  """Every file of the project, with the time of its last change."""
+  """Returns every file of the project with the time of its last change."""
   found = set()
   for folder, folders, names in os.walk(conftest.ROOT):
     folders[:] = [f for f in folders if f not in (
@@ -72,16 +72,15 @@ def test_dry_run_prints_the_steps_and_changes_nothing(tmp_path):
     assert environment.stat().st_mtime_ns == stamp
 
 
-def test_serve_wants_a_file():
+def test_serve_requires_a_file():
   done = _bash('launch/serve.sh')
   assert done.returncode == 2
   assert 'FILE.gguf' in done.stderr and 'Traceback' not in done.stderr
 
 
-def test_serve_tells_why_the_server_ended(tmp_path):
+def test_serve_reports_why_the_server_ended(tmp_path):
   server = tmp_path / 'llama-server'
-  server.write_text(f'#!{_BASH}\necho no such model; exit 1\n')
-  server.chmod(0o755)
+  scripts.write_program(server, 'echo no such model; exit 1')
   done = _bash('launch/serve.sh', 'x.gguf', 'Hi', LLAMA_SERVER=str(server),
                PORT='1')
   assert done.returncode == 2
@@ -89,10 +88,8 @@ def test_serve_tells_why_the_server_ended(tmp_path):
 
 
 def _python(folder: pathlib.Path, name: str, status: int) -> str:
-  path = folder / name
-  path.write_text(f'#!{_BASH}\nexit {status}\n')
-  path.chmod(0o755)
-  return str(path)
+  scripts.write_program(folder / name, f'exit {status}')
+  return str(folder / name)
 
 
 def _find_python(path: pathlib.Path, **environment):
@@ -100,8 +97,8 @@ def _find_python(path: pathlib.Path, **environment):
                PATH=str(path), **{'PYTHON': ''} | environment)
 
 
-def test_no_python_is_told_in_one_line(tmp_path):
-  _python(tmp_path, 'python3', 1)  # One that is too old.
+def test_a_missing_python_is_reported_in_one_line(tmp_path):
+  _python(tmp_path, 'python3', 1)  # A version that is too old.
   done = _find_python(tmp_path)
   assert done.returncode == 2 and done.stdout == ''
   assert 'needs Python 3.12 or newer' in done.stderr
@@ -109,7 +106,7 @@ def test_no_python_is_told_in_one_line(tmp_path):
   assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_the_first_good_python_is_taken(tmp_path):
+def test_the_first_suitable_python_is_taken(tmp_path):
   _python(tmp_path, 'python3.12', 1)
   _python(tmp_path, 'python3.13', 0)
   _python(tmp_path, 'python3', 0)
@@ -119,9 +116,8 @@ def test_the_first_good_python_is_taken(tmp_path):
 
 
 def test_without_npm_the_compiler_is_left_out(tmp_path):
-  # Only what the script needs before it looks for npm.
-  for name in ('dirname',):
-    (tmp_path / name).symlink_to(shutil.which(name))
+  # The one program that the script needs before it looks for npm.
+  (tmp_path / 'dirname').symlink_to(shutil.which('dirname'))
   done = _bash('launch/blop_compiler.sh', PATH=str(tmp_path),
                GEMMA_SFT_CACHE=str(tmp_path / 'cache'))
   assert done.returncode == 0

@@ -1,27 +1,27 @@
-"""The scripts for Cloud TPU, with a gcloud that keeps its cloud in a folder.
+"""The scripts for Cloud TPU, with a stand-in for gcloud and a folder as cloud.
 
-It refuses what the real one refuses: to create what is there, to delete, reach
-or describe what is not, to read from a bucket's folder that is not there.
+Like the real gcloud it refuses to create a slice that exists, to delete, reach
+or describe one that does not, and to read from a missing folder of a bucket.
 """
 
 import os
 import pathlib
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 
 import conftest
 import pytest
+import scripts
 
-_BASH = shutil.which('bash')
 _RUN = ('train', '--config=configs/blop.py', "--config.eval.prompts=('a b',)",
         '--workdir=gs://bucket/blop')
 
-# States of the queued resource stand in `states`, one a line; looking takes the
-# first and leaves the last. `answers` are those of `host.sh status`; PREEMPT
-# takes the slice away. A command that contains a line of `broken` fails once.
+# The file `states` lists the coming states of the queued resource; each query
+# takes the first, and the last one stays. `answers` lists those of `host.sh
+# status`, where PREEMPT takes the slice away. A command that contains a line of
+# `broken` fails once.
 _GCLOUD = r'''
 import os, pathlib, re, shutil, sys
 cloud = pathlib.Path(os.environ['CLOUD'])
@@ -102,45 +102,31 @@ else:
 
 @pytest.fixture(name='cloud')
 def _cloud(tmp_path, monkeypatch):
-  """A cloud without anything in it, its gcloud first on the PATH, and a project
-  small enough to be packed in no time."""
-  shutil.copytree(conftest.ROOT / 'launch', tmp_path / 'project' / 'launch')
-  (tmp_path / 'project' / 'gemma_sft').mkdir()
-  (tmp_path / 'project' / 'gemma_sft' / 'train.py').touch()
+  """An empty cloud with its gcloud, and a small project."""
+  scripts.copy_launch(tmp_path, monkeypatch)
   programs, cloud = tmp_path / 'bin', tmp_path / 'cloud'
-  programs.mkdir()
   cloud.mkdir()
-  _program(programs / 'gcloud', f'#!{sys.executable} -SE{_GCLOUD}')
-  # No metadata server: this is the first host.
-  _program(programs / 'curl', f'#!{_BASH}\nexit 7\n')
-  monkeypatch.setenv('PATH', f'{programs}{os.pathsep}{os.environ["PATH"]}')
-  monkeypatch.setenv('CLOUD', str(cloud))
-  for name, value in {'PROJECT': 'p', 'ZONE': 'z', 'POLL': '0'}.items():
+  scripts.write_program(
+      programs / 'gcloud', _GCLOUD, f'{sys.executable} -SE')
+  # Without a metadata server a host is the first one.
+  scripts.write_program(programs / 'curl', 'exit 7')
+  for name, value in {
+      'CLOUD': str(cloud), 'PROJECT': 'p', 'ZONE': 'z', 'POLL': '0'}.items():
     monkeypatch.setenv(name, value)
   for name in ('ACCELERATOR', 'TPU_NAME', 'SPOT', 'RUNTIME', 'CREATE_FLAGS',
                'DRY_RUN', 'TPU_SETTINGS', 'WEIGHTS', 'EXTRAS', 'RESTARTS'):
     monkeypatch.delenv(name, raising=False)
-  monkeypatch.chdir(tmp_path / 'project')
   return cloud
 
 
-def _program(path, text):
-  path.write_text(text)
-  path.chmod(0o755)
-
-
-def _launch(script, *arguments, root=None, **environment):
-  return subprocess.run(
-      [_BASH, f'launch/tpu_vm/{script}.sh', *arguments], cwd=root,
-      env=os.environ | environment, capture_output=True, text=True,
-      check=False, timeout=300)
+def _launch(script, *arguments, **options):
+  return scripts.launch(f'tpu_vm/{script}', *arguments, **options)
 
 
 def _calls(cloud, *parts):
-  """The calls so far that contain one of `parts`, or all of them."""
-  path = cloud / 'calls'
-  lines = path.read_text().splitlines() if path.exists() else []
-  return [c for c in lines if not parts or any(p in c for p in parts)]
+  """Returns the calls of gcloud that contain one of `parts`, or all calls."""
+  return [call for call in scripts.read_lines(cloud / 'calls')
+          if not parts or any(part in call for part in parts)]
 
 
 def _put(cloud, name, *lines):
@@ -169,7 +155,7 @@ _WHERE = ' --project=p --zone=z --quiet'
         'queued-resources list', 'queued-resources create', 'mkdir', 'tar',
         'scp', 'host.sh install', 'host.sh start train', 'host.sh status']),
     ('logs', (), ['--worker=0 "--command=tail -n 50 -F gemma_sft_job/log"']),
-    ('stop', (), ['--worker=all', ]),
+    ('stop', (), ['--worker=all']),
     ('delete', (), [
         'queued-resources list',
         'queued-resources delete gemma-sft --force' + _WHERE]),
@@ -184,11 +170,11 @@ def test_a_dry_run_prints_the_commands_and_runs_none(
   printed = done.stdout.splitlines()
   assert len(printed) == len(expected)
   for line, part in zip(printed, expected):
-    # Printed for a shell: read as one.
+    # Read the line as a shell does.
     assert ' '.join(shlex.split(part)) in ' '.join(shlex.split(line))
 
 
-def test_arguments_reach_the_host_as_they_are(cloud):
+def test_arguments_reach_the_host_unchanged(cloud):
   _put(cloud, 'states', 'ACTIVE')
   assert _launch('run', *_RUN).returncode == 0
   call, = _calls(cloud, 'host.sh start')
@@ -209,11 +195,8 @@ def test_arguments_reach_the_host_as_they_are(cloud):
     ({'SPOT': 'yes'}, 'SPOT=yes'),
 ])
 @pytest.mark.parametrize('script', ['create', 'delete', 'watch'])
-def test_a_mistake_is_told_in_one_line(cloud, script, variables, got):
-  done = _launch(script, *_RUN, **variables)
-  assert done.returncode == 2
-  line, = done.stderr.splitlines()
-  assert line.startswith(f'got: {got}; expected: ') and '; fix: ' in line
+def test_a_mistake_is_reported_in_one_line(cloud, script, variables, got):
+  scripts.check_refused(_launch(script, *_RUN, **variables), got)
   assert not _calls(cloud)
 
 
@@ -223,14 +206,12 @@ def test_a_mistake_is_told_in_one_line(cloud, script, variables, got):
     ('run', _RUN[:-1], 'no --workdir'),
     ('watch', (*_RUN[:-1], '--workdir=workdirs/x'), '--workdir=workdirs/x'),
 ])
-def test_a_run_that_could_not_go_is_refused(cloud, script, arguments, got):
-  done = _launch(script, *arguments)
-  assert done.returncode == 2
-  assert done.stderr.startswith(f'got: {got}') and '; fix: ' in done.stderr
+def test_invalid_arguments_of_a_run_are_refused(cloud, script, arguments, got):
+  scripts.check_refused(_launch(script, *arguments), got)
   assert not _calls(cloud)
 
 
-def test_settings_may_stand_in_a_file(cloud, tmp_path):
+def test_settings_may_come_from_a_file(cloud, tmp_path):
   settings = tmp_path / 'tpu.env'
   settings.write_text('ZONE=there\nACCELERATOR=v6e-16\nSPOT=0\n'
                       'CREATE_FLAGS="--internal-ips --network=n"\n')
@@ -244,7 +225,7 @@ def test_settings_may_stand_in_a_file(cloud, tmp_path):
 # The slice ------------------------------------------------------------------
 
 
-def test_created_twice_it_is_there_once(cloud):
+def test_creating_a_slice_again_does_nothing(cloud):
   _put(cloud, 'next', 'WAITING_FOR_RESOURCES', 'PROVISIONING', 'ACTIVE')
   first = _launch('create')
   assert first.returncode == 0, first.stderr
@@ -257,25 +238,26 @@ def test_created_twice_it_is_there_once(cloud):
 @pytest.mark.parametrize('states', [
     ('SUSPENDED',), ('SUSPENDING', 'SUSPENDED'), ('FAILED',),
     ('PROVISIONING', 'SUSPENDING', 'SUSPENDED')])
-def test_what_was_taken_away_is_asked_for_again(cloud, states):
+def test_a_lost_slice_is_requested_again(cloud, states):
   _put(cloud, 'states', *states)
   assert _launch('create').returncode == 0
   assert [c.split()[3] for c in _calls(cloud, 'create', 'delete')] == [
       'delete', 'create']
 
 
-def test_a_request_that_fails_says_why(cloud):
+def test_a_failed_request_is_reported(cloud):
   _put(cloud, 'next', 'ACCEPTED', 'FAILED')
   done = _launch('create')
   assert done.returncode == 1
   assert 'state: FAILED' in done.stderr
 
 
-def test_deleted_twice_is_no_error(cloud):
+def test_deleting_a_slice_again_does_nothing(cloud):
   _put(cloud, 'states', 'ACTIVE')
   assert _launch('delete').returncode == 0
   again = _launch('delete')
-  assert again.returncode == 0 and 'there is no gemma-sft' in again.stdout
+  assert again.returncode == 0
+  assert 'there is no gemma-sft in zone z of project p' in again.stdout
   assert len(_calls(cloud, 'queued-resources delete')) == 1
 
 
@@ -292,65 +274,58 @@ def test_an_error_of_gcloud_is_passed_on(cloud, script, broken):
 
 # The watch ------------------------------------------------------------------
 
+_START = ['create', 'install', 'start']
 
-def _story(cloud):
+
+def _events(cloud):
   names = {'create': 'create', 'delete': 'delete', 'install': 'install',
            'start train': 'start', 'host.sh stop': 'stop'}
   return [names[next(n for n in names if n in c)] for c in _calls(
       cloud, *names)]
 
 
-def test_a_preempted_run_goes_on_on_another_slice(cloud):
+def test_a_preempted_run_continues_on_another_slice(cloud):
   _put(cloud, 'answers', 'none', 'running', 'PREEMPT', 'none', 'running',
        'PREEMPT', 'none', 'running', 'exit 0')
   done = _launch('watch', *_RUN, DELETE='1')
   assert done.returncode == 0, done.stderr
-  once = ['create', 'install', 'start']
-  assert _story(cloud) == [*once, 'delete', *once, 'delete', *once, 'delete']
+  assert _events(cloud) == [*_START, 'delete'] * 3
   assert len(set(_calls(cloud, 'start train'))) == 1  # The same command.
   assert 'gs://bucket/blop' in done.stdout
 
 
-def test_a_watch_takes_up_a_run_under_way(cloud):
-  _put(cloud, 'states', 'ACTIVE')
-  _put(cloud, 'answers', 'running', 'exit 0')
-  assert _launch('watch', *_RUN).returncode == 0
-  assert not _story(cloud)
+@pytest.mark.parametrize('states, answers, events, printed', [
+    pytest.param(['ACTIVE'], ['running', 'exit 0'], [], 'the run has ended',
+                 id='a run in progress is watched'),
+    pytest.param(['ACTIVE'], ['exit 2', 'running', 'stopped'], _START[1:],
+                 'stopped', id='the end of an earlier run does not count'),
+    pytest.param([], ['none', 'running', 'none', 'exit 0'],
+                 [*_START, *_START[1:]], 'the run has ended',
+                 id='after a reboot the run starts again'),
+    pytest.param([], ['none', 'running', 'exit 75'], _START,
+                 'continues from gs://bucket/blop',
+                 id='a deadline ends the watch'),
+])
+def test_a_watch_that_ends_well(cloud, states, answers, events, printed):
+  _put(cloud, 'states', *states)
+  _put(cloud, 'answers', *answers)
+  done = _launch('watch', *_RUN)
+  assert done.returncode == 0, done.stderr
+  assert _events(cloud) == events
+  assert printed in done.stdout
 
 
-def test_how_an_earlier_run_ended_is_not_this_one(cloud):
-  _put(cloud, 'states', 'ACTIVE')
-  _put(cloud, 'answers', 'exit 2', 'running', 'stopped')
-  assert _launch('watch', *_RUN).returncode == 0
-  assert _story(cloud) == ['install', 'start']
-
-
-def test_a_rebooted_host_is_started_again(cloud):
-  _put(cloud, 'answers', 'none', 'running', 'none', 'exit 0')
-  assert _launch('watch', *_RUN).returncode == 0
-  assert _story(cloud) == ['create', *['install', 'start'] * 2]
-
-
-def test_crashes_are_few_and_mistakes_final(cloud):
+def test_crashes_are_limited_and_mistakes_final(cloud):
   _put(cloud, 'answers', 'none', *['exit 1'] * 9)
   done = _launch('watch', *_RUN, RESTARTS='2')
   assert done.returncode == 1
-  assert _story(cloud) == ['create', 'install', 'start',
-                           *['stop', 'install', 'start'] * 2]
+  assert _events(cloud) == [*_START, *['stop', *_START[1:]] * 2]
   _put(cloud, 'answers', 'none', 'exit 2')
   assert _launch('watch', *_RUN).returncode == 2
   assert _calls(cloud, 'tail -n 20')
 
 
-def test_a_deadline_ends_the_watch(cloud):
-  _put(cloud, 'answers', 'none', 'running', 'exit 75')
-  done = _launch('watch', *_RUN)
-  assert done.returncode == 0, done.stderr
-  assert _story(cloud) == ['create', 'install', 'start']
-  assert 'goes on from gs://bucket/blop' in done.stdout
-
-
-def test_a_lost_connection_ends_nothing(cloud):
+def test_a_watch_survives_lost_connections(cloud):
   _put(cloud, 'broken', 'scp', 'host.sh status', 'host.sh start')
   _put(cloud, 'answers', 'none', 'none', 'none', 'running', 'exit 0')
   done = _launch('watch', *_RUN)
@@ -360,8 +335,8 @@ def test_a_lost_connection_ends_nothing(cloud):
 
 # The host -------------------------------------------------------------------
 
-# Counts its starts in the workdir. `save` is what it does at the end, and at a
-# SIGTERM; with `wait` there, it first waits for that.
+# Stands in for Python. It saves a checkpoint at the start and on a SIGTERM, and
+# runs until the file `wait` is gone.
 _TRAIN = r'''
 workdir="${!#}"
 workdir="${workdir#--workdir=}"
@@ -404,11 +379,11 @@ def _new_disk(tmp_path):
   for name in ('environment.sh', 'tpu_vm/host.sh'):
     shutil.copy(conftest.ROOT / 'launch' / name, root / 'launch' / name)
   (root / '.venv' / 'bin').mkdir(parents=True)
-  _program(root / '.venv' / 'bin' / 'python', f'#!{_BASH}{_TRAIN}')
+  scripts.write_program(root / '.venv' / 'bin' / 'python', _TRAIN)
 
 
 def _on(tmp_path, *arguments, **environment):
-  done = _launch('host', *arguments, root=tmp_path / 'gemma_sft', **environment)
+  done = _launch('host', *arguments, cwd=tmp_path / 'gemma_sft', **environment)
   assert done.returncode == 0, done.stderr
   return done.stdout.strip()
 
@@ -426,25 +401,42 @@ def _wait(condition):
   return False
 
 
-def _ends(tmp_path, status):
+def _check_end(tmp_path, status):
   assert _wait(lambda: _status(tmp_path) != 'running')
   assert _status(tmp_path) == status
+
+
+def _run_on(tmp_path, status):
+  """Starts the run and waits for its end."""
+  _on(tmp_path, 'start', *_RUN)
+  _check_end(tmp_path, status)
+
+
+def _start_waiting(host, tmp_path):
+  """Starts a run that does not end by itself."""
+  (host / 'wait').touch()
+  _on(tmp_path, 'start', *_RUN)
+  assert _wait((host / 'started').exists)
+
+
+def _check_terminated_once(cloud, host):
+  assert (host / 'signals').read_text() == 'terminated\n'
+  assert (cloud / 'bucket/blop/checkpoints/latest').read_text() == '2\n'
 
 
 def _files(folder):
   return {str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file()}
 
 
-def test_a_run_ends_in_the_bucket_and_goes_on_from_there(
+def test_a_run_is_copied_to_the_bucket_and_continues_from_there(
     cloud, host, tmp_path):
   bucket = cloud / 'bucket' / 'blop'
   assert _status(tmp_path) == 'none'
   for start in (1, 2, 3):
     _new_disk(tmp_path)
-    _on(tmp_path, 'start', *_RUN)
-    _ends(tmp_path, 'exit 0')
+    _run_on(tmp_path, 'exit 0')
     assert (bucket / 'checkpoints' / 'latest').read_text() == f'{start}\n'
-  # What is half done stays out, what was deleted here is deleted there.
+  # Unfinished files are not copied, and deletions are repeated in the bucket.
   assert _files(bucket) == {
       '.synchronised', 'checkpoints/latest', 'checkpoints/2/a',
       'checkpoints/3/a'}
@@ -453,75 +445,63 @@ def test_a_run_ends_in_the_bucket_and_goes_on_from_there(
   assert '--workdir=workdirs/bucket/blop' in (host / 'arguments').read_text()
 
 
-def test_it_is_copied_while_it_runs(cloud, host, tmp_path):
+def test_a_run_is_copied_while_it_runs(cloud, host, tmp_path):
   (host / 'wait').touch()
   _on(tmp_path, 'start', *_RUN, SYNC_SECONDS='0.05')
   assert _wait((cloud / 'bucket/blop/checkpoints/latest').exists)
   assert _status(tmp_path) == 'running'
 
 
-def test_started_twice_it_runs_once(host, tmp_path):
-  (host / 'wait').touch()
-  _on(tmp_path, 'start', *_RUN)
-  assert _wait((host / 'started').exists)
-  assert 'under way already' in _on(tmp_path, 'start', *_RUN)
+def test_starting_a_run_again_does_nothing(host, tmp_path):
+  _start_waiting(host, tmp_path)
+  assert 'in progress already' in _on(tmp_path, 'start', *_RUN)
   assert (host / 'log').read_text().count('== ') == 1
 
 
-def test_stopped_it_saves_first(cloud, host, tmp_path):
-  (host / 'wait').touch()
-  _on(tmp_path, 'stop')  # Nothing runs: nothing happens.
-  _on(tmp_path, 'start', *_RUN)
-  assert _wait((host / 'started').exists)
+def test_a_stopped_run_saves_first(cloud, host, tmp_path):
+  _on(tmp_path, 'stop')  # Without a run this does nothing.
+  _start_waiting(host, tmp_path)
   _on(tmp_path, 'stop')
   assert _status(tmp_path) == 'stopped'
-  assert (host / 'signals').read_text() == 'terminated\n'
-  assert (cloud / 'bucket/blop/checkpoints/latest').read_text() == '2\n'
+  _check_terminated_once(cloud, host)
 
 
-def test_a_shutdown_is_no_end(cloud, host, tmp_path):
-  # Every process gets a SIGTERM of its own; the run must not get two.
-  (host / 'wait').touch()
-  _on(tmp_path, 'start', *_RUN)
-  assert _wait((host / 'started').exists)
+def test_a_shutdown_does_not_count_as_the_end(cloud, host, tmp_path):
+  # Every process gets its own SIGTERM; the run must not get a second one.
+  _start_waiting(host, tmp_path)
   train = int((host / 'process').read_text())
   work = int(pathlib.Path(f'/proc/{train}/stat').read_text().split()[3])
   os.kill(work, 15)
   os.kill(train, 15)
-  _ends(tmp_path, 'none')
-  assert (host / 'signals').read_text() == 'terminated\n'
-  assert (cloud / 'bucket/blop/checkpoints/latest').read_text() == '2\n'
+  _check_end(tmp_path, 'none')
+  _check_terminated_once(cloud, host)
 
 
 def test_the_status_is_that_of_the_run(host, tmp_path):
   (host / 'train_status').write_text('2')
-  _on(tmp_path, 'start', *_RUN)
-  _ends(tmp_path, 'exit 2')
+  _run_on(tmp_path, 'exit 2')
 
 
-def test_a_bucket_that_cannot_be_written_is_told_first(cloud, host, tmp_path):
+def test_a_bucket_that_cannot_be_written_is_reported_first(
+    cloud, host, tmp_path):
   _put(cloud, 'broken', 'storage cp')
-  _on(tmp_path, 'start', *_RUN)
-  _ends(tmp_path, 'exit 1')
+  _run_on(tmp_path, 'exit 1')
   assert not (host / 'started').exists()
   assert 'PERMISSION_DENIED' in (host / 'log').read_text()
 
 
-def test_nothing_is_deleted_after_a_copy_that_failed(cloud, host, tmp_path):
+def test_nothing_is_deleted_after_a_failed_copy(cloud, host, tmp_path):
   bucket = cloud / 'bucket' / 'blop'
   for _ in range(2):
-    _on(tmp_path, 'start', *_RUN)
-    _ends(tmp_path, 'exit 0')
+    _run_on(tmp_path, 'exit 0')
   _put(cloud, 'broken', 'rsync --recursive --exclude')
-  _on(tmp_path, 'start', *_RUN)
-  _ends(tmp_path, 'exit 1')
+  _run_on(tmp_path, 'exit 1')
   assert {'checkpoints/1/a', 'checkpoints/2/a'} <= _files(bucket)
   assert (bucket / 'checkpoints/latest').read_text() == '2\n'
 
 
 def test_only_the_first_host_writes(cloud, host, tmp_path):
-  _program(tmp_path / 'bin' / 'curl', f'#!{_BASH}\necho -n 1\n')
-  _on(tmp_path, 'start', *_RUN)
-  _ends(tmp_path, 'exit 0')
+  scripts.write_program(tmp_path / 'bin' / 'curl', 'echo -n 1')
+  _run_on(tmp_path, 'exit 0')
   assert _files(cloud / 'bucket' / 'blop') == {'.synchronised'}
   assert (host / 'started').exists()

@@ -1,12 +1,11 @@
-"""The notebooks of launch/kaggle/, executed cell by cell on a tiny model; what
-they take from launch/kaggle/session.py; the scripts beside them."""
+"""The notebooks of launch/kaggle/, executed on a tiny model; the functions of
+launch/kaggle/session.py; the scripts that talk to Kaggle."""
 
 import contextlib
 import json
 import os
 import pathlib
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -17,9 +16,8 @@ import time
 import conftest
 import nbclient
 import nbformat
-from packaging import requirements
 import pytest
-import setuptools
+import scripts
 
 from configs import default
 from configs import tiny
@@ -29,7 +27,6 @@ from gemma_sft.monitor import stop as stop_lib
 
 _FOLDER = conftest.ROOT / 'launch' / 'kaggle'
 _NAMES = ('tpu_v5e8', 'gpu_t4x2', 'tutorial')
-_BASH = shutil.which('bash')
 
 sys.path.insert(0, str(_FOLDER))
 import generate
@@ -46,22 +43,18 @@ def _tiny_model():
               'model.name', 'model.weights') and known[key] != value]
 
 
-def _slices(folder, source, rows):
-  """Copies the first rows of a domain's splits; returns DATA."""
-  folder.mkdir(parents=True)
-  data = {}
-  for split, n in rows.items():
-    path, = (conftest.ROOT / 'data' / source).glob(f'{split}.*')
-    kept = path.read_text('utf-8').splitlines(True)[
-        :n + (path.suffix == '.csv')]
-    copy = folder / path.name
-    copy.write_text(''.join(kept), 'utf-8')
-    data[split] = str(copy)
-  return data
+def _write_splits(folder, suffix, **splits):
+  """Writes the lines of each split to a file; returns DATA."""
+  folder.mkdir(parents=True, exist_ok=True)
+  for split, lines in splits.items():
+    (folder / f'{split}{suffix}').write_text('\n'.join(lines) + '\n', 'utf-8')
+  return {split: str(folder / f'{split}{suffix}') for split in splits}
 
 
-def _execute(name, **parameters):
-  """Runs a notebook with other parameters; returns it with its outputs."""
+def _execute(name, *overrides, **parameters):
+  """Executes a notebook on the tiny model; returns it with its outputs."""
+  parameters |= dict(MODEL='custom', RUN='run', OVERRIDES=[
+      *_tiny_model(), '--config.eval.max_new_tokens=4', *overrides])
   path = _FOLDER / name / 'notebook.ipynb'
   notebook = nbformat.read(path, as_version=4)
   where = [i for i, cell in enumerate(notebook.cells)
@@ -74,9 +67,9 @@ def _execute(name, **parameters):
       notebook, timeout=1500, kernel_name='python3',
       resources={'metadata': {'path': str(path.parent)}})
   try:
-    client.execute()  # Raises at a cell that fails.
+    client.execute()  # Raises an error if a cell fails.
   finally:
-    if kept := os.environ.get('NOTEBOOKS_KEPT'):  # To look at.
+    if kept := os.environ.get('NOTEBOOKS_KEPT'):  # For inspection.
       nbformat.write(notebook, pathlib.Path(kept, f'{name}.ipynb'))
   return notebook
 
@@ -94,7 +87,7 @@ def _shown(notebook, kind):
 
 
 def _check_scores(notebook, workdir, *columns):
-  """Whether the notebook shows the loss curves and the table of scores."""
+  """Asserts that the notebook shows the loss curves and a table of scores."""
   table = next(text for text in _shown(notebook, 'text/markdown')
                if '|' in text)
   head = next(line for line in table.splitlines() if line.startswith('|'))
@@ -107,7 +100,7 @@ def _check_scores(notebook, workdir, *columns):
 
 @pytest.fixture(name='kernel', autouse=True)
 def _kernel(monkeypatch, tmp_path):
-  """The kernel is this Python; its configuration files lie in tmp_path."""
+  """Makes this Python the kernel, with its configuration in tmp_path."""
   monkeypatch.setenv('JUPYTER_PREFER_ENV_PATH', '1')
   monkeypatch.setenv('IPYTHONDIR', str(tmp_path / 'ipython'))
   monkeypatch.setenv('JUPYTER_CONFIG_DIR', str(tmp_path / 'jupyter'))
@@ -115,7 +108,7 @@ def _kernel(monkeypatch, tmp_path):
 
 
 def _stop_after(step, workdir):
-  """Sends the training in a workdir a SIGTERM once it has saved a step."""
+  """Sends a training a SIGTERM once it has saved a step."""
   end = time.monotonic() + 500
   while not (workdir / 'checkpoints' / str(step)).exists():
     if time.monotonic() > end:
@@ -128,37 +121,38 @@ def _stop_after(step, workdir):
         os.kill(int(path.parent.name), signal.SIGTERM)
 
 
-def test_a_run_goes_on_in_the_next_session(tmp_path, monkeypatch):
-  """It is stopped in the middle; its output is the input of the next."""
+def test_a_run_continues_in_the_next_session(tmp_path, monkeypatch):
+  """A stopped run continues when its output is attached as input."""
   monkeypatch.setenv('XLA_FLAGS', '--xla_force_host_platform_device_count=2')
+  overrides = [
+      '--config.lora.rank=4', '--config.train.steps=24',
+      '--config.checkpoint.every=1', '--config.eval.every=24',
+      '--config.data.max_length=512', '--config.eval.judged=0',
+      '--config.eval.metric=loss', '--config.eval.mode=min']
   parameters = dict(
-      MODEL='custom', WEIGHTS='random', INPUT=str(tmp_path / 'input'),
-      DATA=_slices(tmp_path / 'input' / 'datasets' / 'slang', 'slang',
-                   dict(train=12, validation=1, test=2)),
-      RUN='run', OVERRIDES=[
-          *_tiny_model(), '--config.lora.rank=4', '--config.train.steps=24',
-          '--config.checkpoint.every=1', '--config.eval.every=24',
-          '--config.data.max_length=512', '--config.eval.judged=0',
-          '--config.eval.max_new_tokens=4', '--config.eval.metric=loss',
-          '--config.eval.mode=min'])
+      WEIGHTS='random', INPUT=str(tmp_path / 'input'),
+      DATA=_write_splits(tmp_path / 'input' / 'datasets' / 'slang', '.csv', **{
+          split: scripts.read_lines(
+              conftest.ROOT / 'data' / 'slang' / f'{split}.csv')[:n + 1]
+          for split, n in dict(train=12, validation=1, test=2).items()}))
   first, second = tmp_path / 'first', tmp_path / 'second'
   watch = threading.Thread(target=_stop_after, args=(3, first / 'run'))
   watch.start()
-  notebook = _execute('gpu_t4x2', OUTPUT=str(first), **parameters)
+  notebook = _execute('gpu_t4x2', *overrides, OUTPUT=str(first), **parameters)
   watch.join()
   assert 'The run is not finished' in _text(notebook)
   assert os.listdir(first) == ['run']
   record = json.loads((first / 'run' / 'run.json').read_text())
   step = record['end']['step']
   assert 3 <= step < 24
-  # Nine hours without the reserve, and what has gone by.
+  # Nine hours, less the reserve and the time that has passed.
   assert 480 < record['config']['deadline_minutes'] <= 510
 
-  # As Kaggle attaches the output of a version.
+  # Kaggle attaches the output of a version here.
   attached = tmp_path / 'input' / 'notebooks' / 'me' / 'gemma-sft-gpu-t4x2'
   shutil.copytree(first, attached)
-  notebook = _execute('gpu_t4x2', OUTPUT=str(second), **parameters)
-  assert f'goes on after {step} updates; copied from {attached}' in (
+  notebook = _execute('gpu_t4x2', *overrides, OUTPUT=str(second), **parameters)
+  assert f'continues after {step} updates; copied from {attached}' in (
       _text(notebook))
   record = json.loads((second / 'run' / 'run.json').read_text())
   assert [start['step'] for start in record['starts']] == [0, step]
@@ -174,26 +168,22 @@ def test_a_run_goes_on_in_the_next_session(tmp_path, monkeypatch):
 
 @pytest.mark.drill
 def test_the_tpu_notebook_takes_the_attached_model(tmp_path):
-  """On eight devices, as its chips are."""
+  """It runs on eight devices, the number of its chips."""
   model = tmp_path / 'input' / 'models' / 'gemma-3' / 'flax' / 'tiny' / '1'
   model.mkdir(parents=True)
   conftest.save_base(tiny.get_config(), model / 'tiny', seed=0)
-  rows = [dict(question=f'How many of {i}?', query=f'SELECT count(*) FROM t{i}',
-               context=f'CREATE TABLE t{i} (a INT)') for i in range(14)]
-  data = {}
-  for split, part in dict(train=rows[:10], validation=rows[10:12],
-                          test=rows[12:]).items():
-    path = tmp_path / f'{split}.jsonl'
-    path.write_text(''.join(json.dumps(row) + '\n' for row in part))
-    data[split] = str(path)
+  rows = [json.dumps(dict(
+      question=f'How many of {i}?', query=f'SELECT count(*) FROM t{i}',
+      context=f'CREATE TABLE t{i} (a INT)')) for i in range(14)]
   output = tmp_path / 'output'
   notebook = _execute(
-      'tpu_v5e8', MODEL='custom', DATA=data, RUN='run',
-      INPUT=str(tmp_path / 'input'), OUTPUT=str(output), OVERRIDES=[
-          *_tiny_model(), '--config.data.batch_size=8',
-          '--config.eval.base_prompt=turns', '--config.train.steps=2',
-          '--config.eval.judged=1', '--config.eval.max_new_tokens=4',
-          '--config.eval.metric=loss', '--config.eval.mode=min'])
+      'tpu_v5e8', '--config.data.batch_size=8',
+      '--config.eval.base_prompt=turns', '--config.train.steps=2',
+      '--config.eval.judged=1', '--config.eval.metric=loss',
+      '--config.eval.mode=min',
+      DATA=_write_splits(tmp_path, '.jsonl', train=rows[:10],
+                         validation=rows[10:12], test=rows[12:]),
+      INPUT=str(tmp_path / 'input'), OUTPUT=str(output))
   record = json.loads((output / 'run' / 'run.json').read_text())
   assert record['starts'][0]['devices']['count'] == 8
   assert record['config']['model.weights'] == str(model / 'tiny')
@@ -202,29 +192,25 @@ def test_the_tpu_notebook_takes_the_attached_model(tmp_path):
 
 
 @pytest.mark.drill
-def test_the_tutorial_tells_its_story(tmp_path, monkeypatch):
+def test_the_tutorial_runs_every_step(tmp_path, monkeypatch):
   monkeypatch.setenv('XLA_FLAGS', '--xla_force_host_platform_device_count=2')
   songs = conftest.ROOT / 'data' / 'lyrics' / 'hindi'
-  data = {}
+  splits = {}
   for split, n in dict(train=8, validation=2, test=2).items():
-    rows = [json.loads(line) for line in
-            songs.joinpath(f'{split}.jsonl').read_text('utf-8').splitlines()]
-    path = tmp_path / f'{split}.jsonl'
-    path.write_text(''.join(
-        # A byte is a token here: the first word of four lines.
-        json.dumps({**row, 'lines': [x.split()[0] for x in row['lines'][:4]]})
-        + '\n' for row in rows[:n]))
-    data[split] = str(path)
+    rows = map(json.loads, scripts.read_lines(songs / f'{split}.jsonl')[:n])
+    # Each byte is a token, so songs are the first words of four lines.
+    splits[split] = [json.dumps(
+        {**row, 'lines': [x.split()[0] for x in row['lines'][:4]]})
+                     for row in rows]
   output = tmp_path / 'output'
   notebook = _execute(
-      'tutorial', MODEL='custom', WEIGHTS='random', DATA=data, RUN='run',
-      OUTPUT=str(output), OVERRIDES=[
-          *_tiny_model(), '--config.train.steps=2', '--config.eval.judged=1',
-          '--config.eval.max_new_tokens=4', '--config.data.max_length=512',
-          '--config.sampling.max_new_tokens=4'])
+      'tutorial', '--config.train.steps=2', '--config.eval.judged=1',
+      '--config.data.max_length=512', '--config.sampling.max_new_tokens=4',
+      WEIGHTS='random', DATA=_write_splits(tmp_path, '.jsonl', **splits),
+      OUTPUT=str(output))
   text = _text(notebook)
   assert (output / 'curated' / 'removed.jsonl').exists()
-  assert '64' in text and '\x1b[32m' in text  # Rows read; what is trained.
+  assert '64' in text and '\x1b[32m' in text  # Rows read; trained tokens.
   assert text.count('> Continue this Hindi') == 2
   _check_scores(notebook, output / 'run', 'base', 'few:4', 'rag:4', 'tuned')
   assert (output / 'run' / 'evaluation' / 'test-llama.cpp.json').exists()
@@ -235,7 +221,7 @@ def test_the_tutorial_tells_its_story(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('name', _NAMES)
-def test_the_notebooks_are_what_their_source_says(name):
+def test_the_notebooks_are_current_and_valid(name):
   text = generate.path(name).read_text('utf-8')
   assert text == generate.generate(name)
   notebook = nbformat.reads(text, as_version=4)
@@ -250,12 +236,12 @@ def test_the_notebooks_are_what_their_source_says(name):
 
 
 @pytest.mark.parametrize('name', _NAMES)
-def test_the_metadata_are_those_of_the_notebook(name):
+def test_the_metadata_match_the_notebook(name):
   folder = _FOLDER / name
   meta = json.loads((folder / 'kernel-metadata.json').read_text())
   assert (folder / meta['code_file']).exists()
   owner, slug = meta['id'].split('/')
-  # Kaggle makes the slug of the title.
+  # Kaggle derives the slug from the title.
   assert owner == 'OWNER' and slug == meta['title']
   assert slug == f'gemma-sft-{name.replace("_", "-")}'
   assert meta['is_private'] is meta['enable_internet'] is True
@@ -268,20 +254,10 @@ def test_the_metadata_are_those_of_the_notebook(name):
       "WEIGHTS = 'attached'" in cells[1].source)
 
 
-def test_the_pins_are_what_setup_asks_for(monkeypatch):
-  pins = dict(
-      line.split('==') for folder in ('gpu', 'kaggle')
-      for line in (conftest.ROOT / 'launch' / folder / 'requirements.txt'
-                   ).read_text().splitlines() if not line.startswith('#'))
-  asked = {}
-  monkeypatch.setattr(setuptools, 'setup', lambda **kw: asked.update(kw))
-  runpy.run_path(str(conftest.ROOT / 'setup.py'))
-  extras = asked['extras_require']
-  for text in (asked['install_requires'] + extras['base'] + extras['export']
-               + extras['plan'] + ['jax-cuda12-plugin[with-cuda]']):
-    wanted = requirements.Requirement(text)
-    name = re.sub('[-_.]+', '-', wanted.name).lower()
-    assert pins[name] in wanted.specifier, text
+def test_the_pins_match_setup(monkeypatch):
+  pins = scripts.check_pins(
+      monkeypatch, ['gpu', 'kaggle'], ['base', 'export', 'plan'],
+      'jax-cuda12-plugin[with-cuda]')
   assert pins['jax-cuda12-plugin'] == pins['jax']
 
 
@@ -297,7 +273,7 @@ def test_the_kernel_may_be_an_older_python():
 
 
 def _begin(folder, **names):
-  """Runs the cell that finds the project, in a folder outside of it."""
+  """Runs the cell that finds the project, in another folder."""
   cells = nbformat.read(
       _FOLDER / 'gpu_t4x2' / 'notebook.ipynb', as_version=4).cells
   code, = (cell.source for cell in cells if 'MARK =' in cell.source)
@@ -310,42 +286,42 @@ def _begin(folder, **names):
       cwd=folder, capture_output=True, text=True, check=False)
 
 
+@pytest.fixture(name='clone')
+def _clone(tmp_path):
+  """A folder with the one file by which a project is found."""
+  (tmp_path / 'clone/launch/kaggle').mkdir(parents=True)
+  shutil.copy(_FOLDER / 'session.py', tmp_path / 'clone/launch/kaggle')
+  return tmp_path / 'clone'
+
+
 @pytest.mark.parametrize('form', ['folder', 'zip'])
-def test_the_project_is_an_attached_data_set(tmp_path, form):
+def test_the_project_is_an_attached_data_set(tmp_path, clone, form):
   attached = tmp_path / 'input' / 'datasets' / 'me' / 'gemma-sft-code'
-  launch = tmp_path / 'clone' / 'launch' / 'kaggle'
-  launch.mkdir(parents=True)
-  shutil.copy(_FOLDER / 'session.py', launch)
   if form == 'folder':
-    shutil.copytree(tmp_path / 'clone', attached)
+    shutil.copytree(clone, attached)
   else:
-    shutil.make_archive(str(attached / 'gemma_sft'), 'zip', tmp_path / 'clone')
+    shutil.make_archive(str(attached / 'gemma_sft'), 'zip', clone)
   project = tmp_path / 'gemma_sft' / 'project'
-  for _ in range(2):  # Done again, it does the same.
+  for _ in range(2):  # A second call does the same.
     done = _begin(tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f'{project} {tmp_path / "output"}'
 
 
-def test_the_project_is_cloned(tmp_path):
-  clone = tmp_path / 'clone'
-  (clone / 'launch' / 'kaggle').mkdir(parents=True)
-  shutil.copy(_FOLDER / 'session.py', clone / 'launch' / 'kaggle')
+def test_the_project_is_cloned(tmp_path, clone):
   git = ['git', '-c', 'user.name=a', '-c', 'user.email=a@example.com']
-  for command in (['init'], ['add', '.'], ['commit', '--message=a']):
-    subprocess.run([*git, *command, '--quiet'] if command[0] != 'add'
-                   else [*git, *command], cwd=clone, check=True)
+  for command in ('init --quiet', 'add .', 'commit --quiet --message=a'):
+    subprocess.run([*git, *command.split()], cwd=clone, check=True)
   assert _begin(tmp_path, SOURCE=str(clone)).returncode == 0
   done = _begin(tmp_path, SOURCE=str(tmp_path / 'other'))
   assert done.returncode == 1 and 'Traceback' not in done.stderr
   assert 'cannot be cloned' in done.stderr
 
 
-def test_no_project_is_told(tmp_path):
+def test_a_missing_project_is_reported(tmp_path):
   done = _begin(tmp_path)
-  assert done.returncode == 1
+  assert done.returncode == 1 and 'Traceback' not in done.stderr
   assert 'attach the data set' in done.stderr
-  assert 'Traceback' not in done.stderr
 
 
 # The session ------------------------------------------------------------------
@@ -360,7 +336,7 @@ def _local(tmp_path):
   return s
 
 
-def test_what_the_kernel_sets_is_not_passed_on(local, monkeypatch, capfd):
+def test_variables_of_the_kernel_are_not_passed_on(local, monkeypatch, capfd):
   monkeypatch.setenv('PYTHONPATH', '/kernel')
   monkeypatch.setenv('MPLBACKEND', 'module://inline')
   monkeypatch.setenv('KEPT', 'yes')
@@ -375,7 +351,7 @@ def test_a_command_that_fails_stops_the_notebook(local, capfd):
   assert capfd.readouterr().out == 'why\n'
   local.execute([sys.executable, '-c',
                  f'raise SystemExit({stop_lib.UNFINISHED})'])
-  # What IPython shows in the place of a traceback.
+  # IPython shows this instead of a traceback.
   assert stop.value._render_traceback_() == [str(stop.value)]
 
 
@@ -394,14 +370,14 @@ def test_an_interrupt_lets_the_command_save(local, capfd):
 def test_the_time_of_a_session(local, capsys, monkeypatch):
   monkeypatch.setattr(session, '_STARTED', time.time() - 60 * 100)
   assert local.minutes_left(9, 30) == pytest.approx(410, abs=5)
-  with pytest.raises(session.Stop, match='begin a new session'):
+  with pytest.raises(session.Stop, match='start a new session'):
     local.minutes_left(0.5, 31)
   # A hosted session counts from the start of the container.
   monkeypatch.setattr(
       session, '_container_start', lambda: time.time() - 60 * 200)
   local.hosted = True
   assert local.minutes_left(9, 30) == pytest.approx(310, abs=5)
-  assert 'then it saves' in capsys.readouterr().out
+  assert 'training saves and stops' in capsys.readouterr().out
 
 
 def test_the_container_started_before_this_process():
@@ -423,7 +399,7 @@ def _files(folder, *names):
 
 def test_the_attached_model_is_found(local, tmp_path):
   root = tmp_path / 'input'
-  # Runs that are attached have checkpoints too.
+  # Attached runs contain checkpoints, too.
   _files(root, 'notebooks/me/run/config.json', 'notebooks/me/run/checkpoints/3/'
          'state/_METADATA', 'notebooks/me/export/hf/model.safetensors')
   with pytest.raises(session.Stop, match='0 models'):
@@ -439,23 +415,23 @@ def test_the_attached_model_is_found(local, tmp_path):
   assert local.weights('pypi:x') == 'pypi:x'
 
 
-def test_the_newest_copy_of_a_run_is_brought_back(local, tmp_path, capsys):
+def test_the_newest_copy_of_a_run_is_restored(local, tmp_path, capsys):
   root = tmp_path / 'input'
-  assert local.bring_back('run') == f'{local.output}/run'
+  assert local.restore('run') == f'{local.output}/run'
   assert not os.path.exists(f'{local.output}/run')
   for where, step in (('a', 9), ('b', 12)):
     _files(root, f'{where}/run/config.json',
            f'{where}/run/checkpoints/{step}/meta')
   _files(root, 'c/other/config.json', 'c/other/checkpoints/99/meta')
-  # Of a copy that was interrupted.
+  # Left by a copy that was interrupted.
   _files(tmp_path / 'output', 'run.partial/old')
-  local.bring_back('run')
+  local.restore('run')
   assert os.listdir(f'{local.output}/run/checkpoints') == ['12']
   assert os.listdir(local.output) == ['run']
   _files(root, 'd/run/config.json', 'd/run/checkpoints/15/meta')
-  local.bring_back('run')  # What is there goes on.
+  local.restore('run')  # The workdir in the output is used as it is.
   assert os.listdir(f'{local.output}/run/checkpoints') == ['12']
-  assert capsys.readouterr().out.count('goes on after 12 updates') == 2
+  assert capsys.readouterr().out.count('continues after 12 updates') == 2
 
 
 def test_an_export_that_does_not_fit_is_not_kept(local, tmp_path):
@@ -464,7 +440,7 @@ def test_an_export_that_does_not_fit_is_not_kept(local, tmp_path):
   with pytest.raises(session.Stop, match='fewer FORMATS'):
     local.keep(str(tmp_path / 'export'), limit=29)
   assert os.listdir(local.output) == ['run']
-  for _ in range(2):  # The one before it does not count.
+  for _ in range(2):  # The copy that is replaced does not count.
     kept = local.keep(str(tmp_path / 'export'), limit=30)
   assert sorted(os.listdir(kept)) == ['export.json', 'gguf']
 
@@ -474,29 +450,22 @@ def test_an_export_that_does_not_fit_is_not_kept(local, tmp_path):
 
 @pytest.fixture(name='project')
 def _project(tmp_path, monkeypatch):
-  """A clone, and a program that stands in for Kaggle's client."""
-  project, programs = tmp_path / 'clone', tmp_path / 'bin'
-  shutil.copytree(conftest.ROOT / 'launch', project / 'launch')
-  programs.mkdir()
+  """A project, and a program that stands in for Kaggle's client."""
+  project = scripts.copy_launch(tmp_path, monkeypatch)
   for name, text in {
       'kaggle': f'echo "kaggle $*" >>{tmp_path}/calls\n'
                 f'[ "$2" != status ] || exit "$(cat {tmp_path}/status)"',
       'git': '[ "$1" = rev-parse ] && echo abc || touch "${3#--output=}"',
   }.items():
-    (programs / name).write_text(f'#!{_BASH}\n{text}\n')
-    (programs / name).chmod(0o755)
-  monkeypatch.setenv('PATH', f'{programs}{os.pathsep}{os.environ["PATH"]}')
+    scripts.write_program(tmp_path / 'bin' / name, text)
   monkeypatch.setenv('KAGGLE_USERNAME', 'me')
   for name in ('DRY_RUN', 'CONTINUE'):
     monkeypatch.delenv(name, raising=False)
-  monkeypatch.chdir(project)
   return project
 
 
 def _launch(script, *arguments, **environment):
-  return subprocess.run(
-      [_BASH, f'launch/kaggle/{script}.sh', *arguments], text=True,
-      env=os.environ | environment, capture_output=True, check=False)
+  return scripts.launch(f'kaggle/{script}', *arguments, **environment)
 
 
 def test_a_notebook_is_sent(project):
@@ -525,8 +494,7 @@ def test_the_code_is_sent(project, status, verb):
   assert sorted(os.listdir(project / 'build' / 'kaggle' / 'code')) == [
       'dataset-metadata.json', 'gemma_sft.zip']
   last = (project.parent / 'calls').read_text().splitlines()[-1]
-  assert last.startswith(
-      f'kaggle datasets {verb} --path=build/kaggle/code')
+  assert last.startswith(f'kaggle datasets {verb} --path=build/kaggle/code')
 
 
 @pytest.mark.parametrize('script, name', [
@@ -539,8 +507,8 @@ def test_a_dry_run_runs_nothing(project, script, name):
   assert f'me/gemma-sft-{name}' in done.stdout
   assert sorted(project.rglob('*')) == before
   assert not (project.parent / 'calls').exists()
-  # What is printed can be pasted.
-  assert subprocess.run([_BASH, '-n'], input=done.stdout, text=True,
+  # The output can be pasted into a shell.
+  assert subprocess.run([scripts.BASH, '-n'], input=done.stdout, text=True,
                         check=False).returncode == 0
 
 
@@ -549,11 +517,10 @@ def test_a_dry_run_runs_nothing(project, script, name):
     ('pull', 'code', {}, "notebook 'code'"),
     ('push', 'tutorial', {'KAGGLE_USERNAME': ''}, 'KAGGLE_USERNAME='),
     ('push', 'tutorial', {'KAGGLE_USERNAME': 'a/b'}, 'KAGGLE_USERNAME=a/b'),
-    ('push', 'tutorial', {'PATH': os.path.dirname(_BASH)}, 'no program kaggle'),
+    ('push', 'tutorial', {'PATH': os.path.dirname(scripts.BASH)},
+     'no program kaggle'),
 ])
-def test_a_mistake_is_told_in_one_line(project, script, name, variables, got):
-  done = _launch(script, name, **variables)
-  assert done.returncode == 2
-  line, = done.stderr.splitlines()
-  assert line.startswith(f'got: {got}; expected: ') and '; fix: ' in line
+def test_a_mistake_is_reported_in_one_line(
+    project, script, name, variables, got):
+  scripts.check_refused(_launch(script, name, **variables), got)
   assert not (project.parent / 'calls').exists()
