@@ -10,7 +10,6 @@ import bisect
 import dataclasses
 import hashlib
 from typing import Any
-from typing import Iterator
 from typing import Sequence
 
 import numpy as np
@@ -19,7 +18,7 @@ from gemma_sft import chat
 from gemma_sft import errors
 from gemma_sft.inputs import token_cache
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]  # Of numpy arrays and scalars.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +63,8 @@ class Layout:
 
 
 def plan_epoch(
-    lengths: Sequence[int], layout: Layout, *, seed: int | None, epoch: int
+    lengths: Sequence[int] | np.ndarray, layout: Layout, *, seed: int | None,
+    epoch: int
 ) -> list[tuple[int, list[list[int]]]]:
   """Returns the batches of an epoch as (row length T, rows of example numbers).
 
@@ -147,7 +147,8 @@ def _pack(order, lengths, capacity, *, mixed):
   kind.
   """
   n = len(order)
-  waiting = {}  # Length -> indices into `order`, the next one last.
+  # Length -> indices into `order`, the next one last.
+  waiting: dict[int, list[int]] = {}
   for at in reversed(range(n)):
     waiting.setdefault(lengths[order[at]], []).append(at)
   next_at = np.full(capacity + 1, n)
@@ -172,12 +173,12 @@ def _pack(order, lengths, capacity, *, mixed):
       while not is_sum[room]:  # What cannot be filled stays empty.
         room -= 1
       # Of each length up to `room`: its next example, if the rest is a sum.
-      indices = np.where(is_sum[room::-1], next_at[:room + 1], n)
+      fitting = np.where(is_sum[room::-1], next_at[:room + 1], n)
       if mixed:
-        length = int(indices.argmin())
+        length = int(fitting.argmin())
       else:
-        length = int(np.flatnonzero(indices < n).max(initial=0))
-      if indices[length] == n:
+        length = int(np.flatnonzero(fitting < n).max(initial=0))
+      if fitting[length] == n:
         length = 0
     rows.append(row)
   return rows
@@ -389,8 +390,8 @@ def _assemble(rows: list[list[chat.Example]], T: int) -> Batch:
 
 
 def make_iterator(
-    source: Batches, *, state: dict[str, Any] | None = None) -> Iterator[Batch]:
-  """Returns a prefetching Grain iterator.
+    source: Batches, *, state: dict[str, Any] | None = None) -> Any:
+  """Returns a prefetching Grain iterator over batches.
 
   It continues from `state`, the `get_state()` of an earlier one, which counts
   the batches consumed, not those prefetched.

@@ -124,7 +124,7 @@ def test_results_are_side_by_side(tmp_path):
 def test_the_best_is_by_the_metric_and_mode_of_the_run(tmp_path):
   a = _make(tmp_path / 'a', config={'eval.mode': 'max'}, losses=(2., 3., 3.))
   run = compare_runs.load(a, 'a', {})
-  # Of equals the later, as in training.
+  # Ties go to the later step, as in training.
   assert compare_runs.best_of(run) == {
       'metric': 'loss', 'value': 3.0, 'step': 20}
 
