@@ -134,7 +134,7 @@ def test_a_changed_table_is_other_data(
     script = folder / 'database' / 'text' / 'text.sql'
     script.write_text(_SCRIPT.replace('age INTEGER', 'age TEXT'))
   for workdir, message in (('new', 'the training records'),
-                           ('old', 'cannot be made again')):
+                           ('old', 'cannot be reproduced')):
     with pytest.raises(errors.UserError, match=message):
       train.main(run_config, str(tmp_path / workdir), False)
 
