@@ -123,13 +123,15 @@ def _largest(folder: pathlib.Path) -> pathlib.Path:
              key=lambda p: p.stat().st_size)
 
 
+# Damage goes to state/d, which is read: ocdbt.process_0 beside it holds files
+# of the save that may be as large.
 def _truncate(folder):
-  path = _largest(folder / 'state')
+  path = _largest(folder / 'state' / 'd')
   path.write_bytes(path.read_bytes()[:100])
 
 
 def _flip(folder):
-  path = _largest(folder / 'state')
+  path = _largest(folder / 'state' / 'd')
   content = bytearray(path.read_bytes())
   for i in range(len(content) // 2, len(content) // 2 + 8):
     content[i] ^= 0xFF
