@@ -16,6 +16,7 @@ from absl import flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
+from gemma_sft import pages
 from gemma_sft.inputs import records as records_lib
 from gemma_sft.tasks.blop import task
 from gemma_sft.tasks.chat import task as chat_task
@@ -26,59 +27,57 @@ _DATA = flags.DEFINE_list(
 _COLUMNS = ('strict', 'component', 'right', 'same_tags', 'fallback')
 
 
-def reworded(code: str) -> str | None:
+# A change returns the code as it is where there is nothing to change.
+
+
+def reworded(code: str) -> str:
   """Changes wrappers and class names, which leaves an answer right."""
-  changed = re.sub(r"class='([\w-]+)'", r"class='the-\1'", code)
-  changed = re.sub(r'<(/?)(?:section|article)\b', r'<\1div', changed)
-  changed = re.sub(r'<(/?)(?:strong|em|b|small)\b', r'<\1span', changed)
-  return changed if changed != code else None
+  code = re.sub(r"class='([\w-]+)'", r"class='the-\1'", code)
+  code = re.sub(r'<(/?)(?:section|article)\b', r'<\1div', code)
+  return re.sub(r'<(/?)(?:strong|em|b|small)\b', r'<\1span', code)
 
 
-def renamed(code: str) -> str | None:
+def renamed(code: str) -> str:
   """Renames everything that the code defines."""
-  names = re.findall(r'^(?:async )?(?:def|class) (\w+)', code, re.MULTILINE)
-  for name in names:
+  for name in re.findall(
+      r'^(?:async )?(?:def|class) (\w+)', code, re.MULTILINE):
     code = re.sub(rf'\b{name}\b', f'{name}Two', code)
-  return code if names else None
+  return code
 
 
-def retagged(code: str) -> str | None:
+def retagged(code: str) -> str:
   """Replaces a tag that means something."""
   others = {'button': 'span', 'li': 'p', 'tr': 'div', 'td': 'b', 'a': 'span',
             'input': 'img', 'img': 'span', 'h2': 'p', 'h3': 'p',
             'select': 'div', 'svg': 'div', 'h1': 'p', 'textarea': 'pre',
             'form': 'div'}
   for old, new in others.items():
-    changed = re.sub(rf'<(/?){old}\b', rf'<\1{new}', code)
-    if changed != code:
-      return changed
-  return None
+    if re.search(rf'</?{old}\b', code):
+      return re.sub(rf'<(/?){old}\b', rf'<\1{new}', code)
+  return code
 
 
-def without_handlers(code: str) -> str | None:
+def without_handlers(code: str) -> str:
   """Removes the event handlers."""
-  changed = re.sub(r' on=\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}', '', code)
-  return changed if changed != code else None
+  return re.sub(r' on=\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}', '', code)
 
 
-def other_field(code: str, prompt: str) -> str | None:
+def other_field(code: str, prompt: str) -> str:
   """Reads a field that does not exist instead of one that the prompt names."""
   fields = [f for f in re.findall(r'\w\.(\w+)\b(?!\()', code)
             if f not in ('length', 'blop', 'target', 'value', 'css', 'js')
             and re.search(rf'\b{f}\b', prompt)]
-  if not fields:
-    return None
-  return re.sub(rf'\.{fields[-1]}\b(?!\()', '.zzz', code)
+  return re.sub(
+      rf'\.{fields[-1]}\b(?!\()', '.zzz', code) if fields else code
 
 
-def other_condition(code: str) -> str | None:
+def other_condition(code: str) -> str:
   """Negates a condition."""
   for old, new in (('==', '!='), (' < ', ' >= '), (' > ', ' <= '),
                    ('if !', 'if ')):
     if old in code:
       return code.replace(old, new)
-  changed = re.sub(r'\bif ([a-z][\w.]*)( \{| =>)', r'if !\1\2', code)
-  return changed if changed != code else None
+  return re.sub(r'\bif ([a-z][\w.]*)( \{| =>)', r'if !\1\2', code)
 
 
 def javascript(code: str) -> str:
@@ -112,25 +111,29 @@ def main(argv):
     good = [v['strict'] for v in task.compile_snippets(codes)]
     rows = [r for r, ok in zip(rows, good) if ok]
     codes = [c for c, ok in zip(codes, good) if ok]
+
+  def changed(change, *columns):
+    return [new if (new := change(code, *more)) != code else None
+            for code, *more in zip(codes, *columns)]
+
   variants = {
-      'as it stands': codes, 'other classes and wrappers': map(reworded, codes),
+      'as it stands': codes, 'other classes and wrappers': changed(reworded),
       "another record's answer": codes[1:] + codes[:1],
-      'another name': map(renamed, codes), 'another tag': map(retagged, codes),
-      'no event handlers': map(without_handlers, codes),
-      'another field': map(other_field, codes, map(chat_task.prompt, rows)),
-      'a negated condition': map(other_condition, codes),
+      'another name': changed(renamed), 'another tag': changed(retagged),
+      'no event handlers': changed(without_handlers),
+      'another field': changed(other_field, map(chat_task.prompt, rows)),
+      'a negated condition': changed(other_condition),
       'JavaScript': map(javascript, codes), 'Python': map(python, codes),
       'two thirds of it': map(truncated, codes)}
-  print(f'| answers | n | {" | ".join(_COLUMNS)} |')
-  print(f'|---|---|{"---|" * len(_COLUMNS)}')
-  for name, changed in variants.items():
-    kept = [(r, c) for r, c in zip(rows, changed) if c is not None]
+  table = []
+  for name, answers in variants.items():
+    kept = [(r, c) for r, c in zip(rows, answers) if c is not None]
     judged = task.judge(*zip(*kept))
-    cells = []
-    for column in _COLUMNS:
-      values = [row[column] for row in judged.rows if column in row]
-      cells.append(f'{sum(values) / max(1, len(values)):.3f} of {len(values)}')
-    print(f'| {name} | {len(kept)} | {" | ".join(cells)} |', flush=True)
+    columns = ([row[column] for row in judged.rows if column in row]
+               for column in _COLUMNS)
+    table.append((name, len(kept), *(
+        f'{sum(v) / max(1, len(v)):.3f} of {len(v)}' for v in columns)))
+  print(pages.table(('answers', 'n', *_COLUMNS), table))
 
 
 if __name__ == '__main__':

@@ -10,6 +10,7 @@ and a column for each metric.
 import argparse
 import random
 
+from gemma_sft import pages
 from gemma_sft.curation import romanise
 from gemma_sft.inputs import records
 from gemma_sft.tasks.lyrics import task
@@ -30,12 +31,14 @@ def broken(openings: list[list[str]], rests: list[list[str]],
       "another song's rest": rests[1:] + rests[:1],
       'the first line again and again': [
           opening[:1] * len(rest) for opening, rest in zip(openings, rests)],
-      'nothing': [[] for _ in rests],
-  }
+      'nothing': [[] for _ in rests]}
   if training:
-    rows['the rest of a training song'] = [
-        rng.choice(training) for _ in rests]
+    rows['the rest of a training song'] = [rng.choice(training) for _ in rests]
   return rows
+
+
+def _rest(song):
+  return task.to_messages(song)[-1].content.split('\n')
 
 
 def main() -> None:
@@ -45,25 +48,20 @@ def main() -> None:
   args = parser.parse_args()
   songs = records.read(args.data)
   training = records.read(args.train) if args.train else []
-  openings, rests = [], []
-  for song in songs:
-    lines = task.song_lines(song)
-    rests.append(task.to_messages(song)[-1].content.split('\n'))
-    openings.append(lines[:len(lines) - len(rests[-1])])
-  training_rests = [
-      task.to_messages(song)[-1].content.split('\n') for song in training]
-
-  names = []
-  for what, completions in broken(openings, rests, training_rests).items():
-    judged = task.judge(songs, ['\n'.join(c) for c in completions], training)
-    if not names:
-      names = [name for name in judged.metrics if name != 'n']
-      print(f'{len(songs)} songs,'
-            f' {sum("refrain" in row for row in judged.rows)} with a refrain')
-      print('| answer |', ' | '.join(names), '|')
-      print('|---' * (len(names) + 1) + '|')
-    print(f'| {what} |', ' | '.join(
-        f'{judged.metrics[name]:.2f}' for name in names), '|')
+  rests = [_rest(song) for song in songs]
+  openings = [task.song_lines(song)[:-len(rest)]
+              for song, rest in zip(songs, rests)]
+  judged = {
+      what: task.judge(songs, ['\n'.join(c) for c in completions], training)
+      for what, completions in broken(
+          openings, rests, [_rest(song) for song in training]).items()}
+  real = judged['the song itself']
+  names = [name for name in real.metrics if name != 'n']
+  print(f'{len(songs)} songs,'
+        f' {sum("refrain" in row for row in real.rows)} with a refrain')
+  print(pages.table(('answer', *names), [
+      (what, *(f'{result.metrics[name]:.2f}' for name in names))
+      for what, result in judged.items()]))
 
 
 if __name__ == '__main__':

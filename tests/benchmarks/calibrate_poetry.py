@@ -11,11 +11,13 @@ poems that a model will be tested on.
 
 import argparse
 import collections
+import itertools
 import json
 import random
 
 import opencc
 
+from gemma_sft import pages
 from gemma_sft.inputs import records
 from gemma_sft.tasks.poetry import pingshui
 from gemma_sft.tasks.poetry import task
@@ -31,10 +33,7 @@ def _rates(texts, form):
 
 
 def _cut(characters, form):
-  width = int(form[0])
-  lines = [''.join(characters[i:i + width])
-           for i in range(0, len(characters), width)]
-  return '，'.join(lines)
+  return '，'.join(map(''.join, itertools.batched(characters, int(form[0]))))
 
 
 def _rhyme_words(texts):
@@ -65,8 +64,7 @@ def main() -> None:
     return
   rng = random.Random(0)
   simplify = opencc.OpenCC('t2s').convert
-  print('| form | poems | real | real, simplified | characters shuffled |'
-        ' lines of other poems |\n|---|---|---|---|---|---|')
+  rows = []
   for form in task.FORMS:
     real = [t for t in texts if task.form_of(t) == form]
     pool = [line for t in real for line in task.split_lines(t)]
@@ -77,9 +75,11 @@ def main() -> None:
       rng.shuffle(characters)
       shuffled.append(_cut(characters, form))
       mixed.append('，'.join(rng.sample(pool, len(lines))))
-    cells = [_rates(kind, form) for kind in (
-        real, [simplify(t) for t in real], shuffled, mixed)]
-    print(f'| {form} | {len(real)} | ' + ' | '.join(cells) + ' |')
+    rows.append((form, len(real), *(_rates(kind, form) for kind in (
+        real, [simplify(t) for t in real], shuffled, mixed))))
+  print(pages.table(
+      ('form', 'poems', 'real', 'real, simplified', 'characters shuffled',
+       'lines of other poems'), rows))
 
 
 if __name__ == '__main__':

@@ -12,6 +12,7 @@ import argparse
 import random
 import re
 
+from gemma_sft import pages
 from gemma_sft.inputs import records as records_lib
 from gemma_sft.tasks.slang import task
 
@@ -20,9 +21,8 @@ _METRICS = ('good', 'format', 'in_example', 'novel', 'first', 'copied',
 
 
 def _lines(row):
-  lines = {f'{k.capitalize()}:': row[k]
-           for k in ('slang', 'description', 'example') if row[k]}
-  return [f'{label} {value}' for label, value in lines.items()]
+  return [f'{name.capitalize()}: {row[name]}'
+          for name in ('slang', 'description', 'example') if row[name]]
 
 
 def _text(row):
@@ -35,10 +35,6 @@ def _elsewhere(rows, rng):
   rng.shuffle(order)
   moved = dict(zip(order, order[1:] + order[:1]))
   return [rows[moved[i]] for i in range(len(rows))]
-
-
-def _word_of(row, rng):
-  return rng.choice([w for w in row['context'].split() if w.isalpha()])
 
 
 def _with_term(row, term):
@@ -68,7 +64,8 @@ def answers(rows, training, rng) -> dict[str, list[str]]:
   if all(r['context'] for r in rows):
     kinds['a word of the context as the term'] = [
         _text({**r, 'slang': word, 'example': f'{word}: {r["example"]}'})
-        for r in rows for word in [_word_of(r, rng)]]
+        for r in rows for word in [rng.choice(
+            [w for w in r['context'].split() if w.isalpha()])]]
   if training:
     copies = [rng.choice(training) for _ in rows]
     kinds |= {
@@ -97,12 +94,11 @@ def main() -> None:
   print(f'{len(rows)} records ({n_with["example"]} with an example,'
         f' {n_with["context"]} with a context), {len(training)} for training;'
         f' check_answers finds {len(task.check_answers(records))}\n')
-  print(f'| answers | {" | ".join(_METRICS)} |')
-  print('|---' * (len(_METRICS) + 1) + '|')
-  for name, texts in kinds.items():
-    metrics = task.judge(records, texts, training).metrics
-    cells = [f'{metrics[m]:.2f}' if m in metrics else '-' for m in _METRICS]
-    print(f'| {name} | {" | ".join(cells)} |')
+  metrics = {name: task.judge(records, texts, training).metrics
+             for name, texts in kinds.items()}
+  print(pages.table(('answers', *_METRICS), [
+      (name, *(f'{row[m]:.2f}' if m in row else '-' for m in _METRICS))
+      for name, row in metrics.items()]))
 
 
 if __name__ == '__main__':

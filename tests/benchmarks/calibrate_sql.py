@@ -11,6 +11,7 @@ import argparse
 import random
 import re
 
+from gemma_sft import pages
 from gemma_sft.inputs import records as records_lib
 from gemma_sft.tasks.sql import task
 
@@ -18,14 +19,8 @@ _SEED = 0
 _WORDS = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"|\w+(?:\.\w+)?|[^\w\s]+")
 
 
-def _own(record, records, rng):
-  del records, rng
-  return record.fields['query']
-
-
-def _spelled_otherwise(record, records, rng):
+def _spelled_otherwise(record, *_):
   """Swaps upper and lower case outside of strings, and adds a fence."""
-  del records, rng
   parts = re.split(r"('(?:[^']|'')*'|\"[^\"]*\")", record.fields['query'])
   query = ''.join(p if i % 2 else p.swapcase() for i, p in enumerate(parts))
   return f'```sql\n{query};\n```\nThis answers it.'
@@ -38,16 +33,14 @@ def _another_question(record, records, rng):
   return rng.choice(others) if others else None
 
 
-def _no_condition(record, records, rng):
-  del records, rng
+def _no_condition(record, *_):
   query = re.sub(
       r' WHERE .*?(?= GROUP BY| ORDER BY| INTERSECT| EXCEPT| UNION|\)|$)', '',
       record.fields['query'], count=1, flags=re.IGNORECASE)
   return query if query != record.fields['query'] else None
 
 
-def _wrong_table(record, records, rng):
-  del records
+def _wrong_table(record, _, rng):
   tables = re.findall(r'^(\w+)\(', task.schema_text(record), re.MULTILINE)
   query = record.fields['query']
   used = [t for t in tables
@@ -59,14 +52,14 @@ def _wrong_table(record, records, rng):
                 flags=re.IGNORECASE)
 
 
-def _shuffled(record, records, rng):
-  del records
+def _shuffled(record, _, rng):
   words = _WORDS.findall(record.fields['query'])
   return 'SELECT ' + ' '.join(rng.sample(words[1:], len(words) - 1))
 
 
 _BROKEN = {
-    'the own query': _own, 'spelled otherwise, in a fence': _spelled_otherwise,
+    'the own query': lambda record, *_: record.fields['query'],
+    'spelled otherwise, in a fence': _spelled_otherwise,
     'without its first condition': _no_condition,
     'another query of the database': _another_question,
     'from a wrong table': _wrong_table, 'words shuffled': _shuffled}
@@ -77,19 +70,20 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--data', required=True)
   records = records_lib.read(parser.parse_args().data)
-  print('| answers | n | counted | execution | valid | exact |')
-  print('|---|---|---|---|---|---|')
+  rows = []
   for name, broken in _BROKEN.items():
     rng = random.Random(_SEED)
     pairs = [(r, answer) for r in records
              if (answer := broken(r, records, rng)) is not None]
     judged = task.judge(*zip(*pairs)) if pairs else task.judge([], [])
     counted = [row['execution'] for row in judged.rows if 'execution' in row]
-    right = f'{sum(counted)}/{len(counted)}'
-    shares = ' | '.join(f'{judged.metrics.get(k, 0):.3f}'
-                        for k in ('valid', 'exact'))
-    print(f'| {name} | {len(pairs)} | {len(counted)} | '
-          f'{judged.metrics.get("execution", 0):.3f} ({right}) | {shares} |')
+    execution, valid, exact = (
+        f'{judged.metrics.get(name, 0):.3f}'
+        for name in ('execution', 'valid', 'exact'))
+    rows.append((name, len(pairs), len(counted),
+                 f'{execution} ({sum(counted)}/{len(counted)})', valid, exact))
+  print(pages.table(
+      ('answers', 'n', 'counted', 'execution', 'valid', 'exact'), rows))
 
 
 if __name__ == '__main__':

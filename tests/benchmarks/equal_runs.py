@@ -1,23 +1,23 @@
-"""Whether two checkouts train and export the same bits: for a refactoring.
+"""Proves that a refactoring changes no bit of what is trained and exported.
 
     python tests/benchmarks/equal_runs.py --before=CHECKOUT --after=CHECKOUT
-    python tests/benchmarks/equal_runs.py --before=CHECKOUT --after=CHECKOUT \
+    python tests/benchmarks/equal_runs.py --before=CHECKOUT --after=CHECKOUT \\
         --before_results=FOLDER --only=lora,dora --parallel=2
 
-Each variant below is trained in either checkout by `python -m gemma_sft.train`
+Each variant below is trained in both checkouts by `python -m gemma_sft.train`
 (six updates of a model of random weights on made-up text, on the CPU) and
-exported by `python -m gemma_sft.export`, which proves nothing here. Compared,
-exactly: every number that a line of metrics.jsonl has in both runs, times
-aside; the hash chain of the batches; the SHA-256 of every exported file but
-README.md and export.json. One row a variant says `equal` or the first
-difference; status 1 if anything differs or fails.
+exported by `python -m gemma_sft.export`, without its proofs. These must be
+equal: every number that a line of metrics.jsonl has in both runs, except times;
+the hash chain of the batches; the SHA-256 of every exported file but README.md
+and export.json. The table says `equal` or the first difference of each variant;
+the status is 1 if anything differs or fails.
 
-With --before_results the runs of `before` are kept there and serve again for
-the same code, packages and processor; once complete they do without --before.
-Both sides share one cache of compiled programs, so a program that is the same
-in both is compiled once. A checkout must not change while its code runs.
+With --before_results the runs of `before` are kept there and used again with
+the same code, packages and processor; once all are there, --before may be left
+out. Both sides share one cache of compiled programs, so equal programs are
+compiled once. A checkout must not change while its code runs.
 
-A config key that `after` has renamed is looked up in `_RENAMED`. Both run in
+`_RENAMED` has the config keys that `after` may have renamed. Both sides run in
 this interpreter's environment, each with its own gemma_sft.
 """
 
@@ -51,7 +51,7 @@ _RENAMED = {
 # Lines of metrics.jsonl have these in both runs, or in neither.
 _ALWAYS = ('chain', 'grad_norm', 'loss', 'eval/loss')
 _TIMES = ('time', 'first_step_seconds', 'tokens_per_second')
-# They tell of the code that wrote them: its commit and its config's names.
+# They name the commit and the config keys of the code that wrote them.
 _NOT_COMPARED = ('README.md', 'export.json')
 _WEIGHTS = ('.gguf', '.safetensors')
 # Their versions may change what is computed or written.
@@ -70,14 +70,9 @@ _MERGED = ('hf', 'gguf-f16', 'gguf-q8_0')
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-  """A run and what is exported of it.
+  """A run, and the formats of the adapter alone and of the merged model.
 
-  Attributes:
-    settings: Config keys, by the older names, on top of `_SETTINGS`.
-    adapters: Formats of the adapter alone.
-    merged: Formats of the whole model.
-    generation: Of Gemma.
-    devices: Of the CPU.
+  The settings are config keys, by the older names, on top of `_SETTINGS`.
   """
 
   settings: dict[str, Any]
@@ -88,7 +83,7 @@ class Variant:
 
 
 VARIANTS = {
-    # The one that also answers, which takes long to compile.
+    # The only one that also generates, which takes long to compile.
     'lora': Variant({
         'eval.judged': 2, 'eval.prompts': "('What is a lark?',)"}),
     'dora': Variant({'lora.dora': True}, ('peft',)),
@@ -123,7 +118,6 @@ class Checkout:
   """One of the two sides.
 
   Attributes:
-    folder: Of the checkout.
     keys: Of its configs/default.py.
     code: Hash of all files of gemma_sft/ and configs/.
     commit: For people; '+' where these files differ from it.
@@ -165,7 +159,7 @@ print(json.dumps([gemma_sft.__file__, list(keys(default.get_config()))]))
 
 
 def open_checkout(folder: pathlib.Path) -> Checkout:
-  """Reads which keys a checkout has, and that its own code is what runs."""
+  """Reads the config keys of a checkout and checks that its own code runs."""
   folder = folder.resolve()
   done = subprocess.run(
       [sys.executable, '-c', _PROBE], cwd=folder, env=_environment(folder),
@@ -208,18 +202,12 @@ def _environment(folder, devices=1, cache=None):
 
 
 def run(
-    checkout: Checkout,
-    name: str,
-    folder: pathlib.Path,
-    cache: pathlib.Path,
+    checkout: Checkout, name: str, folder: pathlib.Path, cache: pathlib.Path,
 ) -> dict[str, Any]:
-  """Trains and exports a variant.
+  """Trains and exports a variant with the code of a checkout.
 
-  Args:
-    checkout: Whose code runs.
-    name: A key of `VARIANTS`.
-    folder: Is made anew; keeps logs, workdir, exported files and result.json.
-    cache: For compiled programs.
+  The folder is made anew; it keeps logs, workdir, exported files and
+  result.json. The cache is for compiled programs.
 
   Returns:
     {'made_by', 'commit', 'seconds', 'metrics': lines, 'files': {path:
@@ -230,10 +218,12 @@ def run(
       code was changed under way.
   """
   variant, start = VARIANTS[name], time.monotonic()
-  if folder.exists():
-    shutil.rmtree(folder)
+  shutil.rmtree(folder, ignore_errors=True)
   folder.mkdir(parents=True)
-  settings = _SETTINGS | variant.settings | _write_data(folder)
+  settings = _SETTINGS | variant.settings
+  for split, text in _data().items():
+    (folder / f'{split}.txt').write_text(text, encoding='utf-8')
+    settings[f'data.{split}'] = str(folder / f'{split}.txt')
   command = functools.partial(
       _command, checkout.folder, folder,
       _environment(checkout.folder, variant.devices, cache))
@@ -250,7 +240,7 @@ def run(
             # No runtime is found, so none is run.
             '--allow_unproven', '--runtime_python=none', '--llama_server=none')
   except Failed as error:
-    failed = str(error)  # What was trained is compared all the same.
+    failed = str(error)  # The training is compared all the same.
   lines = (folder / 'workdir' / 'metrics.jsonl').read_text().splitlines()
   result = {
       'made_by': made_by(checkout.code, name), 'commit': checkout.commit,
@@ -267,22 +257,23 @@ def run(
     raise Failed(f'{checkout.folder}: the code was changed under way')
   if failed:
     return result
-  # Under its name when it is whole.
+  # It gets its name once it is complete.
   (folder / 'result.tmp').write_text(json.dumps(result, indent=1))
   (folder / 'result.tmp').rename(folder / 'result.json')
   return result
 
 
 def _command(cwd, folder, environment, module, *arguments):
-  with open(folder / f'{module}.log', 'w') as log:
+  log = folder / f'{module}.log'
+  with log.open('w') as file:
     status = subprocess.run(
         [sys.executable, '-m', f'gemma_sft.{module}', *arguments], cwd=cwd,
-        env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+        env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
   if status:
-    text = (folder / f'{module}.log').read_text()
-    told = [line for line in text.splitlines() if line.startswith('error: ')]
-    raise Failed(f'{module} ended with {status}:'
-                 f' {told[0] if told else _last_line(text)}')
+    text = log.read_text()
+    reason = next((line for line in text.splitlines()
+                   if line.startswith('error: ')), _last_line(text))
+    raise Failed(f'{module} ended with {status}: {reason}')
 
 
 def _last_line(text):
@@ -306,27 +297,15 @@ def _data():
           for split, n in (('train', 30), ('validation', 6))}
 
 
-def _write_data(folder):
-  """Returns the keys of what it wrote."""
-  settings = {}
-  for split, text in _data().items():
-    path = folder / f'{split}.txt'
-    path.write_text(text, encoding='utf-8')
-    settings[f'data.{split}'] = str(path)
-  return settings
-
-
 def _hashes(folder):
-  files = {}
-  for path in sorted(folder.rglob('*')):
-    name = str(path.relative_to(folder))
-    if path.is_file() and name not in _NOT_COMPARED:
-      files[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-  return files
+  files = {str(path.relative_to(folder)): path
+           for path in sorted(folder.rglob('*')) if path.is_file()}
+  return {name: hashlib.sha256(path.read_bytes()).hexdigest()
+          for name, path in files.items() if name not in _NOT_COMPARED}
 
 
 def made_by(code: str, name: str) -> dict[str, Any]:
-  """Returns all that decides the bits of a variant's run."""
+  """Returns everything on which the bits of a variant's run depend."""
   plan = json.dumps([_SETTINGS, dataclasses.asdict(VARIANTS[name]), _data()])
   return {
       'code': code, 'plan': hashlib.sha256(plan.encode()).hexdigest()[:16],
@@ -343,18 +322,17 @@ def _processor():
   return platform.machine()
 
 
-def kept(
+def load_kept(
     checkout: Checkout | None, name: str, folder: pathlib.Path
 ) -> tuple[dict[str, Any] | None, str]:
-  """Returns (an earlier result if it serves, or else why it does not)."""
+  """Returns (an earlier result or None, why it cannot be used)."""
   path = folder / 'result.json'
   if not path.exists():
     return None, 'there is none'
   result = json.loads(path.read_text())
-  wanted = made_by(
-      checkout.code if checkout else result['made_by']['code'], name)
-  others = [key for key, value in wanted.items()
-            if result['made_by'].get(key) != value]
+  found = result['made_by']
+  wanted = made_by(checkout.code if checkout else found['code'], name)
+  others = [key for key in wanted if found.get(key) != wanted[key]]
   return (None, 'of another ' + ', '.join(others)) if others else (result, '')
 
 
@@ -367,8 +345,8 @@ def differences(
   """Compares two results.
 
   Returns:
-    (what differs, in order of its making; names in metrics.jsonl that one of
-    the two has alone, which are not compared).
+    (the differences in the order in which they arose; names that are in only
+    one metrics.jsonl, which are not compared).
   """
   found, alone = [], set()
   rows = [_rows(result) for result in (before, after)]
@@ -407,18 +385,15 @@ def _order(key):
 
 
 def compare(
-    name: str,
-    before: Checkout | None,
-    after: Checkout,
-    before_results: pathlib.Path,
-    after_results: pathlib.Path,
+    name: str, before: Checkout | None, after: Checkout,
+    before_results: pathlib.Path, after_results: pathlib.Path,
 ) -> tuple[str, list[str], set[str]]:
   """Returns (row of the table, differences, names that one has alone)."""
   folder, cache = name.replace(', ', '-'), before_results / 'cache'
-  times, side = [], 'before'
+  times, side = ['', ''], 'before'
   try:
-    old, why = kept(before, name, before_results / folder)
-    times.append('kept' if old else '')
+    old, why = load_kept(before, name, before_results / folder)
+    times[0] = 'kept' if old else ''
     if old is None:
       if before is None:
         raise Failed(f'no result that serves ({why}), and no --before')
@@ -426,14 +401,12 @@ def compare(
       times[0] = f'{old["seconds"]} s'
     side = 'after'
     new = run(after, name, after_results / folder, cache)
-    times.append(f'{new["seconds"]} s')
+    times[1] = f'{new["seconds"]} s'
   except Failed as error:
     found, alone = [f'{side}: {error}'], set()
     verdict = f'FAILED {found[0]}'
   else:
     found, alone = differences(old, new)
-    steps = sum('chain' in row for row in new['metrics'])
-    verdict = f'equal: {steps} steps, {len(new["files"])} files'
     failed = [f'{side}: {result["failed"]}' for side, result in (
         ('before', old), ('after', new)) if result.get('failed')]
     if failed:
@@ -443,7 +416,9 @@ def compare(
     elif found:
       verdict = f'DIFFERENT {found[0]}' + (
           f' (and {len(found) - 1} more)' if found[1:] else '')
-  times += [''] * (2 - len(times))
+    else:
+      steps = sum('chain' in row for row in new['metrics'])
+      verdict = f'equal: {steps} steps, {len(new["files"])} files'
   return f'| {name} | {verdict} | {times[0]} | {times[1]} |', found, alone
 
 
@@ -454,13 +429,12 @@ def main():
   parser.add_argument('--after', type=pathlib.Path, required=True)
   parser.add_argument('--before_results', type=pathlib.Path,
                       help='folder to keep the runs of --before in')
-  parser.add_argument('--only', default=','.join(
-      name.partition(',')[0] for name in VARIANTS),
-      help='variants by their first words: lora,dora,full')
+  by_word = {name.partition(',')[0]: name for name in VARIANTS}
+  parser.add_argument('--only', default=','.join(by_word),
+                      help='variants by their first words: lora,dora,full')
   parser.add_argument('--parallel', type=int, default=1,
                       help='variants at a time')
   args = parser.parse_args()
-  by_word = {name.partition(',')[0]: name for name in VARIANTS}
   if unknown := set(args.only.split(',')) - set(by_word):
     parser.error(f'--only: {", ".join(sorted(unknown))} is not of'
                  f' {", ".join(by_word)}')

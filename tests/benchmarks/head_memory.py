@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_sft import model as model_lib
+from gemma_sft import pages
 from gemma_sft.nn import head
 
 _MODEL = flags.DEFINE_string('model', 'gemma2_2b', 'A preset.')
@@ -50,18 +51,17 @@ def main(argv):
   cases = {
       'frozen head': (lambda *a: ours(*a, True), (0,)),
       'trained head': (lambda *a: ours(*a, False), (0, 1)),
-      'all logits at once, frozen':
-          (lambda x, e, t, m: _plain(x, e, t, softcap), (0,)),
-  }
+      'all logits at once, frozen': (
+          lambda x, e, t, m: _plain(x, e, t, softcap), (0,))}
   print(f'{_MODEL.value}, {B} x {T}, every position, bfloat16, for'
         f' {jax.devices()[0].device_kind}, jax {jax.__version__}')
-  print('| | temporaries GB | gradients GB |')
-  print('|---|---|---|')
+  rows = []
   for name, (fn, argnums) in cases.items():
     memory = jax.jit(jax.value_and_grad(fn, argnums)).lower(
         x_BTD, embedding_VD, targets_BT, mask_BT).compile().memory_analysis()
-    print(f'| {name} | {memory.temp_size_in_bytes / 1e9:.2f} |'
-          f' {memory.output_size_in_bytes / 1e9:.2f} |', flush=True)
+    rows.append((name, f'{memory.temp_size_in_bytes / 1e9:.2f}',
+                 f'{memory.output_size_in_bytes / 1e9:.2f}'))
+  print(pages.table(('', 'temporaries GB', 'gradients GB'), rows))
 
 
 if __name__ == '__main__':

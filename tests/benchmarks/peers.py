@@ -7,12 +7,10 @@ Prints one table; see README.md in this folder for its rows and rules.
 """
 
 import dataclasses
-import datetime
 import glob
 import json
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 import tempfile
@@ -22,8 +20,6 @@ from absl import app
 from absl import flags
 from peers import common
 from peers import table
-
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 _SHAPE = flags.DEFINE_enum(
     'shape', '270m', sorted(common.SHAPES), 'The model.')
@@ -58,42 +54,25 @@ _TRIALS = flags.DEFINE_bool(
 def start(spec: common.Spec, module: str, torch: bool) -> dict:
   """Runs one peer in its own process and returns what it printed."""
   spec = dataclasses.replace(spec, started=time.time())
-  path = pathlib.Path(spec.work, 'spec.json')
-  path.write_text(json.dumps(dataclasses.asdict(spec)))
-  environment = dict(
-      os.environ, PYTHONPATH=f'{_ROOT / "tests/benchmarks"}:{_ROOT}',
-      GEMMA_SFT_CACHE=str(pathlib.Path(spec.work, 'cache')),
-      # The package sets its own folder; the other JAX peers use this one.
-      JAX_COMPILATION_CACHE_DIR=str(pathlib.Path(spec.work, 'cache-peers')),
-      HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false')
-  if not spec.gpu:
-    environment |= dict(
-        JAX_PLATFORMS='cpu', CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1',
-        MKL_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1',
-        XLA_FLAGS='--xla_cpu_multi_thread_eigen=false'
-        ' intra_op_parallelism_threads=1')
-  load = os.getloadavg()[0]
-  done = subprocess.run(
-      [_torch_python() if torch else sys.executable, '-W', 'ignore', '-m',
-       f'peers.{module}', str(path)],
-      env=environment, capture_output=True, text=True,
-      preexec_fn=None if spec.gpu else (
-          lambda: os.sched_setaffinity(0, {_core()})))
-  if done.returncode:
-    lines = done.stderr.strip().splitlines() or [f'exit {done.returncode}']
-    log = pathlib.Path(_OUT.value, f'{spec.peer}.log')
-    log.write_text(done.stderr)
-    raise RuntimeError(f'not run: {lines[-1][:120]}')
-  result = json.loads(done.stdout.strip().splitlines()[-1])
-  return result | {'load': load}
-
-
-def _core() -> int:
-  return _CORE.value if _CORE.value >= 0 else max(os.sched_getaffinity(0))
+  work = pathlib.Path(spec.work)
+  (work / 'spec.json').write_text(json.dumps(dataclasses.asdict(spec)))
+  try:
+    return common.run_process(
+        [_torch_python() if torch else sys.executable, '-W', 'ignore', '-m',
+         f'peers.{module}', str(work / 'spec.json')],
+        {'GEMMA_SFT_CACHE': str(work / 'cache'),
+         # The package sets its own folder; the other JAX peers use this one.
+         'JAX_COMPILATION_CACHE_DIR': str(work / 'cache-peers'),
+         'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false'},
+        gpu=spec.gpu, core=_CORE.value, stderr=subprocess.PIPE)
+  except subprocess.CalledProcessError as error:
+    pathlib.Path(_OUT.value, f'{spec.peer}.log').write_text(error.stderr)
+    lines = error.stderr.strip().splitlines() or [f'exit {error.returncode}']
+    raise RuntimeError(f'not run: {lines[-1][:120]}') from error
 
 
 def _torch_python() -> str:
-  beside = _ROOT / '.venv-runtimes/bin/python'
+  beside = common.ROOT / '.venv-runtimes/bin/python'
   return _TORCH_PYTHON.value or (
       str(beside) if beside.exists() else sys.executable)
 
@@ -104,70 +83,39 @@ def choose_torch_settings(spec: common.Spec) -> tuple[common.Spec, list[dict]]:
   Tried: both attention implementations, `torch.compile` with the faster one
   and, in bfloat16, autocast.
   """
-  trials = []
-
-  def seconds(candidate):
-    try:
-      result = start(
-          dataclasses.replace(candidate, peer='peft_completion', steps=4),
-          'peft_loop', True)
-    except RuntimeError as error:
-      trials.append({'settings': describe(candidate), 'problem': str(error)})
-      return float('inf')
-    trials.append({'settings': describe(candidate),
-                   'best_s': min(result['step_s'])})
-    return trials[-1]['best_s']
-
-  def faster(spec, **change):
+  best, trials = float('inf'), []
+  for change in (
+      {}, {'attention': 'eager'},
+      *([{'autocast': True}] if spec.dtype == 'bfloat16' else []),
+      {'compiled': True}):
     candidate = dataclasses.replace(spec, **change)
-    taken = seconds(candidate)
-    say(f'  trial {describe(candidate)}: {taken:.3g} s')
+    settings = ' '.join(
+        [candidate.attention] + ['autocast'] * candidate.autocast
+        + ['torch.compile'] * candidate.compiled)
+    try:
+      seconds = min(start(
+          dataclasses.replace(candidate, peer='peft_completion', steps=4),
+          'peft_loop', True)['step_s'])
+      trials.append({'settings': settings, 'best_s': seconds})
+    except RuntimeError as error:
+      seconds = float('inf')
+      trials.append({'settings': settings, 'problem': str(error)})
+    common.say(f'  trial {settings}: {seconds:.3g} s')
     # A gain below 3 % does not justify the less plain settings.
-    return (candidate, taken) if taken < 0.97 * best else (spec, best)
-
-  best = seconds(spec)
-  say(f'  trial {describe(spec)}: {best:.3g} s')
-  spec, best = faster(spec, attention='eager')
-  if spec.dtype == 'bfloat16':
-    spec, best = faster(spec, autocast=True)
-  spec, best = faster(spec, compiled=True)
+    if seconds < 0.97 * best:
+      spec, best = candidate, seconds
   return spec, trials
-
-
-def describe(spec: common.Spec) -> str:
-  """Describes the PyTorch settings."""
-  return ' '.join([spec.attention] + ['autocast'] * spec.autocast
-                  + ['torch.compile'] * spec.compiled)
 
 
 def describe_machine(spec: common.Spec) -> dict:
   """Returns what the figures depend on besides the settings."""
-  def output(*command):
-    try:
-      return subprocess.run(
-          command, capture_output=True, text=True, cwd=_ROOT,
-          env=dict(os.environ, GIT_OPTIONAL_LOCKS='0')).stdout.strip()
-    except OSError:
-      return ''
-
-  cpu = next((line.partition(':')[2].strip() for line in
-              pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-              if line.startswith('model name')), platform.machine())
-  device = f'one core of {os.cpu_count()} of {cpu}'
+  machine = common.describe_machine()
   if spec.gpu:
-    device = output('nvidia-smi', '--query-gpu=name', '--format=csv,noheader')
-  changed = output('git', 'status', '--porcelain', 'gemma_sft')
-  return {
-      'device': device, 'cpu': cpu, 'cores': os.cpu_count(),
-      'core': None if spec.gpu else _core(), 'load': os.getloadavg(),
-      'commit': (output('git', 'rev-parse', '--short', 'HEAD') or 'unknown')
-                + (' with changes' if changed else ''),
-      'time': datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds')}
-
-
-def say(text: str) -> None:
-  """Prints a line of progress."""
-  print(text, file=sys.stderr, flush=True)
+    return machine | {'core': None, 'device': common.output(
+        'nvidia-smi', '--query-gpu=name', '--format=csv,noheader')}
+  return machine | {
+      'core': common.pinned_core(_CORE.value),
+      'device': f'one core of {machine["cores"]} of {machine["cpu"]}'}
 
 
 def main(argv):
@@ -208,7 +156,7 @@ def write_report(out, spec, outcomes, machine, trials) -> tuple[str, bool]:
 def measure(spec: common.Spec):
   """Yields (outcomes, ours first; machine; trials) after every round."""
   machine = describe_machine(spec)
-  say('random weights')
+  common.say('random weights')
   common.write_weights(spec)
   peers = ['ours', *(p for p in _PEERS.value if p != 'ours')]
   problems = {}
@@ -235,11 +183,11 @@ def measure(spec: common.Spec):
             dataclasses.replace(chosen, peer=peer), module, torch)
       except RuntimeError as error:
         problems[peer] = str(error)
-        say(f'round {i + 1}, {peer}: {error}')
+        common.say(f'round {i + 1}, {peer}: {error}')
         continue
       results[peer].append(result)
-      say(f'round {i + 1}, {peer}: best {min(result["step_s"]):.3g} s,'
-          f' load {result["load"]:.1f}')
+      common.say(f'round {i + 1}, {peer}: best {min(result["step_s"]):.3g} s,'
+                 f' load {result["load"]:.1f}')
     if 'ours' in problems:
       raise SystemExit(f'ours {problems["ours"]}; see ours.log')
     yield [table.Outcome(p, results[p], problems.get(p, ''))

@@ -9,41 +9,28 @@ memory, takes a few steps and prints their peak above it beside what
 Compiling takes memory too, which a plan does not cover: it is measured apart.
 """
 
-import pathlib
 import tempfile
 
 from absl import app
+import jax
 from ml_collections import config_flags
+from peers import meter
+
+from gemma_sft import config as config_lib
+from gemma_sft import pages
+from gemma_sft import sharding
+from gemma_sft import train
+from gemma_sft.planning import compile_step
+from gemma_sft.planning import estimate
+from gemma_sft.planning import hardware
+from gemma_sft.run import prepare
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', 'configs/slang.py', 'Of the run.')
 _STEPS = 3
 
 
-def _status(key: str) -> int:
-  """Returns VmRSS or VmHWM of this process in bytes."""
-  for line in pathlib.Path('/proc/self/status').read_text().splitlines():
-    if line.startswith(key):
-      return int(line.split()[1]) * 1024
-  raise KeyError(key)
-
-
-def _reset_peak() -> None:
-  # Linux: sets VmHWM back to VmRSS.
-  pathlib.Path('/proc/self/clear_refs').write_text('5')
-
-
 def main(_):
-  import jax
-
-  from gemma_sft import config as config_lib
-  from gemma_sft import sharding
-  from gemma_sft import train
-  from gemma_sft.planning import compile_step
-  from gemma_sft.planning import estimate
-  from gemma_sft.planning import hardware
-  from gemma_sft.run import prepare
-
   config = _CONFIG.value
   config_lib.validate(config)
   target = hardware.parse('cpu')
@@ -55,36 +42,35 @@ def main(_):
     arrays = sharding.put_batch(batch, run.mesh)
     state = run.enter(run.initial_state)
     jax.block_until_ready((state, arrays, run.base))
-    _reset_peak()
-    before = _status('VmRSS')
-    static = dict(optimizer=run.optimizer,
-                  settings=run.settings, max_trained=max_trained)
-    step = train.train_step.lower(state, run.base, arrays, **static).compile()
-    compiling = _status('VmHWM') - before
-    compiled = _status('VmRSS')
-    _reset_peak()
+    meter.reset_peak()
+    before = meter.resident_bytes()
+    step = train.train_step.lower(
+        state, run.base, arrays, optimizer=run.optimizer,
+        settings=run.settings, max_trained=max_trained).compile()
+    compiling = meter.resident_bytes(peak=True) - before
+    compiled = meter.resident_bytes()
+    meter.reset_peak()
     for _ in range(_STEPS):
       state, _ = step(state, run.base, arrays)
     jax.block_until_ready(state)
-    peak = _status('VmHWM')
+    peak = meter.resident_bytes(peak=True)
   program = compile_step.make_program(config, devices, max_trained=max_trained)
   planned = estimate.memory(program, 0, *compile_step.cached(
-      train.train_step, program, target, compiled=True))
+      train.train_step, program, target, compiled=True)).added
   estimated = estimate.memory(
-      program, 0, compile_step.trace(train.train_step, program)[1])
+      program, 0, compile_step.trace(train.train_step, program)[1]).added
   print(f'{config.model.name}, {config.data.batch_size} x'
         f' {config.data.max_length}, {jax.devices()[0].device_kind}')
-  print('| | MB | plan is |')
-  print('|---|---|---|')
-  for name, n in (
-      ('measured: peak of steps above resident before compiling',
-       peak - before),
-      ('measured: the same above resident after compiling', peak - compiled),
-      ('measured: compiling, temporarily', compiling)):
-    print(f'| {name} | {n / 1e6:,.0f} | {planned.added / n - 1:+.1%} |')
-  print(f'| plan, compiled | {planned.added / 1e6:,.0f} | |')
-  print(f'| plan, --analytic | {estimated.added / 1e6:,.0f} |'
-        f' {estimated.added / planned.added - 1:+.1%} of compiled |')
+  print(pages.table(('', 'MB', 'plan is'), [
+      *((name, f'{n / 1e6:,.0f}', f'{planned / n - 1:+.1%}') for name, n in (
+          ('measured: peak of steps above resident before compiling',
+           peak - before),
+          ('measured: the same above resident after compiling',
+           peak - compiled),
+          ('measured: compiling, temporarily', compiling))),
+      ('plan, compiled', f'{planned / 1e6:,.0f}', ''),
+      ('plan, --analytic', f'{estimated / 1e6:,.0f}',
+       f'{estimated / planned - 1:+.1%} of compiled')]))
 
 
 if __name__ == '__main__':

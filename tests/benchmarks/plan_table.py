@@ -39,52 +39,39 @@ _MODELS = ('gemma3_270m', 'gemma3_1b', 'gemma3_4b', 'gemma3_12b', 'gemma2_2b',
 _METHODS = {'LoRA': '', 'QLoRA int8': 'int8', 'QLoRA nf4': 'nf4'}
 _TARGETS = ('v5e-1', 'v5e-8', 'v6e-8', 'v5p-8', 'kaggle-t4x2')
 # These twelve are compiled; the rest is estimated.
-_COMPILED = frozenset(
-    (model, method, target) for model, method, targets in (
-        ('gemma3_270m', 'LoRA', ('v5e-1', 'v5e-8')),
-        ('gemma3_1b', 'LoRA', ('v5e-1', 'v5e-8')),
-        ('gemma3_4b', 'LoRA', ('v5e-1', 'v5e-8')),
-        ('gemma3_4b', 'QLoRA nf4', ('v5e-1',)),
-        ('gemma3_12b', 'LoRA', ('v5e-8',)),
-        ('gemma3_12b', 'QLoRA nf4', ('v5e-1',)),
-        ('gemma2_2b', 'LoRA', ('v5e-1',)),
-        ('gemma2_9b', 'LoRA', ('v5e-8',)),
-        ('gemma2_9b', 'QLoRA nf4', ('v5e-1',)))
-    for target in targets)
-
-
-def _config(model: str, quantization: str, n_devices: int, fsdp: int):
-  config = default.get_config()
-  return suggest.changed(config, {
-      'model.name': model, 'model.weights': 'random',
-      'model.quantization': quantization, 'data.train': 'none',
-      'data.max_length': _LENGTH,
-      'data.batch_size': n_devices * _ROWS.value,
-      'train.remat': 'block', 'lora.targets': 'attn/',
-      'mesh.fsdp': fsdp, 'mesh.data': n_devices // fsdp})
+_COMPILED = {
+    ('gemma3_270m', 'LoRA'): ('v5e-1', 'v5e-8'),
+    ('gemma3_1b', 'LoRA'): ('v5e-1', 'v5e-8'),
+    ('gemma3_4b', 'LoRA'): ('v5e-1', 'v5e-8'),
+    ('gemma3_4b', 'QLoRA nf4'): ('v5e-1',),
+    ('gemma3_12b', 'LoRA'): ('v5e-8',),
+    ('gemma3_12b', 'QLoRA nf4'): ('v5e-1',),
+    ('gemma2_2b', 'LoRA'): ('v5e-1',),
+    ('gemma2_9b', 'LoRA'): ('v5e-8',),
+    ('gemma2_9b', 'QLoRA nf4'): ('v5e-1',)}
 
 
 def _cell(model: str, method: str, name: str, comparisons: list[str]) -> str:
   """Returns '4.1 GB; ~24 rows', with fsdp if the weights had to be sharded.
 
-  Args:
-    model: One of `_MODELS`.
-    method: One of `_METHODS`.
-    name: One of `_TARGETS`.
-    comparisons: Gets a line if the cell was compiled.
+  If the cell was compiled, a line about the estimate joins the comparisons.
   """
   target = hardware.parse(name)
   n, limit = target.n_devices, target.chip.memory
   max_trained = round(_LENGTH * _SHARE) * _ROWS.value
-  memory = program = None
   for fsdp in (1, n) if n > 1 else (1,):
-    config = _config(model, _METHODS[method], n, fsdp)
+    config = suggest.changed(default.get_config(), {
+        'model.name': model, 'model.weights': 'random',
+        'model.quantization': _METHODS[method], 'data.train': 'none',
+        'data.max_length': _LENGTH, 'data.batch_size': n * _ROWS.value,
+        'train.remat': 'block', 'lora.targets': 'attn/',
+        'mesh.fsdp': fsdp, 'mesh.data': n // fsdp})
     program = compile_step.make_program(
         config, hardware.absent_devices(target), max_trained=max_trained)
     memory = estimate.memory(program, limit)
     if memory.fits:
       break
-  if (model, method, name) in _COMPILED:
+  if name in _COMPILED.get((model, method), ()):
     program = compile_step.make_program(
         config, hardware.devices_of(target, analytic=False),
         max_trained=max_trained)

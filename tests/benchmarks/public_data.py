@@ -25,17 +25,13 @@ import shutil
 
 # Databases of the held-out splits: no training question is about them, their
 # subjects differ, and each split has about a fifth of the questions.
-_SQL_VALIDATION = ('pets_1', 'voter_1')
-_SQL_TEST = ('car_1', 'singer', 'museum_visit')
-
-
-def _share(key: str) -> float:
-  """Returns a number from 0 to 1 that depends only on the key."""
-  return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) / 2**32
+_SQL_SPLITS = dict.fromkeys(('pets_1', 'voter_1'), 'validation') | (
+    dict.fromkeys(('car_1', 'singer', 'museum_visit'), 'test'))
 
 
 def _split(key: str) -> str:
-  share = _share(key)
+  """Returns a split that depends only on the key."""
+  share = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) / 2**32
   if share < 0.7:
     return 'train'
   return 'validation' if share < 0.8 else 'test'
@@ -46,18 +42,18 @@ def _jsonl(path):
           if line]
 
 
-def _write(folder, splits):
+def _write(folder, splits, ending='.jsonl', line=(
+    lambda row: json.dumps(row, ensure_ascii=False) + '\n')):
   folder.mkdir(parents=True, exist_ok=True)
   for split, rows in splits.items():
-    text = ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows)
-    folder.joinpath(f'{split}.jsonl').write_text(text, 'utf-8')
+    (folder / f'{split}{ending}').write_text(''.join(map(line, rows)), 'utf-8')
   print(folder.name, {split: len(rows) for split, rows in splits.items()})
 
 
-def _grouped(rows, key):
+def _grouped(rows, split_of):
   splits = {'train': [], 'validation': [], 'test': []}
   for row in rows:
-    splits[_split(key(row))].append(row)
+    splits[split_of(row)].append(row)
   return splits
 
 
@@ -79,7 +75,7 @@ def _lyrics(source, out):
   rows = [{'lines': row['hi'], 'style': 'ghazal', 'poet': row['poet'],
            'language': 'Hindi'}
           for row in _jsonl(source / 'ghazals.jsonl') if len(row['hi']) >= 6]
-  _write(out, _grouped(rows, lambda r: ' '.join(r['lines'][:2])))
+  _write(out, _grouped(rows, lambda r: _split(' '.join(r['lines'][:2]))))
 
 
 def _slang(source, out):
@@ -92,28 +88,24 @@ def _slang(source, out):
   first = {}
   for row in rows:
     first.setdefault(row['description'].lower(), row['slang'].lower())
-  _write(out, _grouped(rows, lambda r: first[r['description'].lower()]))
+  _write(out, _grouped(
+      rows, lambda r: _split(first[r['description'].lower()])))
 
 
 def _sql(source, out):
-  rows = _jsonl(source / 'dev.jsonl')
-  _write(out, {
-      'train': [row for row in rows if row['db_id'] not in (
-          *_SQL_VALIDATION, *_SQL_TEST)],
-      'validation': [row for row in rows if row['db_id'] in _SQL_VALIDATION],
-      'test': [row for row in rows if row['db_id'] in _SQL_TEST]})
+  _write(out, _grouped(
+      _jsonl(source / 'dev.jsonl'),
+      lambda row: _SQL_SPLITS.get(row['db_id'], 'train')))
   shutil.copytree(source / 'database', out / 'database', dirs_exist_ok=True)
 
 
 def _blop(source, out):
   parts = source.joinpath('input.txt').read_text('utf-8').split('# INPUT')[1:]
-  out.mkdir(parents=True, exist_ok=True)
-  splits = _grouped(
-      parts, lambda part: part.partition('# OUTPUT')[0].strip().lower())
-  for split, group in splits.items():
-    out.joinpath(f'{split}.txt').write_text(
-        ''.join(f'# INPUT{part}' for part in group), 'utf-8')
-  print('blop', {split: len(group) for split, group in splits.items()})
+
+  def split_of(part):
+    return _split(part.partition('# OUTPUT')[0].strip().lower())
+
+  _write(out, _grouped(parts, split_of), '.txt', '# INPUT{}'.format)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import argparse
 
 import numpy as np
 
+from gemma_sft import pages
 from gemma_sft.sweeping import significance
 
 _SEEDS = (1, 3, 5)
@@ -40,13 +41,10 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--repeats', type=int, default=2000)
   repeats = parser.parse_args().repeats
-  print('| seeds | records | ' + ' | '.join(_PARTS) + ' |')
-  print('|---|---|' + '---|' * len(_PARTS))
-  for seeds in _SEEDS:
-    for records in _RECORDS:
-      shares = [coverage(seeds, records, p, repeats) for p in _PARTS.values()]
-      print(f'| {seeds} | {records} | '
-            + ' | '.join(f'{s:.1%}' for s in shares) + ' |', flush=True)
+  print(pages.table(('seeds', 'records', *_PARTS), [
+      (seeds, records, *(f'{coverage(seeds, records, parts, repeats):.1%}'
+                         for parts in _PARTS.values()))
+      for seeds in _SEEDS for records in _RECORDS]))
 
 
 if __name__ == '__main__':

@@ -1,18 +1,26 @@
-"""The work of every peer: shape, weights, adapters, batches.
+"""The work of every peer: shape, weights, adapters, batches; its process.
 
 Imports only numpy and safetensors, which every peer's environment has.
 """
 
 import dataclasses
+import datetime
 import json
+import os
 import pathlib
+import platform
+import subprocess
 import sys
 from typing import Any
 from typing import Iterator
+from typing import Sequence
 
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
+from gemma_sft.weights import names
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 RANK = 16
 ALPHA = 16.0  # Factor 1: the official library's adapters have none.
 OPTIMIZER = dict(
@@ -63,8 +71,6 @@ class Spec:
 
   Attributes:
     peer: Its name in the table.
-    shape: A key of `SHAPES`.
-    rows: Rows of a batch.
     length: Tokens of a row; there is no padding.
     share: Share of trained positions, which are the last of each row.
     dtype: Of the frozen base and of compute.
@@ -116,27 +122,10 @@ def write_weights(spec: Spec) -> None:
   folder = pathlib.Path(spec.work)
   random = np.random.default_rng(0)
   shape = spec.dimensions
-  weights = {}
-
-  def draw(name, *dimensions):
-    # Norms too: Gemma multiplies by 1 + w.
-    weights[name] = random.standard_normal(
-        dimensions, dtype=np.float32) * np.float32(0.02)
-
-  draw('model.embed_tokens.weight', shape.vocab, shape.width)
-  draw('model.norm.weight', shape.width)
-  for i in range(shape.layers):
-    layer = f'model.layers.{i}'
-    for name, dimensions in shape.projections().items():
-      draw(f'{layer}.self_attn.{name}_proj.weight', *dimensions)
-    for name in ('q_norm', 'k_norm'):
-      draw(f'{layer}.self_attn.{name}.weight', shape.head_dim)
-    for name in ('gate', 'up'):
-      draw(f'{layer}.mlp.{name}_proj.weight', shape.hidden, shape.width)
-    draw(f'{layer}.mlp.down_proj.weight', shape.width, shape.hidden)
-    for name in ('input', 'post_attention', 'pre_feedforward',
-                 'post_feedforward'):
-      draw(f'{layer}.{name}_layernorm.weight', shape.width)
+  weights = {  # Norms too: Gemma multiplies by 1 + w.
+      name: random.standard_normal(dimensions, np.float32) * np.float32(0.02)
+      for name, dimensions in names.file_shapes(
+          weight_layout(shape), 'hf').items()}
   safetensors_numpy.save_file(
       weights, folder / 'model.safetensors', metadata={'format': 'pt'})
   (folder / 'config.json').write_text(json.dumps(transformers_config(shape)))
@@ -154,6 +143,14 @@ def write_weights(spec: Spec) -> None:
   ids = random.integers(
       1, shape.vocab, (N_BATCHES, spec.rows, spec.length), np.int32)
   safetensors_numpy.save_file({'ids': ids}, folder / 'ids.safetensors')
+
+
+def weight_layout(shape: Shape) -> names.WeightLayout:
+  """Returns the names and shapes of the weights."""
+  return names.make_weight_layout(
+      generation=3, layers=shape.layers, vocab=shape.vocab, embed=shape.width,
+      hidden=shape.hidden, heads=shape.heads, kv_heads=shape.kv_heads,
+      head_dim=shape.head_dim, transposed_gating=True)
 
 
 def transformers_config(shape: Shape) -> dict[str, Any]:
@@ -223,3 +220,71 @@ def flops(spec: Spec) -> float:
   head = 4 * shape.width * shape.vocab
   return spec.rows * (
       spec.length * (body + attention) + spec.n_trained * head)
+
+
+def run_process(
+    command: Sequence[str], variables: dict[str, str], *, gpu: bool = False,
+    core: int = -1, **options: Any
+) -> dict[str, Any]:
+  """Runs a command and returns the JSON of its last line.
+
+  Without a GPU it gets one thread on one core (see `pinned_core`). The result
+  also has the `load` of the machine before it.
+
+  Args:
+    command: The interpreter and its arguments.
+    variables: Of its environment, beside those set here.
+    gpu: Whether it may use a GPU.
+    core: The core that it is pinned to.
+    **options: Of `subprocess.run`.
+
+  Raises:
+    subprocess.CalledProcessError: if it fails.
+  """
+  variables = os.environ | variables | {
+      'PYTHONPATH': f'{ROOT / "tests/benchmarks"}:{ROOT}'}
+  if not gpu:
+    variables |= dict(
+        JAX_PLATFORMS='cpu', CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1',
+        MKL_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1',
+        XLA_FLAGS='--xla_cpu_multi_thread_eigen=false'
+        ' intra_op_parallelism_threads=1')
+  load = os.getloadavg()[0]
+  done = subprocess.run(
+      command, env=variables, stdout=subprocess.PIPE, text=True, check=True,
+      preexec_fn=None if gpu else (
+          lambda: os.sched_setaffinity(0, {pinned_core(core)})), **options)
+  return json.loads(done.stdout.strip().splitlines()[-1]) | {'load': load}
+
+
+def pinned_core(core: int) -> int:
+  """Returns the number of a core; -1 is the last one."""
+  return core if core >= 0 else max(os.sched_getaffinity(0))
+
+
+def describe_machine() -> dict[str, Any]:
+  """Returns what the figures depend on besides the settings."""
+  cpu = next((line.partition(':')[2].strip() for line in
+              pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+              if line.startswith('model name')), platform.machine())
+  changed = output('git', 'status', '--porcelain', 'gemma_sft')
+  return {
+      'cpu': cpu, 'cores': os.cpu_count(), 'load': os.getloadavg(),
+      'commit': (output('git', 'rev-parse', '--short', 'HEAD') or 'unknown')
+                + (' with changes' if changed else ''),
+      'time': datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds')}
+
+
+def output(*command: str) -> str:
+  """Returns what a program prints; '' if there is none of this name."""
+  try:
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {'GIT_OPTIONAL_LOCKS': '0'}).stdout.strip()
+  except OSError:
+    return ''
+
+
+def say(text: str) -> None:
+  """Prints a line of progress."""
+  print(text, file=sys.stderr, flush=True)

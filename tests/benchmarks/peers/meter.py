@@ -2,23 +2,26 @@
 
 import dataclasses
 import gc
+import importlib.metadata
 import json
 import pathlib
 import time
+import timeit
+from typing import Any
 from typing import Callable
 
 from peers import common
 
 
-def _status(field: str) -> int:
-  for line in pathlib.Path('/proc/self/status').read_text().splitlines():
-    if line.startswith(field + ':'):
-      return int(line.split()[1]) * 1024
-  return 0
+def resident_bytes(*, peak: bool = False) -> int:
+  """Returns the resident memory of this process, now or at its peak."""
+  field = 'VmHWM:' if peak else 'VmRSS:'
+  words = pathlib.Path('/proc/self/status').read_text().split()
+  return int(words[words.index(field) + 1]) * 1024
 
 
-def _reset_peak() -> None:
-  # Linux: sets VmHWM back to VmRSS.
+def reset_peak() -> None:
+  """Sets the peak of the resident memory to what it is now (Linux)."""
   pathlib.Path('/proc/self/clear_refs').write_text('5')
 
 
@@ -29,8 +32,9 @@ class Meter:
   A tick comes after the loss was read, so nothing still runs on the device.
   """
 
-  def __init__(self, spec: common.Spec):
-    self._spec = spec
+  def __init__(self, spec: common.Spec, library: Any):
+    """Takes the module of the peer: `library_tree` or `torch_model`."""
+    self._spec, self._library = spec, library
     self._losses: list[float] = []
     self._cpu: list[float] = []
     self._wall: list[float] = []
@@ -38,8 +42,9 @@ class Meter:
   def begin(self) -> None:
     """Marks the moment before the first step."""
     gc.collect()
-    self._resident = _status('VmRSS')
-    _reset_peak()
+    self._held = self._library.device_bytes(self._spec, peak=False)
+    self._resident = resident_bytes()
+    reset_peak()
     self._begun = time.process_time()
 
   def tick(self, loss: float) -> None:
@@ -48,49 +53,61 @@ class Meter:
     self._wall.append(time.time())
     self._losses.append(float(loss))
     if len(self._losses) == common.WARM_UP:
-      self._peak_first = _status('VmHWM')
-      _reset_peak()
+      self._peak_first = resident_bytes(peak=True)
+      reset_peak()
 
-  def finish(
-      self,
-      product: Callable[[int], float],
-      versions: dict[str, str],
-      device_bytes: int | None = None,
-      **more: object,
-  ) -> None:
+  def finish(self, trainable: int, *libraries: str, **more: object) -> None:
     """Prints the result as one line of JSON.
 
     Args:
-      product: n -> runs an (n, n) by (n, n) product in the dtype, and waits.
-      versions: Of the libraries.
-      device_bytes: On a GPU, the peak above its memory before the steps.
+      trainable: The number of trained weights.
+      *libraries: More libraries whose versions matter.
       **more: Added to the result.
     """
-    peak_steps = _status('VmHWM')
-    clock = self._wall if self._spec.gpu else self._cpu
+    spec = self._spec
+    peak_steps = resident_bytes(peak=True)
+    device_bytes = None
+    if spec.gpu:
+      device_bytes = self._library.device_bytes(spec, peak=True) - self._held
+    clock = self._wall if spec.gpu else self._cpu
     n = common.WARM_UP
-    seconds = [b - a for a, b in zip(clock[n - 1:], clock[n:])]
-    size = 8192 if self._spec.gpu else 2048
-    product(size)
-    best = min(self._time(product, size) for _ in range(5))
-    result = dict(
-        spec=dataclasses.asdict(self._spec),
+    size = 8192 if spec.gpu else 2048
+    product = self._library.product(spec, size)
+    product()
+    best = min(timeit.repeat(
+        product, number=1,
+        timer=time.perf_counter if spec.gpu else time.process_time))
+    print(json.dumps(dict(
+        spec=dataclasses.asdict(spec),
         losses=self._losses,
-        step_s=seconds,
+        step_s=[b - a for a, b in zip(clock[n - 1:], clock[n:])],
         cold_cpu_s=self._cpu[0],
         first_step_cpu_s=self._cpu[0] - self._begun,
-        cold_wall_s=self._wall[0] - self._spec.started,
+        cold_wall_s=self._wall[0] - spec.started,
         peak_first_bytes=self._peak_first - self._resident,
         peak_steps_bytes=peak_steps - self._resident,
         resident_bytes=self._resident,
         device_bytes=device_bytes,
         product_gflops=2 * size**3 / best / 1e9,
-        versions=versions,
-        **more)
-    print(json.dumps(result), flush=True)
+        versions={name: importlib.metadata.version(name)
+                  for name in (*self._library.LIBRARIES, *libraries)},
+        trainable=trainable,
+        **more)), flush=True)
 
-  def _time(self, product, size):
-    clock = time.perf_counter if self._spec.gpu else time.process_time
-    start = clock()
-    product(size)
-    return clock() - start
+
+def measure(
+    spec: common.Spec,
+    library: Any,
+    step: Callable[[int], float],
+    trainable: int,
+    **more: object,
+) -> None:
+  """Takes the steps and prints the measurements; see `Meter`.
+
+  `step` takes the index of a batch and returns the loss, once it is read.
+  """
+  meter = Meter(spec, library)
+  meter.begin()
+  for i in range(spec.steps):
+    meter.tick(step(i % common.N_BATCHES))
+  meter.finish(trainable, **more)

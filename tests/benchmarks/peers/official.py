@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# Keeps TensorFlow out of the process; there is no other contact.
+# Keeps TensorFlow out of the process.
 from gemma_sft.model import import_gemma
 from peers import common
 from peers import library_tree
-from peers import meter as meter_lib
+from peers import meter
 
 gm = import_gemma()
 
@@ -70,22 +70,10 @@ def make_adapters(spec: common.Spec) -> dict:
   return tree
 
 
-def main() -> None:
-  """Trains and prints the measurements."""
-  spec = common.read_spec()
-  model = make_model(spec)
-  base = library_tree.load(spec)
-  adapters = make_adapters(spec)
-  settings = dict(common.OPTIMIZER)
-  optimizer = optax.adamw(settings.pop('learning_rate'), **settings)
-  opt_state = optimizer.init(adapters)
-  batches = [
-      (jnp.array(ids_BT), jnp.array(common.labels(spec, ids_BT)))
-      for ids_BT in common.load_ids(spec)]
-
+def make_loss_and_grad(model, dtype: str):
+  """Returns (adapters, base, ids_BT, labels_BT) -> (mean loss, gradient)."""
   def loss(adapters, base, ids_BT, labels_BT):
-    adapters = jax.tree.map(
-        lambda leaf: leaf.astype(jnp.dtype(spec.dtype)), adapters)
+    adapters = jax.tree.map(lambda leaf: leaf.astype(dtype), adapters)
     with peft.ModuleInterceptor(adapted):
       logits_BTV = model.apply(
           {'params': peft.merge_params(base, adapters)}, ids_BT).logits
@@ -95,24 +83,36 @@ def main() -> None:
         jnp.where(mask_BT, labels_BT[:, 1:], 0))
     return jnp.sum(nll_BT * mask_BT) / jnp.sum(mask_BT)
 
+  return jax.value_and_grad(loss)
+
+
+def main() -> None:
+  """Trains and prints the measurements."""
+  spec = common.read_spec()
+  loss_and_grad = make_loss_and_grad(make_model(spec), spec.dtype)
+  base = library_tree.load(spec)
+  adapters = make_adapters(spec)
+  settings = dict(common.OPTIMIZER)
+  optimizer = optax.adamw(settings.pop('learning_rate'), **settings)
+  opt_state = optimizer.init(adapters)
+  batches = [
+      (jnp.array(ids_BT), jnp.array(common.labels(spec, ids_BT)))
+      for ids_BT in common.load_ids(spec)]
+
   @functools.partial(jax.jit, donate_argnums=(0, 1))
-  def step(adapters, opt_state, base, ids_BT, labels_BT):
-    value, grads = jax.value_and_grad(loss)(adapters, base, ids_BT, labels_BT)
+  def update(adapters, opt_state, base, ids_BT, labels_BT):
+    value, grads = loss_and_grad(adapters, base, ids_BT, labels_BT)
     updates, opt_state = optimizer.update(grads, opt_state, adapters)
     return optax.apply_updates(adapters, updates), opt_state, value
 
-  held = library_tree.device_bytes('bytes_in_use')
-  meter = meter_lib.Meter(spec)
-  meter.begin()
-  for i in range(spec.steps):
-    adapters, opt_state, value = step(
-        adapters, opt_state, base, *batches[i % len(batches)])
-    meter.tick(float(value))
-  peak = library_tree.device_bytes('peak_bytes_in_use')
-  meter.finish(
-      library_tree.product(spec), library_tree.versions(),
-      peak - held if spec.gpu else None,
-      trainable=sum(x.size for x in jax.tree.leaves(adapters)))
+  def step(i):
+    nonlocal adapters, opt_state
+    adapters, opt_state, value = update(
+        adapters, opt_state, base, *batches[i])
+    return float(value)
+
+  meter.measure(spec, library_tree, step,
+                sum(x.size for x in jax.tree.leaves(adapters)))
 
 
 if __name__ == '__main__':

@@ -4,7 +4,6 @@ The only module of the benchmark that imports the package's parts.
 """
 
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,9 @@ from gemma_sft.nn import blocks
 from gemma_sft.run import devices
 from peers import common
 from peers import library_tree
-from peers import meter as meter_lib
+from peers import meter
+
+_SCALE = lora.scale(common.RANK, common.ALPHA, False)
 
 
 def make_model(spec: common.Spec) -> model_lib.Model:
@@ -54,11 +55,11 @@ def make_adapters(spec: common.Spec, model: model_lib.Model):
   adapters = lora.init_adapters(
       model_lib.abstract_params(model), rank=common.RANK, targets='attn/',
       transposed_gating=model.transposed_gating, seed=0)
-  layers = {'q': 'q_einsum', 'k': 'kv_einsum', 'v': 'kv_einsum',
-            'o': 'attn_vec_einsum'}
+  modules = {'q': 'q_einsum', 'k': 'kv_einsum', 'v': 'kv_einsum',
+             'o': 'attn_vec_einsum'}
   n = 0
   for layer, name, a_RI in common.load_adapters(spec):
-    factors = adapters[f'layer_{layer}']['attn'][layers[name]][name]
+    factors = adapters[f'layer_{layer}']['attn'][modules[name]][name]
     factors['a'] = jnp.array(a_RI.T.reshape(factors['a'].shape), copy=True)
     n += 1
   assert 2 * n == len(jax.tree.leaves(adapters))
@@ -72,22 +73,19 @@ def make_batch(spec: common.Spec, ids_BT: np.ndarray) -> dict[str, np.ndarray]:
   targets[:, :-1] = ids_BT[:, 1:]
   mask = np.zeros((rows, length), bool)
   mask[:, :-1] = common.labels(spec, ids_BT)[:, 1:] >= 0
-  batch = {
+  return {name: array[None] for name, array in {
       'tokens': ids_BT, 'targets': targets, 'loss_mask': mask,
       'positions': np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
       'segment_ids': np.ones_like(ids_BT),
-      'rows': np.arange(rows, dtype=np.int32)}
-  return {name: array[None] for name, array in batch.items()}
+      'rows': np.arange(rows, dtype=np.int32)}.items()}
 
 
 def own_step(spec, model, mesh, optimizer, execution):
   """Returns (state, base, batch) -> (state, loss)."""
   settings = state_lib.StepSettings(
-      model=model, lora_enabled=True,
-      lora_scale=lora.scale(common.RANK, common.ALPHA, False),
-      dropout=0.0, seed=0, compute_dtype=jnp.dtype(spec.dtype),
-      execution=execution, loss_chunk=1024,
-      groups=sharding.batch_groups(mesh), mesh=mesh)
+      model=model, lora_enabled=True, lora_scale=_SCALE, dropout=0.0, seed=0,
+      compute_dtype=jnp.dtype(spec.dtype), execution=execution,
+      loss_chunk=1024, groups=sharding.batch_groups(mesh), mesh=mesh)
 
   def step(state, base, batch):
     state, metrics = train.train_step(
@@ -98,7 +96,7 @@ def own_step(spec, model, mesh, optimizer, execution):
   return step
 
 
-def tunix_step(spec, model, optimizer, execution):
+def tunix_step(model, optimizer, execution):
   """Returns the same with the default loss of Tunix 0.1.7's PeftTrainer.
 
   All logits, and their log-softmax times f32 one-hot targets, written from its
@@ -108,8 +106,7 @@ def tunix_step(spec, model, optimizer, execution):
   def loss(adapters, base, batch):
     x_BTD = model_lib.hidden_states(
         model, base, batch['tokens'], batch['positions'],
-        batch['segment_ids'], adapters=adapters,
-        lora_scale=lora.scale(common.RANK, common.ALPHA, False),
+        batch['segment_ids'], adapters=adapters, lora_scale=_SCALE,
         execution=execution)
     logits_BTV = jnp.einsum(
         'BTD,VD->BTV', x_BTD, model_lib.embedding(base))[:, :-1]
@@ -146,9 +143,10 @@ def main() -> None:
     base = blocks.stack(base)
   base = jax.tree.map(
       jax.device_put, base, sharding.tree_shardings(base, mesh))
+  settings = dict(common.OPTIMIZER)
+  rate = settings.pop('learning_rate')
   optimizer = optimizer_lib.make_optimizer(
-      lambda step: common.OPTIMIZER['learning_rate'], max_grad_norm=0.0,
-      **{k: v for k, v in common.OPTIMIZER.items() if k != 'learning_rate'})
+      lambda step: rate, max_grad_norm=0.0, **settings)
   state = state_lib.make_state(make_adapters(spec, model), optimizer)
   if execution.layers == 'scan':  # As `prepare.Run.enter`.
     state = state_lib.stack_layers(state, model.config.num_layers)
@@ -158,25 +156,22 @@ def main() -> None:
       {name: jax.device_put(array, place)
        for name, array in make_batch(spec, ids_BT).items()}
       for ids_BT in common.load_ids(spec)]
-  step = (own_step(spec, model, mesh, optimizer, execution)
-          if spec.peer == 'ours'
-          else tunix_step(spec, model, optimizer, execution))
+  update = (own_step(spec, model, mesh, optimizer, execution)
+            if spec.peer == 'ours'
+            else tunix_step(model, optimizer, execution))
   jax.block_until_ready((base, state, batches))
 
-  held = library_tree.device_bytes('bytes_in_use')
-  meter = meter_lib.Meter(spec)
-  meter.begin()
-  for i in range(spec.steps):
-    state, loss = step(state, base, batches[i % len(batches)])
-    meter.tick(float(loss))
-  peak = library_tree.device_bytes('peak_bytes_in_use')
-  meter.finish(
-      library_tree.product(spec), library_tree.versions(),
-      peak - held if spec.gpu else None,
+  def step(i):
+    nonlocal state
+    state, loss = update(state, base, batches[i])
+    return float(loss)
+
+  meter.measure(
+      spec, library_tree, step,
+      sum(x.size for x in jax.tree.leaves(state.trainable)),
       execution=f'layers {execution.layers}, attention {execution.attention},'
-      f' remat {execution.remat}',
-      trainable=sum(x.size for x in jax.tree.leaves(state.trainable)))
+      f' remat {execution.remat}')
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  main()

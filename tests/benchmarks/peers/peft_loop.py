@@ -5,14 +5,12 @@ that these libraries allow without a new kernel. `peft_full` computes all
 logits, as most examples do.
 """
 
-import contextlib
-
 import peft
 import torch
 from torch.nn import functional as F
 
 from peers import common
-from peers import meter as meter_lib
+from peers import meter
 from peers import torch_model
 
 
@@ -23,7 +21,7 @@ def main() -> None:
       torch_model.load_base(spec), torch_model.lora_config())
   torch_model.fill_adapters(spec, model)
   model.train()
-  settings = dict(common.OPTIMIZER)
+  settings = common.OPTIMIZER
   optimizer = torch.optim.AdamW(
       [p for p in model.parameters() if p.requires_grad],
       lr=settings['learning_rate'], betas=(settings['b1'], settings['b2']),
@@ -49,26 +47,15 @@ def main() -> None:
         logits_BTV.float().flatten(0, -2), targets_BT.flatten(),
         ignore_index=-100)
 
-  def compute():
-    if spec.autocast:
-      return torch.autocast(place, torch.bfloat16)
-    return contextlib.nullcontext()
-
-  held = torch_model.device_bytes(spec, peak=False)
-  meter = meter_lib.Meter(spec)
-  meter.begin()
-  for i in range(spec.steps):
+  def step(i):
     optimizer.zero_grad(set_to_none=True)
-    with compute():
-      value = loss(*batches[i % len(batches)])
+    with torch.autocast(place, torch.bfloat16, enabled=spec.autocast):
+      value = loss(*batches[i])
     value.backward()
     optimizer.step()
-    meter.tick(value.item())
-  peak = torch_model.device_bytes(spec, peak=True)
-  meter.finish(
-      torch_model.product(spec), torch_model.versions(),
-      peak - held if spec.gpu else None,
-      trainable=torch_model.trainable(model))
+    return value.item()
+
+  meter.measure(spec, torch_model, step, torch_model.n_trainable(model))
 
 
 if __name__ == '__main__':

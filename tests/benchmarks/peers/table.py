@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_sft import pages
 from peers import common
 
 TOLERANCES = {'float32': 1e-3, 'bfloat16': 2e-2}  # Relative, of every loss.
@@ -35,10 +36,9 @@ PEERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """The runs of one peer.
+  """The runs of one peer of `PEERS`.
 
   Attributes:
-    peer: A key of `PEERS`.
     results: What its processes printed, one per round.
     problem: Why it was not run or is not shown, else ''.
   """
@@ -71,19 +71,17 @@ def deviation(outcome: Outcome, ours: Outcome) -> float:
       for r in outcome.results)
 
 
-def check_losses(
-    outcomes: list[Outcome], dtype: str) -> list[Outcome]:
+def check_losses(outcomes: list[Outcome], dtype: str) -> list[Outcome]:
   """Hides the speed of every peer whose losses differ from ours."""
-  ours = outcomes[0]
-  checked = []
-  for outcome in outcomes:
-    if outcome.results and not (
-        deviation(outcome, ours) <= TOLERANCES[dtype]):
-      outcome = dataclasses.replace(
-          outcome, problem='no speed: its losses differ from ours by'
-          f' {deviation(outcome, ours):.1e}')
-    checked.append(outcome)
-  return checked
+  def checked(outcome):
+    if not outcome.results or (
+        deviation(outcome, outcomes[0]) <= TOLERANCES[dtype]):
+      return outcome
+    return dataclasses.replace(
+        outcome, problem='no speed: its losses differ from ours by'
+        f' {deviation(outcome, outcomes[0]):.1e}')
+
+  return [checked(outcome) for outcome in outcomes]
 
 
 def ratio(outcome: Outcome, ours: Outcome) -> str:
@@ -102,28 +100,21 @@ def markdown(
   peak = max(r['product_gflops'] for o in outcomes for r in o.results)
   unit = 's' if spec.gpu else 'CPU-s'
   work = common.flops(spec) / 1e9
-  lines = [
-      f'Gemma 3 {spec.shape}, {spec.rows} x {spec.length} tokens, no padding,'
-      f' {spec.share:.0%} trained, {spec.dtype}, LoRA rank {common.RANK} on q,'
-      f' k, v, o; {machine["device"]}; {len(ours.results)} rounds.',
-      f'A step needs {work:.0f} GFLOP; the best product of the same run made'
-      f' {peak:.0f} GFLOP/{unit}. Commit {machine["commit"]}.',
-      '',
-      f'| | {unit} a step: best / median / worst | tokens/{unit} | time over'
-      f' ours (by round) | useful GFLOP/{unit}, share of the best product; own'
-      ' product | memory above the weights,'
-      ' MB: steps / with the first | start to first step done, '
-      f'{unit} | losses differ by |',
-      '|---|---|---|---|---|---|---|---|']
-  remarks = []
+  header = (
+      '', f'{unit} a step: best / median / worst', f'tokens/{unit}',
+      'time over ours (by round)',
+      f'useful GFLOP/{unit}, share of the best product; own product',
+      'memory above the weights, MB: steps / with the first',
+      f'start to first step done, {unit}', 'losses differ by')
+  rows, remarks = [], []
   for outcome in outcomes:
     title, _, _, remark = PEERS[outcome.peer]
     if remark:
       remarks.append(f'- {title}: {remark}.')
     if outcome.problem:
-      lines.append(f'| {title} | {outcome.problem} | | | | | | |')
+      rows.append((title, outcome.problem, *[''] * (len(header) - 2)))
       continue
-    lines.append('| ' + ' | '.join([
+    rows.append((
         title,
         f'{outcome.best:.3g} / {statistics.median(outcome.steps):.3g}'
         f' / {max(outcome.steps):.3g}',
@@ -133,8 +124,14 @@ def markdown(
         f' {max(r["product_gflops"] for r in outcome.results):.0f}',
         _memory(outcome, spec),
         _start(outcome, spec),
-        '-' if outcome is ours else f'{deviation(outcome, ours):.0e}']) + ' |')
-  return '\n'.join([*lines, '', *remarks, ''])
+        '-' if outcome is ours else f'{deviation(outcome, ours):.0e}'))
+  return '\n'.join([
+      f'Gemma 3 {spec.shape}, {spec.rows} x {spec.length} tokens, no padding,'
+      f' {spec.share:.0%} trained, {spec.dtype}, LoRA rank {common.RANK} on q,'
+      f' k, v, o; {machine["device"]}; {len(ours.results)} rounds.',
+      f'A step needs {work:.0f} GFLOP; the best product of the same run made'
+      f' {peak:.0f} GFLOP/{unit}. Commit {machine["commit"]}.',
+      '', pages.table(header, rows), '', *remarks, ''])
 
 
 def _memory(outcome, spec):
@@ -151,18 +148,13 @@ def _start(outcome, spec):
     return f'{outcome.lowest(field):.1f}'
   # JAX: the first process filled the cache of compiled programs.
   cold, *warm = (result[field] for result in outcome.results)
-  return f'{cold:.1f}; compiled before: {min(warm):.1f}' if warm else (
-      f'{cold:.1f}')
+  return f'{cold:.1f}' + (
+      f'; compiled before: {min(warm):.1f}' if warm else '')
 
 
 def draw(outcomes: list[Outcome], path: pathlib.Path) -> None:
   """Draws the loss curves over each other."""
-  import matplotlib
-
-  matplotlib.use('Agg')
-  from matplotlib import pyplot as plt
-
-  figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')
+  figure, (axes,) = pages.make_figure(width=7, height=4.5)
   shown = [outcome for outcome in outcomes if outcome.results]
   for i, outcome in enumerate(shown):
     losses = outcome.results[0]['losses']
@@ -173,5 +165,4 @@ def draw(outcomes: list[Outcome], path: pathlib.Path) -> None:
   axes.set_xlabel('step')
   axes.set_ylabel('loss (nats a trained token)')
   axes.legend()
-  figure.savefig(path, dpi=120)
-  plt.close(figure)
+  path.write_bytes(pages.to_png(figure))

@@ -1,12 +1,15 @@
 """The model of the PyTorch peers: transformers with PEFT's adapters."""
 
-import importlib.metadata
+from typing import Any
+from typing import Callable
 
 import peft
 import torch
 import transformers
 
 from peers import common
+
+LIBRARIES = ('torch', 'transformers', 'peft')
 
 
 def device(spec: common.Spec) -> str:
@@ -45,20 +48,17 @@ def fill_adapters(spec: common.Spec, model: torch.nn.Module) -> None:
     assert not module.lora_B['default'].weight.any()
 
 
-def trainable(model: torch.nn.Module) -> int:
+def n_trainable(model: torch.nn.Module) -> int:
   """Returns the number of trained weights."""
   return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def product(spec: common.Spec):
-  """Returns the product that `Meter.finish` times."""
-  inputs: dict[int, torch.Tensor] = {}
+def product(spec: common.Spec, n: int) -> Callable[[], Any]:
+  """Returns a call that multiplies two (n, n) matrices and waits."""
+  x = torch.randn(n, n, device=device(spec)).to(getattr(torch, spec.dtype))
 
-  def run(n):
-    if n not in inputs:
-      inputs[n] = torch.randn(n, n, device=device(spec)).to(
-          getattr(torch, spec.dtype))
-    torch.matmul(inputs[n], inputs[n])
+  def run():
+    torch.matmul(x, x)
     if spec.gpu:
       torch.cuda.synchronize()
 
@@ -66,14 +66,8 @@ def product(spec: common.Spec):
 
 
 def device_bytes(spec: common.Spec, *, peak: bool) -> int:
-  """Returns the allocated bytes, now or at their peak."""
+  """Returns the allocated bytes, now or at their peak; 0 on a CPU."""
   if not spec.gpu:
     return 0
   return (torch.cuda.max_memory_allocated() if peak
           else torch.cuda.memory_allocated())
-
-
-def versions() -> dict[str, str]:
-  """Returns those of the PyTorch peers' libraries."""
-  return {name: importlib.metadata.version(name)
-          for name in ('torch', 'transformers', 'peft')}

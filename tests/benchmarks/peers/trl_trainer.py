@@ -4,7 +4,6 @@ Its fused loss skips untrained positions only where Triton runs: on a CPU it
 computes the loss of every position, and entropy and top-1 accuracy too.
 """
 
-import importlib.metadata
 import tempfile
 
 import datasets
@@ -82,16 +81,10 @@ def main() -> None:
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=_tokenizer(), peft_config=torch_model.lora_config())
     torch_model.fill_adapters(spec, trainer.model)
-    meter = meter_lib.Meter(spec)
+    meter = meter_lib.Meter(spec, torch_model)
     trainer.add_callback(_Ticker(meter, trainer.losses))
-    held = torch_model.device_bytes(spec, peak=False)
     trainer.train()
-  peak = torch_model.device_bytes(spec, peak=True)
-  meter.finish(
-      torch_model.product(spec),
-      torch_model.versions() | {'trl': importlib.metadata.version('trl')},
-      peak - held if spec.gpu else None,
-      trainable=torch_model.trainable(trainer.model))
+  meter.finish(torch_model.n_trainable(trainer.model), 'trl')
 
 
 if __name__ == '__main__':
