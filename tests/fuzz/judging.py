@@ -3,27 +3,40 @@
 import collections
 import contextlib
 import hashlib
+import json
 import os
 import pathlib
 import resource
 import signal
 import traceback
+from typing import Any
+
+from gemma_sft import errors
 
 # CPU time; a case takes milliseconds.
 SECONDS = 3.0
 # Beyond the size of the process after all imports.
 _MORE_BYTES = 1 << 30
-KINDS = ('crash', 'hang', 'loss')
 
 
 class Loss(Exception):
   """A part of the input was silently lost or changed."""
 
 
-def check_place(error: Exception, place: str) -> None:
-  """Raises unless a `UserError` names a place; what it refuses is fine."""
-  if place not in error.got:
-    raise AssertionError(f'no place in {error.got!r}') from error
+@contextlib.contextmanager
+def may_refuse(place: str = ''):
+  """Accepts a `UserError` that names the place."""
+  try:
+    yield
+  except errors.UserError as error:
+    if place not in error.got:
+      raise AssertionError(f'no place in {error.got!r}') from error
+
+
+def parse(case: bytes) -> Any:
+  """Returns a JSON document, None for other bytes."""
+  with contextlib.suppress(ValueError):
+    return json.loads(case)
 
 
 class _Hang(BaseException):
@@ -75,21 +88,25 @@ def _place(error):
 
 
 class Session:
-  """Judges cases and counts the failures."""
+  """Judges cases and counts the failures.
+
+  `counts` has the number of cases as `n`, and those of each kind of failure.
+  `places` has [number, file, bytes] of each kind and place of a failure; the
+  file has the shortest case.
+  """
 
   def __init__(self, target, folder: str, failures: str):
     """Takes the target, a scratch folder and where to write failing cases."""
     self._target, self._folder = target, folder
     self._failures = pathlib.Path(failures)
-    self.n = 0
     self.counts = collections.Counter()
-    self.places: dict[str, list] = {}  # Description -> [count, file, bytes].
+    self.places: dict[str, list] = {}
 
   def run(self, case: bytes) -> None:
-    """Judges one case; of equal failures the shortest case is saved."""
+    """Judges one case."""
     # If the whole process dies, this was the case.
     (self._failures / 'last').write_bytes(case)
-    self.n += 1
+    self.counts['n'] += 1
     kind, what, story = judge(self._target, case, self._folder)
     if not kind:
       return
@@ -102,7 +119,3 @@ class Session:
       (self._failures / name).write_bytes(case)
       (self._failures / f'{name}.txt').write_text(
           story, errors='backslashreplace')
-
-  def as_json(self) -> dict:
-    """Returns the counts."""
-    return {'n': self.n, 'counts': dict(self.counts), 'places': self.places}

@@ -4,7 +4,12 @@ import json
 import random
 import struct
 from typing import Any
+from typing import Callable
 
+from hypothesis import strategies as st
+
+_NUMBERS = (0, 1, 2, 7, 8, 31, 32, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1,
+            2**32, 2**40, 2**60, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
 _VALUES = (
     None, True, False, 0, -1, 1, 3, 8, 2**31, 2**63, -2**63, 10**40, 0.5, 1e308,
     float('nan'), float('inf'), '', ' ', 'a', '\n', '0', '\u2581', '\x00',
@@ -33,19 +38,22 @@ def mutate_bytes(case: bytes, max_size: int, seed: int) -> bytes:
   data = bytearray(case)
   for _ in range(rng.randint(1, 3)):
     at = rng.randrange(min(len(data), rng.choice((100, 1 << 20))) + 1)
-    choice = rng.randrange(5)
-    if choice == 0:
-      data[at:at + 1] = bytes([rng.randrange(256)])
-    elif choice == 1:
-      del data[at:at + rng.randint(1, 20)]
-    elif choice == 2:
-      data[at:at] = data[at:at + rng.randint(1, 20)]
-    elif choice == 3:
-      number = rng.choice((0, 1, 2**31, 2**32 - 1, 2**60, 2**63, 2**64 - 1))
-      data[at:at + 8] = struct.pack('<Q', number)
-    else:
-      data[at:at] = rng.choice((b'"', b'\0', b'\r', b'{', b'\xff', b',', b'\n'))
+    n, number = rng.randint(1, 20), rng.choice(_NUMBERS)
+    replaced, new = rng.choice((
+        (1, bytes([rng.randrange(256)])), (n, b''), (0, data[at:at + n]),
+        (8, struct.pack('<Q', number)), (4, struct.pack('<I', number % 2**32)),
+        (4, struct.pack('>I', number % 2**32)),
+        (0, rng.choice((b'"', b'\0', b'\r', b'{', b'\xff', b',', b'\n'))),
+        (len(data), b'')))
+    data[at:at + replaced] = new
   return bytes(data[:max_size])
+
+
+def strategy(cases: Callable[[], list[bytes]], change=mutate_bytes):
+  """Returns a strategy of mutated copies of cases."""
+  return st.builds(
+      lambda case, seed: change(case, 1 << 16, seed),
+      st.deferred(lambda: st.sampled_from(cases())), st.integers(0, 2**32))
 
 
 def _changed(node: Any, rng: random.Random, depth: int = 0) -> Any:
@@ -74,16 +82,10 @@ def _changed(node: Any, rng: random.Random, depth: int = 0) -> Any:
 
 def _changed_text(text, rng):
   at = rng.randrange(len(text) + 1)
-  choice = rng.randrange(4)
-  if choice == 0:
-    return text[:at] + chr(rng.choice((
-        rng.randrange(128), rng.randrange(0x3000), rng.randrange(0x110000),
-    ))) + text[at:]
-  if choice == 1:
-    return text[:at] + text[at + rng.randint(1, 4):]
-  if choice == 2:
-    end = at + rng.randint(1, 12)
-    return text[:at] + text[at:end] * 2 + text[end:]
-  value = rng.choice(_VALUES)
-  return text[:at] + (value if isinstance(value, str) else str(value)
-                      ) + text[at:]
+  end = at + rng.randint(1, 12)
+  new, rest = rng.choice((
+      (chr(rng.choice((rng.randrange(128), rng.randrange(0x3000),
+                       rng.randrange(0x110000)))), at),
+      ('', at + rng.randint(1, 4)), (text[at:end], at),
+      (str(rng.choice(_VALUES)), at)))
+  return text[:at] + new + text[rest:]

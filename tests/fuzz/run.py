@@ -10,6 +10,7 @@ fast tests replay.
 """
 
 import argparse
+import collections
 import json
 import os
 import pathlib
@@ -23,7 +24,6 @@ import tempfile
 _ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(_ROOT / 'tests'))
 
-from fuzz import judging
 from fuzz import targets
 
 _PROPERTY_SHARE = 0.2
@@ -38,15 +38,12 @@ def main() -> int:
   arguments = _parse()
   print(f'{"target":12} {"cases":>7} {"CPU s":>8} {"crashes":>8} {"hangs":>6}'
         f' {"silent losses":>14} {"corpus":>7}', flush=True)
-  total = dict.fromkeys(('n', *judging.KINDS, 'inputs'), 0) | {'seconds': 0.0}
-  places = {}
+  total, places = collections.Counter(), {}
   for name in arguments.only:
-    row = _drill(name, arguments)
+    row, found = _drill(name, arguments)
     _print_row(name, row)
-    places |= {f'{name}: {what}': entry for what, entry in
-               row.pop('places').items()}
-    for key, value in row.items():
-      total[key] += value
+    places |= {f'{name}: {what}': entry for what, entry in found.items()}
+    total += row
   _print_row('all', total)
   for what, (count, file, n_bytes) in places.items():
     print(f'{count:6} x {what}  ({file}, {n_bytes} bytes)')
@@ -73,16 +70,19 @@ def _print_row(name, row):
 
 
 def _drill(name, arguments):
-  """Returns a target's counts, over both ways of making cases."""
+  """Returns (counts, places) of a target, over both ways of making cases."""
   drill = targets.DRILLS[name]
   cases = max(2, round(arguments.cases * drill.share))
   n_property = round(cases * _PROPERTY_SHARE) if drill.guided else cases
-  row = dict.fromkeys(('n', *judging.KINDS, 'inputs'), 0) | {'places': {}}
+  row, places = collections.Counter(), {}
   start = _cpu_seconds()
   for guided, n in ((False, n_property), (True, cases - n_property)):
     if n:
-      _work(name, guided, n, arguments, row)
-  return row | {'seconds': _cpu_seconds() - start}
+      counts, found = _work(name, guided, n, arguments)
+      row += counts
+      places |= found
+  row['seconds'] = _cpu_seconds() - start
+  return row, places
 
 
 def _cpu_seconds():
@@ -90,42 +90,38 @@ def _cpu_seconds():
   return usage.ru_utime + usage.ru_stime
 
 
-def _work(name, guided, cases, arguments, row):
-  """Runs the cases in a process and adds its counts to the row."""
+def _work(name, guided, cases, arguments):
+  """Returns (counts, places) of the cases, which another process tries."""
   keep = pathlib.Path(arguments.failures, name)
   keep.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory() as folder:
-    failures = pathlib.Path(folder, 'failures')
+    folder = pathlib.Path(folder)
     for part in ('scratch', 'failures', 'inputs'):
-      os.mkdir(os.path.join(folder, part))
-    limit = round(_CPU_SECONDS[0] + cases * _CPU_SECONDS[1])
-    done = subprocess.Popen(
-        [sys.executable, str(pathlib.Path(__file__).with_name('worker.py')),
-         name, str(int(guided)), str(cases), str(arguments.seed + 1), folder,
-         str(limit)],
-        cwd=_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        encoding='utf-8', errors='replace', env=os.environ | {
-            'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(_ROOT)})
+      (folder / part).mkdir()
+    limit, message = round(_CPU_SECONDS[0] + cases * _CPU_SECONDS[1]), ''
     try:
-      _, message = done.communicate(timeout=_CLOCK * limit)
+      done = subprocess.run(
+          [sys.executable, str(pathlib.Path(__file__).with_name('worker.py')),
+           name, str(int(guided)), str(cases), str(arguments.seed + 1),
+           str(folder), str(limit)],
+          cwd=_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+          timeout=_CLOCK * limit, encoding='utf-8', errors='replace',
+          env=os.environ | {'JAX_PLATFORMS': 'cpu',
+                            'PYTHONPATH': f'{_ROOT}:{_ROOT}/tests'})
+      message = done.stderr
       ended = f'the process ended with status {done.returncode}'
       if done.returncode == -signal.SIGXCPU:
         ended = f'hang: the process took more than {limit} s'
     except subprocess.TimeoutExpired:
-      done.kill()
-      done.communicate()
-      message, ended = '', 'hang: the process did not end'
-    result = pathlib.Path(folder, 'result.json')
+      ended = 'hang: the process did not end'
+    result = folder / 'result.json'
     account = json.loads(result.read_text()) if result.exists() else {
-        'n': 0, 'counts': {'hang' if ended.startswith('hang') else 'crash': 1},
+        'counts': {'hang' if ended.startswith('hang') else 'crash': 1},
         'places': {f'{ended}: {message[-6000:]}': [1, 'last', 0]}}
-    row['n'] += account['n']
-    for kind, count in account['counts'].items():
-      row[kind] += count
-    row['places'] |= account['places']
-    row['inputs'] += len(os.listdir(os.path.join(folder, 'inputs')))
-    for file in failures.iterdir() if account['places'] else ():
-      shutil.copy(file, keep / file.name)
+    if account['places']:
+      shutil.copytree(folder / 'failures', keep, dirs_exist_ok=True)
+    return collections.Counter(account['counts']) + collections.Counter(
+        inputs=len(os.listdir(folder / 'inputs'))), account['places']
 
 
 if __name__ == '__main__':

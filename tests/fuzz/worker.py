@@ -10,43 +10,41 @@ import sys
 import atheris
 import hypothesis
 
+from fuzz import judging
+from fuzz import mutation
+from fuzz import targets
+
 # Longer cases find nothing new.
 _MAX_BYTES = 32_768
 
 
 def main(name: str, guided: str, cases: str, seed: str, folder: str,
          cpu_seconds: str) -> None:
-  """Tries cases and writes the counts to `result.json` in the folder.
+  """Tries cases of a target and writes the counts to `result.json`.
 
   Args:
     name: The target.
     guided: '1' for cases that coverage guides, '0' for those of the strategy.
     cases: The number of cases.
     seed: For making the cases.
-    folder: With scratch/, failures/ and inputs/; the cases that reached new
-      lines are written to inputs/.
+    folder: For the result. It has scratch/, failures/ and inputs/, which
+      receives the cases that reached new lines.
     cpu_seconds: The limit of the process.
   """
   limit = int(cpu_seconds)
   resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 10))
-  from fuzz import targets
-
-  drill = targets.DRILLS[name]
+  drill, scratch = targets.DRILLS[name], os.path.join(folder, 'scratch')
   with atheris.instrument_imports(include=list(drill.packages)):
     target = importlib.import_module(f'fuzz.targets.{name}')
     seeds = target.seeds()
     for case in seeds:  # Completes the lazy imports.
-      target.check(case, os.path.join(folder, 'scratch'))
-  from fuzz import judging
-
+      target.check(case, scratch)
   judging.bound_memory()
-  session = judging.Session(
-      target, os.path.join(folder, 'scratch'),
-      os.path.join(folder, 'failures'))
+  session = judging.Session(target, scratch, os.path.join(folder, 'failures'))
 
   def finish():
-    result = pathlib.Path(folder, 'result.json')
-    result.write_text(json.dumps(session.as_json()))
+    pathlib.Path(folder, 'result.json').write_text(json.dumps(
+        {'counts': session.counts, 'places': session.places}))
     sys.stdout.flush()
     os._exit(0)  # Without libFuzzer's own output.
 
@@ -65,22 +63,20 @@ def _property_based(target, session, cases, seed):
       suppress_health_check=list(hypothesis.HealthCheck))
   @hypothesis.given(target.STRATEGY)
   def drill(case):
-    if session.n < cases:
+    if session.counts['n'] < cases:
       session.run(case)
 
   drill()
 
 
 def _guided(drill, seeds, session, cases, seed, folder, finish):
-  from fuzz import mutation
-
   inputs = pathlib.Path(folder, 'inputs')
   for i, case in enumerate(seeds):
     (inputs / f'seed{i}').write_bytes(case)
 
   def try_one(case):
     session.run(case)
-    if session.n >= cases:
+    if session.counts['n'] >= cases:
       finish()
 
   options = {'custom_mutator': mutation.mutate} if drill.as_json else {}
@@ -95,5 +91,4 @@ def _guided(drill, seeds, session, cases, seed, folder, finish):
 
 
 if __name__ == '__main__':
-  sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
   main(*sys.argv[1:])

@@ -1,24 +1,19 @@
 """The targets; see the docstring of the package."""
 
 import dataclasses
+import functools
 
 
 @dataclasses.dataclass(frozen=True)
 class Drill:
-  """How a target is tried.
+  """How a target is tried."""
 
-  Attributes:
-    share: Its share of the cases.
-    packages: The packages to instrument.
-    guided: Whether coverage guides new cases. If not, the strategy makes all of
-      them: the tested code runs in another process or language.
-    as_json: Whether a case is a JSON document, to be mutated as a tree.
-  """
-
-  share: float
-  packages: tuple[str, ...]
+  share: float  # Of the cases.
+  packages: tuple[str, ...]  # To instrument.
+  # Whether coverage guides new cases. If not, the strategy makes all of them:
+  # the tested code runs in another process or language.
   guided: bool = True
-  as_json: bool = False
+  as_json: bool = False  # A case is JSON, to be mutated as a tree.
 
 
 DRILLS = {
@@ -36,3 +31,14 @@ DRILLS = {
     'sql': Drill(0.012, ('gemma_sft.tasks',), guided=False, as_json=True),
     'blop': Drill(0.0005, ('gemma_sft.tasks',), guided=False),
 }
+
+
+@functools.cache
+def model(num_layers: int = 2):
+  """Returns the Gemma 3 of the targets, as small as it may be."""
+  from gemma_sft import model as model_lib
+
+  return model_lib.make_model(
+      'custom', generation=3, vocab_size=512, num_layers=num_layers,
+      embed_dim=8, hidden_dim=8, num_heads=2, num_kv_heads=1, head_dim=4,
+      sliding_window=4)

@@ -13,7 +13,6 @@ import sentencepiece
 
 from fuzz import judging
 from gemma_sft import chat
-from gemma_sft import errors
 from gemma_sft.exports import templates
 from gemma_sft.weights import tokenizer_file
 
@@ -44,15 +43,21 @@ def _template(generation):
   return environment.from_string(templates.jinja(generation))
 
 
+def _render(messages, generation, prompt=False):
+  """Returns what the exported template makes of a conversation."""
+  return _template(generation).render(
+      bos_token='', add_generation_prompt=prompt, messages=[
+          {'role': m.role, 'content': m.content} for m in messages])
+
+
 def check(case: bytes, folder: str) -> None:
   """Renders a conversation, its prompt, and each text by itself."""
   del folder
   generation, messages = _parse(case)
-  tokenizer = _tokenizer(generation)[0]
-  try:
+  tokenizer, example = _tokenizer(generation)[0], None
+  with judging.may_refuse('case'):
     example = chat.render(messages, tokenizer, 'case')
-  except errors.UserError as error:
-    judging.check_place(error, 'case')
+  if example is None:
     _check_that_the_template_refuses(messages, generation)
   else:
     _check_rendered(example, messages, generation)
@@ -64,35 +69,28 @@ def check(case: bytes, folder: str) -> None:
 def _parse(case):
   """Returns the generation and the messages, with defaults if invalid."""
   try:
-    generation, turns = json.loads(case)
-    if not isinstance(turns, list):
-      return 3, []
-    messages = [
-        chat.Message(str(t[0]), _encodable(str(t[1]))) for t in turns
-        if isinstance(t, list) and len(t) == 2]
+    generation, turns = judging.parse(case)
+    turns = turns if isinstance(turns, list) else []
   except (ValueError, TypeError):
     return 3, []
   known = isinstance(generation, int) and generation in (1, 2, 3, 4)
-  return (generation if known else 3), messages
-
-
-def _encodable(text):
-  # `records` and the pages accept no other texts.
-  return text.encode('utf-8', 'replace').decode()
+  # `records` and the pages accept only texts that can be encoded.
+  return generation if known else 3, [
+      chat.Message(str(t[0]), str(t[1]).encode('utf-8', 'replace').decode())
+      for t in turns if isinstance(t, list) and len(t) == 2]
 
 
 def _segments(tokens, generation):
   """Returns the texts between control tokens, and those tokens."""
   tokenizer, control, _, _ = _tokenizer(generation)
-  texts, marks, ids = [], [], []
+  texts, marks = [[]], []
   for token in map(int, tokens):
     if token in control:
-      texts.append(tokenizer.decode(ids))
+      texts.append([])
       marks.append(token)
-      ids = []
     else:
-      ids.append(token)
-  return [*texts, tokenizer.decode(ids)], marks
+      texts[-1].append(token)
+  return [tokenizer.decode(ids) for ids in texts], marks
 
 
 def _as_written(text):
@@ -115,9 +113,9 @@ def _check_rendered(example, messages, generation):
   texts, marks = _segments(example.tokens, generation)
   if marks != [tokenizer.bos_id, *[start, end] * len(turns)]:
     raise judging.Loss(f'control tokens {marks} for {len(turns)} turns')
-  wanted = ['', *(t for role, text in turns for t in (
-      '\n', f'{role}\n{text}')), '\n']
-  wanted[1] = ''  # Only BOS precedes the first turn.
+  # Only BOS precedes the first turn.
+  wanted = ['', '', *(t for role, text in turns for t in (
+      f'{role}\n{text}', '\n'))]
   if texts != [_as_written(text) for text in wanted]:
     raise judging.Loss(f'{wanted!r:.300} became {texts!r:.300}')
   edges = np.flatnonzero(np.diff(np.r_[0, example.loss_mask, 0]))
@@ -129,9 +127,7 @@ def _check_rendered(example, messages, generation):
     raise judging.Loss(f'trained is {trained!r:.300} of {answers!r:.300}')
   if example.target_bytes != sum(len(a.encode()) for a in answers):
     raise judging.Loss('target_bytes are not those of the answers')
-  text = _template(generation).render(
-      bos_token='', messages=_as_dicts(messages), add_generation_prompt=False)
-  tags = _TAGS[generation]
+  text, tags = _render(messages, generation), _TAGS[generation]
   if text != ''.join(f'{tags[0]}{r}\n{t}{tags[1]}\n' for r, t in turns):
     raise judging.Loss(f'the template renders {text!r:.300}')
 
@@ -144,23 +140,17 @@ def _check_the_prompt(example, messages, tokenizer):
       raise judging.Loss('the prompt is not what was trained')
 
 
-def _as_dicts(messages):
-  return [{'role': m.role, 'content': m.content} for m in messages]
-
-
 def _check_that_the_template_refuses(messages, generation):
   """The template accepts more: prompts, and two more names of roles."""
-  turns = messages[1:] if messages[:1] and messages[0].role == (
-      'system') else messages
+  has_system = bool(messages) and messages[0].role == 'system'
+  turns = messages[has_system:]
   blank = any(not m.content.strip() for m in messages)
   by_turns = all(m.role == ('user', 'model')[i % 2]
                  for i, m in enumerate(turns))
   if turns and by_turns and not blank and len(turns) % 2 == 0:
     raise judging.Loss('a good conversation is refused')
   try:
-    _template(generation).render(
-        bos_token='', messages=_as_dicts(messages),
-        add_generation_prompt=True)
+    _render(messages, generation, prompt=True)
   except jinja2.TemplateError:
     return
   if blank or not turns:

@@ -19,7 +19,6 @@ from configs import tiny
 from fuzz import judging
 from gemma_sft import cli
 from gemma_sft import config as config_lib
-from gemma_sft import errors
 from gemma_sft.sweeping import grid
 from gemma_sft.sweeping import search
 
@@ -34,10 +33,7 @@ _LEAVES = dict(config_lib.leaves(default.get_config()))
 
 def check(case: bytes, folder: str) -> None:
   """Parses every part of the case."""
-  try:
-    document = json.loads(case)
-  except ValueError:
-    return
+  document = judging.parse(case)
   if not isinstance(document, dict):
     return
   _check_command(document.get('arguments', []))
@@ -45,12 +41,9 @@ def check(case: bytes, folder: str) -> None:
     _check_saved(document['saved'], folder)
   for name, parse in (('grid', grid.parse_grid),
                       ('search', search.parse_space)):
-    text = document.get(name)
-    if isinstance(text, str):
-      try:
+    if isinstance(text := document.get(name), str):
+      with judging.may_refuse():
         parse(text, tiny.get_config())
-      except errors.UserError:
-        pass
 
 
 def _check_command(arguments):
@@ -65,17 +58,15 @@ def _check_command(arguments):
   was_parsed = flags.FLAGS.is_parsed()
   sys.argv = ['fuzz', f'--config={_TINY}', *arguments]
   try:
-    values = cli._parse('gemma_sft.fuzz', _DECLARED)
-    config = values['config']
-    config_lib.validate(config)
-    _check_config(config)
-    text = config_lib.to_json(config)
-    again = config_lib.from_json(text, default.get_config())
-    if config_lib.differences(config, again) or config_lib.to_json(
-        again) != text:
-      raise judging.Loss('the saved config is another')
-  except errors.UserError:
-    pass
+    with judging.may_refuse():
+      config = cli._parse('gemma_sft.fuzz', _DECLARED)['config']
+      config_lib.validate(config)
+      _check_config(config)
+      text = config_lib.to_json(config)
+      again = config_lib.from_json(text, default.get_config())
+      if config_lib.differences(config, again) or config_lib.to_json(
+          again) != text:
+        raise judging.Loss('the saved config is another')
   finally:
     sys.argv = before
     for name in set(flags.FLAGS) - known:
@@ -106,17 +97,14 @@ def _check_config(config):
 
 def _check_saved(saved, folder):
   """Reads a config.json that a user has edited."""
-  path = os.path.join(folder, 'config.json')
   text = saved if isinstance(saved, str) else json.dumps(saved)
-  with open(path, 'w', encoding='utf-8', errors='replace') as file:
-    file.write(text)
-  try:
+  pathlib.Path(folder, 'config.json').write_text(
+      text, encoding='utf-8', errors='replace')
+  with judging.may_refuse():
     config = cli.load_run_config(folder)
     config_lib.validate(config)
-  except errors.UserError:
-    return
-  if not isinstance(config, config_dict.ConfigDict):
-    raise judging.Loss('a saved config is none')
+    if not isinstance(config, config_dict.ConfigDict):
+      raise judging.Loss('a saved config is none')
 
 
 def _case(**parts):
@@ -159,11 +147,11 @@ _SPECS = st.lists(st.builds(
     st.lists(_VALUES | st.builds('{}..{}{}'.format, _VALUES, _VALUES,
                                  st.sampled_from(('', ':log', ':x'))),
              max_size=3)), max_size=3).map(';'.join)
+_SAVED = st.dictionaries(
+    _KEYS, st.none() | st.booleans() | st.integers() | _VALUES
+    | st.lists(_VALUES, max_size=2), max_size=3)
 STRATEGY = st.one_of(
-    st.builds(lambda a: _case(arguments=a), _ARGUMENTS),
-    st.builds(lambda a: _case(arguments=a), _ARGUMENTS),
-    st.builds(lambda a: _case(grid=a), _SPECS | st.text(max_size=20)),
-    st.builds(lambda a: _case(search=a), _SPECS | st.text(max_size=20)),
-    st.builds(lambda a: _case(saved=a), st.dictionaries(
-        _KEYS, st.none() | st.booleans() | st.integers() | _VALUES
-        | st.lists(_VALUES, max_size=2), max_size=3) | st.text(max_size=20)))
+    *[st.builds(_case, arguments=_ARGUMENTS)] * 2,
+    *(st.builds(_case, **{name: _SPECS | st.text(max_size=20)})
+      for name in ('grid', 'search')),
+    st.builds(_case, saved=_SAVED | st.text(max_size=20)))

@@ -9,13 +9,12 @@ import csv
 import functools
 import io
 import json
-import os
+import pathlib
 import re
 
 from hypothesis import strategies as st
 
 from fuzz import judging
-from gemma_sft import errors
 from gemma_sft.inputs import records
 
 _ENDINGS = ('csv', 'tsv', 'json', 'jsonl', 'txt', 'parquet')
@@ -28,30 +27,29 @@ def check(case: bytes, folder: str) -> None:
   ending = name.decode('latin-1')
   if ending not in _ENDINGS:
     ending, data = _ENDINGS[len(case) % len(_ENDINGS)], case
-  path = os.path.join(folder, f'case.{ending}')
-  with open(path, 'wb') as file:
-    file.write(data)
+  path = pathlib.Path(folder, f'case.{ending}')
+  path.write_bytes(data)
   found = _read(path, validated=False)
   if found is not None:
-    _ORACLES[ending](data, found)
+    _ORACLES[ending](
+        data if ending == 'parquet' else data.decode('utf-8-sig'), found)
   examples = _read(path, validated=True)
   if examples is None:
     return
   if found is None or len(found) != len(examples):
     raise judging.Loss('validation changes the number of records')
   for raw, example in zip(found, examples):
-    _compare('validated', _text(_leaves(_without_roles(raw.fields))),
-             _text(_leaves(_without_roles(example.fields))))
+    _compare('validated', *(
+        _leaves(_without_roles(r.fields)) for r in (raw, example)))
 
 
 def _read(path, validated):
   """Returns the records, or None if the file is refused with its name."""
-  try:
-    found = records.read(path, validated=validated)
-  except errors.UserError as error:
-    judging.check_place(error, 'case.')
-    return None
-  records.content_hash(found)
+  found = None
+  with judging.may_refuse('case.'):
+    found = records.read(str(path), validated=validated)
+  if found is not None:
+    records.content_hash(found)
   return found
 
 
@@ -75,13 +73,11 @@ def _leaves(value):
   return [str(value)] if value is not None else []
 
 
-def _text(parts, but=''):
-  """Returns the visible characters of texts, except those in `but`."""
-  return ''.join(c for part in parts for c in part
-                 if not c.isspace() and c not in but)
-
-
-def _compare(what, wanted, got):
+def _compare(what, wanted, got, but=''):
+  """Compares the visible characters of texts, except those in `but`."""
+  wanted, got = (''.join(c for part in parts for c in part
+                         if not c.isspace() and c not in but)
+                 for parts in (wanted, got))
   if wanted != got:
     raise judging.Loss(f'{what}: {wanted!r:.200} became {got!r:.200}')
 
@@ -91,42 +87,35 @@ def _count(wanted, found):
     raise judging.Loss(f'{wanted} records became {len(found)}')
 
 
-def _check_table(data, found, delimiter):
-  text = data.decode().removeprefix('\ufeff')
-  marks = delimiter + '"'
+def _check_table(text, found, delimiter):
   # All rows have the names of the header.
   names = list(found[0].fields)
   cells = [cell for r in found for cell in r.fields.values()]
-  _compare('cells', _text([text], marks), _text(names + cells, marks))
+  _compare('cells', [text], names + cells, but=delimiter + '"')
   # Line ends within quotes belong to a cell, if the quotes begin the cell.
   quoted = rf'(?:^|(?<=[{delimiter}\r\n]))"(?:[^"]|"")*"'
   rows = re.sub(quoted, 'q', text)
   _count(len([r for r in re.split(r'\r\n|\r|\n', rows) if r]) - 1, found)
 
 
-def _pairs_of(pairs):
-  """Returns a JSON object with all its members, also those of equal name."""
-  return {'pairs': [[k, v] for k, v in pairs]}
+def _object(pairs):
+  """Returns a JSON object, whose names must differ."""
+  if len({k for k, _ in pairs}) != len(pairs):
+    raise judging.Loss('a name was there twice')
+  return dict(pairs)
 
 
-def _plain(value):
-  if isinstance(value, dict):
-    pairs = value['pairs']
-    if len({k for k, _ in pairs}) != len(pairs):
-      raise judging.Loss('a name was there twice')
-    return {k: _plain(v) for k, v in pairs}
-  return [_plain(v) for v in value] if isinstance(value, list) else value
+_parse = functools.partial(json.loads, object_pairs_hook=_object)
 
 
 def _check_objects(values, found):
   _count(len(values), found)
   for value, record in zip(values, found):
-    _compare('object', _text(_leaves(value)), _text(_leaves(record.fields)))
+    _compare('object', _leaves(value), _leaves(record.fields))
 
 
-def _check_json(data, found):
-  value = _plain(json.loads(
-      data.decode().removeprefix('\ufeff'), object_pairs_hook=_pairs_of))
+def _check_json(text, found):
+  value = _parse(text)
   if isinstance(value, dict):
     if beside := [k for k, v in value.items()
                   if k in records.CANONICAL and not isinstance(v, list)]:
@@ -135,23 +124,23 @@ def _check_json(data, found):
   _check_objects(value, found)
 
 
-def _check_jsonl(data, found):
-  lines = data.decode().removeprefix('\ufeff').split('\n')
-  _check_objects([_plain(json.loads(line, object_pairs_hook=_pairs_of))
-                  for line in lines if line.strip()], found)
+def _check_jsonl(text, found):
+  _check_objects(
+      [_parse(line) for line in text.split('\n') if line.strip()], found)
 
 
-def _check_text(data, found):
-  lines = data.decode().removeprefix('\ufeff').replace('\r\n', '\n').split('\n')
+def _check_text(text, found):
+  lines = text.replace('\r\n', '\n').split('\n')
   if 'prompt' in found[0].fields:
-    headings = ('# INPUT', '# OUTPUT')
-    _count(sum(line.rstrip(' \t\r') == '# INPUT' for line in lines), found)
-    lines = [li for li in lines if li.rstrip(' \t\r') not in headings]
+    headings = [line.rstrip(' \t\r') for line in lines]
+    _count(headings.count('# INPUT'), found)
+    lines = [line for line, heading in zip(lines, headings)
+             if heading not in ('# INPUT', '# OUTPUT')]
   else:
     blank = [not line.strip() for line in lines]
     _count(sum(b and not a for b, a in zip([True, *blank], blank)), found)
-  _compare('text', _text(lines), _text(
-      [text for r in found for text in r.fields.values()]))
+  _compare(
+      'text', lines, [text for r in found for text in r.fields.values()])
 
 
 def _check_parquet(data, found):

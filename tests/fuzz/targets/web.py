@@ -5,9 +5,12 @@ not a text is sent as JSON.
 """
 
 import asyncio
+import atexit
 import functools
+import itertools
 import json
 import os
+import shutil
 import tempfile
 
 from hypothesis import strategies as st
@@ -16,8 +19,8 @@ import numpy as np
 
 from configs import tiny
 from fuzz import judging
+from fuzz import targets
 from gemma_sft import chat
-from gemma_sft import model as model_lib
 from gemma_sft import tasks
 from gemma_sft.inputs import records
 from gemma_sft.nn import blocks
@@ -36,27 +39,25 @@ _SCRIPT = '<script>alert(1)</script>'
 _MOST_RATINGS = 200
 
 
-class _Apps:
-  """The apps, made once; the ratings are deleted when there are many."""
+@functools.cache
+def _apps():
+  """Returns (event loop, apps by name, a function that deletes ratings)."""
+  # Not in the folder of a case, because all cases use it.
+  folder = tempfile.mkdtemp()
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
+  path = os.path.join(folder, 'ratings.sqlite')
+  store, numbers = ratings.Store(path), itertools.count(1)
 
-  def __init__(self):
-    # Not in the folder of a case, because it is used by all cases.
-    self._folder = tempfile.TemporaryDirectory()
-    self._path = os.path.join(self._folder.name, 'ratings.sqlite')
-    self.loop = asyncio.new_event_loop()
-    self._n = 0
-    store = ratings.Store(self._path)
-    self.by_name = {
-        'rate': rating_page.make_app(_PAIRS, ('w/a', 'w/b'), store),
-        'token': rating_page.make_app(
-            _PAIRS, ('w/a', 'w/b'), store, token=_TOKEN),
-        'play': playground.make_app(_playground(), _echo)}
+  def tidy():
+    if next(numbers) % _MOST_RATINGS == 0:
+      os.remove(path)
+      ratings.Store(path)
 
-  def tidy(self):
-    self._n += 1
-    if self._n % _MOST_RATINGS == 0:
-      os.remove(self._path)
-      ratings.Store(self._path)
+  runs = 'w/a', 'w/b'
+  return asyncio.new_event_loop(), {
+      'rate': rating_page.make_app(_PAIRS, runs, store),
+      'token': rating_page.make_app(_PAIRS, runs, store, token=_TOKEN),
+      'play': playground.make_app(_playground(), _echo)}, tidy
 
 
 def _echo(served, sampling, conversation, write, prompter, as_text):
@@ -69,12 +70,9 @@ def _echo(served, sampling, conversation, write, prompter, as_text):
 def _playground():
   config = tiny.get_config()
   config.task = 'chat'
-  model = model_lib.make_model(
-      'custom', generation=3, vocab_size=512, num_layers=2, embed_dim=8,
-      hidden_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, sliding_window=4)
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ('data',))
   served = restore.Served(
-      config, mesh, model,
+      config, mesh, targets.model(),
       chat.Tokenizer(tokenizer_file.byte_tokenizer(3), 3), tasks.load('chat'),
       {}, blocks.Execution(), 'base', 'x')
   rows = [records.Record({'prompt': p, 'completion': _SCRIPT}, f't:{i}')
@@ -82,19 +80,14 @@ def _playground():
   return playground.Playground({'tuned': served, 'base': served}, rows, rows)
 
 
-@functools.cache
-def _apps():
-  return _Apps()
-
-
 def check(case: bytes, folder: str) -> None:
   """Sends a request and checks what must hold for every answer."""
   del folder
-  request = _parse(case)
-  apps = _apps()
-  status, headers, body = apps.loop.run_until_complete(asyncio.wait_for(
-      _send(apps.by_name[request['app']], request), 60))
-  apps.tidy()
+  request = _parse(judging.parse(case))
+  loop, apps, tidy = _apps()
+  status, headers, body = loop.run_until_complete(asyncio.wait_for(
+      _send(apps[request['app']], request), 60))
+  tidy()
   if not 200 <= status < 500:
     raise AssertionError(f'status {status}: {body!r:.200}')
   kind = headers.get('content-type', '')
@@ -111,22 +104,18 @@ def check(case: bytes, folder: str) -> None:
   _check_guard(request, status, body)
 
 
-def _parse(case):
+def _parse(document):
   """Returns a request that a server could have parsed."""
-  try:
-    document = json.loads(case)
-  except ValueError:
-    document = {}
   document = document if isinstance(document, dict) else {}
   request = {name: document.get(name) for name in (
       'app', 'method', 'path', 'query', 'headers', 'body')}
-  request['app'] = request['app'] if request['app'] in (
-      'rate', 'play', 'token') else 'rate'
-  request['method'] = request['method'] if request['method'] in (
-      'GET', 'HEAD', 'POST', 'PUT', 'OPTIONS', 'DELETE') else 'POST'
+  for name, known in (  # The first one replaces others.
+      ('app', ('rate', 'play', 'token')),
+      ('method', ('POST', 'GET', 'HEAD', 'PUT', 'OPTIONS', 'DELETE'))):
+    if request[name] not in known:
+      request[name] = known[0]
   for name in ('path', 'query'):
-    request[name] = str(request[name] or '').encode(
-        'utf-8', 'replace').decode()
+    request[name] = str(request[name] or '').encode('utf-8', 'replace').decode()
   request['path'] = '/' + request['path'].lstrip('/')
   pairs = request['headers'] if isinstance(request['headers'], list) else []
   request['headers'] = {
@@ -150,23 +139,19 @@ async def _send(app, request):
       'query_string': request['query'].encode(), 'headers': raw,
       'client': ('127.0.0.1', 5), 'server': ('127.0.0.1', 80), 'state': {}}
   body, start = [], {}
-  over = asyncio.Event()
   halves = [request['body'][:100], request['body'][100:]]
 
   async def receive():
-    if halves:
-      part = halves.pop(0)
-      return {'type': 'http.request', 'body': part, 'more_body': bool(halves)}
-    await over.wait()
-    return {'type': 'http.disconnect'}
+    if not halves:  # The client stays until the answer is complete.
+      await asyncio.Event().wait()
+    part = halves.pop(0)
+    return {'type': 'http.request', 'body': part, 'more_body': bool(halves)}
 
   async def send(message):
     if message['type'] == 'http.response.start':
       start.update(message)
     else:
       body.append(message.get('body', b''))
-      if not message.get('more_body'):
-        over.set()
 
   await app(scope, receive, send)
   return start['status'], {
@@ -217,16 +202,18 @@ def seeds() -> list[bytes]:
       *(_case('rate', 'GET', path) for path in (
           '', 'results', 'static/rate.js', 'api/results', 'nothing')),
       _case('rate', 'GET', 'api/next', 'rater=Ana'),
-      _case('rate', 'POST', 'api/rate', body=_BODIES['api/rate']),
-      _case('rate', 'POST', 'api/undo', body=_BODIES['api/undo']),
       _case('play', 'GET', 'api/setup'),
-      _case('play', 'POST', 'api/answer', body=_BODIES['api/answer']),
-      _case('play', 'POST', 'api/answer', body=_CHAT),
+      *(_case(_app_of(route), 'POST', route, body=body)
+        for route, body in (*_BODIES.items(), ('api/answer', _CHAT))),
       _case('token', 'GET', '', f'token={_TOKEN}'),
       _case('token', 'GET', '', headers=[
           ['cookie', f'gemma_sft_80={_TOKEN}']]),
       _case('rate', 'POST', 'api/undo', headers=[
           ['origin', 'http://evil.example'], ['host', 'evil.example']])]
+
+
+def _app_of(route):
+  return 'play' if route == 'api/answer' else 'rate'
 
 
 _ROUTES = st.sampled_from((
@@ -258,8 +245,7 @@ def _changed_bodies(draw):
   body = dict(_BODIES[route])
   key = draw(st.sampled_from(sorted(body) + ['x', '\ud800']))
   body[key] = draw(_JSON)
-  return _case('play' if route == 'api/answer' else 'rate', 'POST', route,
-               body=body)
+  return _case(_app_of(route), 'POST', route, body=body)
 
 
 STRATEGY = _changed_bodies() | st.builds(
