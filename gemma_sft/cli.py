@@ -11,7 +11,7 @@ so that `--help` and a mistyped key are answered before JAX is loaded. `run`
 then imports the module by its name and calls its `main` with the flags.
 """
 
-import dataclasses
+import functools
 import importlib
 import logging
 import os
@@ -27,42 +27,35 @@ from gemma_sft import config as config_lib
 from gemma_sft import errors
 
 
-@dataclasses.dataclass(frozen=True)
 class Flag:
   """A flag that a command declares; `define` registers it with absl."""
 
-  name: str
-  define: Callable[[], Any]
+  def __init__(self, definer: Callable[..., Any], name: str, *arguments: Any):
+    self.name = name
+    self.define = functools.partial(definer, name, *arguments)
 
 
-def _make(define: Callable[..., Any]) -> Callable[..., Flag]:
-  def make(name: str, *arguments: Any) -> Flag:
-    return Flag(name, lambda: define(name, *arguments))
-
-  return make
-
-
-# Each takes the name of the flag, its default and its help; `choice` takes the
-# possible values before the help.
-switch = _make(flags.DEFINE_bool)
-text = _make(flags.DEFINE_string)
-integer = _make(flags.DEFINE_integer)
-real = _make(flags.DEFINE_float)
-choice = _make(flags.DEFINE_enum)
-words = _make(flags.DEFINE_list)  # A list separated by commas.
-texts = _make(flags.DEFINE_multi_string)  # A flag that may be repeated.
+# Each takes the flag's name, default and help; `choice` takes the possible
+# values before the help. `words` is a list separated by commas, `texts` a flag
+# that may be repeated.
+switch = functools.partial(Flag, flags.DEFINE_bool)
+text = functools.partial(Flag, flags.DEFINE_string)
+integer = functools.partial(Flag, flags.DEFINE_integer)
+real = functools.partial(Flag, flags.DEFINE_float)
+choice = functools.partial(Flag, flags.DEFINE_enum)
+words = functools.partial(Flag, flags.DEFINE_list)
+texts = functools.partial(Flag, flags.DEFINE_multi_string)
 
 # Flags that several commands share.
-CONFIG = Flag('config', lambda: config_flags.DEFINE_config_file(
-    'config', None, 'Config file, such as configs/blop.py or'
-    ' configs/blop.py:gemma1_2b; override values as --config.lora.rank=8.',
-    lock_config=True))
+CONFIG = Flag(
+    config_flags.DEFINE_config_file, 'config', None, 'Config file, such as'
+    ' configs/blop.py or configs/blop.py:gemma1_2b; override values as'
+    ' --config.lora.rank=8.')  # It is locked.
 WORKDIR = text(
     'workdir', None, 'Folder of the run: checkpoints, metrics, report.')
 BASE = switch(
     'base', False, 'Use the untouched base model instead of the tuned one.')
-STEP = integer(
-    'step', -1, 'Checkpoint to use; -1 is the best, -2 the latest.')
+STEP = integer('step', -1, 'Checkpoint to use; -1 is the best, -2 the latest.')
 OVERWRITE = switch(
     'overwrite', False, 'Replace what an earlier run wrote under --out.')
 LLAMA_SERVER = text(
@@ -83,18 +76,13 @@ def run(module: str, *declared: Flag, positional: str = '',
   """Parses the command line, runs `module.main(**flags)` and exits.
 
   The exit status is what `main` returns, 2 for a user's mistake, or 130 for an
-  interrupt.
-
-  Args:
-    module: The command's importable name.
-    *declared: The flags that it takes.
-    positional: Parameter of `main` that takes the arguments that are not flags;
-      '' if there may be none.
-    template: Module of the config whose keys --config must have.
+  interrupt. `positional` names the parameter of `main` that takes the arguments
+  that are not flags; '' allows none. --config must have the keys of the config
+  in the module `template`.
   """
   _quiet_orbax()
-  # Exit through Python, which ends a started llama-server and removes a
-  # half-written export. Training replaces this handler with its own.
+  # Python's exit ends a started llama-server and removes a half-written export.
+  # Training replaces this handler with its own.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   try:
     values = _parse(module, declared, positional, template)
@@ -115,11 +103,9 @@ def run(module: str, *declared: Flag, positional: str = '',
 
 
 def _quiet_orbax():
-  """Suppresses messages of Orbax that would hide ours.
+  """Suppresses Orbax's warnings about options and its tasks' tracebacks.
 
-  These are warnings about its options and, after a failed write such as on a
-  full disk, tracebacks of its background tasks. The failure itself reaches the
-  caller as an exception.
+  They would hide our message; a failure reaches the caller as an exception.
   """
   logging.getLogger('absl').addFilter(
       lambda record: f'{os.sep}orbax{os.sep}' not in record.pathname)
@@ -143,7 +129,10 @@ def _parse(module, declared, positional='', template='configs.default'):
     for flag in declared:
       print(f'  --{flag.name}: {flags.FLAGS[flag.name].help}')
     sys.exit(0)
-  _check_keys(sys.argv[1:], template)
+  for argument in sys.argv[1:]:
+    if argument.startswith('--config.'):
+      shown = argument.partition('=')[0]
+      check_key(shown.removeprefix('--config.'), shown, template)
   try:
     rest = flags.FLAGS(sys.argv)[1:]
     values = {flag.name: getattr(flags.FLAGS, flag.name) for flag in declared}
@@ -164,14 +153,6 @@ def _parse(module, declared, positional='', template='configs.default'):
   return values
 
 
-def _check_keys(arguments, template):
-  """Names the nearest key for a mistyped `--config.key`."""
-  for argument in arguments:
-    if argument.startswith('--config.'):
-      key = argument[len('--config.'):].partition('=')[0]
-      check_key(key, f'--config.{key}', template)
-
-
 def _keys(template):
   config = importlib.import_module(template).get_config()
   return [key for key, _ in config_lib.leaves(config)]
@@ -185,10 +166,7 @@ def check_key(
     key: str, shown: str, template: str = 'configs.default') -> None:
   """Raises an error that names the nearest key if `template` lacks the key.
 
-  Args:
-    key: A dotted key such as lora.rank.
-    shown: What the user typed, for the message.
-    template: Module of the config.
+  `shown` is what the user typed, for the message.
   """
   known = _keys(template)
   if key.startswith('curate.'):
@@ -198,11 +176,10 @@ def check_key(
     same_name = [k for k in known if k.rpartition('.')[2] == name]
     if key in config_lib.RENAMED:
       same_name = [config_lib.RENAMED[key]]
-    raise errors.UserError(
-        shown, f'a key of {_file(template)}',
-        (f'Did you mean {same_name[0]!r}?' if same_name else
-         errors.nearest(key, known).strip())
-        or 'that file lists every key with a comment')
+    near = (f'Did you mean {same_name[0]!r}?' if same_name
+            else errors.nearest(key, known).strip())
+    raise errors.UserError(shown, f'a key of {_file(template)}',
+                           near or 'that file lists every key with a comment')
 
 
 def config_source() -> tuple[str, dict[str, Any]]:
@@ -252,7 +229,7 @@ def _explained(error: Exception, template: str) -> errors.UserError:
 
 
 def require(name: str, value: Any, example: str) -> Any:
-  """Returns the value of a flag, or raises an error if it is missing."""
+  """Returns the value of a flag; raises `UserError` if it is missing."""
   if not value:
     raise errors.UserError(
         f'--{name} is missing', f'--{name}=...', f'for example {example}')
@@ -260,11 +237,7 @@ def require(name: str, value: Any, example: str) -> Any:
 
 
 def load_run_config(workdir: str) -> Any:
-  """Returns the locked config that a run saved in its workdir.
-
-  Raises:
-    UserError: if there is none, or it cannot be read.
-  """
+  """Returns the locked config that a run saved in its workdir."""
   path = os.path.join(workdir, 'config.json')
   if not os.path.exists(path):
     raise errors.UserError(

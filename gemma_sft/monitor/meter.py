@@ -21,14 +21,10 @@ class Meter:
       self, run: Any, writer: metrics.Writer, explain: Callable[..., str]):
     """Starts the clock.
 
-    Args:
-      run: `prepare.Run`.
-      writer: Takes the metrics.
-      explain: Given a state, a step and a batch in float16, says where numbers
-        stopped being finite.
+    `explain` takes a state, a step and a batch in float16, and says where the
+    numbers stopped being finite.
     """
-    self._run, self._explain = run, explain
-    self._writer = writer
+    self._run, self._writer, self._explain = run, writer, explain
     params = run.base if run.base is not None else run.initial_state.trainable
     self._embedding = model_lib.embedding(params).size
     self._body = model_lib.count_params(params) - self._embedding
@@ -39,21 +35,14 @@ class Meter:
 
   @contextlib.contextmanager
   def paused(self):
-    """Leaves what happens inside out of the tokens per second."""
+    """Excludes the time spent inside from the tokens per second."""
     start = time.monotonic()
     yield
     self._clock += time.monotonic() - start
 
   def dispatched(
       self, step: int, on_device: Any, batch: Any, chain: str) -> None:
-    """Notes a step that was just dispatched.
-
-    Args:
-      step: Updates applied after it.
-      on_device: Its metrics.
-      batch: From `batches.Batches`.
-      chain: Hash chain of the batches.
-    """
+    """Notes update `step`, just dispatched, whose metrics are `on_device`."""
     # A CPU may run a step before the dispatch returns. What counts is when a
     # step was done, not when it was asked for.
     done = time.monotonic() if on_device['loss'].is_ready() else None
@@ -62,12 +51,8 @@ class Meter:
   def read(self, state: Any) -> None:
     """Waits for the step dispatched last and takes in its metrics.
 
-    Args:
-      state: The newest one, for `explain`.
-
-    Raises:
-      UserError: if the loss or the gradient is not finite; in float16, if no
-        loss scale makes them finite.
+    `state` is the newest, for `explain`. Raises `UserError` if the loss or the
+    gradient is not finite; in float16, if no loss scale makes them finite.
     """
     if self._pending is None:
       return
@@ -118,7 +103,7 @@ class Meter:
       raise errors.UserError(
           f'step {step}: ' + ', '.join(f'{k} is {values[k]}' for k in bad),
           'finite numbers',
-          'the last checkpoint is from before: continue from it in a new'
+          'the last checkpoint is from before: start from it in a new'
           f' --workdir with --config.init_from={self._run.workdir} and a lower'
           ' --config.optimizer.learning_rate; keep'
           ' --config.optimizer.max_grad_norm above 0, or compute in'
@@ -137,7 +122,7 @@ class Meter:
     raise errors.UserError(
         f'step {step}: {got} in float16' + (f'; {where}' if where else ''),
         'numbers that float16 can hold, up to 65504',
-        'nothing of this step was kept; continue from the last checkpoint in a'
+        'nothing of this step was kept; start from the last checkpoint in a'
         f' new --workdir with --config.init_from={self._run.workdir} and'
         ' --config.model.dtype=float32, or a lower'
         ' --config.optimizer.learning_rate')
@@ -153,17 +138,12 @@ class Programs:
   """
 
   def __init__(self, step_fn: Any):
-    """Takes the jitted function of a step."""
     self._step_fn = step_fn
     self._seen: set[Any] = set()
 
   @contextlib.contextmanager
   def watched(self, *shape: Any):
-    """Runs a step on batches of a shape.
-
-    Raises:
-      RuntimeError: if it compiled again, which is a bug of this project.
-    """
+    """Surrounds a step; raises if a shape seen before compiles again."""
     before = self._step_fn._cache_size()
     with jax.transfer_guard('disallow'):
       yield

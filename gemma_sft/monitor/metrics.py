@@ -1,4 +1,4 @@
-"""Writes metrics.jsonl and TensorBoard files, and words the progress line."""
+"""Writes metrics.jsonl and TensorBoard files; formats the progress line."""
 
 import json
 import math
@@ -9,8 +9,8 @@ from typing import Mapping
 
 import jax
 
-from gemma_sft import cache
 from gemma_sft import errors
+from gemma_sft import pages
 
 # Dense bf16 FLOP/s of a chip, from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -32,13 +32,8 @@ def peak_flops() -> float | None:
 
 
 def step_flops(
-    *,
-    body_params: int,
-    embedding_params: int,
-    n_tokens: float,
-    n_trained: float,
-    frozen_base: bool,
-) -> float:
+    *, body_params: int, embedding_params: int, n_tokens: float,
+    n_trained: float, frozen_base: bool) -> float:
   """Returns the FLOPs that a step needs, without attention and adapters.
 
   2 per weight and token in the forward pass, 2 for the gradient of the
@@ -52,22 +47,14 @@ def step_flops(
 class Writer:
   """Appends metrics of a run to metrics.jsonl and TensorBoard files."""
 
-  def __init__(
-      self,
-      workdir: str,
-      *,
-      resume_step: int,
-      active: bool = True,
-      mirror: Any = None,
-  ):
+  def __init__(self, workdir: str, *, resume_step: int, active: bool = True,
+               mirror: Any = None):
     """Opens the files.
 
-    Args:
-      workdir: The run's folder.
-      resume_step: Lines of later steps are dropped, because a run that was
-        killed after its last checkpoint repeats those steps.
-      active: False on all hosts but the first, which write nothing.
-      mirror: `tracking.Mirror` that gets the same numbers, or None.
+    Lines of steps after `resume_step` are dropped, because a run that was
+    killed after its last checkpoint repeats those steps. All hosts but the
+    first are not `active`, and write nothing. `mirror` (`tracking.Mirror`), if
+    given, gets the same numbers.
     """
     self._active, self._mirror = active, mirror
     if not active:
@@ -76,9 +63,7 @@ class Writer:
 
     path = os.path.join(workdir, 'metrics.jsonl')
     kept = [line for line in read_jsonl(path) if line['step'] <= resume_step]
-    with cache.replacing(path) as partial:
-      partial.write_text(
-          ''.join(json.dumps(line) + '\n' for line in kept), encoding='utf-8')
+    pages.write(path, ''.join(json.dumps(line) + '\n' for line in kept))
     self._file = open(path, 'a', encoding='utf-8')
     self._board = SummaryWriter(
         os.path.join(workdir, 'tensorboard'), purge_step=resume_step + 1)
@@ -88,9 +73,8 @@ class Writer:
     if not self._active:
       return
     line = {'step': step, 'time': round(time.time(), 3), **values}
-    numbers = {
-        name: value for name, value in values.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)}
+    numbers = {name: value for name, value in values.items()
+               if isinstance(value, (int, float))}
     try:
       self._file.write(json.dumps(line) + '\n')
       self._file.flush()
@@ -141,14 +125,8 @@ def duration(seconds: float) -> str:
 
 
 def progress_line(
-    *,
-    step: int,
-    total_steps: int,
-    loss: float,
-    grad_norm: float,
-    tokens_per_second: float,
-    flops_per_second: float,
-    seconds_left: float,
+    *, step: int, total_steps: int, loss: float, grad_norm: float,
+    tokens_per_second: float, flops_per_second: float, seconds_left: float
 ) -> str:
   """Returns the line that a training run prints."""
   peak = peak_flops()
@@ -159,22 +137,15 @@ def progress_line(
           f' {share}{duration(seconds_left)} left')
 
 
-def summarise(
-    nll_sum: float, n_tokens: float, n_bytes: int, n_characters: int
-) -> dict[str, float]:
-  """Returns loss, perplexity, bits per byte and per character of the text.
+def summarise(nll_sum: float, n_tokens: float, n_bytes: int, n_characters: int
+              ) -> dict[str, float]:
+  """Returns loss, perplexity, bits per byte and per character of the answers.
 
-  Args:
-    nll_sum: Sum of -ln p over the trained tokens, terminators included.
-    n_tokens: Their number.
-    n_bytes: UTF-8 bytes of the answers. Bits per byte can be compared between
-      models with different tokenizers; perplexities per token cannot.
-    n_characters: Code points of the answers.
+  `nll_sum` is the sum of -ln p over their tokens, terminators included. Bits
+  per UTF-8 byte can be compared between models with different tokenizers;
+  perplexities per token cannot.
   """
-  loss = nll_sum / n_tokens
-  return {
-      'loss': loss,
-      'perplexity': math.exp(min(loss, 700.0)),
-      'bits_per_byte': nll_sum / math.log(2) / max(1, n_bytes),
-      'bits_per_character': nll_sum / math.log(2) / max(1, n_characters),
-  }
+  loss, bits = nll_sum / n_tokens, nll_sum / math.log(2)
+  return {'loss': loss, 'perplexity': math.exp(min(loss, 700.0)),
+          'bits_per_byte': bits / max(1, n_bytes),
+          'bits_per_character': bits / max(1, n_characters)}

@@ -1,6 +1,7 @@
 """Explains an out-of-memory error: what is in memory, and what to change."""
 
 import contextlib
+import math
 import re
 from typing import Any
 
@@ -13,11 +14,7 @@ _SHOWN = 5
 
 @contextlib.contextmanager
 def explained(config: Any):
-  """Turns a device's out-of-memory error into one message.
-
-  Raises:
-    UserError: naming the largest buffers and what to change.
-  """
+  """Turns a device's out-of-memory error into a `UserError`."""
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
@@ -27,14 +24,13 @@ def explained(config: Any):
 
 
 def explain(error: Exception, config: Any) -> errors.UserError:
-  """Returns the message for an error of RESOURCE_EXHAUSTED."""
+  """Returns a message with the largest buffers and what to change."""
   wanted = re.search(r'allocat\w* (?:of )?([\d,]+) ?bytes', str(error))
   held = sorted(
       jax.live_arrays(), key=lambda array: -_local_bytes(array))[:_SHOWN]
   device = jax.local_devices()[0]
-  limit = (device.memory_stats() or {}).get('bytes_limit')
   text = f'out of memory on {device.device_kind}'
-  if limit:
+  if limit := (device.memory_stats() or {}).get('bytes_limit'):
     text += f' of {_size(limit)}'
   if wanted:
     text += f': no room for {_size(int(wanted[1].replace(",", "")))} more'
@@ -76,10 +72,7 @@ def _remedies(config):
 def _local_bytes(array: jax.Array) -> int:
   """Returns the bytes of the part of an array on one device."""
   shape = array.sharding.shard_shape(array.shape)
-  size = array.dtype.itemsize
-  for n in shape:
-    size *= n
-  return size
+  return array.dtype.itemsize * math.prod(shape)
 
 
 def _size(n: int) -> str:

@@ -8,6 +8,7 @@ pass came from the last layer down.
 
 import dataclasses
 import functools
+import re
 from typing import Any
 from typing import Callable
 
@@ -27,26 +28,16 @@ from gemma_sft.run import prepare
 
 
 def explain(
-    run: prepare.Run,
-    gradient_sums: Callable[..., Any],
-    state: state_lib.TrainState,
-    step: int,
-    batch: Any,
-) -> str:
+    run: prepare.Run, gradient_sums: Callable[..., Any],
+    state: state_lib.TrainState, step: int, batch: Any) -> str:
   """Returns a clause that names the first tensor that was not finite.
 
-  Args:
-    run: Prepared.
-    gradient_sums: `train.gradient_sums`.
-    state: It has the weights before the step, because an update that is not
-      finite is skipped, as are all that follow a scale of 0.
-    step: Updates before this one.
-    batch: From `batches.Batches`.
+  `state` still has the weights before the step: an update that is not finite is
+  skipped, as are all that follow a scale of 0.
   """
   arrays = sharding.put_batch(batch, run.mesh)
   base, trainable = run.base, state.trainable
-  largest = magnitudes(
-      base, trainable, arrays, step, run.settings)
+  largest = magnitudes(base, trainable, arrays, step, run.settings)
   for name, value in largest.items():
     limit = float16.LARGEST if name.endswith(_ROUNDED) else np.inf
     if not value < limit:
@@ -74,8 +65,8 @@ _ROUNDED = ', rounded to float16'
 class _Watch(float16.HalfOperations):
   """An interceptor of the library's modules that records magnitudes.
 
-  It is entered outside that of `blocks`, so it sees what a module is given and
-  what comes out of it, adapters included.
+  It is entered outside that of `blocks`, so it sees the inputs and outputs of a
+  module with its adapters.
   """
 
   def __init__(self):
@@ -109,24 +100,13 @@ class _Watch(float16.HalfOperations):
 
 
 def watched_hidden_states(
-    model: model_lib.Model,
-    params: Any,
-    microbatch: dict[str, jax.Array],
-    *,
-    execution: blocks.Execution,
-    **settings: Any,
+    model: model_lib.Model, params: Any, microbatch: dict[str, jax.Array], *,
+    execution: blocks.Execution, **settings: Any
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Returns (hidden states, {tensor: largest magnitude}) with float16 products.
 
   The magnitudes are in the order of computation. The layers run in the
   library's loop, not in a scan, which would hide what is inside it.
-
-  Args:
-    model: From `make_model`.
-    params: The base weights.
-    microbatch: Tokens, positions and segment ids (B, T).
-    execution: Of the run.
-    **settings: Of `model.hidden_states`.
   """
   watch = _Watch()
   with nn.intercept_methods(watch):
@@ -140,21 +120,9 @@ def watched_hidden_states(
 
 
 def magnitudes(
-    base: Any,
-    trainable: Any,
-    arrays: dict[str, jax.Array],
-    step: int,
-    settings: state_lib.StepSettings,
-) -> dict[str, float]:
-  """Returns the largest magnitude of each tensor, in the order of computation.
-
-  Args:
-    base: The frozen weights, None when all are trained.
-    trainable: Adapters, or all weights.
-    arrays: From `sharding.put_batch`.
-    step: Updates before this one.
-    settings: Of the run.
-  """
+    base: Any, trainable: Any, arrays: dict[str, jax.Array], step: int,
+    settings: state_lib.StepSettings) -> dict[str, float]:
+  """Returns the largest magnitude of each tensor, in order of computation."""
   names = []
 
   @functools.partial(
@@ -180,20 +148,18 @@ def magnitudes(
 
 
 def _last_not_finite(gradient, run):
-  """Returns what is nearest to the loss of all whose gradient is not finite."""
+  """Returns the weight nearest to the loss whose gradient is not finite."""
   @functools.partial(jax.jit, out_shardings=sharding.replicated(run.mesh))
   def finite(gradient):
     if 'layers' in gradient:
       gradient = lora.unstack(gradient['layers'], run.initial_state.trainable)
     return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), gradient)
 
-  def order(name):
-    parts = name.split('/')
-    return int(parts[0].removeprefix('layer_')) if (
-        parts[0].startswith('layer_')) else -1
+  def layer(name):
+    found = re.match(r'layer_(\d+)/', name)
+    return int(found[1]) if found else -1
 
-  bad = [
-      '/'.join(str(getattr(p, 'key', p)) for p in path)
-      for path, fine in jax.tree_util.tree_leaves_with_path(finite(gradient))
-      if not fine]
-  return max(bad, key=order, default='')
+  leaves = jax.tree_util.tree_leaves_with_path(finite(gradient))
+  bad = [jax.tree_util.keystr(path, simple=True, separator='/')
+         for path, fine in leaves if not fine]
+  return max(bad, key=layer, default='')

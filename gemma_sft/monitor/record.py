@@ -10,7 +10,7 @@
                     (finished, patience, deadline or signal), finished, seconds
                     of all starts, tokens_per_second (median), peak_bytes
 
-It contains paths of the machine. An export contains a summary without them
+It contains paths of the machine, which the summary in an export leaves out
 (`exports/summary.py`).
 """
 
@@ -32,11 +32,12 @@ from typing import Sequence
 
 import jax
 
-from gemma_sft import cache
 from gemma_sft import config as config_lib
 from gemma_sft import errors
+from gemma_sft import pages
 from gemma_sft.monitor import metrics
 from gemma_sft.monitor import scrub
+from gemma_sft.run import hosts
 
 # Packages whose versions may change what training computes.
 PACKAGES = (
@@ -46,36 +47,24 @@ PACKAGES = (
 _FILE = 'run.json'
 
 
-def identity(
-    config_leaves: Mapping[str, Any],
-    base_hash: str,
-    data_hashes: Mapping[str, str],
-) -> str:
+def identity(config_leaves: Mapping[str, Any], base_hash: str,
+             data_hashes: Mapping[str, str]) -> str:
   """Returns 16 hex digits over everything that decides a run's result.
 
   Two runs of one identity differ at most by rounding, for example on another
   mesh or device. Logging, checkpoints, deadlines and paths do not count.
-
-  Args:
-    config_leaves: `dict(config.leaves(config))`.
-    base_hash: From `base.base_hash`.
-    data_hashes: Split -> `splits.data_hash`, of the splits that are set.
+  `data_hashes` is {split: `splits.data_hash`} of the splits that are set.
   """
-  # Hashed under their first names, so that a renamed key is no other run.
+  # Hashed under the old names, so that renaming a key changes no identity.
   first_names = {new: old for old, new in config_lib.RENAMED.items()}
   decisive = {first_names.get(key, key): value for key, value in
               config_lib.result_leaves(config_leaves).items()}
-  text = json.dumps(
-      [decisive, base_hash, dict(data_hashes)], sort_keys=True)
+  text = json.dumps([decisive, base_hash, dict(data_hashes)], sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read(workdir: str) -> dict[str, Any] | None:
-  """Returns a run's record, or None for an older run without one.
-
-  Raises:
-    UserError: if the file exists but is no record.
-  """
+  """Returns a run's record; None for an older run, which has none."""
   path = os.path.join(workdir, _FILE)
   try:
     with open(path, encoding='utf-8') as file:
@@ -86,7 +75,7 @@ def read(workdir: str) -> dict[str, Any] | None:
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise errors.UserError(
         f'{path} cannot be read: {error!r}', 'the record that training wrote',
-        'move it away: the run then continues without its earlier starts'
+        'move it away: the run then resumes without its earlier starts'
     ) from None
   return record
 
@@ -94,27 +83,17 @@ def read(workdir: str) -> dict[str, Any] | None:
 class RunRecord:
   """Keeps workdir/run.json and config.json while a run is in progress.
 
-  Attributes:
-    workdir: The run's folder.
-    name: The last part of its path.
-    active: Whether this record is written: on the first host, unless the run
-      was over before. Otherwise there are no contents.
-    contents: What run.json contains.
+  It is `active`, and has `contents`, on the first host only, and only if the
+  run was not over before this start.
   """
 
   def __init__(self, run: Any, step: int, *, resumed: bool):
-    """Records a start.
+    """Records a start after `step` updates.
 
     If the run was over before this start, prints so and leaves run.json as it
-    is, as does `end`.
-
-    Args:
-      run: `prepare.Run`, checked against the workdir's checkpoints.
-      step: Updates applied before this start.
-      resumed: Whether a checkpoint was restored.
+    is, as does `end`. `resumed` says whether a checkpoint was restored.
     """
-    self._run = run
-    self.workdir = run.workdir
+    self._run, self.workdir = run, run.workdir
     self.name = os.path.basename(os.path.abspath(run.workdir))
     self.active = jax.process_index() == 0
     if not self.active:
@@ -136,19 +115,19 @@ class RunRecord:
     before = read(run.workdir)
     _write(run.workdir, 'config.json', config_lib.to_json(run.config))
     same = before and before['identity'] == self.contents['identity']
-    if same and resumed and _is_over(before, step):
+    end = before['end'] if before else None
+    if same and resumed and end and end['finished'] and end['step'] == step:
       self.active = False
-      print(f'{_FILE}: this run ended on {before["end"]["time"]}'
-            f' ({before["end"]["reason"]}); its record stays', flush=True)
+      hosts.say(f'{_FILE}: this run ended on {end["time"]} ({end["reason"]});'
+                ' its record stays')
       return
     self._peak = 0
-    if before and (resumed or same and not before['end']):
+    if before and (resumed or same and not end):
       self.contents['starts'] = before['starts']
-      self._peak = (before['end'] or {}).get('peak_bytes', 0)
+      self._peak = (end or {}).get('peak_bytes', 0)
       _time_killed(before['starts'], run.workdir)
     self.contents['starts'].append({
-        'identity': self.contents['identity'],
-        **_start(step, run.started)})
+        'identity': self.contents['identity'], **_start(step, run.started)})
     self._save()
 
   def end(self, step: int, reason: str) -> None:
@@ -162,7 +141,7 @@ class RunRecord:
     self.contents['end'] = {
         'time': _iso(time.time()), 'step': step, 'reason': reason,
         'finished': reason in ('finished', 'patience'),
-        # Older starts, and those that were killed at once, may have none.
+        # Older starts may have none.
         'seconds': round(sum(start['seconds'] or 0 for start in starts), 1),
         'tokens_per_second': statistics.median(speeds) if speeds else None,
         'peak_bytes': max(self._peak, _peak_bytes())}
@@ -170,12 +149,7 @@ class RunRecord:
 
   def _save(self):
     _write(self._run.workdir, _FILE, json.dumps(
-        scrub.remove_secrets(self.contents), indent=1, ensure_ascii=False))
-
-
-def _is_over(record, step):
-  end = record['end']
-  return bool(end) and end['finished'] and end['step'] == step
+        scrub.scrub(self.contents, paths=False), indent=1, ensure_ascii=False))
 
 
 def _start(step, began):
@@ -229,8 +203,7 @@ def _peak_bytes():
 def _write(workdir, name, text):
   path = os.path.join(workdir, name)
   try:
-    with cache.replacing(path) as partial:
-      partial.write_text(text, encoding='utf-8')
+    pages.write(path, text)
   except OSError as error:
     raise errors.UserError(
         f'{path} cannot be written: {error.strerror}', 'room on the disk',
@@ -241,8 +214,8 @@ def _write(workdir, name, text):
 def commit() -> tuple[str, bool]:
   """Returns the commit of this code, and whether its files differ from it.
 
-  Returns ('', False) without git, and where this package is not tracked by the
-  repository around it, such as in the environment of another project.
+  ('', False) without git, and where the repository around this package does not
+  track it, such as in the environment of another project.
   """
   try:
     _git('ls-files', '--error-unmatch', '__init__.py')

@@ -1,4 +1,4 @@
-"""Takes logins and private paths out of what strangers will read."""
+"""Removes logins and private paths from files that others will read."""
 
 import functools
 import os
@@ -28,20 +28,17 @@ _ABSOLUTE = re.compile(
     r'''([^\s/:"'`<>|,;()\\]*)''')
 
 
-def remove_secrets(value: Any) -> Any:
-  """Returns a copy without logins, paths as they are; see `scrub`."""
-  return _walk(value, lambda text: _remove_secrets(text, ()))
-
-
-def scrub(value: Any, secrets: Sequence[str] = ()) -> Any:
-  """Returns a copy without logins and private paths, in whatever it contains.
+def scrub(
+    value: Any, secrets: Sequence[str] = (), *, paths: bool = True) -> Any:
+  """Returns a copy without logins and private paths, at any depth.
 
   Removed: values that look like a token, values of keys named like one, and
   the values of `secrets` and of this process's variables such as HF_TOKEN.
   Paths below the working directory become relative, those below home begin
-  with ~, of other absolute ones the last name stays.
+  with ~, of other absolute ones the last name stays; `paths=False` keeps all.
   """
-  return _walk(value, lambda text: _scrub_text(text, secrets))
+  return _walk(value, functools.partial(
+      _scrub_text, secrets=secrets, paths=paths))
 
 
 def _walk(value, change):
@@ -56,15 +53,13 @@ def _walk(value, change):
   return change(value) if isinstance(value, str) else value
 
 
-def _remove_secrets(text, secrets):
+def _scrub_text(text, secrets, paths):
   # The longest first: one secret may contain another.
   for secret in sorted({*secrets, *_own_secrets()}, key=len, reverse=True):
     text = text.replace(secret, REMOVED)
-  return _TOKEN.sub(REMOVED, text)
-
-
-def _scrub_text(text, secrets):
-  text = _remove_secrets(text, secrets)
+  text = _TOKEN.sub(REMOVED, text)
+  if not paths:
+    return text
   # One may lie in the other.
   for folder in sorted((os.getcwd(), _home()), key=len, reverse=True):
     if folder in ('', '/', '~'):

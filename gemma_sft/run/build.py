@@ -21,12 +21,8 @@ from gemma_sft.run import devices
 
 
 def make_settings(
-    config: Any,
-    model: model_lib.Model,
-    mesh: jax.sharding.Mesh,
-    dtype: Any,
-    execution: blocks.Execution,
-) -> state_lib.StepSettings:
+    config: Any, model: model_lib.Model, mesh: jax.sharding.Mesh, dtype: Any,
+    execution: blocks.Execution) -> state_lib.StepSettings:
   """Returns what `train.train_step` depends on besides its arrays."""
   return state_lib.StepSettings(
       model=model, lora_enabled=config.lora.enabled,
@@ -37,16 +33,21 @@ def make_settings(
       groups=sharding.batch_groups(mesh), mesh=mesh)
 
 
-def make_optimizer(
-    config: Any, total_steps: int
-) -> tuple[optax.Schedule, optax.GradientTransformation]:
+# Equal settings give the same objects, so that a second run in one process does
+# not compile the step again.
+_make_schedule = functools.cache(optimizer_lib.make_schedule)
+_make_optimizer = functools.cache(optimizer_lib.make_optimizer)
+
+
+def make_optimizer(config: Any, total_steps: int
+                   ) -> tuple[optax.Schedule, optax.GradientTransformation]:
   """Returns (step -> learning rate, the optimizer)."""
-  schedule = optimizer_lib.make_schedule(
+  schedule = _make_schedule(
       learning_rate=config.optimizer.learning_rate,
       schedule=config.optimizer.schedule,
       warmup_ratio=config.optimizer.warmup_ratio,
       final_share=config.optimizer.final_share, total_steps=total_steps)
-  return schedule, optimizer_lib.make_optimizer(
+  return schedule, _make_optimizer(
       schedule, b1=config.optimizer.b1, b2=config.optimizer.b2,
       eps=config.optimizer.eps, weight_decay=config.optimizer.weight_decay,
       max_grad_norm=config.optimizer.max_grad_norm,
@@ -57,10 +58,10 @@ def make_execution(
     config: Any, model: model_lib.Model, mesh: jax.sharding.Mesh, dtype: Any,
     *, tried: bool = True,
 ) -> tuple[blocks.Execution, str]:
-  """Returns how the forward pass runs here, and a line that says why.
+  """Returns how the forward pass runs, and a line that says why.
 
-  `tried=False` takes the kernel without running it first, where the devices
-  are absent.
+  `tried=False` chooses the attention kernel without running it first, for
+  devices that are absent.
   """
   layers, why_layers = devices.choose_layers(config.model.layers, model)
   kernel, why_kernel = devices.choose_attention(
@@ -76,8 +77,7 @@ def make_execution(
 
 def lora_scale(config: Any) -> float:
   """Returns the factor of the adapters' update."""
-  return lora.scale(
-      config.lora.rank, config.lora.alpha, config.lora.use_rslora)
+  return lora.scale(config.lora.rank, config.lora.alpha, config.lora.use_rslora)
 
 
 def make_layout(config: Any, mesh: jax.sharding.Mesh) -> batches.Layout:
@@ -91,15 +91,10 @@ def make_layout(config: Any, mesh: jax.sharding.Mesh) -> batches.Layout:
 
 
 def make_source(
-    config: Any,
-    split: splits_lib.Split,
-    layout: batches.Layout,
-    *,
-    epochs: int | None,
-    shuffle: bool = True,
-    shards: Sequence[int] | None = None,
-) -> batches.Batches:
-  """Returns the batches of a split, this host's rows of them."""
+    config: Any, split: splits_lib.Split, layout: batches.Layout, *,
+    epochs: int | None, shuffle: bool = True,
+    shards: Sequence[int] | None = None) -> batches.Batches:
+  """Returns this host's rows of the batches of a split."""
   if not shuffle:
     layout = dataclasses.replace(layout, repeat=1)
   return batches.Batches(
@@ -108,13 +103,9 @@ def make_source(
 
 
 def initial_state(
-    config: Any,
-    model: model_lib.Model,
-    base: Any,
-    optimizer: optax.GradientTransformation,
-    mesh: jax.sharding.Mesh,
-    dtype: Any,
-) -> state_lib.TrainState:
+    config: Any, model: model_lib.Model, base: Any,
+    optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh,
+    dtype: Any) -> state_lib.TrainState:
   """Returns the state before the first update, created in its shards."""
   make = functools.partial(make_state, config, model, optimizer, dtype)
   shardings = sharding.tree_shardings(jax.eval_shape(make, base), mesh)
@@ -122,13 +113,10 @@ def initial_state(
 
 
 def make_state(
-    config: Any,
-    model: model_lib.Model,
-    optimizer: optax.GradientTransformation,
-    dtype: Any,
-    params: Any,
+    config: Any, model: model_lib.Model,
+    optimizer: optax.GradientTransformation, dtype: Any, params: Any
 ) -> state_lib.TrainState:
-  """Returns the state before the first update, of these base weights."""
+  """Returns the state before the first update, given the base weights."""
   scaled = dtype == jnp.float16
   if not config.lora.enabled:
     return state_lib.make_state(params, optimizer, scaled=scaled)

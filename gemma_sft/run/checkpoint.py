@@ -27,41 +27,30 @@ from gemma_sft.run import hosts
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-  """What a checkpoint contains besides its arrays.
+  """What a checkpoint contains besides its arrays."""
 
-  Attributes:
-    step: Updates applied.
-    data: State of the data iterator after the batches consumed.
-    chain: Hash chain over those batches (`batches.extend_chain`).
-    config: The flat config of the run.
-    base: Content hash of the base weights.
-    data_hash: Content hash of the training records.
-    digest: SHA-256 of the state's bytes; '' where hosts hold parts of it.
-    trainable_digest: The same of the trained weights alone, for serving.
-    metrics: Scores of the evaluation at this step, or {}.
-    best: The best evaluation so far, see `monitor/best.py`, or {}.
-    stale: Evaluations since that one.
-  """
-
-  step: int
-  data: dict[str, Any]
-  chain: str
-  config: dict[str, Any]
-  base: str
-  data_hash: str
+  step: int  # Updates applied.
+  data: dict[str, Any]  # State of the data iterator after these batches.
+  chain: str  # Hash chain over them (`batches.extend_chain`).
+  config: dict[str, Any]  # Flat.
+  base: str  # Content hash of the base weights.
+  data_hash: str  # Content hash of the training records.
+  # SHA-256 of the state's bytes and of the trained weights' alone, for serving;
+  # '' where hosts hold parts of them.
   digest: str = ''
   trainable_digest: str = ''
+  # Scores of the evaluation at this step, or {}.
   metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+  # The best evaluation so far (`log.Best`), or {}.
   best: dict[str, Any] = dataclasses.field(default_factory=dict)
-  stale: int = 0
+  stale: int = 0  # Evaluations since the best.
 
 
 def tree_digest(tree: Any) -> str:
-  """Returns SHA-256 over a tree's paths and bytes.
+  """Returns SHA-256 over a tree's paths and bytes; '' if hosts hold parts.
 
-  Returns '' if parts of the tree are on other hosts, since no host sees all of
-  it. A leaf may be a function that reads the array, so that only one array is
-  in memory at a time.
+  A leaf may be a function that reads the array, so that only one array is in
+  memory at a time.
   """
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   if any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
@@ -79,43 +68,31 @@ class Checkpoints:
   """The checkpoints of a run: the newest few and the best."""
 
   def __init__(
-      self,
-      workdir: str,
-      *,
-      keep: int = 1,
-      metric: str = '',
-      mode: str = 'min',
-      read_only: bool = False,
-  ):
-    """Opens workdir/checkpoints, creating it if necessary.
+      self, workdir: str, *, keep: int = 1, metric: str = '', mode: str = 'min',
+      read_only: bool = False):
+    """Opens workdir/checkpoints, which is created unless `read_only`.
 
-    Args:
-      workdir: The run's folder.
-      keep: Number of newest checkpoints to keep.
-      metric: Key in `Meta.metrics` that decides which one is the best.
-      mode: 'min' or 'max' of the metric.
-      read_only: Neither saves nor deletes; for another run's checkpoints.
+    Kept are the newest `keep` checkpoints and the one with the `mode` (min or
+    max) of `Meta.metrics[metric]`.
     """
     self._metric = metric
     self._dir = os.path.join(os.path.abspath(workdir), 'checkpoints')
-    policies = ocp.checkpoint_managers
     if not read_only:
-      hosts.barrier()  # Orbax runs a collective, see `hosts.from_first`.
-    if read_only and not os.path.isdir(self._dir):
+      hosts.barrier()  # Orbax runs a collective, see `hosts.gather`.
+    elif not os.path.isdir(self._dir):
       raise errors.UserError(
           f'no checkpoints in {workdir}', 'the workdir of a training run',
           'train first: python -m gemma_sft.train --config=... --workdir=...')
+    policies = ocp.checkpoint_managers
+    preservation_policy = policies.AnyPreservationPolicy([
+        policies.LatestN(keep),
+        policies.BestN(
+            get_metric_fn=lambda metrics: metrics[metric], n=1,
+            reverse=mode == 'min',  # It sorts, and keeps the last.
+            keep_checkpoints_without_metrics=False)])
     self._manager = ocp.CheckpointManager(
-        self._dir,
-        options=ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy([
-                policies.LatestN(keep),
-                policies.BestN(
-                    get_metric_fn=lambda metrics: metrics[metric], n=1,
-                    # It sorts, and keeps the last.
-                    reverse=mode == 'min',
-                    keep_checkpoints_without_metrics=False)]),
-            read_only=read_only,
+        self._dir, options=ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy, read_only=read_only,
             cleanup_tmp_directories=not read_only))
 
   def steps(self) -> list[int]:
@@ -123,11 +100,7 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def save(self, state: state_lib.TrainState, meta: Meta) -> None:
-    """Starts to save; the arrays are copied before it returns.
-
-    Raises:
-      UserError: if the disk is full or cannot be written.
-    """
+    """Starts to save; the arrays are copied before it returns."""
     meta = dataclasses.replace(
         meta, digest=tree_digest(state),
         trainable_digest=tree_digest(state.trainable))
@@ -156,7 +129,7 @@ class Checkpoints:
     return Meta(**restored['meta'])
 
   def read_metas(self) -> dict[int, Meta]:
-    """Returns {step: Meta} of the checkpoints whose `Meta` can be read."""
+    """Returns {step: Meta} of the checkpoints that can be read."""
     metas = {}
     for step in self.steps():
       try:
@@ -165,53 +138,36 @@ class Checkpoints:
         logging.warning('checkpoint %d cannot be read: %s', step, error)
     return metas
 
-  def restore(
-      self, step: int, abstract_state: Any
-  ) -> tuple[state_lib.TrainState, Meta]:
-    """Returns a checkpoint, its arrays sharded like `abstract_state`.
-
-    Raises:
-      ValueError: if its bytes differ from those that were saved.
-    """
-    # A run may continue on another card in another dtype.
+  def restore(self, step: int, abstract_state: Any
+              ) -> tuple[state_lib.TrainState, Meta]:
+    """Returns an intact checkpoint, sharded like `abstract_state`."""
+    # A run may resume on another card in another dtype.
     scaled = abstract_state.loss_scale is not None
     with ocp.PyTreeCheckpointer() as reader:
       saved = reader.metadata(self.state_path(step)).item_metadata.tree
-    abstract_state = state_lib.with_scale(
-        abstract_state, 'loss_scale' in saved)
     restored = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract_state),
+        step, args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(state_lib.with_scale(
+                abstract_state, 'loss_scale' in saved)),
             meta=ocp.args.JsonRestore()))
     state, meta = restored['state'], Meta(**restored['meta'])
-    digest = tree_digest(state)
-    if digest and meta.digest and digest != meta.digest:
-      raise ValueError(f'the bytes of checkpoint {step} have changed on disk')
+    _check_digest(state, meta.digest)
     return state_lib.with_scale(state, scaled), meta
 
   def restore_trainable(self, step: int) -> tuple[Any, Meta]:
-    """Returns a checkpoint's adapters (or weights) on this host, and `Meta`.
-
-    Raises:
-      UserError: if the checkpoint cannot be read.
-    """
+    """Returns a checkpoint's adapters (or weights) on this host, and `Meta`."""
     try:
-      # To the host, whatever the devices were when the arrays were saved: one
-      # device may serve what eight have trained.
+      # As NumPy arrays, because one device may serve what eight have trained.
       with ocp.PyTreeCheckpointer() as reader:
         saved = reader.metadata(self.state_path(step)).item_metadata.tree
         restored = reader.restore(
             self.state_path(step), restore_args=jax.tree.map(
                 lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved))
-      trainable = restored['trainable']
       meta = self.read_meta(step)
-      digest = tree_digest(trainable)
-      if digest and meta.trainable_digest not in ('', digest):
-        raise ValueError('its bytes have changed on disk')
+      _check_digest(restored['trainable'], meta.trainable_digest)
     except Exception as error:
       raise self._unreadable(step, error) from error
-    return trainable, meta
+    return restored['trainable'], meta
 
   def state_path(self, step: int) -> str:
     """Returns the folder of a state, which can be read leaf by leaf."""
@@ -230,22 +186,15 @@ class Checkpoints:
         f'an intact checkpoint, one of {self.steps()}',
         'choose another with --step')
 
-  def restore_latest(
-      self, abstract_state: Any, check: Callable[[Meta], None]
-  ) -> tuple[state_lib.TrainState, Meta] | None:
+  def restore_latest(self, abstract_state: Any, check: Callable[[Meta], None]
+                     ) -> tuple[state_lib.TrainState, Meta] | None:
     """Returns the newest intact checkpoint, or None without any.
 
     A damaged one is skipped with a warning and moved aside, so that the run can
-    save that step again.
-
-    Args:
-      abstract_state: Shapes and shardings of the state.
-      check: Raises `UserError` for a checkpoint that is not this run's. It is
-        called before the arrays are read, because arrays of other shapes would
-        seem damaged.
-
-    Raises:
-      UserError: if there are checkpoints and none of them can be read.
+    save that step again. `check` raises `UserError` for a checkpoint of another
+    run. It is called before the arrays are read, because arrays of other shapes
+    would seem damaged. Raises `UserError` if there are checkpoints and none of
+    them can be read.
     """
     steps, damaged, newest = self.steps(), [], None
     for step in reversed(steps):
@@ -283,16 +232,17 @@ class Checkpoints:
     self._manager.reload()
 
 
+def _check_digest(tree, saved):
+  digest = tree_digest(tree)
+  if digest and saved and digest != saved:
+    raise ValueError('its bytes have changed on disk')
+
+
 def choose_step(checkpoints: Checkpoints, step: int) -> int:
   """Returns the step of the checkpoint to evaluate, sample from or export.
 
-  Args:
-    checkpoints: Of a run.
-    step: A step, -1 for the best (the latest if nothing was evaluated), -2
-      for the latest.
-
-  Raises:
-    UserError: if there is no such checkpoint.
+  -1 is the best (the latest if nothing was evaluated), -2 the latest. Raises
+  `UserError` if there is no such checkpoint.
   """
   steps = checkpoints.steps()
   if not steps:
@@ -326,7 +276,7 @@ _FULL = ('No space left', 'File too large', 'Disk quota exceeded')
 
 @contextlib.contextmanager
 def _disk_errors(path: str) -> Iterator[None]:
-  """Turns the error of a full disk into one message."""
+  """Turns the error of a full disk into a `UserError`."""
   try:
     yield
   except Exception as error:  # TensorStore raises ValueError for it.

@@ -1,4 +1,4 @@
-"""What the devices at hand decide: dtype, loop or scan, attention kernel."""
+"""Choices that depend on the device: dtype, layers, attention kernel."""
 
 import functools
 from typing import Any
@@ -14,23 +14,18 @@ from gemma_sft.nn import attention_choice
 
 def enable_compilation_cache() -> None:
   """Keeps compiled programs between runs."""
-  folder = cache.folder('compiled')
-  jax.config.update('jax_compilation_cache_dir', str(folder))
+  jax.config.update('jax_compilation_cache_dir', str(cache.folder('compiled')))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
 
 
 def choose_dtype(name: str, device: Any = None) -> tuple[Any, str]:
   """Returns the dtype of the frozen base and of compute, and why.
 
-  Args:
-    name: 'auto', 'bfloat16', 'float16' (`nn/float16.py`) or 'float32'.
-    device: What to compute on; the first local device unless given.
-
-  Raises:
-    UserError: for bfloat16 on a card that lacks it.
+  `name` is config.model.dtype; the device is the first local one unless given.
+  Raises `UserError` for bfloat16 on a card that lacks it.
   """
   device = device or jax.local_devices()[0]
-  # Asked of the card: libraries call bfloat16 supported where it is emulated.
+  # Libraries call bfloat16 supported where it is emulated.
   capability = compute_capability(device)
   without = 0 < capability < 8.0
   if name == 'bfloat16' and without:
@@ -39,11 +34,10 @@ def choose_dtype(name: str, device: Any = None) -> tuple[Any, str]:
         f' capability {capability} lacks it: it would be computed as float32,'
         ' eight times slower than float16', 'float16 or float32 there',
         'set --config.model.dtype=auto, which takes float16')
-  if name == 'bfloat16' and device.platform == 'cpu':
-    return jnp.dtype(name), (
-        'config.model.dtype says so; float32 is no slower on a CPU, and exact')
   if name != 'auto':
-    return jnp.dtype(name), 'config.model.dtype says so'
+    exact = name == 'bfloat16' and device.platform == 'cpu'
+    return jnp.dtype(name), 'config.model.dtype says so' + (
+        '; float32 is no slower on a CPU, and exact' if exact else '')
   if device.platform == 'cpu':
     return jnp.dtype('float32'), 'a CPU: bfloat16 is no faster there'
   if without:
@@ -56,15 +50,7 @@ def choose_dtype(name: str, device: Any = None) -> tuple[Any, str]:
 
 
 def choose_layers(name: str, model: model_lib.Model) -> tuple[str, str]:
-  """Returns 'scan' or 'loop' for `blocks.Execution`, and why.
-
-  Args:
-    name: 'auto', 'scan' or 'loop'.
-    model: From `make_model`.
-
-  Raises:
-    UserError: for 'scan' with a Gemma 4.
-  """
+  """Returns 'scan' or 'loop' for config.model.layers, and why."""
   if model.generation == 4:
     if name == 'scan':
       raise errors.UserError(
@@ -78,28 +64,13 @@ def choose_layers(name: str, model: model_lib.Model) -> tuple[str, str]:
 
 
 def choose_attention(
-    name: str,
-    model: model_lib.Model,
-    mesh: jax.sharding.Mesh,
-    *,
-    dtype: Any,
-    length: int,
-    packed: bool,
-    tried: bool = True,
-) -> tuple[str, str]:
+    name: str, model: model_lib.Model, mesh: jax.sharding.Mesh, *, dtype: Any,
+    length: int, packed: bool, tried: bool = True) -> tuple[str, str]:
   """Returns a kernel of `attention.KERNELS` for the mesh's devices, and why.
 
-  Args:
-    name: 'auto' or a kernel.
-    model: From `make_model`.
-    mesh: Of the run.
-    dtype: Of compute.
-    length: Tokens of the longest row.
-    packed: Whether rows hold several examples.
-    tried: Run the kernel before it is taken; not where the devices are absent.
-
-  Raises:
-    UserError: if the device lacks the kernel, or it computes something else.
+  `name` is config.model.attention, `length` the tokens of the longest row.
+  `tried` runs the kernel first, which absent devices cannot. Raises `UserError`
+  if the device lacks the kernel, or it computes something else.
   """
   if model.generation == 4:
     if name not in ('auto', 'einsum'):

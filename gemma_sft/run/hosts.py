@@ -1,21 +1,21 @@
 """Several processes as one run: how they join, exchange values and end.
 
-A run over several hosts is the same command, started once per process. Which
-processes belong together is read from JAX_COORDINATOR_ADDRESS,
-JAX_NUM_PROCESSES and JAX_PROCESS_ID, from SLURM, or from a Cloud TPU slice. In
-a run of one process nothing here does anything.
+The same command is started once per process. Which processes belong together is
+read from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, from
+SLURM, or from a Cloud TPU slice. One process alone does nothing of this.
 
 The processes exchange values through the key-value store of JAX's coordinator,
 which is part of process 0. Each one writes every second that it is alive, and
 at its end how it ended. No step can run without all of them: if one is silent
 for `SILENCE` seconds or ends with an error, the others end too. If process 0
-itself dies, JAX aborts the rest at once; then a child process that each of them
-has started (`_LAST_WORDS`) prints what happened.
+dies, JAX aborts the rest at once; then a child process of each of them
+(`_LAST_WORDS`) prints what happened.
 """
 
 import contextlib
 import glob
 import json
+import logging
 import os
 import re
 import socket
@@ -33,17 +33,14 @@ import jax
 
 from gemma_sft import errors
 
-# Seconds without a sign of life. A process that is only slow still gives one,
-# from a thread of its own.
+# Seconds without a sign of life. A slow process still gives one, from a thread.
 SILENCE = 30.0
 # Seconds in which another process may reach the same error by itself.
 GRACE = 10.0
 _VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 _AGAIN = ('  expected: all processes alive to the end\n'
-          '  fix: start the same command on all of them again; it continues'
+          '  fix: start the same command on all of them again; it resumes'
           ' from the last checkpoint\n')
-_METADATA = ('http://{}/computeMetadata/v1/instance/attributes/'
-             'worker-network-endpoints')
 
 _joined: '_Processes | None' = None
 
@@ -62,10 +59,8 @@ def count() -> int:
 def joined() -> Iterator[None]:
   """Joins the other processes, if there are any, and leaves them at the end.
 
-  An exception then ends all of them, and its message is printed once.
-
-  Raises:
-    UserError: if the variables are half set or the others do not come.
+  An exception inside ends all of them, and its message is printed once. Raises
+  `UserError` if the variables are half set or the others do not come.
   """
   global _joined
   arguments = find(os.environ)
@@ -83,8 +78,8 @@ def joined() -> Iterator[None]:
     _joined.fail(f'ended with {error.code}\n',
                  error.code if isinstance(error.code, int) else 1)
   except BaseException as error:
-    # Most often the error says that another process died. `_watch` prints a
-    # better message for that, and ends this process meanwhile.
+    # Most often another process has died. `_watch` prints a better message for
+    # that, and ends this process meanwhile.
     time.sleep(SILENCE + GRACE)
     _joined.fail(lost(error) or traceback.format_exc(), 1, about=repr(error))
   _joined.leave()
@@ -92,24 +87,17 @@ def joined() -> Iterator[None]:
 
 
 def from_first(value: Any) -> Any:
-  """Returns process 0's value; all processes call it, in the same order.
-
-  They wait for each other without a time limit. A collective on CPUs would give
-  up after 30 seconds, and a judge or a conversion of weights may take longer.
-
-  Args:
-    value: JSON-serialisable; floats keep every bit.
-  """
-  return _joined.from_first(value) if _joined else value
+  """Returns process 0's value; see `gather`."""
+  return gather(value)[0]
 
 
 def gather(value: Any) -> list[Any]:
   """Returns the values of all processes; all call it, in the same order.
 
-  No device takes part, so a step in progress continues.
-
-  Args:
-    value: JSON-serialisable.
+  They are sent as JSON, in which floats keep every bit. No device takes part,
+  so a step in progress continues. There is no time limit: a collective on CPUs
+  would give up after 30 seconds, and a judge or a conversion of weights may
+  take longer.
   """
   return _joined.gather(value) if _joined else [value]
 
@@ -121,11 +109,7 @@ def barrier() -> None:
 
 
 def check_same(what: str, value: Any, expected: str, fix: str) -> None:
-  """Raises where a value differs from that of process 0; all call it.
-
-  Raises:
-    UserError: on the processes that differ; `what` begins its message.
-  """
+  """Raises `UserError` where a value is not that of process 0; all call it."""
   first = from_first(value)
   if first != value:
     raise errors.UserError(
@@ -140,10 +124,8 @@ def find(environment: Mapping[str, str]) -> dict[str, Any] | None:
   """Returns arguments for `jax.distributed.initialize`; None for one process.
 
   {} leaves all of them to JAX, which knows SLURM and Cloud TPU.
-  JAX_NUM_PROCESSES=1 keeps a process alone, whatever else is set.
-
-  Raises:
-    UserError: if the variables are incomplete or wrong.
+  JAX_NUM_PROCESSES=1 keeps a process alone, whatever else is set. Raises
+  `UserError` if the variables are incomplete or wrong.
   """
   given = {name: environment[name] for name in _VARIABLES
            if environment.get(name)}
@@ -161,13 +143,12 @@ def find(environment: Mapping[str, str]) -> dict[str, Any] | None:
 def _from_variables(given):
   missing = [name for name in _VARIABLES if name not in given]
   if missing:
+    values = ('HOST:PORT, of process 0', 'the number of processes',
+              '0, 1, ...: another for each')
     raise errors.UserError(
         f'{", ".join(given)} set, and not {", ".join(missing)}',
         'all three of them for a run of several processes, or none',
-        f'export {missing[0]}=' + {
-            _VARIABLES[0]: 'HOST:PORT, of process 0',
-            _VARIABLES[1]: 'the number of processes',
-            _VARIABLES[2]: '0, 1, ...: another for each'}[missing[0]])
+        f'export {missing[0]}={values[_VARIABLES.index(missing[0])]}')
   address, n, i = (given[name] for name in _VARIABLES)
   if not re.fullmatch(r'.+:\d+', address):
     raise errors.UserError(
@@ -200,7 +181,8 @@ def _tpu_hosts(environment):
     return slices
   host = environment.get('GCE_METADATA_IP', 'metadata.google.internal')
   request = urllib.request.Request(
-      _METADATA.format(host), headers={'Metadata-Flavor': 'Google'})
+      f'http://{host}/computeMetadata/v1/instance/attributes/'
+      'worker-network-endpoints', headers={'Metadata-Flavor': 'Google'})
   try:
     # The scheme is constant: http.
     with urllib.request.urlopen(request, timeout=3) as reply:  # nosec B310
@@ -251,10 +233,10 @@ def _too_late(arguments, seconds):
 
 def _not_met(arguments, seconds, why):
   n, i = arguments.get('num_processes'), arguments.get('process_id')
+  who = '' if n is None else f': this is {i} of {n}'
   return errors.UserError(
-      'the processes of this run have not met'
-      + ('' if n is None else f': this is {i} of {n}')
-      + f'; {" ".join(why.split())[:300]} within {seconds:.0f} s',
+      f'the processes of this run have not met{who};'
+      f' {" ".join(why.split())[:300]} within {seconds:.0f} s',
       'the same command on all of them, each seeing the port of process 0',
       'look at the logs of the others; GEMMA_SFT_JOIN_SECONDS waits longer')
 
@@ -273,7 +255,7 @@ def lost(error: BaseException) -> str:
 
 # While they run ---------------------------------------------------------------
 
-# Runs until its standard input ends. A line that came before means that the
+# Runs until its standard input ends. A line before the end means that the
 # process ended in order.
 _LAST_WORDS = r"""
 import socket, sys
@@ -306,22 +288,11 @@ class _Processes:
         [sys.executable, '-c', _LAST_WORDS, self._name, address, _AGAIN],
         stdin=subprocess.PIPE, start_new_session=True, text=True)
     if index:  # Process 0 alone logs what all of them see.
-      import logging
-
       logging.getLogger('absl').setLevel(logging.ERROR)
     threading.Thread(target=self._watch, daemon=True).start()
 
-  def from_first(self, value):
-    self._calls += 1
-    key = f'gemma_sft/first/{self._calls}'
-    if self.index == 0:
-      self._client.key_value_set(key, json.dumps(value))
-    # If process 0 dies, the watching thread ends this process.
-    first = json.loads(self._client.blocking_key_value_get(key, 10**8))
-    self.barrier()
-    return first
-
   def barrier(self):
+    # If a process dies meanwhile, the watching thread ends this one.
     self._calls += 1
     self._client.wait_at_barrier(f'gemma_sft/barrier/{self._calls}', 10**8)
 

@@ -27,22 +27,7 @@ from gemma_sft.run import hosts
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A prepared run.
-
-  Attributes:
-    splits: train and, where set, validation and test.
-    source: Batches of the train split.
-    validation: Batches of the validation split, or None.
-    total_steps: Updates of the whole run.
-    eval_every: Updates between evaluations.
-    save_every: Updates between checkpoints.
-    base: The frozen weights; None when all weights are trained.
-    base_hash: Content hash of the base weights.
-    data_hash: Content hash of the training records.
-    schedule: step -> learning rate.
-    initial_state: The state before the first update, per layer.
-    started: When the preparation began, in seconds since 1970.
-  """
+  """A prepared run."""
 
   config: Any
   workdir: str
@@ -50,26 +35,26 @@ class Run:
   model: model_lib.Model
   tokenizer: chat.Tokenizer
   task: Any
-  splits: dict[str, splits_lib.Split]
-  source: batches.Batches
+  splits: dict[str, splits_lib.Split]  # train; validation and test if set.
+  source: batches.Batches  # Of the train split.
   validation: batches.Batches | None
-  total_steps: int
-  eval_every: int
-  save_every: int
-  base: Any
-  base_hash: str
+  total_steps: int  # Updates of the whole run.
+  eval_every: int  # Updates between evaluations.
+  save_every: int  # Updates between checkpoints.
+  base: Any  # The frozen weights; None when all weights are trained.
+  base_hash: str  # Of the content, as is `data_hash` (training records).
   data_hash: str
   settings: state_lib.StepSettings
-  schedule: optax.Schedule
+  schedule: optax.Schedule  # step -> learning rate.
   optimizer: optax.GradientTransformation
-  initial_state: state_lib.TrainState
-  started: float
+  initial_state: state_lib.TrainState  # Before the first update, per layer.
+  started: float  # When the preparation began, in seconds since 1970.
 
   def merged(self, trainable: Any) -> Any:
     """Returns weights for generation, adapters merged in if they can be."""
     if not self.settings.lora_enabled:
-      return jax.tree.map(
-          lambda leaf: leaf.astype(self.settings.compute_dtype), trainable)
+      dtype = self.settings.compute_dtype
+      return jax.tree.map(lambda leaf: leaf.astype(dtype), trainable)
     merged = model_lib.merge(
         self.model, self.base, trainable, self.settings.lora_scale)
     if jax.default_backend() == 'cpu':
@@ -110,15 +95,8 @@ def prepare(config: Any, workdir: str, *, data_only: bool = False
   """Builds a run and prints what it is; stops at the first mistake.
 
   Everything that needs no weights comes first, so that a wrong row or mesh is
-  reported before gigabytes are read.
-
-  Args:
-    config: Validated.
-    workdir: The run's folder, locked by the caller.
-    data_only: Stop after the audit and the plan; returns None.
-
-  Raises:
-    UserError: for what the user can mend.
+  reported before gigabytes are read. `data_only` stops there, and returns None.
+  The caller has validated the config and locked the workdir.
   """
   started = time.time()
   _check_same_config(config)
@@ -133,20 +111,19 @@ def prepare(config: Any, workdir: str, *, data_only: bool = False
   hosts.say(f'devices: {jax.device_count()} x {jax.devices()[0].device_kind},'
             ' all in use, mesh '
             + ' x '.join(f'{a} {n}' for a, n in mesh.shape.items()))
+  scaled = '; loss scaled' if dtype == jnp.float16 else ''
   hosts.say(f'dtype: {dtype.name} for the base and compute ({reason});'
-            ' adapters, optimizer and loss float32' + (
-          '; loss scaled' if dtype == jnp.float16 else ''))
+            f' adapters, optimizer and loss float32{scaled}')
   execution, why = build.make_execution(config, model, mesh, dtype)
   hosts.say(why)
 
   resolved = base_lib.resolve_weights(config.model)
   hosts.say(f'base: {config.model.name}, {resolved.description}')
-  tokenizer = base_lib.load_tokenizer(
-      config.model, resolved, model.generation)
+  tokenizer = base_lib.load_tokenizer(config.model, resolved, model.generation)
   base_lib.check_vocabulary(tokenizer, model)
   splits = splits_lib.load_splits(
       config.data, ('train', 'validation', 'test'), task, tokenizer)
-  report_audit(splits, task)
+  _report_audit(splits, task)
   shards = sharding.local_shards(mesh)
   source = build.make_source(
       config, splits['train'], layout, epochs=None, shards=shards)
@@ -195,28 +172,10 @@ def prepare(config: Any, workdir: str, *, data_only: bool = False
       started=started)
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 _SHOWN = 5
 
 
-def report_audit(splits: dict[str, splits_lib.Split], task: Any) -> None:
+def _report_audit(splits, task):
   """Prints the audit, and the training answers that the task finds wrong."""
   for split in splits.values():
     hosts.say(f'audit: {split.report}')
@@ -229,16 +188,6 @@ def report_audit(splits: dict[str, splits_lib.Split], task: Any) -> None:
     n = splits['train'].report.n_examples
     hosts.say(f'warning: {len(problems)} of {n} training answers are wrong by'
               " the task's own judge; the run continues and learns from them")
-
-
-
-
-
-
-
-
-
-
 
 
 def _check_same_config(config):

@@ -1,4 +1,4 @@
-"""Loads the weights of a run, to score them, talk to them or export them."""
+"""Loads the weights of a run to score, sample from or export them."""
 
 import dataclasses
 from typing import Any
@@ -22,25 +22,17 @@ from gemma_sft.weights import load
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-  """Weights to score or to talk to, with all that they need.
-
-  Attributes:
-    params: Weights with the adapters merged in, see `model.merge`.
-    execution: How their forward pass runs here.
-    description: Which weights these are, for people.
-    identity: Which weights these are, for comparing: the hash of the base, the
-      digest of the checkpoint and the dtype.
-  """
+  """Weights to score or to sample from, with all that they need."""
 
   config: Any
   mesh: jax.sharding.Mesh
   model: model_lib.Model
   tokenizer: chat.Tokenizer
   task: Any
-  params: Any
+  params: Any  # With the adapters merged in, see `model.merge`.
   execution: blocks.Execution
-  description: str
-  identity: str
+  description: str  # Which weights these are, for people.
+  identity: str  # The same for comparing: that of `Chosen`, and the dtype.
 
   def split(self, name: str) -> splits.Split:
     """Returns an audited split."""
@@ -52,32 +44,23 @@ class Served:
     layout = dataclasses.replace(
         build.make_layout(self.config, self.mesh), repeat=1)
     return batches.Batches(
-        examples, layout, seed=None,
-        shards=sharding.local_shards(self.mesh))
+        examples, layout, seed=None, shards=sharding.local_shards(self.mesh))
 
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-  """Weights that were found and checked, but not read yet.
-
-  Attributes:
-    resolved: The base weights.
-    checkpoints: Checkpoints of the run; None for the untouched base.
-    step: Step of the checkpoint; 0 for the untouched base.
-    meta: `Meta` of the checkpoint, or None.
-    description: Which weights these are, for people.
-    identity: Which weights these are, for comparing: the hash of the base and
-      the digest of the checkpoint.
-  """
+  """Weights that were found and checked, but not read yet."""
 
   config: Any
   model: model_lib.Model
   tokenizer: chat.Tokenizer
-  resolved: load.Resolved
+  resolved: load.Resolved  # The base weights.
+  # None, 0 and None for the untouched base.
   checkpoints: checkpoint_lib.Checkpoints | None
   step: int
   meta: checkpoint_lib.Meta | None
-  description: str
+  description: str  # Which weights these are, for people.
+  # The same for comparing: hash of the base and digest of the checkpoint.
   identity: str
 
 
@@ -85,14 +68,8 @@ def choose_weights(
     config: Any, workdir: str, *, base: bool, step: int) -> Chosen:
   """Finds a run's checkpoint and base before gigabytes are read.
 
-  Args:
-    config: Config of the run.
-    workdir: Folder of the run.
-    base: Whether to take the untouched base model.
-    step: See `checkpoint.choose_step`.
-
-  Raises:
-    UserError: if there is no such checkpoint, or it is of another base.
+  `base` takes the untouched base model, `step` is for `checkpoint.choose_step`.
+  Raises `UserError` if there is no such checkpoint, or it is of another base.
   """
   model = base_lib.load_model(config.model)
   checkpoints = None
@@ -100,8 +77,7 @@ def choose_weights(
     checkpoints = checkpoint_lib.Checkpoints(workdir, read_only=True)
     step = checkpoint_lib.choose_step(checkpoints, step)
   resolved = base_lib.resolve_weights(config.model)
-  tokenizer = base_lib.load_tokenizer(
-      config.model, resolved, model.generation)
+  tokenizer = base_lib.load_tokenizer(config.model, resolved, model.generation)
   base_lib.check_vocabulary(tokenizer, model)
   identity = base_lib.base_hash(resolved, config.seed)
   if checkpoints is None:
@@ -139,14 +115,12 @@ def load_weights(
   params = base_lib.load_base(
       model, chosen.resolved, mesh, dtype=dtype, seed=config.seed,
       quantization=config.model.quantization)
-  if trainable is not None:
-    if config.lora.enabled:
-      params = model_lib.merge(
-          model, params, trainable, build.lora_scale(config))
-    else:
-      params = jax.tree.map(
-          lambda leaf, like: jax.device_put(
-              leaf.astype(dtype), like.sharding), trainable, params)
+  if trainable is not None and config.lora.enabled:
+    params = model_lib.merge(model, params, trainable, build.lora_scale(config))
+  elif trainable is not None:
+    params = jax.tree.map(
+        lambda leaf, like: jax.device_put(leaf.astype(dtype), like.sharding),
+        trainable, params)
   return Served(
       config, mesh, model, chosen.tokenizer, tasks.load(config.task), params,
       blocks.Execution(attention=kernel, mesh=mesh), chosen.description,

@@ -28,8 +28,7 @@ def from_checkpoint(
 ) -> tuple[state_lib.TrainState, checkpoint_lib.Meta] | None:
   """Returns the newest intact checkpoint in the workdir, or None without any.
 
-  Raises:
-    UserError: if its run differs in config, base weights, data or batches.
+  Raises `UserError` if its config, base weights, data or batches differ.
   """
   shapes = jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(
@@ -41,8 +40,7 @@ def from_checkpoint(
 def from_run(run: prepare_lib.Run, workdir: str) -> state_lib.TrainState:
   """Returns the fresh state with another run's best adapters in it.
 
-  Raises:
-    UserError: if that run differs in base, scale or shape of the adapters.
+  Raises if the base, or the scale or shape of that run's adapters differ.
   """
   checkpoints = checkpoint_lib.Checkpoints(workdir, read_only=True)
   step = checkpoint_lib.choose_step(checkpoints, -1)
@@ -56,11 +54,9 @@ def from_run(run: prepare_lib.Run, workdir: str) -> state_lib.TrainState:
           trainable, fresh))
 
 
-def _check_resume(run: prepare_lib.Run, meta: checkpoint_lib.Meta) -> None:
+def _check_resume(run, meta):
   """Raises where the checkpoint is not of this run, naming what differs."""
-  saved = meta.config
-  different = config_lib.differences(saved, dict(
-      config_lib.leaves(run.config)))
+  different = config_lib.differences(meta.config, run.config)
   if different:
     raise errors.UserError(
         f'the checkpoint in {run.workdir} is of another config: '
@@ -79,35 +75,26 @@ def _check_resume(run: prepare_lib.Run, meta: checkpoint_lib.Meta) -> None:
     raise errors.UserError(
         f'the training records ({run.config.data.train}) with the files that'
         f' they refer to have hash {run.data_hash[:16]}, the checkpoint was'
-        ' trained on'
-        f' {meta.data_hash[:16]}', 'unchanged training data',
+        f' trained on {meta.data_hash[:16]}', 'unchanged training data',
         'restore the file, or choose another --workdir')
   if meta.chain != batches.chain_of(run.source, meta.step):
     raise errors.UserError(
         f'the {meta.step} batches before this checkpoint cannot be reproduced',
-        f'hash chain {meta.chain[:16]}',
-        'the tokenizer or the packing has changed since then; choose another'
-        ' --workdir')
+        f'hash chain {meta.chain[:16]}', 'the tokenizer or the packing has'
+        ' changed since then; choose another --workdir')
   hosts.say(f'resuming after {meta.step} updates; batches {meta.chain[:16]}'
             ' verified')
 
 
 def check_weights(
     config: Any, base: str, meta: checkpoint_lib.Meta, what: str) -> None:
-  """Refuses weights that would mean something else under this config.
+  """Raises if a checkpoint's weights mean something else under this config.
 
-  Args:
-    config: The config at hand.
-    base: Content hash of its base weights.
-    meta: Of the checkpoint.
-    what: Begins the message.
-
-  Raises:
-    UserError: naming what differs.
+  `base` is the content hash of the config's base weights; `what` begins the
+  message.
   """
   different = [
-      line for line in config_lib.differences(
-          meta.config, dict(config_lib.leaves(config)))
+      line for line in config_lib.differences(meta.config, config)
       if line.startswith(('model.', 'lora.'))
       and not line.startswith('lora.dropout')]
   if meta.base != base:

@@ -13,11 +13,9 @@ from gemma_sft.run import hosts
 def lock_workdir(workdir: str) -> Any:
   """Locks the workdir until this process ends; returns the open lock file.
 
-  Of several joined processes, the first one takes the lock.
-
-  Raises:
-    UserError: if another process has the lock, the workdir cannot be written,
-      or the hosts of a run do not share it.
+  In a run of several processes, the first one takes the lock. Raises
+  `UserError` if another process has the lock, the workdir cannot be written, or
+  the hosts of a run do not share it.
   """
   import fcntl  # POSIX only.
 
@@ -60,6 +58,5 @@ def _shared_lock(workdir):
     time.sleep(0.5)
   raise errors.UserError(
       f'workdir {workdir} on process {hosts.index()} is not that of process 0',
-      'a folder that all hosts of the run share, for the'
-      ' checkpoints that all of them write',
+      'a folder that all hosts of the run share, as all write checkpoints',
       'put --workdir on a disk that all of them mount, such as NFS')

@@ -12,7 +12,6 @@ run tests of tests/ that plant a fault. Status 1 if a case fails.
 
 import argparse
 import collections
-import dataclasses
 import hashlib
 import os
 import pathlib
@@ -25,16 +24,16 @@ import sys
 import tempfile
 import time
 from typing import Callable
-from xml.etree import ElementTree
 
 _TESTS = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(_TESTS.parent), str(_TESTS)]
 
 import conftest
 import numpy as np
+import pytest
 
+from gemma_sft import pages
 from gemma_sft.monitor import metrics
-from gemma_sft.run import checkpoint
 
 _PHASES = ('starting', 'step', 'save', 'evaluation')
 _SAVE_EVERY, _EVALUATE_EVERY = 3, 6
@@ -42,51 +41,46 @@ _SAVE_EVERY, _EVALUATE_EVERY = 3, 6
 _STEPS_A_KILL = 12
 _TIMEOUT = 600  # Seconds for whatever the drill waits for.
 
-# Row of the table -> file of tests -> its tests; () for all.
-_PLANTED = {
-    'SIGTERM, several': {'train_test.py': (
-        'test_sigterm_saves_exits_cleanly_and_resumes',)},
-    'deadline': {'train_test.py': ('test_deadline_saves_and_resumes',)},
-    'full disk': {'run/checkpoint_test.py': (
-        'test_full_disk_while_saving_loses_nothing',
-        'test_full_disk_while_logging_is_told')},
-    'workdir that cannot be written': {'train_test.py': (
-        'test_workdir_that_cannot_be_written_is_refused',
-        'test_workdir_that_is_a_file_is_refused')},
-    'two runs in one workdir': {'train_test.py': (
-        'test_workdir_in_use_is_refused_with_the_process',)},
-    'damaged and truncated checkpoints': {'run/checkpoint_test.py': (
-        'test_damaged_newest_is_passed_over_for_the_one_before',
-        'test_all_damaged_is_told_each_time_and_nothing_is_lost',
-        'test_serving_a_damaged_checkpoint_is_told',
-        'test_serving_passes_over_what_says_nothing')},
-    'base weights missing or others at resume': {'train_test.py': (
-        'test_resume_without_its_base_is_refused',
-        'test_resume_on_another_base_is_refused')},
-    'data changed at resume': {'train_test.py': (
-        'test_resume_with_other_data_is_refused',)},
-    'config changed at resume': {'train_test.py': (
-        'test_resume_with_another_config_is_refused',)},
-    'a loss that is not finite': {'train_test.py': (
-        'test_a_step_that_is_not_finite_is_named',
-        'test_the_checkpoint_before_a_step_that_is_not_finite_is_whole')},
-    'several hosts: kills, signals, mistakes': {'run/multihost_test.py': ()},
+_TRAIN = 'tests/train_test.py::test_'
+_CHECKPOINT = 'tests/run/checkpoint_test.py::test_'
+# Row of the table -> pytest's ids of its tests, or of a whole file.
+PLANTED = {
+    'SIGTERM, several': [_TRAIN + 'sigterm_saves_exits_cleanly_and_resumes'],
+    'deadline': [_TRAIN + 'deadline_saves_and_resumes'],
+    'full disk': [_CHECKPOINT + 'full_disk_while_saving_loses_nothing',
+                  _CHECKPOINT + 'full_disk_while_logging_is_reported'],
+    'workdir that cannot be written': [
+        _TRAIN + 'workdir_that_cannot_be_written_is_refused'],
+    'two runs in one workdir': [
+        _TRAIN + 'workdir_in_use_is_refused_with_the_process'],
+    'damaged and truncated checkpoints': [
+        _CHECKPOINT + 'a_damaged_newest_checkpoint_is_skipped',
+        _CHECKPOINT + 'all_damaged_is_reported_and_nothing_is_lost',
+        _CHECKPOINT + 'serving_a_damaged_checkpoint_is_refused',
+        _CHECKPOINT + 'serving_skips_one_without_meta'],
+    'base weights missing or others at resume': [
+        _TRAIN + 'resume_without_its_base_or_on_another_is_refused'],
+    'data changed at resume': [_TRAIN + 'resume_with_other_data_is_refused'],
+    'config changed at resume': [
+        _TRAIN + 'resume_with_another_config_is_refused'],
+    'a loss that is not finite': [
+        _TRAIN + 'the_checkpoint_before_a_step_that_is_not_finite_is_whole',
+        _TRAIN + 'a_base_that_is_not_finite_stops_at_step_1'],
+    'several hosts: kills, signals, mistakes': ['tests/run/multihost_test.py'],
 }
 
 
-@dataclasses.dataclass
 class Row:
-  """A line of the table: cases, those that passed, and what went wrong."""
+  """A line of the table; as a plugin of pytest it counts the tests that run."""
 
-  cases: int = 0
-  passed: int = 0
-  failures: list[str] = dataclasses.field(default_factory=list)
+  def __init__(self):
+    self.cases: list[list[str]] = []  # The failures of each.
 
-  def count(self, failures: list[str]) -> None:
-    """Adds a case with its failures."""
-    self.cases += 1
-    self.passed += not failures
-    self.failures += failures
+  def pytest_runtest_logreport(self, report):
+    # What comes before and after a test counts only if it fails.
+    if report.when == 'call' or not report.passed:
+      self.cases.append(
+          [] if report.passed else [f'{report.nodeid}: {report.outcome}'])
 
 
 def main() -> int:
@@ -103,11 +97,11 @@ def main() -> int:
           pathlib.Path(folder), arguments.kills, random.Random(arguments.seed))
   if arguments.only != 'kills':
     rows |= plant()
-  print('| fault | cases | passed |\n|---|---|---|')
-  for name, row in rows.items():
-    print(f'| {name} | {row.cases} | {row.passed} |')
+  print(pages.table(('fault', 'cases', 'passed'), [
+      (name, len(row.cases), sum(not failures for failures in row.cases))
+      for name, row in rows.items()]))
   failures = [f'{name}: {failure}' for name, row in rows.items()
-              for failure in row.failures]
+              for failures in row.cases for failure in failures]
   print('\n'.join(failures))
   return 1 if failures else 0
 
@@ -138,19 +132,20 @@ def kill(folder: pathlib.Path, n: int, rng: random.Random) -> dict[str, Row]:
     before = _intact(workdir)
     process.send_signal(signal.SIGKILL)
     out, err = process.communicate()
-    failures = [] if process.returncode == -signal.SIGKILL else [
-        f'kill {i}: ended by itself, {process.returncode}: {err[-300:]}']
-    failures += _resumed(out, newest, i)
+    failures = _resumed(out, newest, i)
+    if process.returncode != -signal.SIGKILL:
+      failures.append(
+          f'kill {i}: ended by itself, {process.returncode}: {err[-300:]}')
     after = _intact(workdir)
     # Rotation removes all but the newest three and the best.
     if before and (not after or after[-1] < before[-1]):
       failures.append(f'kill {i}: checkpoints {before} before, {after} after')
     newest = after[-1] if after else 0
-    rows[f'kill -9, {phase}'].count(failures)
-    print(f'kill {i + 1}: {phase}, newest checkpoint {newest}'
-          + ''.join(f' | {w}' for w in failures), flush=True)
+    rows[f'kill -9, {phase}'].cases.append(failures)
+    print(' | '.join([f'kill {i + 1}: {phase}, newest checkpoint {newest}',
+                      *failures]), flush=True)
   out = _finish(_train(command, workdir), 'the last start')
-  rows['the run after all these kills'].count(
+  rows['the run after all these kills'].cases.append(
       _resumed(out, newest, 'last') + _differences(workdir, straight, steps))
   rows['kill -9, export'] = _kill_exports(folder, straight, n_exports, rng)
   return dict(rows)
@@ -211,27 +206,22 @@ def _intact(workdir):
 def _resumed(out, newest, i):
   """Returns a failure if a run did not resume at the newest checkpoint."""
   found = re.search(r'resuming after (\d+) updates', out)
-  if found and int(found[1]) != newest:
-    return [f'kill {i}: resumed after {found[1]}, not {newest}']
-  if not found and newest and 'step ' in out:
-    return [f'kill {i}: started afresh, without checkpoint {newest}']
+  after = int(found[1]) if found else 0
+  if after != newest and (found or 'step ' in out):
+    return [f'kill {i}: resumed after {after} updates, not {newest}']
   return []
 
 
 def _differences(workdir, straight, steps):
-  failures = []
-  if conftest.losses(workdir) != conftest.losses(straight):
-    failures.append('the losses differ')
-  if _evaluations(workdir) != _evaluations(straight):
-    failures.append('the evaluations differ')
+  failures = [
+      f'the {name} differ'
+      for name, read in (('losses', conftest.losses),
+                         ('evaluations', _evaluations),
+                         ('checkpoints', _intact))
+      if read(workdir) != read(straight)]
   ours, theirs = (conftest.saved_state(w, steps) for w in (workdir, straight))
-  failures += [f'{path} differs' for path in theirs
-               if not np.array_equal(ours.get(path), theirs[path])]
-  ours, theirs = (checkpoint.Checkpoints(str(w), read_only=True).steps()
-                  for w in (workdir, straight))
-  if ours != theirs:
-    failures.append(f'checkpoints {ours}, not {theirs}')
-  return failures
+  return failures + [f'{path} differs' for path in theirs
+                     if not np.array_equal(ours.get(path), theirs[path])]
 
 
 def _evaluations(workdir):
@@ -273,9 +263,10 @@ def _kill_exports(folder, workdir, n, rng):
     _finish(_export(workdir, out, '--overwrite'), f'export {i}, again')
     if _hashes(out) != reference:
       failures.append(f'export {i}: the repeated export differs')
-    row.count(failures)
-    print(f'killed export {i + 1}: left {sorted(after) or "nothing"}'
-          + ''.join(f' | {w}' for w in failures), flush=True)
+    row.cases.append(failures)
+    print(' | '.join([
+        f'killed export {i + 1}: left {sorted(after) or "nothing"}',
+        *failures]), flush=True)
   return row
 
 
@@ -295,36 +286,15 @@ def _hashes(out):
 # Planted faults --------------------------------------------------------------
 
 
-def planted() -> dict[str, list[str]]:
-  """Returns row -> pytest's ids of its tests, or of a whole file."""
-  return {name: [f'tests/{file}' + (test and f'::{test}')
-                 for file, tests in group.items() for test in tests or ('',)]
-          for name, group in _PLANTED.items()}
-
-
 def plant() -> dict[str, Row]:
   """Returns a row for each fault that tests plant."""
-  nodes = planted()
-  with tempfile.TemporaryDirectory() as folder:
-    results = os.path.join(folder, 'results.xml')
-    subprocess.run(
-        [sys.executable, '-m', 'pytest', '-q', '-n', '0', '-m', '', '-W',
-         'ignore', f'--junitxml={results}',
-         *(node for group in nodes.values() for node in group)],
-        cwd=_TESTS.parent, check=False)
-    cases = list(ElementTree.parse(results).iter('testcase'))
-  rows = {name: Row() for name in nodes}
-  for name, group in nodes.items():
-    for node in group:
-      file, _, test = node.partition('::')
-      mine = [c for c in cases if c.get('classname', '').endswith(
-          pathlib.Path(file).stem) and (
-              not test or c.get('name', '').partition('[')[0] == test)]
-      if not mine:
-        rows[name].count([f'{node}: no such test'])
-      for case in mine:
-        rows[name].count([f'{node}: {child.tag}' for child in case
-                          if child.tag in ('failure', 'error', 'skipped')])
+  rows = {name: Row() for name in PLANTED}
+  for name, row in rows.items():
+    pytest.main(['-q', '-n', '0', '-m', '', '-W', 'ignore',
+                 *(str(_TESTS.parent / node) for node in PLANTED[name])],
+                plugins=[row])
+    if not row.cases:
+      row.cases.append(['no such test'])
   return rows
 
 

@@ -57,8 +57,7 @@ def test_other_errors_are_left_alone():
 
 
 def test_training_says_it(run_config, tmp_path, monkeypatch):
-  monkeypatch.setattr(
-      during_training, 'evaluate', lambda *_: _exhaust())
+  monkeypatch.setattr(during_training, 'evaluate', lambda *_: _exhaust())
   with pytest.raises(errors.UserError, match='out of memory'):
     train.main(run_config, str(tmp_path / 'w'))
   assert conftest.losses(tmp_path / 'w') == {}

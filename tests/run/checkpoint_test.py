@@ -35,16 +35,13 @@ def _meta(step: int, mode: str = 'min', **more) -> checkpoint.Meta:
       data_hash='d' * 64, **more)
 
 
-def _save(workdir, losses, *, keep=1, mode='min', metric='loss'):
+def _save(workdir, losses, *, keep=2, mode='min'):
+  """Saves checkpoints of {step: loss}; None is a step without evaluation."""
   checkpoints = checkpoint.Checkpoints(
-      str(workdir), keep=keep, metric=metric, mode=mode)
-  best = {}
+      str(workdir), keep=keep, metric='loss', mode=mode)
   for step, loss in losses.items():
-    sign = 1 if mode == 'max' else -1
-    if not best or sign * loss > sign * best['value']:
-      best = {'step': step, 'value': loss}
     checkpoints.save(_state(float(step), step), _meta(
-        step, mode, metrics={'loss': loss}, best=best))
+        step, mode, metrics={} if loss is None else {'loss': loss}))
   checkpoints.wait()
   return checkpoints
 
@@ -77,40 +74,29 @@ def test_state_and_meta_come_back_bit_for_bit(tmp_path):
 @pytest.mark.parametrize('mode, best', [('min', 2), ('max', 4)])
 def test_newest_and_best_are_kept(tmp_path, mode, best):
   losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 9.0, 5: 4.0, 6: 5.0}
-  checkpoints = _save(tmp_path, losses, keep=2, mode=mode)
+  checkpoints = _save(tmp_path, losses, mode=mode)
   assert checkpoints.steps() == [best, 5, 6]
-  assert checkpoint.choose_step(checkpoints, -1) == best
-  assert checkpoint.choose_step(checkpoints, -2) == 6
-  assert checkpoint.choose_step(checkpoints, 5) == 5
+  for step, found in ((-1, best), (-2, 6), (5, 5)):
+    assert checkpoint.choose_step(checkpoints, step) == found
   with pytest.raises(errors.UserError, match=f'one of \\[{best}, 5, 6\\]'):
     checkpoint.choose_step(checkpoints, 1)
 
 
-def test_without_scores_the_latest_is_the_best(tmp_path):
-  checkpoints = checkpoint.Checkpoints(str(tmp_path), keep=2, metric='loss')
-  for step in (1, 2, 3):
-    checkpoints.save(_state(1.0, step), _meta(step))
-  checkpoints.wait()
-  assert checkpoints.steps() == [2, 3]
-  assert checkpoint.choose_step(checkpoints, -1) == 3
-
-
-def test_best_of_the_saved_ones_where_the_base_was_better(tmp_path):
-  checkpoints = checkpoint.Checkpoints(
-      str(tmp_path), keep=3, metric='loss', mode='min')
-  for step, loss in {2: 1.1, 4: 1.5}.items():
-    checkpoints.save(_state(1.0, step), _meta(
-        step, metrics={'loss': loss}, best={'step': 0, 'value': 1.0}))
-  checkpoints.wait()
-  assert checkpoint.choose_step(checkpoints, -1) == 2
+@pytest.mark.parametrize('losses, kept, best', [
+    ({1: None, 2: None, 3: None}, [2, 3], 3),
+    # The base was better than both, but it is no checkpoint.
+    ({2: 1.1, 4: 1.5}, [2, 4], 2)], ids=['without scores', 'worse than base'])
+def test_the_best_of_what_was_saved(tmp_path, losses, kept, best):
+  checkpoints = _save(tmp_path, losses)
+  assert checkpoints.steps() == kept
+  assert checkpoint.choose_step(checkpoints, -1) == best
 
 
 def test_no_checkpoints(tmp_path):
   with pytest.raises(errors.UserError, match='no checkpoints in'):
     checkpoint.Checkpoints(str(tmp_path), read_only=True)
   checkpoints = checkpoint.Checkpoints(str(tmp_path))
-  assert checkpoints.restore_latest(
-      _state(0.0, 0), lambda meta: None) is None
+  assert checkpoints.restore_latest(_state(0.0, 0), lambda meta: None) is None
   with pytest.raises(errors.UserError, match='the workdir has no checkpoints'):
     checkpoint.choose_step(checkpoints, -1)
 
@@ -150,7 +136,16 @@ def _delete_state(folder):
   shutil.rmtree(folder / 'state')
 
 
-_DAMAGES = [_truncate, _flip, _delete_meta, _empty_meta, _delete_state]
+def _damaging(*damages):
+  return pytest.mark.parametrize(
+      'damage', damages, ids=lambda f: f.__name__[1:])
+
+
+def _expect_same_state(workdir, straight):
+  again, reference = (conftest.saved_state(w, 6) for w in (workdir, straight))
+  assert again.keys() == reference.keys()
+  for path, leaf in reference.items():
+    np.testing.assert_array_equal(again[path], leaf, err_msg=path)
 
 
 @pytest.fixture(scope='module')
@@ -161,93 +156,77 @@ def whole_run(tmp_path_factory):
   config = conftest.run_config.__wrapped__(config, folder)
   config.eval.every = 2
   config.checkpoint.keep = 3
-  train.main(config, str(folder / 'w'), False)
+  train.main(config, str(folder / 'w'))
   return config, folder / 'w'
 
 
-@pytest.mark.parametrize('damage', _DAMAGES, ids=lambda f: f.__name__[1:])
-def test_damaged_newest_is_passed_over_for_the_one_before(
-    whole_run, tmp_path, caplog, capsys, damage):
+@pytest.fixture
+def copied(whole_run, tmp_path):
+  """A copy of that workdir."""
+  return shutil.copytree(whole_run[1], tmp_path / 'w')
+
+
+@_damaging(_truncate, _flip, _delete_meta, _empty_meta, _delete_state)
+def test_a_damaged_newest_checkpoint_is_skipped(
+    whole_run, copied, caplog, capsys, damage):
   config, straight = whole_run
-  workdir = shutil.copytree(straight, tmp_path / 'w')
-  damage(workdir / 'checkpoints' / '6')
+  damage(copied / 'checkpoints' / '6')
   with caplog.at_level(logging.WARNING):
-    train.main(config, str(workdir), False)
+    train.main(config, str(copied))
   assert 'checkpoint 6 cannot be read and is skipped' in caplog.text
   assert 'resuming after 4 updates' in capsys.readouterr().out
   # Kept for a look, and saved again to the same bits.
-  assert (workdir / 'damaged-6').is_dir()
-  again, reference = (
-      conftest.saved_state(w, 6) for w in (workdir, straight))
-  assert again.keys() == reference.keys()
-  for path, leaf in reference.items():
-    np.testing.assert_array_equal(again[path], leaf, err_msg=path)
-  assert conftest.losses(workdir) == conftest.losses(straight)
+  assert (copied / 'damaged-6').is_dir()
+  _expect_same_state(copied, straight)
+  assert conftest.losses(copied) == conftest.losses(straight)
 
 
-def test_bytes_that_orbax_takes_for_good_are_found_by_the_digest(tmp_path):
-  state = _state(0.5, 3)
-  checkpoints = checkpoint.Checkpoints(str(tmp_path), keep=2)
-  checkpoints.save(state, _meta(3))
-  checkpoints.wait()
-  meta = _largest(tmp_path / 'checkpoints' / '3' / 'meta')
-  digest = checkpoint.tree_digest(state)
-  meta.write_text(meta.read_text().replace(digest, 'f' * 64))
-  with pytest.raises(ValueError, match='have changed on disk'):
-    checkpoints.restore(3, state)
-
-
-def test_serving_compares_the_digest_too(tmp_path):
-  state = _state(0.5, 3)
-  checkpoints = checkpoint.Checkpoints(str(tmp_path), keep=2)
-  checkpoints.save(state, _meta(3))
-  checkpoints.wait()
+def test_bytes_that_orbax_accepts_are_found_by_the_digest(tmp_path):
+  checkpoints = _save(tmp_path, {3: None, 4: None})
+  state = _state(3.0, 3)
   trainable, _ = checkpoints.restore_trainable(3)
   np.testing.assert_array_equal(
-      trainable['layer_0']['q']['a'], np.full((3, 2), 0.5, np.float32))
-  meta = _largest(tmp_path / 'checkpoints' / '3' / 'meta')
-  digest = checkpoint.tree_digest(state.trainable)
-  meta.write_text(meta.read_text().replace(digest, 'f' * 64))
-  with pytest.raises(errors.UserError, match='have changed on disk'):
-    checkpoints.restore_trainable(3)
+      trainable['layer_0']['q']['a'], np.full((3, 2), 3.0, np.float32))
+  for tree, restore, error in (
+      (state, lambda: checkpoints.restore(3, state), ValueError),
+      (state.trainable, lambda: checkpoints.restore_trainable(3),
+       errors.UserError)):
+    meta = _largest(tmp_path / 'checkpoints' / '3' / 'meta')
+    meta.write_text(meta.read_text().replace(
+        checkpoint.tree_digest(tree), 'f' * 64))
+    with pytest.raises(error, match='have changed on disk'):
+      restore()
 
 
-def test_all_damaged_is_told_each_time_and_nothing_is_lost(
-    whole_run, tmp_path):
-  config, straight = whole_run
-  workdir = shutil.copytree(straight, tmp_path / 'w')
+def test_all_damaged_is_reported_and_nothing_is_lost(whole_run, copied):
   for step in (2, 4, 6):
-    _truncate(workdir / 'checkpoints' / str(step))
+    _truncate(copied / 'checkpoints' / str(step))
   for _ in range(2):  # Started again, it must not begin afresh either.
     with pytest.raises(errors.UserError, match='none of the checkpoints') as e:
-      train.main(config, str(workdir), False)
+      train.main(whole_run[0], str(copied))
     assert '[2, 4, 6]' in str(e.value) and 'new --workdir' in str(e.value)
     for step in (2, 4, 6):
-      assert (workdir / 'checkpoints' / str(step) / 'state').is_dir()
-    assert sorted(conftest.losses(workdir)) == [1, 2, 3, 4, 5, 6]
+      assert (copied / 'checkpoints' / str(step) / 'state').is_dir()
+    assert sorted(conftest.losses(copied)) == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize('damage', [_truncate, _flip, _delete_state],
-                         ids=lambda f: f.__name__[1:])
-def test_serving_a_damaged_checkpoint_is_told(whole_run, tmp_path, damage):
-  _, straight = whole_run
-  workdir = shutil.copytree(straight, tmp_path / 'w')
-  damage(workdir / 'checkpoints' / '6')
+def _sample(workdir):
+  sample.main(None, str(workdir), base=False, step=-1, prompt=['Hi'],
+              system='', max_new_tokens=1)
+
+
+@_damaging(_truncate, _flip, _delete_state)
+def test_serving_a_damaged_checkpoint_is_refused(copied, damage):
+  damage(copied / 'checkpoints' / '6')
   with pytest.raises(errors.UserError, match='cannot be read') as error:
-    sample.main(None, str(workdir), base=False, step=-1, prompt=['Hi'],
-                system='', max_new_tokens=1)
+    _sample(copied)
   assert '[2, 4, 6]' in str(error.value)
 
 
-@pytest.mark.parametrize('damage', [_delete_meta, _empty_meta],
-                         ids=lambda f: f.__name__[1:])
-def test_serving_passes_over_what_says_nothing(
-    whole_run, tmp_path, caplog, capsys, damage):
-  _, straight = whole_run
-  workdir = shutil.copytree(straight, tmp_path / 'w')
-  damage(workdir / 'checkpoints' / '6')
-  sample.main(None, str(workdir), base=False, step=-1, prompt=['Hi'],
-              system='', max_new_tokens=1)
+@_damaging(_delete_meta, _empty_meta)
+def test_serving_skips_one_without_meta(copied, caplog, capsys, damage):
+  damage(copied / 'checkpoints' / '6')
+  _sample(copied)
   assert 'checkpoint 6 cannot be read' in caplog.text
   assert 'tuned 4 updates' in capsys.readouterr().err
 
@@ -255,46 +234,40 @@ def test_serving_passes_over_what_says_nothing(
 # A full disk -----------------------------------------------------------------
 
 
-def _limit_files(n_bytes):
-  # What a process sees of a full disk: a write that fails with an errno.
-  return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
-
-
-def test_full_disk_while_saving_loses_nothing(whole_run, tmp_path):
-  config, straight = whole_run
-  workdir = shutil.copytree(straight, tmp_path / 'w')
-  shutil.move(workdir / 'checkpoints' / '6', tmp_path / 'six')
+def _train_with_limit(config, workdir, n_bytes):
+  """Trains where no file may be larger; returns what it wrote as an error."""
   status, _, err = conftest.run_module(
       'train', *conftest.flags(config), f'--workdir={workdir}',
-      # The largest file of a checkpoint has 58 kB. A cache of its own: compiled
-      # programs cut off by the limit would be found by other runs.
-      preexec_fn=_limit_files(40_000),
-      env={'GEMMA_SFT_CACHE': str(tmp_path / 'cache')})
+      # What a process sees of a full disk: a write that fails with an errno.
+      preexec_fn=lambda: resource.setrlimit(
+          resource.RLIMIT_FSIZE, (n_bytes, n_bytes)),
+      # A cache of its own: compiled programs cut off by the limit would be
+      # found by other runs.
+      env={'GEMMA_SFT_CACHE': f'{workdir}.cache'})
   assert status == 2, err
+  return err
+
+
+def test_full_disk_while_saving_loses_nothing(whole_run, copied, tmp_path):
+  config, straight = whole_run
+  shutil.move(copied / 'checkpoints' / '6', tmp_path / 'six')
+  # The largest file of a checkpoint has 58 kB.
+  err = _train_with_limit(config, copied, 40_000)
   assert 'Traceback' not in err, err
   message = err[err.index('error: '):].splitlines()
   assert len(message) == 3, err
   assert 'the disk is full' in message[0]
   assert message[1].startswith('  expected: ')
   assert message[2].startswith('  fix: ')
-  assert checkpoint.Checkpoints(str(workdir), read_only=True).steps() == [2, 4]
-  train.main(config, str(workdir), False)
-  again, reference = (
-      conftest.saved_state(w, 6) for w in (workdir, straight))
-  for path, leaf in reference.items():
-    np.testing.assert_array_equal(again[path], leaf, err_msg=path)
+  assert checkpoint.Checkpoints(str(copied), read_only=True).steps() == [2, 4]
+  train.main(config, str(copied))
+  _expect_same_state(copied, straight)
 
 
-def test_full_disk_while_logging_is_told(whole_run, tmp_path):
-  config, _ = whole_run
-  config = config.copy_and_resolve_references()
+def test_full_disk_while_logging_is_reported(whole_run, tmp_path):
+  config = whole_run[0].copy_and_resolve_references()
   config.train.steps = 80
   config.eval.every = config.checkpoint.every = 100
-  workdir = tmp_path / 'w'
-  status, _, err = conftest.run_module(
-      'train', *conftest.flags(config), f'--workdir={workdir}',
-      preexec_fn=_limit_files(9_000),
-      env={'GEMMA_SFT_CACHE': str(tmp_path / 'cache')})
-  assert os.path.getsize(workdir / 'metrics.jsonl') <= 9_000
-  assert status == 2, err
+  err = _train_with_limit(config, tmp_path / 'w', 9_000)
+  assert os.path.getsize(tmp_path / 'w' / 'metrics.jsonl') <= 9_000
   assert 'metrics cannot be written: File too large' in err

@@ -34,14 +34,18 @@ PEERS = {
 }
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Outcome:
-  """The runs of one peer of `PEERS`."""
+  """The runs of one peer of `PEERS`.
+
+  Attributes:
+    results: What its processes printed, one per round.
+    problem: Why it was not run or is not shown, else ''.
+  """
 
   peer: str
-  # What its processes printed, one per round.
-  results: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-  problem: str = ''  # Why it was not run or is not shown.
+  results: list[dict[str, Any]]
+  problem: str = ''
 
   @property
   def steps(self) -> list[float]:
