@@ -1,24 +1,20 @@
 """Proves that a refactoring changes no bit of what is trained and exported.
 
-    python tests/benchmarks/equal_runs.py --before=CHECKOUT --after=CHECKOUT
     python tests/benchmarks/equal_runs.py --before=CHECKOUT --after=CHECKOUT \\
-        --before_results=FOLDER --only=lora,dora --parallel=2
+        [--before_results=FOLDER] [--only=lora,dora] [--parallel=2]
 
-Each variant below is trained in both checkouts by `python -m gemma_sft.train`
-(six updates of a model of random weights on made-up text, on the CPU) and
-exported by `python -m gemma_sft.export`, without its proofs. These must be
-equal: every number that a line of metrics.jsonl has in both runs, except times;
-the hash chain of the batches; the SHA-256 of every exported file but README.md
-and export.json. The table says `equal` or the first difference of each variant;
-the status is 1 if anything differs or fails.
+Each variant below is trained in both checkouts (six updates of a model of
+random weights on made-up text, on the CPU) and exported, without proofs. It
+compares every number that a line of metrics.jsonl has in both runs, except
+times; the hash chain of the batches; the SHA-256 of every exported file but
+README.md and export.json. The table says `equal` or the first difference of
+each variant; the status is 1 if anything differs or fails.
 
 With --before_results the runs of `before` are kept there and used again with
 the same code, packages and processor; once all are there, --before may be left
-out. Both sides share one cache of compiled programs, so equal programs are
-compiled once. A checkout must not change while its code runs.
-
-`_RENAMED` has the config keys that `after` may have renamed. Both sides run in
-this interpreter's environment, each with its own gemma_sft.
+out. Both sides run in this interpreter's environment, each with its own
+gemma_sft, and share one cache of compiled programs. A checkout must not change
+while its code runs. `_RENAMED` has the config keys that `after` has renamed.
 """
 
 import argparse
@@ -39,7 +35,7 @@ import tempfile
 import time
 from typing import Any
 
-# Key of a config -> the last part of the name that it was given later.
+# Key of a config -> the last part of its later name.
 _RENAMED = {
     'lora.dora': 'use_dora',
     'lora.plus_ratio': 'loraplus_lr_ratio',
@@ -227,7 +223,7 @@ def run(
   command = functools.partial(
       _command, checkout.folder, folder,
       _environment(checkout.folder, variant.devices, cache))
-  # The last names of the folders get into the files: the same on both sides.
+  # The folders' last names appear in the files, so both sides use the same.
   command('train', f'--config=configs/tiny.py:{variant.generation}',
           f'--workdir={folder / "workdir"}',
           *(f'--config.{checkout.key(k)}={v}' for k, v in settings.items()))
@@ -235,7 +231,7 @@ def run(
   try:
     command('export', f'--workdir={folder / "workdir"}',
             f'--out={folder / "exported"}', f'--formats={formats}',
-            # float32: nothing that differs is rounded away.
+            # float32, so that no difference is rounded away.
             '--hf_dtype=float32',
             # No runtime is found, so none is run.
             '--allow_unproven', '--runtime_python=none', '--llama_server=none')
@@ -290,8 +286,8 @@ def _data():
   def some(n):
     return ' '.join(draw.choices(words, k=draw.randint(1, n)))
 
-  # Packed, 30 are two epochs of three batches with one bound on their trained
-  # tokens: the step is compiled once.
+  # Packed, 30 examples make two epochs of three batches that share one bound on
+  # their trained tokens, so the step is compiled once.
   return {split: ''.join(
       f'# INPUT\n{i} {some(4)}\n\n# OUTPUT\n{some(9)}\n\n' for i in range(n))
           for split, n in (('train', 30), ('validation', 6))}

@@ -2,10 +2,9 @@
 
     python tests/benchmarks/head_memory.py --model=gemma2_2b --rows=8
 
-Compiles value and gradient of `head.masked_nll` with every position trained, in
-bfloat16, for the device at hand, and prints the temporaries and outputs that
-the compiler reports: the memory above that of the model. The same is printed
-for all logits at once, the plain way. Nothing is run.
+Compiles value and gradient of `head.masked_nll` and of the plain way for the
+device at hand, with every position trained, in bfloat16, and prints the
+temporaries and outputs that the compiler reports. Nothing is run.
 """
 
 from absl import app

@@ -83,7 +83,7 @@ _GOALS = {
 # Measurements ----------------------------------------------------------------
 
 
-def _config(tokenizer='', **sections):
+def _config(**sections):
   """Returns configs/blop.py with random weights and without evaluations."""
   config = blop.get_config()
   config.checkpoint.every = config.train.log_every = 1_000_000
@@ -97,7 +97,7 @@ def _config(tokenizer='', **sections):
         hidden_dim=1024, num_heads=4, num_kv_heads=1, head_dim=64,
         tokenizer='byte')
   else:
-    config.model.tokenizer = tokenizer or _real_tokenizer() or 'byte'
+    config.model.tokenizer = _real_tokenizer() or 'byte'
   if config.model.tokenizer == 'byte':
     config.data.max_cut_share = 1.0  # Examples are longer in bytes.
   for section, values in sections.items():
@@ -236,9 +236,9 @@ def measure_checkpoint(work):
   for _ in range(5):
     steps.around(steps.run.source[0])
     start = time.process_time()
-    blocked, wall = save()
+    times = save()
     checkpoints.wait()
-    alone.append((blocked, wall, time.process_time() - start))
+    alone.append((*times, time.process_time() - start))
   blocked, wall, total = map(statistics.median, zip(*alone))
   digests = _cpu_seconds(lambda: (
       checkpoint.tree_digest(steps.state),
@@ -268,11 +268,11 @@ def measure_compile(name, variant):
 
 def _our_step(name, layers):
   config = _config(
-      tokenizer='byte', data=dict(batch_size=_ROWS, max_length=_LENGTH),
+      model=dict(tokenizer='byte', dtype='float32', layers=layers),
+      data=dict(batch_size=_ROWS, max_length=_LENGTH),
       lora=dict(rank=16, targets='attn/'))
   if name != 'small':
     config.model.name = f'gemma3_{name}'
-  config.model.update(dtype='float32', layers=layers)
   program = compile_step.make_program(
       config, jax.devices(), max_trained=_ROWS * _LENGTH // 2)
   return lambda: train.train_step.lower(
@@ -302,12 +302,8 @@ def _library_step(name, variant):
 
 def measure_programs(work):
   """Compares the programs of a whole run over two buckets with its shapes."""
-  few = pathlib.Path(work, 'train.txt')
-  blocks = pathlib.Path(common.ROOT, 'data/blop/train.txt').read_text().split(
-      '# INPUT')
-  few.write_text('# INPUT'.join(blocks[:33]))
   config = _config(
-      data=dict(train=str(few), packing=False, buckets=(256, 512)),
+      data=dict(limit=32, packing=False, buckets=(256, 512)),
       train=dict(epochs=2))
   # The number of programs does not depend on the model.
   config.model = tiny.get_config().model

@@ -3,16 +3,12 @@
     python tests/benchmarks/packing.py sql=public/sql/train.jsonl TASK=FILE...
 
 Each FILE has the records of a TASK of `gemma_sft.tasks`, for example as
-`public_data.py` writes them. --tokenizer names a tokenizer.model, or weights
-that have one.
-
-Prints for each file, over whole epochs, the share of positions that hold a
-token, packed and with one example per row, and the number of rows. Empty rows
-that fill the last batch count. The last column is an upper bound for any
-packing without cuts, from the lower bound L2 on the number of rows (Martello
-and Toth, Knapsack Problems, 1990, section 8.3): long examples cannot share a
-row, and a small data set does not fill whole batches (with a higher --repeat it
-does).
+`public_data.py` writes them. Prints for whole epochs the number of rows and the
+share of positions that hold a token; empty rows that fill the last batch count.
+The last column is an upper bound for any packing without cuts, from the lower
+bound L2 on the number of rows (Martello and Toth, Knapsack Problems, 1990,
+section 8.3): long examples cannot share a row, and a small data set does not
+fill whole batches (with a higher --repeat it does).
 """
 
 import pathlib

@@ -158,40 +158,38 @@ def measure(spec: common.Spec):
   machine = describe_machine(spec)
   common.say('random weights')
   common.write_weights(spec)
-  peers = ['ours', *(p for p in _PEERS.value if p != 'ours')]
-  problems = {}
-  if 'unsloth' in peers:
-    problems['unsloth'] = 'not run: ' + (
-        'there is no script for it yet' if spec.gpu else 'no GPU')
-  trials = []
-  torch_spec = spec
+  outcomes = [table.Outcome(peer) for peer in (
+      'ours', *(p for p in _PEERS.value if p != 'ours'))]
+  for outcome in outcomes:
+    if outcome.peer == 'unsloth':
+      outcome.problem = 'not run: ' + (
+          'there is no script for it yet' if spec.gpu else 'no GPU')
+  torch_spec, trials = spec, []
   if _TRIALS.value and any(
-      table.PEERS[p][2] and p not in problems for p in peers):
+      table.PEERS[o.peer][2] and not o.problem for o in outcomes):
     torch_spec, trials = choose_torch_settings(spec)
-  results = {peer: [] for peer in peers}
   for i in range(_ROUNDS.value):
-    for peer in peers:
-      if peer in problems:
+    for outcome in outcomes:
+      peer = outcome.peer
+      if outcome.problem:
         continue
       _, module, torch, _ = table.PEERS[peer]
-      chosen = torch_spec if torch else spec
+      chosen = dataclasses.replace(torch_spec if torch else spec, peer=peer)
       if peer == 'trl':
         # It chooses autocast itself, and its fused head needs a plain model.
         chosen = dataclasses.replace(chosen, compiled=False, autocast=False)
       try:
-        result = start(
-            dataclasses.replace(chosen, peer=peer), module, torch)
+        result = start(chosen, module, torch)
       except RuntimeError as error:
-        problems[peer] = str(error)
+        outcome.problem = str(error)
         common.say(f'round {i + 1}, {peer}: {error}')
         continue
-      results[peer].append(result)
+      outcome.results.append(result)
       common.say(f'round {i + 1}, {peer}: best {min(result["step_s"]):.3g} s,'
                  f' load {result["load"]:.1f}')
-    if 'ours' in problems:
-      raise SystemExit(f'ours {problems["ours"]}; see ours.log')
-    yield [table.Outcome(p, results[p], problems.get(p, ''))
-           for p in peers], machine, trials
+    if outcomes[0].problem:
+      raise SystemExit(f'ours {outcomes[0].problem}; see ours.log')
+    yield outcomes, machine, trials
 
 
 if __name__ == '__main__':

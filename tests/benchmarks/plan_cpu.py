@@ -3,10 +3,9 @@
     python tests/benchmarks/plan_cpu.py --config=configs/slang.py \
         --config.data.batch_size=2 --config.data.max_length=512
 
-Prepares the run as `train` does (with the base's weights), notes the resident
-memory, takes a few steps and prints their peak above it beside what
-`gemma_sft.plan --topology=cpu` says that a step needs above resident memory.
-Compiling takes memory too, which a plan does not cover: it is measured apart.
+Prepares the run as `train` does, takes a few steps and prints their peak above
+resident memory beside what `gemma_sft.plan --topology=cpu` says. Compiling
+takes memory too, which a plan does not cover: it is measured apart.
 """
 
 import tempfile

@@ -1,16 +1,15 @@
-"""The README's table of what fits where.
+"""Prints the table of what fits where, in gemma_sft/planning/README.md.
 
     bash launch/libtpu.sh
     python tests/benchmarks/plan_table.py            # what the cache has
     python tests/benchmarks/plan_table.py --compile  # compiles what is missing
 
 LoRA and QLoRA of rank 16 on q, k, v and o, rows of 2,048 tokens of which a
-quarter are trained, --rows=1 at a time on each device, blocks recomputed in the
-backward pass. A cell shows the peak memory of a device and the most rows that
-fit; ~ marks an estimate. Where replicated weights do not fit, they are sharded
-over the slice's devices (fsdp). Each compilation takes one to four minutes of
-a core and is cached. Below the table, compiled peaks stand beside the estimates
-of the same cells.
+quarter are trained, blocks recomputed in the backward pass. A cell shows the
+peak memory of a device with --rows=1 on it and the most rows that fit; ~ marks
+an estimate. Where replicated weights do not fit, they are sharded (fsdp). Each
+compilation takes one to four minutes of a core and is cached. Below the table,
+compiled peaks stand beside the estimates of the same cells.
 """
 
 import os

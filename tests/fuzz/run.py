@@ -102,8 +102,9 @@ def _work(name, guided, cases, arguments):
     try:
       done = subprocess.run(
           [sys.executable, str(pathlib.Path(__file__).with_name('worker.py')),
-           name, str(int(guided)), str(cases), str(arguments.seed + 1),
-           str(folder), str(limit)],
+           json.dumps(dict(
+               name=name, guided=guided, cases=cases, seed=arguments.seed + 1,
+               folder=str(folder), cpu_seconds=limit))],
           cwd=_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
           timeout=_CLOCK * limit, encoding='utf-8', errors='replace',
           env=os.environ | {'JAX_PLATFORMS': 'cpu',

@@ -18,21 +18,15 @@ from fuzz import targets
 _MAX_BYTES = 32_768
 
 
-def main(name: str, guided: str, cases: str, seed: str, folder: str,
-         cpu_seconds: str) -> None:
+def main(
+    *, name: str, guided: bool, cases: int, seed: int, folder: str,
+    cpu_seconds: int) -> None:
   """Tries cases of a target and writes the counts to `result.json`.
 
-  Args:
-    name: The target.
-    guided: '1' for cases that coverage guides, '0' for those of the strategy.
-    cases: The number of cases.
-    seed: For making the cases.
-    folder: For the result. It has scratch/, failures/ and inputs/, which
-      receives the cases that reached new lines.
-    cpu_seconds: The limit of the process.
+  The folder has scratch/, failures/ and inputs/, which receives the cases that
+  reached new lines. Coverage guides the cases, or the strategy makes them.
   """
-  limit = int(cpu_seconds)
-  resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 10))
+  resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 10))
   drill, scratch = targets.DRILLS[name], os.path.join(folder, 'scratch')
   with atheris.instrument_imports(include=list(drill.packages)):
     target = importlib.import_module(f'fuzz.targets.{name}')
@@ -48,10 +42,10 @@ def main(name: str, guided: str, cases: str, seed: str, folder: str,
     sys.stdout.flush()
     os._exit(0)  # Without libFuzzer's own output.
 
-  if guided == '1':
-    _guided(drill, seeds, session, int(cases), int(seed), folder, finish)
+  if guided:
+    _guided(drill, seeds, session, cases, seed, folder, finish)
   else:
-    _property_based(target, session, int(cases), int(seed))
+    _property_based(target, session, cases, seed)
     finish()
 
 
@@ -91,4 +85,4 @@ def _guided(drill, seeds, session, cases, seed, folder, finish):
 
 
 if __name__ == '__main__':
-  main(*sys.argv[1:])
+  main(**json.loads(sys.argv[1]))

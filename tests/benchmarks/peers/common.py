@@ -25,7 +25,7 @@ RANK = 16
 ALPHA = 16.0  # Factor 1: the official library's adapters have none.
 OPTIMIZER = dict(
     learning_rate=1e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
-N_BATCHES = 2  # Few and in turn, so that the loss falls quickly.
+N_BATCHES = 2  # Few, so that the loss falls quickly.
 WARM_UP = 1  # The first step compiles or fills allocators: shown apart.
 
 
@@ -67,39 +67,25 @@ SHAPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """One run of one peer, as `peers.py` writes it to a file.
+  """One run of one peer, as `peers.py` writes it to a file."""
 
-  Attributes:
-    peer: Its name in the table.
-    length: Tokens of a row; there is no padding.
-    share: Share of trained positions, which are the last of each row.
-    dtype: Of the frozen base and of compute.
-    steps: Optimizer steps, including `WARM_UP`.
-    gpu: Whether to use a GPU and measure by the wall clock.
-    work: Folder with the weights.
-    attention: PyTorch peers: 'sdpa' or 'eager'.
-    autocast: PyTorch peers in bfloat16: the adapters' products in bfloat16 too.
-    compiled: PyTorch peers: through `torch.compile`.
-    layers: Ours: config.model.layers.
-    kernel: Ours: config.model.attention.
-    started: Unix time at which the process was started.
-  """
-
-  peer: str
+  peer: str  # Its name in the table.
   shape: str
   rows: int
-  length: int
-  share: float
-  dtype: str
-  steps: int
-  gpu: bool
-  work: str
-  attention: str = 'sdpa'
-  autocast: bool = False
-  compiled: bool = False
+  length: int  # Tokens of a row; there is no padding.
+  share: float  # Of trained positions, which are the last of each row.
+  dtype: str  # Of the frozen base and of compute.
+  steps: int  # Includes `WARM_UP`.
+  gpu: bool  # Use a GPU, and measure by the wall clock.
+  work: str  # Folder with the weights.
+  # PyTorch peers.
+  attention: str = 'sdpa'  # Or 'eager'.
+  autocast: bool = False  # In bfloat16: the adapters' products too.
+  compiled: bool = False  # By `torch.compile`.
+  # Ours: config.model.layers and config.model.attention.
   layers: str = 'auto'
   kernel: str = 'auto'
-  started: float = 0.0
+  started: float = 0.0  # Unix time of the start of the process.
 
   @property
   def n_trained(self) -> int:
@@ -131,18 +117,14 @@ def write_weights(spec: Spec) -> None:
   (folder / 'config.json').write_text(json.dumps(transformers_config(shape)))
 
   # PEFT's kaiming_uniform(a=sqrt(5)); the B are zeros.
-  adapters = {}
-  for i in range(shape.layers):
-    for name, (_, n_in) in shape.projections().items():
-      bound = 1 / np.sqrt(n_in)
-      adapters[f'{i}.{name}'] = random.uniform(
-          -bound, bound, (RANK, n_in)).astype(np.float32)
-  safetensors_numpy.save_file(adapters, folder / 'adapters.safetensors')
-
+  adapters = {
+      f'{i}.{name}': random.uniform(-1, 1, (RANK, n_in)) / np.sqrt(n_in)
+      for i in range(shape.layers)
+      for name, (_, n_in) in shape.projections().items()}
   # Id 0 is padding for the official library.
   ids = random.integers(
       1, shape.vocab, (N_BATCHES, spec.rows, spec.length), np.int32)
-  safetensors_numpy.save_file({'ids': ids}, folder / 'ids.safetensors')
+  np.savez(folder / 'work.npz', ids=ids, **adapters)
 
 
 def weight_layout(shape: Shape) -> names.WeightLayout:
@@ -180,17 +162,15 @@ def load_weights(spec: Spec) -> dict[str, np.ndarray]:
 
 def load_adapters(spec: Spec) -> Iterator[tuple[int, str, np.ndarray]]:
   """Yields (layer, one of q k v o, A of shape (R, in))."""
-  adapters = safetensors_numpy.load_file(
-      pathlib.Path(spec.work, 'adapters.safetensors'))
-  for key, a_RI in adapters.items():
-    layer, name = key.split('.')
-    yield int(layer), name, a_RI
+  for key, array in np.load(pathlib.Path(spec.work, 'work.npz')).items():
+    if key != 'ids':
+      layer, name = key.split('.')
+      yield int(layer), name, array.astype(np.float32)
 
 
 def load_ids(spec: Spec) -> np.ndarray:
   """Returns the token ids (N_BATCHES, B, T)."""
-  return safetensors_numpy.load_file(
-      pathlib.Path(spec.work, 'ids.safetensors'))['ids']
+  return np.load(pathlib.Path(spec.work, 'work.npz'))['ids']
 
 
 def labels(spec: Spec, ids_BT: np.ndarray) -> np.ndarray:
@@ -228,15 +208,8 @@ def run_process(
 ) -> dict[str, Any]:
   """Runs a command and returns the JSON of its last line.
 
-  Without a GPU it gets one thread on one core (see `pinned_core`). The result
-  also has the `load` of the machine before it.
-
-  Args:
-    command: The interpreter and its arguments.
-    variables: Of its environment, beside those set here.
-    gpu: Whether it may use a GPU.
-    core: The core that it is pinned to.
-    **options: Of `subprocess.run`.
+  Without a GPU it gets one thread on one core (see `pinned_core`). `variables`
+  join its environment, and the `load` of the machine before it the result.
 
   Raises:
     subprocess.CalledProcessError: if it fails.

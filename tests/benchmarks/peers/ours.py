@@ -11,43 +11,36 @@ import numpy as np
 
 from configs import default
 from gemma_sft import model as model_lib
-from gemma_sft import optimizer as optimizer_lib
 from gemma_sft import sharding
 from gemma_sft import state as state_lib
 from gemma_sft import train
 from gemma_sft.adapters import lora
 from gemma_sft.nn import blocks
+from gemma_sft.planning import compile_step
 from gemma_sft.run import devices
 from peers import common
 from peers import library_tree
 from peers import meter
 
-_SCALE = lora.scale(common.RANK, common.ALPHA, False)
 
-
-def make_model(spec: common.Spec) -> model_lib.Model:
-  """Returns the architecture."""
-  if spec.shape == '270m':
-    return model_lib.make_model('gemma3_270m')
-  shape = spec.dimensions
-  return model_lib.make_model(
-      'custom', generation=3, vocab_size=shape.vocab, num_layers=shape.layers,
-      embed_dim=shape.width, hidden_dim=shape.hidden, num_heads=shape.heads,
+def make_program(spec: common.Spec) -> compile_step.Program:
+  """Returns the step of a run with default settings."""
+  config, shape = default.get_config(), spec.dimensions
+  config.model.update(
+      name='gemma3_270m' if spec.shape == '270m' else 'custom',
+      vocab_size=shape.vocab, num_layers=shape.layers, embed_dim=shape.width,
+      hidden_dim=shape.hidden, num_heads=shape.heads,
       num_kv_heads=shape.kv_heads, head_dim=shape.head_dim,
-      sliding_window=shape.window)
-
-
-def make_execution(
-    spec: common.Spec, model: model_lib.Model, mesh: jax.sharding.Mesh
-) -> blocks.Execution:
-  """Returns what a run with default settings would choose here."""
-  layers, _ = devices.choose_layers(spec.layers, model)
-  kernel, _ = devices.choose_attention(
-      spec.kernel, model, mesh, dtype=jnp.dtype(spec.dtype),
-      length=spec.length, packed=False)
-  return blocks.Execution(
-      layers=layers, attention=kernel, mesh=mesh,
-      remat=default.get_config().train.remat)
+      sliding_window=shape.window, dtype=spec.dtype, layers=spec.layers,
+      attention=spec.kernel)
+  config.data.update(
+      max_length=spec.length, batch_size=spec.rows, packing=False)
+  config.lora.update(rank=common.RANK, alpha=common.ALPHA, targets='attn/')
+  config.optimizer.update(
+      schedule='constant', warmup_ratio=0.0, max_grad_norm=0.0,
+      **common.OPTIMIZER)
+  return compile_step.make_program(
+      config, jax.devices(), max_trained=spec.rows * spec.n_trained)
 
 
 def make_adapters(spec: common.Spec, model: model_lib.Model):
@@ -80,23 +73,18 @@ def make_batch(spec: common.Spec, ids_BT: np.ndarray) -> dict[str, np.ndarray]:
       'rows': np.arange(rows, dtype=np.int32)}.items()}
 
 
-def own_step(spec, model, mesh, optimizer, execution):
+def own_step(program):
   """Returns (state, base, batch) -> (state, loss)."""
-  settings = state_lib.StepSettings(
-      model=model, lora_enabled=True, lora_scale=_SCALE, dropout=0.0, seed=0,
-      compute_dtype=jnp.dtype(spec.dtype), execution=execution,
-      loss_chunk=1024, groups=sharding.batch_groups(mesh), mesh=mesh)
-
   def step(state, base, batch):
     state, metrics = train.train_step(
-        state, base, batch, optimizer=optimizer,
-        settings=settings, max_trained=spec.rows * spec.n_trained)
+        state, base, batch, optimizer=program.optimizer,
+        settings=program.settings, max_trained=program.max_trained)
     return state, metrics['loss']
 
   return step
 
 
-def tunix_step(model, optimizer, execution):
+def tunix_step(program):
   """Returns the same with the default loss of Tunix 0.1.7's PeftTrainer.
 
   All logits, and their log-softmax times f32 one-hot targets, written from its
@@ -105,9 +93,10 @@ def tunix_step(model, optimizer, execution):
 
   def loss(adapters, base, batch):
     x_BTD = model_lib.hidden_states(
-        model, base, batch['tokens'], batch['positions'],
-        batch['segment_ids'], adapters=adapters, lora_scale=_SCALE,
-        execution=execution)
+        program.model, base, batch['tokens'], batch['positions'],
+        batch['segment_ids'], adapters=adapters,
+        lora_scale=program.settings.lora_scale,
+        execution=program.settings.execution)
     logits_BTV = jnp.einsum(
         'BTD,VD->BTV', x_BTD, model_lib.embedding(base))[:, :-1]
     one_hot_BTV = jax.nn.one_hot(
@@ -121,7 +110,7 @@ def tunix_step(model, optimizer, execution):
   def step(state, base, batch):
     batch = {name: array[0] for name, array in batch.items()}
     value, grads = jax.value_and_grad(loss)(state.trainable, base, batch)
-    updates, opt_state = optimizer.update(
+    updates, opt_state = program.optimizer.update(
         grads, state.opt_state, state.trainable)
     trainable = jax.tree.map(jnp.add, state.trainable, updates)
     return state_lib.TrainState(
@@ -135,30 +124,22 @@ def main() -> None:
   spec = common.read_spec()
   if spec.peer == 'ours':
     devices.enable_compilation_cache()
-  mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
-  model = make_model(spec)
-  execution = make_execution(spec, model, mesh)
-  base = library_tree.load(spec)
-  if execution.layers == 'scan':
-    base = blocks.stack(base)
-  base = jax.tree.map(
-      jax.device_put, base, sharding.tree_shardings(base, mesh))
-  settings = dict(common.OPTIMIZER)
-  rate = settings.pop('learning_rate')
-  optimizer = optimizer_lib.make_optimizer(
-      lambda step: rate, max_grad_norm=0.0, **settings)
-  state = state_lib.make_state(make_adapters(spec, model), optimizer)
+  program, base = make_program(spec), library_tree.load(spec)
+  execution, mesh = program.settings.execution, program.mesh
+  state = state_lib.make_state(
+      make_adapters(spec, program.model), program.optimizer)
   if execution.layers == 'scan':  # As `prepare.Run.enter`.
-    state = state_lib.stack_layers(state, model.config.num_layers)
-  state = jax.device_put(state, sharding.tree_shardings(state, mesh))
+    base = blocks.stack(base)
+    state = state_lib.stack_layers(state, program.model.config.num_layers)
+  base, state = (
+      jax.device_put(tree, sharding.tree_shardings(tree, mesh))
+      for tree in (base, state))
   place = sharding.batch_sharding(mesh)
   batches = [
       {name: jax.device_put(array, place)
        for name, array in make_batch(spec, ids_BT).items()}
       for ids_BT in common.load_ids(spec)]
-  update = (own_step(spec, model, mesh, optimizer, execution)
-            if spec.peer == 'ours'
-            else tunix_step(model, optimizer, execution))
+  update = (own_step if spec.peer == 'ours' else tunix_step)(program)
   jax.block_until_ready((base, state, batches))
 
   def step(i):

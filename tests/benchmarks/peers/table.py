@@ -34,18 +34,14 @@ PEERS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Outcome:
-  """The runs of one peer of `PEERS`.
-
-  Attributes:
-    results: What its processes printed, one per round.
-    problem: Why it was not run or is not shown, else ''.
-  """
+  """The runs of one peer of `PEERS`."""
 
   peer: str
-  results: list[dict[str, Any]]
-  problem: str = ''
+  # What its processes printed, one per round.
+  results: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  problem: str = ''  # Why it was not run or is not shown.
 
   @property
   def steps(self) -> list[float]:
