@@ -77,11 +77,6 @@ class _Request:
   def folder(self) -> str:
     return os.path.join(self.workdir, 'evaluation')
 
-  def result_path(self, name: str) -> str:
-    """Returns the file of the result 'base', 'few:4', 'tuned', ..."""
-    return os.path.join(
-        self.folder, f'{self.split}-{name.replace(":", "-")}.json')
-
   def open_answers(self):
     """Returns the cache of answers, to be used in a `with`."""
     return contextlib.closing(answers_lib.Answers(
@@ -89,27 +84,16 @@ class _Request:
 
 
 def main(
-    config: Any,
-    workdir: str,
-    base: bool,
-    split: str,
-    step: int,
-    limit: int,
-    baseline: Sequence[str] = (),
-    gguf: str | None = None,
-    llama_server: str | None = None,
-) -> int:
+    config: Any, workdir: str, base: bool, split: str, step: int, limit: int,
+    baseline: Sequence[str] = (), gguf: str | None = None,
+    llama_server: str | None = None) -> int:
   """Scores and reports; see the module's docstring."""
   cli.require('workdir', workdir, '--workdir=workdirs/blop')
   baselines = [prompting.parse(text) for text in baseline]
   if config is None:
     config = cli.load_run_config(workdir)
   config_lib.validate(config)
-  if split not in ('train', 'validation', 'test') or not config.data[split]:
-    known = [s for s in ('train', 'validation', 'test') if config.data[s]]
-    raise errors.UserError(
-        f'--split={split}', f'a split that the config names: {known}',
-        f'set --config.data.{split} or choose another split')
+  splits_lib.check_named(config.data, split)
   if split == 'train' and any(b.n for b in baselines):
     raise errors.UserError(
         f'--split=train with --baseline={",".join(baseline)}',
@@ -161,22 +145,19 @@ def _score(request, base, baselines):
   results = []
   with request.open_answers() as cached:
     for baseline in baselines:
-      name = ('tuned' if not base
-              else str(baseline) if baseline.n else 'base')
+      name = 'tuned' if not base else str(baseline) if baseline.n else 'base'
       print(f'scoring {name} ({served.description}) on {len(records)} records'
             f' of {split}', flush=True)
       identity = _identity(
           served.identity, splits_lib.data_hash(records, served.task),
           config.eval, baseline)
-      # With examples in the prompt only answers are scored: a loss is of the
-      # bare prompt. Free prompts are answered without examples too.
       prompter, prompts, scores = None, config.eval.prompts, {}
-      if baseline.n:
+      if baseline.n:  # Loss and free prompts are scored without examples.
         prompts, prompter = (), prompting.Prompter(
             baseline, [served.task.to_messages(r) for r in training],
             config.seed)
       else:
-        scores = _cached_loss(request.result_path(name), identity) or (
+        scores = _cached_loss(request, name, identity) or (
             validation.evaluate_loss(
                 served.model, served.params, served.source(examples),
                 served.mesh, execution=served.execution, accuracy=True))
@@ -188,24 +169,20 @@ def _score(request, base, baselines):
           as_text=base and config.eval.base_prompt == 'text',
           identity=served.identity, cached=cached,
           progress=_show_count(len(records) + len(prompts)))
-      result = _make_result(
+      shown = [] if prompter is None else [
+          {'shown': [training[i].where for i in prompter.indices(
+              served.task.to_messages(record))]} for record in records]
+      results.append(_save(
           request, name, records, judged, identity=identity,
-          weights=served.description, answers=answers, prompts=prompts,
-          samples=samples, seconds=time.monotonic() - start, scores=scores)
-      if prompter is not None:
-        for row, record in zip(result['answers'], records):
-          row['shown'] = [training[i].where for i in prompter.indices(
-              served.task.to_messages(record))]
-      results.append(_save(request, result))
+          weights=served.description, answers=answers, shown=shown,
+          prompts=prompts, samples=samples, scores=scores,
+          seconds=time.monotonic() - start))
   return results
 
 
-def _cached_loss(path, identity):
+def _cached_loss(request, name, identity):
   """Returns the losses of an earlier score of the same weights, or {}."""
-  if not os.path.exists(path):
-    return {}
-  with open(path, encoding='utf-8') as file:
-    result = json.load(file)
+  result = report.read_results(request.folder, request.split).get(name, {})
   if result.get('identity') != identity:
     return {}
   return {key: value for key, value in result['scores'].items()
@@ -239,7 +216,6 @@ def _score_gguf(request, gguf, llama_server):
   keys = [answers_lib.make_key(
       weights, repr(conversation), sorted(sampling.items()), max_new_tokens)
           for conversation, sampling in conversations]
-  show = _show_count(len(keys))
 
   def answer(indices, keep):
     with llama_runtime.Server(
@@ -249,24 +225,21 @@ def _score_gguf(request, gguf, llama_server):
     ) as running, futures.ThreadPoolExecutor(_PARALLEL) as pool:
       texts = pool.map(lambda i: _ask_server(
           running, *conversations[i], max_new_tokens), indices)
-      for count, (i, text) in enumerate(zip(indices, texts), 1):
+      for i, text in zip(indices, texts):
         keep(i, text)
-        if count % 16 == 0:
-          show(len(keys) - len(indices) + count)
 
   start = time.monotonic()
   with request.open_answers() as cached:
-    answers = cached.complete(keys, answer)
+    answers = cached.complete(keys, answer, _show_count(len(keys)))
   free, answers = answers[:len(prompts)], answers[len(prompts):]
   judged = judge.judge_answers(
       task, records, answers, prompts=prompts, free=free, training=training)
-  identity = _identity(
-      weights, splits_lib.data_hash(records, task), config.eval,
-      prompting.Baseline('zero', 0))
-  return _save(request, _make_result(
-      request, 'llama.cpp', records, judged, identity=identity, weights=gguf,
-      answers=answers, prompts=prompts, samples=free,
-      seconds=time.monotonic() - start))
+  return _save(
+      request, 'llama.cpp', records, judged, weights=gguf, answers=answers,
+      prompts=prompts, samples=free, seconds=time.monotonic() - start,
+      identity=_identity(
+          weights, splits_lib.data_hash(records, task), config.eval,
+          prompting.Baseline('zero', 0)))
 
 
 def _ask_server(running, conversation, sampling, max_new_tokens) -> str:
@@ -280,14 +253,14 @@ def _ask_server(running, conversation, sampling, max_new_tokens) -> str:
       max_tokens=max_new_tokens, **sampling)
 
 
-def _make_result(
+def _save(
     request, name, records, judged, *, identity, weights, answers, prompts,
-    samples, seconds, scores=()) -> dict[str, Any]:
-  """Returns what a result's file holds; see `report.read_results`."""
+    samples, seconds, scores=(), shown=()) -> dict[str, Any]:
+  """Writes a result for `report.read_results`, and returns it."""
   config = request.config
   task = tasks.load(config.task)
   conversations = [task.to_messages(r) for r in records]
-  return {
+  result = {
       'identity': identity, 'name': name, 'weights': weights,
       'split': request.split, 'headline': task.HEADLINE,
       'lower_is_better': sorted(task.LOWER_IS_BETTER),
@@ -305,14 +278,14 @@ def _make_result(
       'answers': [
           {'where': r.where, 'prompt': prompting.question(c),
            'reference': c if isinstance(c, str) else c[-1].content,
-           'answer': a, 'verdict': v}
-          for r, c, a, v in zip(records, conversations, answers, judged.rows)],
+           'answer': a, 'verdict': v, **more}
+          for r, c, a, v, more in zip(
+              records, conversations, answers, judged.rows,
+              shown or ({},) * len(records))],
   }
-
-
-def _save(request, result):
   os.makedirs(request.folder, exist_ok=True)
-  pages.write(request.result_path(result['name']), json.dumps(
+  file_name = f'{request.split}-{name.replace(":", "-")}.json'
+  pages.write(os.path.join(request.folder, file_name), json.dumps(
       result, indent=1, ensure_ascii=False))
   return result
 
@@ -327,6 +300,6 @@ def _identity(weights, data_hash, section, baseline) -> str:
 def _show_count(total: int) -> Any:
   """Returns a function that prints the progress, on the first host only."""
   def show(done):
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and (done % 16 == 0 or done == total):
       print(f'  {done}/{total} answered', flush=True)
   return show

@@ -14,6 +14,8 @@ if __name__ == '__main__':
       cli.switch(
           'color', None, 'Colours; the default is whether this is a terminal.'))
 
+import collections
+import itertools
 import sys
 from typing import Any
 from typing import Sequence
@@ -34,10 +36,7 @@ def main(
   """Prints the preview; see the module's docstring."""
   cli.require('config', config, '--config=configs/blop.py')
   config_lib.validate(config)
-  if split not in ('train', 'validation', 'test') or not config.data[split]:
-    raise errors.UserError(
-        f'--split={split}', 'a split that the config names',
-        'one of train, validation, test')
+  splits.check_named(config.data, split)
   if examples < 0:
     raise errors.UserError(
         f'--examples={examples}', '0 or more', 'leave it out for three')
@@ -60,36 +59,29 @@ def main(
 def colored(
     example: chat.Example, tokenizer: chat.Tokenizer, color: bool) -> str:
   """Returns the example's text with its trained tokens marked."""
-  pieces, was_trained = [], None
-  for token, trained in zip(example.tokens, example.loss_mask):
-    if trained != was_trained:
-      if color:
-        pieces.append(_PLAIN + (_GREEN if trained else _DIM))
-      elif was_trained is not None or trained:
-        pieces.append('«' if trained else '»')
-    was_trained = trained
-    pieces.append(tokenizer.piece(token))
-  pieces.append(_PLAIN if color else ('»' if was_trained else ''))
-  return ''.join(pieces)
+  parts = []
+  for trained, run in itertools.groupby(
+      zip(example.loss_mask, example.tokens), key=lambda pair: pair[0]):
+    text = ''.join(tokenizer.piece(token) for _, token in run)
+    if color:
+      text = f'{_GREEN if trained else _DIM}{text}{_PLAIN}'
+    parts.append(f'«{text}»' if trained and not color else text)
+  return ''.join(parts)
 
 
 def histogram(lengths: Sequence[int], n_bins: int = 10) -> str:
   """Returns a bar chart of the lengths, with quantiles, as text."""
   low, high = min(lengths), max(lengths)
   width = max(1, -(-(high - low + 1) // n_bins))
-  counts = [0] * n_bins
-  for length in lengths:
-    counts[(length - low) // width] += 1
+  counts = collections.Counter((n - low) // width for n in lengths)
   ordered = sorted(lengths)
   lines = ['tokens per example: median '
            f'{ordered[len(ordered) // 2]}, 95 % at most'
            f' {ordered[int(0.95 * (len(ordered) - 1))]}, longest {high}']
-  for i, count in enumerate(counts):
-    if low + i * width > high:
-      break
-    bar = '█' * round(_BAR_WIDTH * count / max(counts))
-    lines.append(f'  {low + i * width:6d} to {low + (i + 1) * width - 1:6d}'
-                 f' {count:6d} {bar}')
+  for start in range(low, high + 1, width):
+    count = counts[(start - low) // width]
+    bar = '█' * round(_BAR_WIDTH * count / max(counts.values()))
+    lines.append(f'  {start:6d} to {start + width - 1:6d} {count:6d} {bar}')
   return '\n'.join(lines)
 
 
@@ -100,11 +92,9 @@ def fertility(
   More than about 0.5 tokens per character mean that the tokenizer does not know
   the script or the notation.
   """
-  tokens = characters = words = 0
-  for example in examples:
-    text = tokenizer.decode(example.tokens[example.loss_mask])
-    tokens += int(example.loss_mask.sum())
-    characters += len(text)
-    words += len(text.split())
-  return (f'fertility of the trained text: {tokens / max(1, characters):.2f}'
-          f' tokens per character, {tokens / max(1, words):.2f} per word')
+  texts = [tokenizer.decode(e.tokens[e.loss_mask]) for e in examples]
+  tokens = sum(int(e.loss_mask.sum()) for e in examples)
+  characters = max(1, sum(map(len, texts)))
+  words = max(1, sum(len(text.split()) for text in texts))
+  return (f'fertility of the trained text: {tokens / characters:.2f} tokens per'
+          f' character, {tokens / words:.2f} per word')

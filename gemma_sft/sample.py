@@ -36,6 +36,7 @@ if __name__ == '__main__':
 
 import sys
 from typing import Any
+from typing import Callable
 from typing import Sequence
 
 from gemma_sft import chat
@@ -52,23 +53,17 @@ _HELP = """  /new           forget the conversation
 
 
 def main(
-    config: Any,
-    workdir: str,
-    base: bool,
-    step: int,
-    prompt: Sequence[str] | None,
-    system: str,
-    baseline: Sequence[str] = (),
-    **sampling: Any,
-) -> int:
+    config: Any, workdir: str, base: bool, step: int,
+    prompt: Sequence[str] | None, system: str, baseline: Sequence[str] = (),
+    **sampling: Any) -> int:
   """Answers or chats; see the module's docstring."""
   cli.require('workdir', workdir, '--workdir=workdirs/blop')
   if config is None:
     config = cli.load_run_config(workdir)
   config = config.copy_and_resolve_references()
-  for name, value in sampling.items():
-    if value is not None:
-      config.sampling[name] = tuple(value) if name == 'stop' else value
+  config.sampling.update({
+      name: tuple(value) if name == 'stop' else value
+      for name, value in sampling.items() if value is not None})
   config_lib.validate(config)
   if len(baseline) > 1:
     raise errors.UserError(
@@ -77,53 +72,43 @@ def main(
   shown = prompting.parse(baseline[0] if baseline else 'zero')
   served = restore.load_weights(config, workdir, base=base, step=step)
   print(f'weights: {served.description}', file=sys.stderr)
-  prompter = None
-  if shown.n:
-    prompter = prompting.Prompter(shown, [
-        served.task.to_messages(r)
-        for r in splits.read_split(config.data, 'train')], config.seed)
-  as_text = base and config.eval.base_prompt == 'text'
-  if prompt:
-    for text in prompt:
-      if not text.strip():
-        raise errors.UserError(
-            'an empty --prompt', 'a question', "--prompt='What is Blop?'")
-      if len(prompt) > 1:
-        print(f'> {text}')
-      conversation = _opening(system) + [chat.Message('user', text)]
-      answer(served, config.sampling, conversation, sys.stdout.write,
-             prompter, as_text)
-    return 0
-  return _chat(served, config.sampling, system, prompter, as_text)
+  training = splits.read_split(config.data, 'train') if shown.n else []
+  prompter = prompting.Prompter(
+      shown, [served.task.to_messages(r) for r in training], config.seed)
+
+  def reply(conversation):
+    return answer(
+        served, config.sampling, conversation, sys.stdout.write,
+        prompter.choose(conversation),
+        base and config.eval.base_prompt == 'text')
+
+  for text in prompt or ():
+    if not text.strip():
+      raise errors.UserError(
+          'an empty --prompt', 'a question', "--prompt='What is Blop?'")
+    if len(prompt) > 1:
+      print(f'> {text}')
+    reply(_opening(system) + [chat.Message('user', text)])
+  return 0 if prompt else _chat(reply, system)
 
 
 def answer(
-    served: restore.Served,
-    sampling: Any,
-    conversation: Sequence[chat.Message],
-    write: Any,
-    prompter: prompting.Prompter | None = None,
-    as_text: bool = False,
+    served: restore.Served, sampling: Any,
+    conversation: Sequence[chat.Message], write: Callable[[str], Any],
+    examples: Sequence[prompting.Conversation] = (), as_text: bool = False,
 ) -> str:
-  """Streams an answer to `write` and returns it.
+  """Streams an answer to `write`, piece by piece, and returns it.
 
-  Args:
-    sampling: `config.sampling`.
-    conversation: Ends with the user's turn.
-    write: Called with each new piece of text.
-    prompter: Chooses training examples to put before the conversation.
-    as_text: Prompts without turns, see `prompting.transcript`.
+  The sampling is `config.sampling`; see `prompting.render` for the prompt.
   """
   prompt = prompting.render(
-      served.tokenizer, prompter.choose(conversation) if prompter else [],
-      conversation, as_text=as_text)
+      served.tokenizer, examples, conversation, as_text=as_text)
   stops = [*sampling.stop, *([prompting.NEXT] if as_text else [])]
   shown = ''
 
   def on_tokens(_, tokens):
     nonlocal shown
-    text, stopped = cut_at_stop(
-        served.tokenizer.decode(tokens), stops)
+    text, stopped = cut_at_stop(served.tokenizer.decode(tokens), stops)
     # A half-decoded character, or the beginning of a stop text, is held back:
     # the next tokens may change it.
     settled = text if stopped else _settled(text, stops)
@@ -167,7 +152,7 @@ def _opening(system: str) -> list[chat.Message]:
   return [chat.Message('system', system)] if system else []
 
 
-def _chat(served, sampling, system, prompter=None, as_text=False) -> int:
+def _chat(reply, system) -> int:
   print('chat with the model; /help lists the commands', file=sys.stderr)
   conversation = _opening(system)
   while True:
@@ -176,20 +161,18 @@ def _chat(served, sampling, system, prompter=None, as_text=False) -> int:
     except EOFError:
       print()
       return 0
-    if line in ('/quit', '/exit'):
+    command, _, rest = line.partition(' ')
+    if command in ('/quit', '/exit'):
       return 0
-    if line == '/help':
+    if command == '/help':
       print(_HELP)
-    elif line == '/new':
-      conversation = _opening(system)
-    elif line.partition(' ')[0] == '/system':
-      system = line[len('/system'):].strip()
+    elif command in ('/new', '/system'):
+      system = rest.strip() if command == '/system' else system
       conversation = _opening(system)
     elif line.startswith('/'):
-      print(f'no command {line.partition(" ")[0]}; /help lists them')
+      print(f'no command {command}; /help lists them')
     elif line:
       turn = [*conversation, chat.Message('user', line)]
-      text = answer(served, sampling, turn, sys.stdout.write, prompter,
-                    as_text)
+      text = reply(turn)
       if text.strip():
         conversation = [*turn, chat.Message('model', text)]

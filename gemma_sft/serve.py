@@ -5,11 +5,10 @@
     python -m gemma_sft.serve --mode=rate --runs=... --report
     python -m gemma_sft.serve --mode=play --workdir=workdirs/a
 
-rate shows the answers of two evaluations in pairs, in random order and without
-names. `gemma_sft.evaluate` makes the evaluations: W is the tuned result of a
-workdir, W:base and W:few:4 are others. Ratings are stored in ratings.sqlite of
-the first workdir, or in --out. --report prints the result, which is also on the
-page /results.
+rate shows the answers of two evaluations (by `gemma_sft.evaluate`) in pairs, in
+random order and without names. W is the tuned result of a workdir, W:base and
+W:few:4 are others. Ratings are stored in ratings.sqlite of the first workdir,
+or in --out. --report prints the result, which is also on the page /results.
 
 play answers a form and a chat with the tuned model and its base side by side.
 
@@ -52,18 +51,9 @@ from gemma_sft.serving import ratings
 
 
 def main(
-    mode: str | None,
-    runs: Sequence[str],
-    split: str,
-    report: bool,
-    out: str | None,
-    config: Any,
-    workdir: str,
-    base: bool,
-    step: int,
-    host: str,
-    port: int,
-) -> int:
+    mode: str | None, runs: Sequence[str], split: str, report: bool,
+    out: str | None, config: Any, workdir: str, base: bool, step: int,
+    host: str, port: int) -> int:
   """Serves until interrupted; see the module's docstring."""
   cli.require('mode', mode, '--mode=rate or --mode=play')
   if mode == 'play':
@@ -84,17 +74,15 @@ def _rate(runs, split, report, out, host, port) -> int:
   from gemma_sft.serving import rating_page
 
   pairs = pairs_lib.read(runs, split)
-  path = out or os.path.join(
-      pairs_lib.parse_run(runs[0])[0], 'ratings.sqlite')
+  path = out or os.path.join(pairs_lib.parse_run(runs[0])[0], 'ratings.sqlite')
   if report and not os.path.exists(path):
     raise errors.UserError(
         f'no ratings in {path}', 'a file with ratings',
         'leave out --report, and rate')
   store = ratings.Store(path)
   if report:
-    print(ratings.report(ratings.summarise(
-        store.ratings(), [pair.item for pair in pairs]),
-        pairs_lib.labels(runs)))
+    summary = ratings.summarise(store.ratings(), [p.item for p in pairs])
+    print(ratings.report(summary, pairs_lib.labels(runs)))
     return 0
   with listen(host, port) as (sock, url, token):
     print(f'{url}\n{len(pairs)} pairs of {split}; ratings go to {path}; results'
@@ -113,10 +101,9 @@ def _play(config, workdir, base, step, host, port) -> int:
           ' stops', flush=True)
     # Imported late: they take seconds, and a port in use is reported first.
     from gemma_sft import sample
-    from gemma_sft.serving import models
     from gemma_sft.serving import playground
 
-    served = models.load(config, workdir, base_only=base, step=step)
+    served = playground.load_models(config, workdir, base_only=base, step=step)
     for name, model in served.items():
       print(f'{name}: {model.description}', flush=True)
     page = playground.Playground(
@@ -130,10 +117,8 @@ def _records(section, split):
   """Returns a split's records; none if its file is missing."""
   from gemma_sft.inputs import splits
 
-  if not section[split]:
-    return []
   try:
-    return splits.read_split(section, split)
+    return splits.read_split(section, split) if section[split] else []
   except errors.UserError as error:
     print(f'without the {split} split: {error.got}', flush=True)
     return []
@@ -143,27 +128,21 @@ def _records(section, split):
 def listen(host: str, port: int) -> Iterator[tuple[socket.socket, str, str]]:
   """Yields (listening socket, address for a browser, token or '').
 
-  From now on a browser waits for the page instead of being refused.
-
-  Raises:
-    UserError: if the address is not available.
+  From now on a browser waits for the page instead of being refused. An address
+  that is not available is a `UserError`.
   """
   from gemma_sft.serving import guard
 
   if not 0 <= port < 2**16:  # The system would use the last 16 bits.
     raise errors.UserError(
         f'--port={port}', 'a port from 0 to 65535', 'choose another')
-  sock = None
   try:
     family, *_, address = socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM)[0]
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.bind(address)
-    sock.listen(64)
+    sock = socket.create_server(
+        address, family=family, backlog=64, dualstack_ipv6=(
+            family == socket.AF_INET6 and socket.has_dualstack_ipv6()))
   except OSError as error:
-    if sock is not None:
-      sock.close()
     raise errors.UserError(
         f'--host={host} --port={port}: {error}',
         'an address of this machine and a free port',

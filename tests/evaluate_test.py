@@ -1,10 +1,13 @@
 """Base against tuned: the table, the answers, the report."""
 
+import contextlib
 import json
 import pathlib
 import shutil
+import types
 
 import conftest
+import local_server
 import matplotlib.image
 import pytest
 
@@ -41,10 +44,9 @@ def workdir(trained, tmp_path):
   return shutil.copytree(trained[1], tmp_path / 'w')
 
 
-def _evaluate(workdir, *, config=None, base=False, split='test', step=-1,
-              limit=0, **more):
-  return evaluate.main(config, str(workdir), base=base, split=split, step=step,
-                       limit=limit, **more)
+def _evaluate(workdir, config=None, **changes):
+  return evaluate.main(config, str(workdir), **dict(
+      base=False, split='test', step=-1, limit=0) | changes)
 
 
 def _result(workdir, name, split='test'):
@@ -89,22 +91,17 @@ def test_base_then_tuned_side_by_side(trained, tmp_path, capsys):
   assert image[..., :3].std() > 0.02  # Not one colour.
 
 
-def test_without_node_everything_else_goes_on(
+def test_without_node_everything_else_is_scored(
     workdir, tmp_path, capsys, monkeypatch):
   monkeypatch.setenv('PATH', str(tmp_path))
-  assert _evaluate(workdir) == 0
+  assert _evaluate(workdir, split='validation', limit=1) == 0
   out = capsys.readouterr().out
   assert 'no Node.js on the PATH, so nothing was compiled' in out
   rows = _rows(out)
-  assert 'loss' in rows and 'strict' not in rows
-  result = _result(workdir, 'tuned')
-  assert result['judge_note'] and len(result['answers']) == 3
+  assert 'loss' in rows and 'strict' not in rows and rows['records'] == ['1']
+  result = _result(workdir, 'tuned', 'validation')
+  assert result['judge_note'] and len(result['answers']) == 1
   assert pathlib.Path(workdir, 'report', 'training.png').stat().st_size > 5000
-
-
-def test_limit_and_the_other_splits(workdir, capsys):
-  _evaluate(workdir, split='validation', limit=1)
-  assert _rows(capsys.readouterr().out)['records'] == ['1']
 
 
 @pytest.mark.parametrize('changes, match', [
@@ -140,7 +137,8 @@ def test_without_a_run(run_config, tmp_path):
   assert not (tmp_path / 'w').exists()  # A mistyped one is not made.
 
 
-def test_prompting_beside_tuning(workdir, capsys, monkeypatch):
+def test_prompting_beside_tuning(trained, workdir, capsys, monkeypatch):
+  prompts = local_server.record_prompts(monkeypatch)
   assert _evaluate(workdir, baseline=['zero', 'few:2', 'rag:1'], limit=2) == 0
   out = capsys.readouterr().out
   rows = _rows(out)
@@ -148,17 +146,20 @@ def test_prompting_beside_tuning(workdir, capsys, monkeypatch):
   # Examples in the prompt are judged; a loss is of the bare prompt.
   assert rows['loss'][1:3] == ['-', '-'] and rows['accuracy'][0] != '-'
   assert 'cannot be told apart' in out  # A model of noise.
-  folder = workdir / 'evaluation'
-  few = _result(workdir, 'few-2')
-  shown = [a['shown'] for a in few['answers']]
-  assert len(shown[0]) == 2 and shown[0] == shown[1]
-  assert all('train' in where for where in shown[0])
-  assert few['answers'][0]['prompt'] == 'Write Hi in Blop.'
-  assert few['answers'][0]['reference'] == _CODE
-  assert (folder / 'eval.json').exists()
+  few = _result(workdir, 'few-2')['answers']
+  shown = few[0]['shown']
+  assert len(shown) == 2 and shown == few[1]['shown']
+  assert few[0]['prompt'] == 'Write Hi in Blop.'
+  assert few[0]['reference'] == _CODE
+  by_place = {r.where: chat_task.to_messages(r)
+              for r in records.read(trained[0].data.train)}
+  # A token a byte, and seven or so around each turn.
+  turns = [len(m.content) for i in shown for m in by_place[i]]
+  assert max(map(len, prompts)) > len(few[0]['prompt']) + sum(turns)
+  assert (workdir / 'evaluation' / 'eval.json').exists()
   assert (workdir / 'report' / 'report.html').exists()
 
-  # Answers and losses are kept: nothing is decoded again, the judge is.
+  # Answers and losses are cached: only the judge works again.
   def refuse(*_, **__):
     raise AssertionError('made again')
 
@@ -170,70 +171,40 @@ def test_prompting_beside_tuning(workdir, capsys, monkeypatch):
   assert _rows(capsys.readouterr().out) == rows
 
 
-def test_examples_are_part_of_the_prompt(trained, workdir, monkeypatch):
-  asked = []
-  real = generate.generate
-
-  def record(model, params, prompts, *args, **kwargs):
-    asked.extend(map(len, prompts))
-    return real(model, params, prompts, *args, **kwargs)
-
-  monkeypatch.setattr(generate, 'generate', record)
-  _evaluate(workdir, base=True, baseline=['few:2'], limit=1)
-  [answer] = _result(workdir, 'few-2')['answers']
-  assert len(answer['shown']) == 2
-  config, _ = trained
-  by_place = {r.where: chat_task.to_messages(r)
-              for r in records.read(config.data.train)}
-  # A token a byte, and seven or so around each turn.
-  turns = [len(m.content) for i in answer['shown'] for m in by_place[i]]
-  assert max(asked) > len(answer['prompt']) + sum(turns)
-
-
-class _Server:
-  """A llama-server that answers, and stops at the third question."""
-
-  asked = []
-
-  def __init__(self, *_, **options):
-    assert options['context_length'] > 0
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *_):
-    pass
-
-  def chat(self, messages, **sampling):
-    self.asked.append((messages[-1]['content'], sampling['temperature']))
-    if len(self.asked) == 3:
-      raise ConnectionError
-    return _CODE
-
-
 def test_llama_cpp_is_not_asked_again(workdir, tmp_path, capsys, monkeypatch):
   gguf = tmp_path / 'model.gguf'
   gguf.write_bytes(b'GGUF')
+  asked = []
+
+  def chat(messages, temperature, **_):
+    asked.append((messages[-1]['content'], temperature))
+    if len(asked) == 3:
+      raise ConnectionError
+    return _CODE
+
+  def start_server(*_, context_length, **__):
+    assert context_length > 0
+    return contextlib.nullcontext(types.SimpleNamespace(chat=chat))
+
   monkeypatch.setattr(evaluate.llama_runtime, 'find_server', lambda _: 'x')
-  monkeypatch.setattr(evaluate.llama_runtime, 'Server', _Server)
+  monkeypatch.setattr(evaluate.llama_runtime, 'Server', start_server)
   monkeypatch.setattr(evaluate, '_PARALLEL', 1)
-  monkeypatch.setattr(_Server, 'asked', [])
 
   def run():
     return _evaluate(workdir, gguf=str(gguf))
 
   with pytest.raises(ConnectionError):
     run()
-  first = _Server.asked.copy()
+  first = asked.copy()
   # The free prompt is sampled as the model will be served.
   assert first[0] == ('Who?', 0.2) and first[1] == ('Write Hi in Blop.', 0.0)
   assert run() == 0
-  assert set(_Server.asked[4:]).isdisjoint(first[:2])
-  questions = [question for question, _ in _Server.asked]
+  assert set(asked[4:]).isdisjoint(first[:2])
+  questions = [question for question, _ in asked]
   assert questions.count('Who?') == questions.count('Write Hi in Blop.') == 1
   assert _rows(capsys.readouterr().out)['test split'] == ['llama.cpp']
-  n = len(_Server.asked)
-  assert run() == 0 and len(_Server.asked) == n
+  n = len(asked)
+  assert run() == 0 and len(asked) == n
   # Another file is another model.
   gguf.write_bytes(b'GGUF other')
-  assert run() == 0 and len(_Server.asked) == n + 4
+  assert run() == 0 and len(asked) == n + 4

@@ -1,4 +1,4 @@
-"""Shared by the tests of the pages: answers, a server, a browser."""
+"""Shared by the tests of served models: a run, a server, a browser."""
 
 import contextlib
 import json
@@ -6,16 +6,45 @@ import shutil
 import threading
 import time
 
+import conftest
 from fastapi import testclient
 import pytest
 import uvicorn
 
 from gemma_sft import serve
+from gemma_sft import train
+from gemma_sft.generation import generate
 from gemma_sft.serving import pairs as pairs_lib
 from gemma_sft.serving import rating_page
 
 SCRIPT = '<script>alert(1)</script>'
 RUNS = ('w/a', 'w/b')
+
+
+def memorise(folder, pairs, *, steps, max_length, **sampling):
+  """Trains a run on these pairs; returns (config, workdir)."""
+  config = conftest.config.__wrapped__(folder)
+  config.data.update(train=conftest.write_pairs(folder / 'pairs.txt', pairs),
+                     validation='', max_length=max_length)
+  config.lora.enabled = False  # All weights learn in fewer updates.
+  config.optimizer.update(learning_rate=0.01, schedule='constant')
+  config.train.steps = steps
+  config.eval.update(every=100, judged=0, prompts=())
+  config.sampling.update(temperature=0.0, repetition_penalty=1.0, **sampling)
+  train.main(config, str(folder / 'w'), False)
+  return config, str(folder / 'w')
+
+
+def record_prompts(monkeypatch):
+  """Returns a list that collects the prompts given to `generate`."""
+  seen, generate_fn = [], generate.generate
+
+  def record(model, params, prompts, *args, **kwargs):
+    seen.extend(prompts)
+    return generate_fn(model, params, prompts, *args, **kwargs)
+
+  monkeypatch.setattr(generate, 'generate', record)
+  return seen
 
 
 def write_result(workdir, answers, *, name='tuned', prompts=True):
@@ -115,5 +144,4 @@ def browse(browser, app, **options):
 
 def fits(page):
   """Whether nothing extends beyond the page's right edge."""
-  return page.evaluate(
-      'document.documentElement.scrollWidth <= innerWidth')
+  return page.evaluate('document.documentElement.scrollWidth <= innerWidth')

@@ -19,11 +19,12 @@ def three(config, tmp_path):
   return config
 
 
-def _preview(config, *, split='train', examples=3, color=False):
-  return preview.main(config, split=split, examples=examples, color=color)
+def _preview(config, **changes):
+  return preview.main(
+      config, **dict(split='train', examples=3, color=False) | changes)
 
 
-def test_trained_are_the_answer_and_its_end_tag_alone(three, capsys):
+def test_what_is_trained_and_how_much(three, capsys):
   assert _preview(three) == 0
   out = capsys.readouterr().out
   assert re.findall('«(.*?)»', out, re.DOTALL) == [
@@ -33,13 +34,7 @@ def test_trained_are_the_answer_and_its_end_tag_alone(three, capsys):
   assert ('<start_of_turn>user\nWho?<end_of_turn>\n'
           '<start_of_turn>model\n«') in out
   assert 'What is <end_of_turn>?<end_of_turn>' in out
-  assert '1 with control-token text' in out
-  assert 'three.txt:1: ' in out
-
-
-def test_counts_are_those_of_the_data(three, capsys):
-  _preview(three)
-  out = capsys.readouterr().out
+  assert '1 with control-token text' in out and 'three.txt:1: ' in out
   header = re.findall(r'three.txt:\d+: (\d+) tokens, (\d+) trained', out)
   assert len(header) == 3
   # 'M', 'e', '.' and the tag.
@@ -54,10 +49,12 @@ def test_counts_are_those_of_the_data(three, capsys):
   assert re.search(r'fertility of the trained text: \d\.\d\d tokens per', out)
 
 
-def test_colours(three, capsys):
+def test_colours_and_another_split(three, capsys):
   _preview(three, examples=1, color=True)
   out = capsys.readouterr().out
   assert '\x1b[32mMe.<end_of_turn>\x1b[0m' in out and '«' not in out
+  _preview(three, split='validation')
+  assert 'audit: validation: 2 examples' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('lengths, counts', [
@@ -70,11 +67,6 @@ def test_histogram_counts_every_example_once(lengths, counts):
   if counts:
     assert found == counts
   assert f'longest {max(lengths)}' in text
-
-
-def test_split_is_the_one_named(three, capsys):
-  _preview(three, split='validation')
-  assert 'audit: validation: 2 examples' in capsys.readouterr().out
 
 
 def test_training_data_is_the_default(three):

@@ -6,6 +6,7 @@ import types
 
 import conftest
 import jax
+import local_server
 import numpy as np
 import pytest
 
@@ -13,7 +14,6 @@ from gemma_sft import chat
 from gemma_sft import cli
 from gemma_sft import errors
 from gemma_sft import sample
-from gemma_sft import train
 from gemma_sft.generation import generate
 from gemma_sft.run import restore
 
@@ -21,64 +21,42 @@ from gemma_sft.run import restore
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
   """Workdir of a run that answers 'Red?' with 'abc abc abc'."""
-  folder = tmp_path_factory.mktemp('run')
-  config = conftest.config.__wrapped__(folder)
-  config.data.update(
-      train=conftest.write_pairs(folder / 'four.txt', [
-          ('Red?', 'abc abc abc'), ('Blue?', 'sky')]),
-      validation='', max_length=48)
-  config.lora.enabled = False  # All weights learn two answers in 40 updates.
-  config.optimizer.update(learning_rate=0.01, schedule='constant')
-  config.train.steps = 40
-  config.eval.update(every=100, judged=0, prompts=())
-  config.sampling.update(temperature=0.0, repetition_penalty=1.0)
-  train.main(config, str(folder / 'w'), False)
-  return str(folder / 'w')
+  pairs = [('Red?', 'abc abc abc'), ('Blue?', 'sky')]
+  return local_server.memorise(
+      tmp_path_factory.mktemp('run'), pairs, steps=40, max_length=48)[1]
 
 
-def _sample(workdir, *, prompt=None, base=False, system='', **sampling):
-  return sample.main(None, workdir, base=base, step=-1, prompt=prompt,
-                     system=system, **sampling)
+def _sample(workdir, **changes):
+  return sample.main(None, workdir, **dict(
+      base=False, step=-1, prompt=None, system='') | changes)
 
 
-def test_a_memorised_answer_through_a_process(trained):
+def test_a_process_with_one_device_serves_what_eight_have_trained(trained):
+  assert jax.device_count() == 8
   status, out, err = conftest.run_module(
-      'sample', f'--workdir={trained}', '--prompt=Red?', '--prompt=Blue?')
+      'sample', f'--workdir={trained}', '--prompt=Red?', '--prompt=Blue?',
+      devices=1)
   assert status == 0, err
   assert out == '> Red?\nabc abc abc\n> Blue?\nsky\n'
   assert 'tuned 40 updates' in err
 
 
-def test_one_device_serves_what_eight_have_trained(trained):
-  assert jax.device_count() == 8
-  status, out, err = conftest.run_module(
-      'sample', f'--workdir={trained}', '--prompt=Red?', devices=1)
-  assert status == 0, err
-  assert out == 'abc abc abc\n'
+def test_flags_override_the_run(trained, capsys):
+  def ask(**changes):
+    _sample(trained, prompt=['Red?'], **changes)
+    return capsys.readouterr()
 
-
-def test_the_base_knows_nothing_of_it(trained, capsys):
-  _sample(trained, prompt=['Red?'], base=True, max_new_tokens=8)
-  captured = capsys.readouterr()
-  assert 'abc' not in captured.out
-  assert 'custom, untouched' in captured.err
-
-
-def test_flags_override_the_runs_sampling(trained, capsys):
-  _sample(trained, prompt=['Red?'], stop=[' abc a'])
-  assert capsys.readouterr().out == 'abc\n'
-  _sample(trained, prompt=['Red?'], max_new_tokens=4)
-  assert len(capsys.readouterr().out.strip()) <= 4
-  outs = []
-  for seed in (1, 1, 2):
-    _sample(trained, prompt=['Red?'], temperature=5.0, top_k=3, seed=seed,
-            max_new_tokens=16)
-    outs.append(capsys.readouterr().out)
-  assert outs[0] == outs[1] != outs[2]
+  base = ask(base=True, max_new_tokens=8)
+  assert 'abc' not in base.out and 'custom, untouched' in base.err
+  assert ask(stop=[' abc a']).out == 'abc\n'
+  assert len(ask(max_new_tokens=4).out.strip()) <= 4
+  one, again, other = (
+      ask(temperature=5.0, top_k=3, seed=seed, max_new_tokens=16).out
+      for seed in (1, 1, 2))
+  assert one == again != other
   # The tokenizer has fewer pieces than the model's 512 rows: no other id is
   # sampled.
-  _sample(trained, prompt=['Red?'], temperature=50.0, max_new_tokens=64)
-  assert capsys.readouterr().out
+  assert ask(temperature=50.0, max_new_tokens=64).out
 
 
 @pytest.mark.parametrize('text, stops, cut', [
@@ -124,83 +102,60 @@ def test_streaming(monkeypatch, tokenizer, pieces, stops, first, answer):
   written = []
   text = sample.answer(
       served, sampling, [chat.Message('user', 'Hi')], written.append)
+  # Each piece continues the answer: what was shown is never taken back.
   assert text == answer and ''.join(written) == f'{answer}\n'
   assert written[0] == first  # It does stream.
-  shown = ''
-  for write in written[:-1]:
-    shown += write
-    assert answer.startswith(shown)
 
 
-def _chat(monkeypatch, capsys, trained, lines):
-  """Returns (stdout, the conversations that were answered)."""
-  asked = []
+@pytest.mark.parametrize('lines, asked, shown', (
+    ('one\n\ntwo\n/new\nthree\n/system Be brief.\nfour\n/new\nfive\n/quit\n'
+     'never\n', [
+         [('user', 'one')],
+         [('user', 'one'), ('model', 'answer 1'), ('user', 'two')],
+         [('user', 'three')],
+         [('system', 'Be brief.'), ('user', 'four')],
+         [('system', 'Be brief.'), ('user', 'five')]], ['answer 5']),
+    ('/help\n', [], ['/system TEXT', '/new', '/quit']),
+    ('/hlep\n/systemic\nHi\n', [[('user', 'Hi')]], [
+        'no command /hlep; /help', 'no command /systemic; /help'])),
+    ids=('conversation', 'help and end of file', 'unknown commands'))
+def test_chat(monkeypatch, capsys, lines, asked, shown):
+  seen = []
 
-  def answer(served, sampling, conversation, write, prompter, as_text):
-    del served, sampling, prompter, as_text
-    asked.append([(m.role, m.content) for m in conversation])
-    write(f'answer {len(asked)}\n')
-    return f'answer {len(asked)}'
+  def reply(conversation):
+    seen.append([(m.role, m.content) for m in conversation])
+    print(f'answer {len(seen)}')
+    return f'answer {len(seen)}'
 
-  monkeypatch.setattr(sample, 'answer', answer)
   monkeypatch.setattr(sys, 'stdin', io.StringIO(lines))
+  assert sample._chat(reply, '') == 0
+  assert seen == asked
+  out = capsys.readouterr().out
+  assert all(text in out for text in shown)
+
+
+def test_a_chat_without_a_terminal(trained, monkeypatch, capsys):
+  monkeypatch.setattr(sys, 'stdin', io.StringIO('Red?\n/new\nBlue?\n'))
   assert _sample(trained) == 0
-  return capsys.readouterr().out, asked
-
-
-def test_chat_keeps_the_conversation_until_new(monkeypatch, capsys, trained):
-  out, asked = _chat(
-      monkeypatch, capsys, trained,
-      'one\n\ntwo\n/new\nthree\n/system Be brief.\nfour\n/new\nfive\n/quit\n'
-      'never\n')
-  assert asked == [
-      [('user', 'one')],
-      [('user', 'one'), ('model', 'answer 1'), ('user', 'two')],
-      [('user', 'three')],
-      [('system', 'Be brief.'), ('user', 'four')],
-      [('system', 'Be brief.'), ('user', 'five')],
-  ]
-  assert 'answer 5' in out
-
-
-def test_chat_help_and_end_of_file(monkeypatch, capsys, trained):
-  out, asked = _chat(monkeypatch, capsys, trained, '/help\n')
-  assert '/system TEXT' in out and '/new' in out and '/quit' in out
-  assert not asked
-
-
-def test_chat_names_an_unknown_command(monkeypatch, capsys, trained):
-  out, asked = _chat(
-      monkeypatch, capsys, trained, '/hlep\n/systemic\nHi\n')
-  assert asked == [[('user', 'Hi')]]
-  assert out.count('/help') == 2
-
-
-def test_chat_through_a_pipe(trained):
-  process = conftest.start(
-      'sample', f'--workdir={trained}', stdin=conftest.subprocess.PIPE)
-  status, out, err = conftest.finish(process, 'Red?\n/new\nBlue?\n')
-  assert status == 0, err
+  out = capsys.readouterr().out
   assert 'abc abc abc' in out and 'sky' in out
 
 
-def test_what_makes_no_sense_is_refused(trained, tmp_path):
-  with pytest.raises(errors.UserError, match='no config.json in'):
-    _sample(str(tmp_path), prompt=['Hi'])
-  for match, flags in (('--prompt', dict(prompt=[''])),
-                       ('sampling.top_p is 0', dict(top_p=0.0)),
-                       ('one way of prompting',
-                        dict(baseline=('few:2', 'rag:2')))):
-    with pytest.raises(errors.UserError, match=match):
-      _sample(trained, **{'prompt': ['Red?']} | flags)
+@pytest.mark.parametrize('match, changes', (
+    ('no config.json in', dict(workdir='none')),
+    ('--prompt', dict(prompt=[''])),
+    ('sampling.top_p is 0', dict(top_p=0.0)),
+    ('one way of prompting', dict(baseline=('few:2', 'rag:2')))))
+def test_what_makes_no_sense_is_refused(trained, match, changes):
+  with pytest.raises(errors.UserError, match=match):
+    _sample(**dict(workdir=trained, prompt=['Red?']) | changes)
 
 
 def test_the_answer_is_that_of_greedy_generation(trained, capsys):
   # Left-padded prompt, chunks and streaming: the same as one prompt by hand.
   config = cli.load_run_config(trained)
   served = restore.load_weights(config, trained, base=False, step=-1)
-  prompt = chat.render_prompt(
-      [chat.Message('user', 'Blue?')], served.tokenizer)
+  prompt = chat.render_prompt([chat.Message('user', 'Blue?')], served.tokenizer)
   tokens = generate.generate(
       served.model, served.params, [prompt],
       generate.Sampling(max_new_tokens=16), stop_ids=served.tokenizer.stop_ids,
@@ -211,15 +166,8 @@ def test_the_answer_is_that_of_greedy_generation(trained, capsys):
 
 
 def test_examples_of_the_training_split_come_first(trained, monkeypatch):
-  asked = []
-  real = generate.generate
-
-  def record(model, params, prompts, *args, **kwargs):
-    asked.extend(map(len, prompts))
-    return real(model, params, prompts, *args, **kwargs)
-
-  monkeypatch.setattr(generate, 'generate', record)
+  prompts = local_server.record_prompts(monkeypatch)
   for baseline in ((), ('few:2',), ('rag:2',)):
     _sample(trained, prompt=['Who is it?'], baseline=baseline)
-  bare, few, rag = asked
+  bare, few, rag = map(len, prompts)
   assert few > bare + 20 and rag > bare + 20

@@ -1,10 +1,10 @@
 """The command `serve`, and what its guard refuses."""
 
-import contextlib
 import json
-import os
+import pathlib
 import re
 import signal
+import urllib.request
 
 import conftest
 from fastapi import testclient
@@ -40,19 +40,16 @@ def test_every_answer_forbids_what_is_not_ours(client):
   assert client.get('/nothing').json() == {'error': 'no such page'}
 
 
-def test_pages_name_no_other_host():
-  folder = os.path.join(os.path.dirname(guard.__file__), 'static')
-  names = os.listdir(folder)
-  assert {'rate.html', 'play.html', 'results.html'} <= set(names)
-  for name in names:
-    with open(os.path.join(folder, name), encoding='utf-8') as file:
-      text = file.read()
-    assert not re.search(r'https?:|//\w+\.|@import|innerHTML|insertAdjacent'
-                         r'|document\.write|\beval\(|\son\w+=', text), name
+def test_pages_name_no_other_host(client):
+  files = list(pathlib.Path(guard.__file__).with_name('static').iterdir())
+  assert {'rate.html', 'play.html', 'results.html'} <= {f.name for f in files}
+  for file in files:
+    assert not re.search(
+        r'https?:|//\w+\.|@import|innerHTML|insertAdjacent|document\.write'
+        r'|\beval\(|\son\w+=', file.read_text('utf-8')), file
   for name in ('/docs', '/openapi.json', '/static/../app.py',
                '/static/%2e%2e/app.py'):
-    app = serving.rating_app(None)
-    assert serving.make_client(app).get(name).status_code == 404, name
+    assert client.get(name).status_code == 404, name
 
 
 @pytest.mark.parametrize('host, status', [
@@ -62,45 +59,39 @@ def test_a_name_that_points_here_is_refused(client, host, status):
   assert client.get('/', headers={'host': host}).status_code == status
 
 
-def test_what_another_sites_page_sends_is_refused(client, store):
-  body = json.dumps({'rater': 'Ana'})
-  kind = {'content-type': 'application/json'}
-
-  def post(**headers):
-    return client.post('/api/undo', content=body, headers=headers).status_code
-
-  assert post(**kind) == 200
-  assert post(**kind, origin='http://127.0.0.1:80') in (200, 403)
-  assert post(**kind, origin='http://evil.example') == 403
-  assert post(**kind, origin='null') == 403
-  # What a foreign form can send.
-  assert post(**{'content-type': 'text/plain'}) == 415
-  assert post() == 415
-  assert client.put('/api/undo', json={}).status_code == 405
+_JSON = {'content-type': 'application/json'}
+_ANA = b'{"rater": "Ana"}'
+_BIG = json.dumps({'rater': 'x' * guard.MAX_BODY}).encode()
 
 
-def test_too_large_a_request_is_refused(client):
-  big = json.dumps({'rater': 'x' * guard.MAX_BODY}).encode()
-  kind = {'content-type': 'application/json'}
-  assert client.post('/api/undo', content=big, headers=kind
-                     ).status_code == 413
-  # Without a declared length.
-  parts = (big[i:i + 1000] for i in range(0, len(big), 1000))
-  assert client.post('/api/undo', content=parts, headers=kind
-                     ).status_code == 413
-  assert client.post('/api/undo', content=b'{', headers=kind
-                     ).status_code == 422
+@pytest.mark.parametrize('method, headers, body, status', [
+    ('POST', _JSON, _ANA, 200),
+    ('PUT', _JSON, _ANA, 405),
+    ('POST', _JSON | {'origin': 'http://127.0.0.1'}, _ANA, 200),
+    ('POST', _JSON | {'origin': 'http://evil.example'}, _ANA, 403),
+    ('POST', _JSON | {'origin': 'null'}, _ANA, 403),
+    # What a foreign form can send.
+    ('POST', {'content-type': 'text/plain'}, _ANA, 415),
+    ('POST', {}, _ANA, 415),
+    ('POST', _JSON, _BIG, 413),
+    ('POST', _JSON, [_BIG[:1000]] * 1000, 413),  # Without a declared length.
+    ('POST', _JSON, b'{', 422)])
+def test_which_requests_are_refused(client, method, headers, body, status):
+  content = iter(body) if isinstance(body, list) else body
+  found = client.request(method, '/api/undo', content=content, headers=headers)
+  assert found.status_code == status
 
 
-def test_with_a_token_nobody_comes_in_without(store):
+def test_without_its_token_every_request_is_refused(store):
   token = guard.make_token()
   assert len(token) >= 32
-  app = serving.rating_app(store, token=token)
+  client = testclient.TestClient(
+      serving.rating_app(store, token=token), base_url='http://phone.example',
+      follow_redirects=False)
 
   def get(path, **headers):
-    return testclient.TestClient(
-        app, base_url='http://phone.example', follow_redirects=False).get(
-            path, headers=headers)
+    client.cookies.clear()
+    return client.get(path, headers=headers)
 
   for path in ('/', '/static/rate.js', '/api/results', '/?token=',
                f'/?token={token[:-1]}', f'/?token={token}x', '/?token=é'):
@@ -128,63 +119,9 @@ def test_is_loopback(host, loopback):
 # The command -----------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _serving(*arguments):
-  """Yields (process, its first line) of `python -m gemma_sft.serve`."""
-  process = conftest.start('serve', *arguments, devices=1)
-  try:
-    yield process, process.stdout.readline().strip()
-  finally:
-    process.kill()
-    process.communicate()
-
-
 def _two_runs(tmp_path):
-  a = serving.write_result(tmp_path / 'a', {'t:1': 'one', 't:2': 'two'})
-  return f'--runs={a},' + serving.write_result(
-      tmp_path / 'b', {'t:1': 'eins', 't:2': 'zwei'})
-
-
-def _open(url, token=''):
-  import urllib.error
-  import urllib.request
-
-  try:
-    opener = urllib.request.build_opener(
-        urllib.request.HTTPCookieProcessor())
-    with opener.open(url + token, timeout=10) as answer:
-      return answer.status, answer.read().decode()
-  except urllib.error.HTTPError as error:
-    return error.code, error.read().decode()
-
-
-def test_the_address_comes_first_and_ctrl_c_ends(tmp_path):
-  runs_flag = _two_runs(tmp_path)
-  with _serving('--mode=rate', runs_flag, '--port=0') as (process, url):
-    assert re.fullmatch(r'http://127\.0\.0\.1:\d+/', url)
-    status, text = _open(url)
-    assert status == 200 and 'Which answer is better?' in text
-    port = url.rstrip('/').rpartition(':')[2]
-    status, _, err = conftest.run_module(
-        'serve', '--mode=rate', runs_flag, f'--port={port}', devices=1)
-    assert status == 2 and f'--port={port}' in err and 'Traceback' not in err
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (0, '')
-    assert out.endswith('stopped\n')
-  assert (tmp_path / 'a' / 'ratings.sqlite').exists()
-
-
-def test_open_to_others_it_wants_its_token(tmp_path):
-  with _serving('--mode=rate', _two_runs(tmp_path), '--port=0',
-                '--host=0.0.0.0') as (_, url):
-    address, _, token = url.partition('?token=')
-    port = address.rstrip('/').rpartition(':')[2]
-    assert len(token) >= 32 and '0.0.0.0' not in address
-    here = f'http://127.0.0.1:{port}/'
-    assert _open(here)[0] == 401
-    status, text = _open(here, f'?token={token}')
-    assert status == 200 and 'Which answer is better?' in text
+  return [serving.write_result(tmp_path / name, {'t:1': name, 't:2': name * 2})
+          for name in 'ab']
 
 
 def _main(mode='rate', **changes):
@@ -194,17 +131,51 @@ def _main(mode='rate', **changes):
   return serve.main(mode, **(values | changes))
 
 
+def test_the_address_comes_first_and_ctrl_c_ends(tmp_path):
+  runs = _two_runs(tmp_path)
+  process = conftest.start('serve', '--mode=rate', f'--runs={",".join(runs)}',
+                           '--port=0', devices=1)
+  try:
+    url = process.stdout.readline().strip()
+    assert re.fullmatch(r'http://127\.0\.0\.1:\d+/', url)
+    with urllib.request.urlopen(url, timeout=10) as page:
+      assert 'Which answer is better?' in page.read().decode()
+    port = int(url.rstrip('/').rpartition(':')[2])
+    with pytest.raises(errors.UserError, match=f'--port={port}'):
+      _main(runs=runs, port=port)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, '')
+    assert out.endswith('stopped\n')
+  finally:
+    process.kill()
+    process.communicate()
+  assert (tmp_path / 'a' / 'ratings.sqlite').exists()
+
+
+def test_open_to_others_it_wants_its_token(tmp_path, monkeypatch, capsys):
+  apps = []
+  monkeypatch.setattr(serve, '_serve', lambda sock, app: apps.append(app))
+  assert _main(runs=_two_runs(tmp_path), host='0.0.0.0') == 0
+  url = capsys.readouterr().out.splitlines()[0]
+  address, _, token = url.partition('?token=')
+  assert len(token) >= 32 and '0.0.0.0' not in address
+  client = serving.make_client(apps[0])
+  assert client.get('/').status_code == 401
+  page = client.get(f'/?token={token}')
+  assert page.status_code == 200 and 'Which answer is better?' in page.text
+
+
 def test_report(tmp_path, capsys):
-  flag = _two_runs(tmp_path).partition('=')[2].split(',')
+  runs = _two_runs(tmp_path)
   with pytest.raises(errors.UserError, match='no ratings in'):
-    _main(runs=flag, report=True)
+    _main(runs=runs, report=True)
   path = str(tmp_path / 'r.sqlite')
   store = ratings.Store(path)
-  pairs = pairs_lib.read(tuple(flag), 'test')
-  for pair in pairs:
+  for pair in pairs_lib.read(tuple(runs), 'test'):
     store.add(ratings.Rating('Ana', pair.item, 'a', 'a'),
               runs=serving.RUNS, place='')
-  assert _main(runs=flag, report=True, out=path) == 0
+  assert _main(runs=runs, report=True, out=path) == 0
   assert 'win rate of a: 100.0%' in capsys.readouterr().out
 
 

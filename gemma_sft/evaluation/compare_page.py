@@ -4,13 +4,15 @@ from typing import Sequence
 
 from gemma_sft import pages
 from gemma_sft.evaluation import compare_runs
+from gemma_sft.evaluation import report
 
 CAVEAT = ('Intervals cover the choice of records, not the seed of the'
           ' training.')
 
 
-def sections(comparison: compare_runs.Comparison
-             ) -> list[tuple[str, list[str], list[list[str]]]]:
+def sections(
+    comparison: compare_runs.Comparison
+) -> list[tuple[str, list[str], list[list[str]]]]:
   """Returns (title, header, rows) of each table that has rows."""
   names = comparison.names
   gains = [
@@ -32,14 +34,13 @@ def sections(comparison: compare_runs.Comparison
 
 def _gain(row):
   judged = row['metric'].startswith('judge/')
-  def number(value):
-    # Adding 0 turns -0 into 0.
-    return (f'{round(100 * value, 1) + 0:+.1f}' if judged
-            else f'{value + 0:+.4g}')
+  # Adding 0 turns -0 into 0.
+  gain, low, high = (
+      f'{round(100 * value, 1) + 0:+.1f}' if judged else f'{value + 0:+.4g}'
+      for value in (row['gain'], row.get('low', 0), row.get('high', 0)))
   if 'low' not in row:
-    return [number(row['gain']), compare_runs.UNKNOWN, compare_runs.UNKNOWN]
-  return [number(row['gain']),
-          f'{number(row["low"])} to {number(row["high"])}', str(row['n'])]
+    return [gain, compare_runs.UNKNOWN, compare_runs.UNKNOWN]
+  return [gain, f'{low} to {high}', str(row['n'])]
 
 
 def text(comparison: compare_runs.Comparison) -> str:
@@ -55,10 +56,7 @@ def text(comparison: compare_runs.Comparison) -> str:
 
 
 def page(comparison: compare_runs.Comparison, image: bytes | None) -> str:
-  """Returns the comparison as one self-contained HTML page.
-
-  The image is the PNG of `picture`.
-  """
+  """Returns the comparison, with `picture`, as a self-contained HTML page."""
   return pages.render(
       'evaluation/compare_page.html', comparison=comparison,
       sections=sections(comparison), caveat=CAVEAT, image=image)
@@ -69,26 +67,20 @@ _COLORS = ('#1f4e8c', '#c25b1e', '#2f7d4f', '#7a4fa3', '#8a6d00', '#555555')
 
 def picture(runs: Sequence[compare_runs.FinishedRun]) -> bytes | None:
   """Returns a PNG of losses and the first judged metric; None without any."""
-  if not any('loss' in row or 'eval/loss' in row
-             for run in runs for row in run.rows):
+  if not any(report.has_loss(run.rows) for run in runs):
     return None
   judged = _judged(runs)
   figure, axes = pages.make_figure(2 if judged else 1, width=5.5, height=3.8)
   for i, run in enumerate(runs):
     color = _COLORS[i % len(_COLORS)]
-    style = '-' if i < len(_COLORS) else '--'
-    _plot(axes[0], run, 'loss', 1, color=color, alpha=0.35, linewidth=1)
-    _plot(axes[0], run, 'eval/loss', 1, color=color, linestyle=style,
-          marker='o', markersize=4, label=run.name)
+    style = dict(color=color, linestyle='-' if i < len(_COLORS) else '--',
+                 marker='o', markersize=4, label=run.name)
+    report.plot(axes[0], run.rows, 'loss', color=color, alpha=0.35, linewidth=1)
+    report.plot(axes[0], run.rows, 'eval/loss', **style)
     if judged:
-      _plot(axes[1], run, judged, 100, color=color, linestyle=style,
-            marker='o', markersize=4, label=run.name)
-  axes[0].set(xlabel='updates', ylabel='loss (nats per trained token)',
-                 title='Loss: train (thin) and validation', ylim=(0, None))
-  if judged:
-    name = judged.removeprefix('eval/judge/').replace('_', ' ')
-    axes[1].set(xlabel='updates', ylabel='% of validation answers',
-                   title=f'Judge: {name}', ylim=(0, 100))
+      report.plot(axes[1], run.rows, judged, 100, **style)
+  name = judged.removeprefix('eval/judge/').replace('_', ' ')
+  report.label_axes(axes, 'Loss: train (thin) and validation', f'Judge: {name}')
   for axis in axes:
     if axis.get_legend_handles_labels()[0]:
       axis.legend(frameon=False, fontsize='small')
@@ -97,16 +89,8 @@ def picture(runs: Sequence[compare_runs.FinishedRun]) -> bytes | None:
 
 def _judged(runs):
   """Returns the judged metric to draw: that of the best, or the headline."""
-  found = {key for run in runs for row in run.rows for key in row
-           if key.startswith('eval/judge/') and key != 'eval/judge/n'}
+  found = report.judged_keys([row for run in runs for row in run.rows])
   wanted = [f'eval/{run.flat["eval.metric"]}' for run in runs] + [
       f'eval/judge/{s.get("headline")}' for run in runs
       for s in run.scores.values()]
-  return next((key for key in wanted if key in found),
-              min(found, default=''))
-
-
-def _plot(axis, run, key, factor, **style):
-  points = [(row['step'], factor * row[key]) for row in run.rows if key in row]
-  if points:
-    axis.plot(*zip(*points), **style)
+  return next((key for key in [*wanted, *found] if key in found), '')

@@ -23,21 +23,13 @@ UNKNOWN = '-'
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
-  """What a workdir holds of a run; whatever is missing is empty or None.
-
-  Attributes:
-    name: For people, unique in the comparison.
-    flat: The flat config, missing keys filled in from the defaults.
-    record: From `record.read`.
-    rows: Of metrics.jsonl.
-    scores: {split: entry 'tuned' of `report.read_results`}.
-  """
+  """What a workdir holds of a run; whatever is missing is empty or None."""
 
   name: str
-  flat: dict[str, Any]
-  record: dict[str, Any] | None
-  rows: list[dict[str, Any]]
-  scores: dict[str, dict[str, Any]]
+  flat: dict[str, Any]  # The config; missing keys have their defaults.
+  record: dict[str, Any] | None  # From `record.read`.
+  rows: list[dict[str, Any]]  # Of metrics.jsonl.
+  scores: dict[str, dict[str, Any]]  # {split: 'tuned' of `read_results`}.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,30 +37,18 @@ class Comparison:
   """The differences between the first run and the others.
 
   A table has one column of row names, then one column for each run.
-
-  Attributes:
-    names: Of the runs, the first being the one to compare with.
-    sentences: For each other run, what differs and whether its result does.
-    notes: What could not be compared and why.
-    config: Table of the config keys that differ and affect the result.
-    free: Table of the config keys that differ and do not affect it.
-    origin: Table of data, base, code, packages and devices that differ.
-    results: Table of updates, losses, time and memory.
-    split: Of the scores, or ''.
-    scores: Table of `report.cells`, header first, or [].
-    gains: Rows of `report.gains` over the first run, with the key 'run'.
   """
 
   names: list[str]
-  sentences: list[str]
-  notes: list[str]
-  config: list[list[str]]
-  free: list[list[str]]
-  origin: list[list[str]]
-  results: list[list[str]]
-  split: str
-  scores: list[list[str]]
-  gains: list[dict[str, Any]]
+  sentences: list[str]  # What differs, and whether the result does.
+  notes: list[str]  # What could not be compared, and why.
+  config: list[list[str]]  # Keys that differ and affect the result.
+  free: list[list[str]]  # Keys that differ and do not affect it.
+  origin: list[list[str]]  # Data, base, code, packages and devices.
+  results: list[list[str]]  # Updates, losses, time and memory.
+  split: str  # Of the scores, or ''.
+  scores: list[list[str]]  # `report.cells`, header first, or [].
+  gains: list[dict[str, Any]]  # `report.gains` over the first run, with 'run'.
 
 
 def names(workdirs: Sequence[str]) -> list[str]:
@@ -78,13 +58,9 @@ def names(workdirs: Sequence[str]) -> list[str]:
           else os.path.join('.', path) for name, path in zip(last, workdirs)]
 
 
-def load(workdir: str, name: str, defaults: Mapping[str, Any]
-         ) -> FinishedRun:
-  """Reads a workdir; `defaults` fills in config keys newer than the run.
-
-  Raises:
-    UserError: if this is not the workdir of a training run, or is unreadable.
-  """
+def load(
+    workdir: str, name: str, defaults: Mapping[str, Any]) -> FinishedRun:
+  """Reads a run's workdir; `defaults` fills in config keys that are newer."""
   record = record_lib.read(workdir)
   rows = metrics.read_jsonl(os.path.join(workdir, 'metrics.jsonl'))
   saved = record['config'] if record else {}
@@ -103,28 +79,26 @@ def load(workdir: str, name: str, defaults: Mapping[str, Any]
     raise errors.UserError(
         f'{workdir} {what}', 'the workdir of a training run',
         'name the folder that was given to gemma_sft.train as --workdir')
-  scores = {}
-  for split in _SPLITS:
-    results = report.read_results(os.path.join(workdir, 'evaluation'), split)
-    if 'tuned' in results:
-      scores[split] = results['tuned']
+  folder = os.path.join(workdir, 'evaluation')
+  scores = {split: report.read_results(folder, split).get('tuned')
+            for split in _SPLITS}
   flat = {key: list(value) if isinstance(value, tuple) else value
           for key, value in {**defaults, **saved}.items()}
-  return FinishedRun(name, flat, record, rows, scores)
+  return FinishedRun(
+      name, flat, record, rows, {k: v for k, v in scores.items() if v})
 
 
 def compare(runs: Sequence[FinishedRun]) -> Comparison:
   """Compares runs with the first of them."""
   decisive, free = _config_rows(runs)
-  origin = _origin_rows(runs)
   split = _shared_split(runs)
-  gains, notes = [], [
+  notes = [
       f'{run.name} has no run.json, as it is older: its data, base, code,'
       ' packages and devices are not known'
       for run in runs if run.record is None]
   notes += [f'{run.name} has not ended, or was killed: its results so far'
             for run in runs if run.record and not run.record['end']]
-  sentences = []
+  gains, sentences = [], []
   for other in runs[1:]:
     paired, note = _pair(runs[0], other, split)
     gains += [{'run': other.name, **row} for row in paired]
@@ -132,11 +106,10 @@ def compare(runs: Sequence[FinishedRun]) -> Comparison:
       notes.append(note)
     sentences.append(
         f'{_what_differs(runs[0], other)} {_outcome(runs[0], other, paired)}')
-  scored = {run.name: run.scores[split] for run in runs
-            if split in run.scores} if split else {}
+  scored = {run.name: run.scores[split] for run in runs if split in run.scores}
   return Comparison(
-      [run.name for run in runs], sentences, notes, decisive, free, origin,
-      _result_rows(runs), split,
+      [run.name for run in runs], sentences, notes, decisive, free,
+      _origin_rows(runs), _result_rows(runs), split,
       report.cells(scored, split) if scored else [], gains)
 
 
@@ -145,19 +118,18 @@ def compare(runs: Sequence[FinishedRun]) -> Comparison:
 
 def _config_rows(runs):
   """Returns the keys that differ: (those that affect the result, the rest)."""
-  keys = sorted({key for run in runs for key in run.flat})
-  differing = {key: [run.flat.get(key) for run in runs] for key in keys}
-  differing = {key: values for key, values in differing.items()
+  table = {key: [run.flat.get(key) for run in runs]
+           for key in sorted({key for run in runs for key in run.flat})}
+  differing = {key: values for key, values in table.items()
                if any(value != values[0] for value in values)}
   decides = set(config_lib.result_leaves(differing))
   if any(run.record is None for run in runs):
     # Without hashes of the data, another file name may mean other data.
     decides |= {key for key in differing
                 if key.startswith(('data.', 'model.weights'))}
-  rows = {key: [key, *map(_value, values)]
-          for key, values in differing.items()}
-  return ([row for key, row in rows.items() if key in decides],
-          [row for key, row in rows.items() if key not in decides])
+  rows = [[key, *map(_value, values)] for key, values in differing.items()]
+  return ([row for row in rows if row[0] in decides],
+          [row for row in rows if row[0] not in decides])
 
 
 def _value(value):
@@ -176,24 +148,23 @@ def _origin(run):
   def of_starts(read):
     return ', then '.join(dict.fromkeys(filter(None, map(read, starts))))
 
-  facts = {f'data: {split}': value[:16]
-           for split, value in run.record['data'].items()}
-  facts |= {'base': run.record['base'] if ' ' in run.record['base']
-            else run.record['base'][:16]}
-  facts |= {'code': of_starts(lambda s: s['commit'][:12] + (
-      ' with changes' if s['dirty'] else ''))}
-  facts |= {'python': of_starts(lambda s: s['python'])}
-  facts |= {
+  base = run.record['base']
+  return {
+      **{f'data: {split}': value[:16]
+         for split, value in run.record['data'].items()},
+      'base': base if ' ' in base else base[:16],
+      'code': of_starts(lambda s: s['commit'][:12] + (
+          ' with changes' if s['dirty'] else '')),
+      'python': of_starts(lambda s: s['python']),
       'devices': of_starts(lambda s: '{count} x {kind}'.format(**s['devices'])),
-      'hosts': of_starts(lambda s: str(s['hosts']))}
-  for name in dict.fromkeys(n for s in starts for n in s['packages']):
-    facts[name] = of_starts(lambda s, name=name: s['packages'].get(name, ''))
-  return facts
+      'hosts': of_starts(lambda s: str(s['hosts'])),
+      **{name: of_starts(lambda s, name=name: s['packages'].get(name))
+         for start in starts for name in start['packages']}}
 
 
 def _origin_rows(runs):
   facts = [_origin(run) for run in runs]
-  known = [fact for fact in facts if fact]
+  known = list(filter(None, facts))
   return [
       [key, *(fact.get(key) or UNKNOWN for fact in facts)]
       for key in dict.fromkeys(k for fact in known for k in fact)
@@ -205,7 +176,7 @@ _NAMED = 4
 
 def _what_differs(first, other):
   decisive, free = _config_rows([first, other])
-  origin = [(key, a, b) for key, a, b in _origin_rows([first, other])]
+  origin = _origin_rows([first, other])
   parts = [f'{key} ({a} -> {b})' for key, a, b in decisive[:_NAMED]]
   if len(decisive) > _NAMED:
     parts.append(f'{len(decisive) - _NAMED} more config keys')
@@ -234,71 +205,61 @@ def _list(parts):
 
 
 def _result_rows(runs):
-  rows = collections.defaultdict(list)
-  for run in runs:
-    record = run.record or {}
-    end = record.get('end') or {}
-    steps = max((row['step'] for row in run.rows), default=None)
-    total = record.get('total_steps')
-    rows['updates'].append(UNKNOWN if steps is None else (
-        f'{steps} of {total}' if total else str(steps)))
-    rows['ended by'].append(end.get('reason', UNKNOWN))
-    best = best_of(run)
-    rows['best'].append(UNKNOWN if best is None else
-                        '{metric} {value:.4g} after {step}'.format(**best))
-    for label, key in (('last loss, train', 'loss'),
-                       ('last loss, validation', 'eval/loss')):
-      last = [row[key] for row in run.rows if key in row][-1:]
-      rows[label].append(f'{last[0]:.4f}' if last else UNKNOWN)
-    rows['time'].append(_time(run))
-    speed = _speed(run)
-    rows['tokens/s, median'].append(f'{speed:,.0f}' if speed else UNKNOWN)
-    peak = end.get('peak_bytes')
-    rows['peak memory'].append(f'{peak / 1e9:.2f} GB' if peak else UNKNOWN)
-    trained = record.get('trained_weights')
-    rows['trained weights'].append(f'{trained:,}' if trained else UNKNOWN)
-  return [[key, *values] for key, values in rows.items()]
+  columns = [_results(run) for run in runs]
+  return [[key, *(column[key] or UNKNOWN for column in columns)]
+          for key in columns[0]]
+
+
+def _results(run):
+  """Returns {name of the row: cell}; a cell that is not known is empty."""
+  record = run.record or {}
+  end = record.get('end') or {}
+
+  def values(key):
+    return [row[key] for row in run.rows if key in row]
+
+  losses, eval_losses = values('loss'), values('eval/loss')
+  steps, total = values('step'), record.get('total_steps')
+  best, trained = best_of(run), record.get('trained_weights')
+  if end:
+    seconds, speed = end['seconds'], end['tokens_per_second']
+  else:
+    # From the first line to the last: this leaves out loading and compiling,
+    # and includes the time between two starts.
+    times, speeds = values('time'), values('tokens_per_second')
+    seconds = max(times) - min(times) if times else None
+    speed = statistics.median(speeds) if speeds else None
+  return {
+      'updates': steps and (
+          f'{max(steps)} of {total}' if total else str(max(steps))),
+      'ended by': end.get('reason'),
+      'best': best and '{metric} {value:.4g} after {step}'.format(**best),
+      'last loss, train': losses and f'{losses[-1]:.4f}',
+      'last loss, validation': eval_losses and f'{eval_losses[-1]:.4f}',
+      'time': seconds is not None and (
+          ('' if end else 'about ') + metrics.duration(seconds)),
+      'tokens/s, median': speed and f'{speed:,.0f}',
+      'peak memory': end.get('peak_bytes') and (
+          f'{end["peak_bytes"] / 1e9:.2f} GB'),
+      'trained weights': trained and f'{trained:,}'}
 
 
 def best_of(run: FinishedRun) -> dict[str, Any] | None:
-  """Returns {'metric', 'value', 'step'} of the best evaluation, or None.
-
-  Ties go to the later step, as in training.
-  """
+  """Returns {'metric', 'value', 'step'} of the best evaluation, or None."""
   metric = run.flat['eval.metric']
   sign = 1 if run.flat['eval.mode'] == 'max' else -1
   scored = [(sign * row[f'eval/{metric}'], row['step']) for row in run.rows
             if f'eval/{metric}' in row]
   if not scored:
     return None
-  value, step = max(scored)
+  value, step = max(scored)  # Ties go to the later step, as in training.
   return {'metric': metric, 'value': sign * value, 'step': step}
-
-
-def _time(run):
-  if run.record and run.record['end']:
-    return metrics.duration(run.record['end']['seconds'])
-  times = [row['time'] for row in run.rows if 'time' in row]
-  # From the first line to the last: this leaves out loading and compiling, and
-  # includes the time between two starts.
-  return f'about {metrics.duration(max(times) - min(times))}' if (
-      times) else UNKNOWN
-
-
-def _speed(run):
-  if run.record and run.record['end']:
-    return run.record['end']['tokens_per_second']
-  speeds = [row['tokens_per_second'] for row in run.rows
-            if 'tokens_per_second' in row]
-  return statistics.median(speeds) if speeds else None
 
 
 def _shared_split(runs):
   """Returns the split that most runs have scores of, or ''."""
-  counts = {split: sum(split in run.scores for run in runs)
-            for split in _SPLITS}
-  best = max(counts, key=counts.get)
-  return best if counts[best] else ''
+  counts = collections.Counter(split for run in runs for split in run.scores)
+  return max(_SPLITS, key=lambda split: counts[split]) if counts else ''
 
 
 def _pair(first, other, split):
@@ -320,8 +281,7 @@ def _pair(first, other, split):
   where = [{row['where'] for row in result['answers']} for result in (a, b)]
   shared = len(where[0] & where[1])
   rows = report.gains({'tuned': b, 'other': a})
-  if where[0] == where[1] and shared or not (where[0] or where[1]) and (
-      _same_records(first, other, split, a, b)):
+  if where[0] == where[1] and shared:
     return rows, ''
   # Means over different records say nothing about the runs.
   return [row for row in rows if 'low' in row], (
@@ -329,18 +289,10 @@ def _pair(first, other, split):
       f' ({len(where[0])} and {len(where[1])}); only these are paired')
 
 
-def _same_records(first, other, split, a, b):
-  hashes = [run.record['data'].get(split) if run.record else None
-            for run in (first, other)]
-  return hashes[0] is not None and hashes[0] == hashes[1] and (
-      a['records'] == b['records'])
-
-
 def _by_content(result):
   """Returns a result whose answers are identified by their records' content.
 
-  Then a record is the same in another file, and another record on the same line
-  of the same file is another one.
+  Files may hold the same records on other lines, or others on the same lines.
   """
   seen, answers = collections.Counter(), []
   for row in result.get('answers', ()):
@@ -368,8 +320,7 @@ def _outcome(first, other, paired):
   gain, low, high = (100 * row[key] for key in ('gain', 'low', 'high'))
   numbers = (f'{headline.replace("_", " ")} {gain:+.1f} points (95 %:'
              f' {low:+.1f} to {high:+.1f}; {row["n"]} records)')
-  if low > 0:
-    return f'Its result is better beyond chance: {numbers}.'
-  if high < 0:
-    return f'Its result is worse beyond chance: {numbers}.'
+  if low > 0 or high < 0:
+    better = 'better' if low > 0 else 'worse'
+    return f'Its result is {better} beyond chance: {numbers}.'
   return f'Their results cannot be told apart: {numbers}.'

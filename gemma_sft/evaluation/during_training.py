@@ -14,9 +14,9 @@ from gemma_sft.run import prepare
 def evaluate(run: prepare.Run, state: Any, step: int) -> dict[str, float]:
   """Returns the validation scores of the weights after `step` updates.
 
-  The loss on the validation split, and the judge's scores of the answers to
-  config.eval.judged of its records, under the names judge/NAME. All hosts get
-  the scores of the first. Prints them, and the answers to config.eval.prompts.
+  These are the loss on the validation split and, as judge/NAME, the judge's
+  scores of the answers to config.eval.judged of its records. All hosts get the
+  scores of the first. Prints them, and the answers to config.eval.prompts.
   """
   config, scores = run.config, {}
   if run.validation is not None:
@@ -26,16 +26,16 @@ def evaluate(run: prepare.Run, state: Any, step: int) -> dict[str, float]:
         run.model, params, run.validation, run.mesh, adapters=adapters,
         lora_scale=run.settings.lora_scale, execution=run.settings.execution)
   text = ''.join(f' | {k} {v:.4g}' for k, v in scores.items())
-  records = run.splits['validation'].records if 'validation' in (
-      run.splits) else []
-  records = records[:config.eval.judged if config.eval.judged >= 0 else None]
-  answers = []
+  records, answers = [], []
+  if 'validation' in run.splits:
+    n = config.eval.judged if config.eval.judged >= 0 else None
+    records = run.splits['validation'].records[:n]
   if records or config.eval.prompts:
     start = time.monotonic()
     judged, _, answers = judge.judge_records(
         run.model, run.merged(state.trainable), run.tokenizer, run.task,
         records, section=config.eval, seed=config.seed,
-        training=run.splits['train'].records)
+        prompts=config.eval.prompts, training=run.splits['train'].records)
     if records:
       scores |= {f'judge/{k}': v for k, v in judged.metrics.items()}
       text += ''.join(f' | {k} {v:.4g}' for k, v in judged.metrics.items())

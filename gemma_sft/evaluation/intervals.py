@@ -6,8 +6,6 @@ from typing import Sequence
 import numpy as np
 from scipy import stats
 
-_RESAMPLES = 10_000
-
 
 def wilson(rate: float, n: int) -> tuple[float, float]:
   """Returns the 95 % Wilson score interval of a rate over n (Wilson 1927)."""
@@ -23,8 +21,7 @@ def wilson(rate: float, n: int) -> tuple[float, float]:
 def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
   """Returns the 95 % percentile bootstrap interval of a mean (Efron 1979).
 
-  Pass the differences of two models, one for each record, to get a paired
-  interval. The same values and seed give the same interval.
+  Of the differences of two models, one for each record, it is a paired one.
   """
   n = len(values)
   if n == 1:  # SciPy refuses a single value.
@@ -32,7 +29,7 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
   # In batches: all resamples of 100,000 values at once take gigabytes.
   found = stats.bootstrap(
       (np.asarray(values, np.float64),), np.mean, method='percentile',
-      confidence_level=0.95, n_resamples=_RESAMPLES,
+      confidence_level=0.95, n_resamples=10_000,
       batch=max(1, 10**7 // n), rng=np.random.default_rng(seed))
   low, high = found.confidence_interval
   return float(low), float(high)

@@ -26,7 +26,7 @@ def answer_records(
     as_text: bool = False,
     identity: str = '',
     cached: answers_lib.Answers | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda n: None,
 ) -> list[str]:
   """Answers the last question of each conversation.
 
@@ -37,10 +37,9 @@ def answer_records(
     params: Weights with the adapters merged in.
     conversations: From the task, each ending with the reference answer. Plain
       text is continued from its first line.
-    prompter: Chooses examples to put before each question.
     as_text: Prompts without turns, see `prompting.transcript`.
     identity: Content hash of the weights, for the keys of `cached`.
-    progress: Called with the number of conversations answered so far.
+    progress: See `Answers.complete`.
   """
   prompts = [
       prompting.render(
@@ -63,11 +62,9 @@ def answer_records(
         row_ids=indices, stop_ids=tokenizer.stop_ids,
         vocab_size=tokenizer.vocab_size, batch_size=batch_size,
         on_answer=lambda row, tokens: keep(indices[row], decode(tokens)[0]),
-        is_done=(lambda _, tokens: decode(tokens)[1]) if as_text else None,
-        progress=progress and (
-            lambda n: progress(len(conversations) - len(indices) + n)))
+        is_done=lambda _, tokens: as_text and decode(tokens)[1])
 
-  return (cached or answers_lib.Answers()).complete(keys, answer)
+  return (cached or answers_lib.Answers()).complete(keys, answer, progress)
 
 
 def ask(prompt: str) -> list[chat.Message]:
@@ -83,44 +80,25 @@ def judge_records(
     records: Sequence[Any],
     *,
     section: Any,
-    seed: int = 0,
-    prompts: Sequence[str] | None = None,
-    training: Sequence[Any] = (),
-    prompter: prompting.Prompter | None = None,
+    prompts: Sequence[str],
+    training: Sequence[Any],
     **answering: Any,
 ) -> tuple[tasks.Judged, list[str], list[str]]:
   """Answers records and free prompts, and judges the answers.
 
-  Args:
-    params: Weights with the adapters merged in.
-    task: A module of `gemma_sft.tasks`.
-    section: `config.eval`.
-    prompts: Free prompts instead of those of the section.
-    training: Records that the model was tuned on, for the judge.
-    prompter: Chooses examples to put before the records' questions. A free
-      prompt, which is of another kind than the records, is asked without.
-    **answering: More arguments of `answer_records`.
-
-  Returns:
-    (verdict on the answers, answers to the records, answers to the prompts).
+  The section is `config.eval`; `answering` are more arguments of
+  `answer_records`. Returns (verdict on the answers, answers to the records,
+  answers to the prompts).
   """
-  conversations = [task.to_messages(r) for r in records]
-  prompts = list(section.prompts) if prompts is None else list(prompts)
-  answering |= dict(
+  answers = answer_records(
+      # In one call, which fills the batches better.
+      model, params, tokenizer,
+      [*map(ask, prompts), *map(task.to_messages, records)],
       sampling=generate.Sampling(
           temperature=section.temperature,
           repetition_penalty=section.repetition_penalty,
           max_new_tokens=section.max_new_tokens),
-      batch_size=section.batch_size, seed=seed)
-  free = list(map(ask, prompts))
-  if prompter is None:  # In one call, which fills the batches better.
-    answers = answer_records(
-        model, params, tokenizer, [*free, *conversations], **answering)
-  else:
-    answers = answer_records(model, params, tokenizer, free, **answering)
-    answers += answer_records(
-        model, params, tokenizer, conversations, prompter=prompter,
-        **answering)
+      batch_size=section.batch_size, **answering)
   free, judged = answers[:len(prompts)], answers[len(prompts):]
   verdict = judge_answers(
       task, records, judged, prompts=prompts, free=free, training=training)
@@ -128,29 +106,18 @@ def judge_records(
 
 
 def judge_answers(
-    task: Any,
-    records: Sequence[Any],
-    answers: Sequence[str],
-    *,
-    prompts: Sequence[str],
-    free: Sequence[str],
-    training: Sequence[Any],
+    task: Any, records: Sequence[Any], answers: Sequence[str], *,
+    prompts: Sequence[str], free: Sequence[str], training: Sequence[Any],
 ) -> tasks.Judged:
-  """Returns the task's verdict on answers.
+  """Returns the task's verdict on the answers to records and free prompts.
 
-  Args:
-    task: A module of `gemma_sft.tasks`.
-    answers: One for each record.
-    prompts: Free prompts, judged too if the task has `judge_prompts`.
-    free: Answers to the prompts.
-    training: Records that the model was tuned on.
+  The `training` records are those that the model was tuned on.
   """
   judged = task.judge(records, answers, training)
-  if prompts and hasattr(task, 'judge_prompts'):
-    about = task.judge_prompts(prompts, free)
-    counts = {k: v for k, v in about.metrics.items() if k != 'n'}
-    judged = dataclasses.replace(
-        # On a clash of names the rate over the records wins: it is over more
-        # answers than that of a prompt or two.
-        judged, metrics=counts | judged.metrics, free_rows=about.rows)
-  return judged
+  if not prompts or not hasattr(task, 'judge_prompts'):
+    return judged
+  about = task.judge_prompts(prompts, free)
+  counts = {k: v for k, v in about.metrics.items() if k != 'n'}
+  # On a clash of names the rate over the records wins: they are more.
+  return dataclasses.replace(
+      judged, metrics=counts | judged.metrics, free_rows=about.rows)

@@ -6,6 +6,7 @@ import os
 import pathlib
 from typing import Any
 from typing import Mapping
+from typing import Sequence
 
 import numpy as np
 
@@ -25,11 +26,7 @@ Results = Mapping[str, Mapping[str, Any]]
 
 
 def read_results(folder: str, split: str) -> dict[str, dict[str, Any]]:
-  """Returns {'base': ..., 'few:4': ..., 'tuned': ...} as `evaluate` wrote them.
-
-  In order: the untouched model, the same with examples in the prompt, the tuned
-  model, its export.
-  """
+  """Returns what `evaluate` wrote, by name, in the order of `_KINDS`."""
   results = {}
   for path in pathlib.Path(folder).glob(f'{split}-*.json'):
     result = json.loads(path.read_text('utf-8'))
@@ -39,8 +36,7 @@ def read_results(folder: str, split: str) -> dict[str, dict[str, Any]]:
 
 def _rank(name):
   kind, _, n = name.partition(':')
-  return (_KINDS.index(kind) if kind in _KINDS else len(_KINDS), int(n or 0),
-          name)
+  return (*_KINDS, kind).index(kind), int(n or 0), name
 
 
 def _decoding(result):
@@ -64,39 +60,32 @@ def _baselines(results):
 def row_values(result: Mapping[str, Any], key: str) -> dict[str, float]:
   """Returns {record: value} of a metric such as judge/strict.
 
-  Empty if the metric is not a mean over the records: losses, and totals such as
-  BLEU over a corpus.
+  Empty unless the metric is a mean over the records. Losses and totals such as
+  BLEU over a corpus are not.
   """
-  name = key.removeprefix('judge/')
-  if name == key:
-    return {}
+  kind, _, name = key.partition('/')
   values = {
       row['where']: float(row['verdict'][name])
       for row in result.get('answers', ())
       if isinstance(row['verdict'].get(name), (bool, int, float))}
   total = result['scores'].get(key)
-  if not values or total is None or abs(
-      sum(values.values()) / len(values) - total) > 1e-6:
-    return {}
-  return values
+  is_mean = kind == 'judge' and values and total is not None and abs(
+      sum(values.values()) / len(values) - total) <= 1e-6
+  return values if is_mean else {}
 
 
-def interval_of(result: Mapping[str, Any], key: str
-                ) -> tuple[int, tuple[float, float]] | None:
+def interval_of(
+    result: Mapping[str, Any], key: str
+) -> tuple[int, tuple[float, float]] | None:
   """Returns (n, 95 % interval) of a metric, or None if it has none.
 
   Wilson's interval for rates of yes and no, a bootstrap for other means.
   """
-  if values := row_values(result, key):
-    n, scores = len(values), list(values.values())
-    if set(scores) <= {0.0, 1.0}:
-      return n, intervals.wilson(sum(scores) / n, n)
-    return n, intervals.bootstrap(scores)
-  n, value = int(result['scores'].get(_COUNT, 0)), result['scores'].get(key)
-  if (key.startswith('judge/') and not result.get('answers')
-      and abs(value * n - round(value * n)) <= 1e-6):
-    return n, intervals.wilson(value, n)
-  return None
+  scores = list(row_values(result, key).values())
+  n = len(scores)
+  if set(scores) <= {0.0, 1.0}:
+    return (n, intervals.wilson(sum(scores) / n, n)) if scores else None
+  return n, intervals.bootstrap(scores)
 
 
 def gains(results: Results) -> list[dict[str, Any]]:
@@ -128,17 +117,13 @@ def gains(results: Results) -> list[dict[str, Any]]:
 
 
 def sentence(results: Results) -> str:
-  """Returns whether tuning beats prompting, and by how much, in words.
-
-  '' if there is nothing to compare, or the judge could not work.
-  """
-  tuned = results.get('tuned', {})
+  """Returns in words whether tuning beats prompting, or '' if unknown."""
+  tuned, best = results.get('tuned', {}), _best(results)
   key = f'judge/{tuned.get("headline", "")}'
-  row = next((row for row in gains(results) if row['metric'] == key
-              and row['than'] == _best(results)), None)
+  row = next((row for row in gains(results)
+              if (row['metric'], row['than']) == (key, best)), None)
   if row is None:
     return ''
-  best = row['than']
   what = ('the untouched model' if best == 'base' else
           f'the best prompting ({best})')
   numbers = (f'{_label(key)} {tuned["scores"][key]:.1%} against'
@@ -170,25 +155,19 @@ def cells(results: Results, split: str) -> list[list[str]]:
       k for r in results.values() for k in r['scores'] if k != _COUNT))
   gained = {(r['metric'], r['than']): r for r in gains(results)}
   best = _best(results)
-  head = [f'{split} split', *results]
-  if best:
-    head.append(f'gain over {best}')
-  rows = [head]
+  rows = [[f'{split} split', *results, f'gain over {best}']]
   for key in keys:
-    row = [_label(key), *(_cell(r, key) for r in results.values())]
-    if best:
-      row.append(_gain_cell(gained.get((key, best)), key))
-    rows.append(row)
-  rows.append(['records', *(str(r['records']) for r in results.values())])
-  rows.append(['weights', *(r['weights'] for r in results.values())])
+    rows.append([_label(key), *(_cell(r, key) for r in results.values()),
+                 _gain_cell(gained.get((key, best)), key)])
+  for name in ('records', 'weights'):
+    rows.append([name, *(str(r[name]) for r in results.values())])
   if len(set(map(_decoding, results.values()))) > 1:
     rows.append(['decoding', *(
         f'temperature {r.get("temperature")}, penalty'
         f' {r.get("repetition_penalty")}, {r.get("max_new_tokens")} tokens'
         for r in results.values())])
-  for row in rows:
-    row += [''] * (len(head) - len(row))
-  return rows
+  n = len(results) + (2 if best else 1)
+  return [(row + [''])[:n] for row in rows]
 
 
 def _best(results):
@@ -197,10 +176,9 @@ def _best(results):
     return ''
   against = _baselines(results)
   key = f'judge/{results["tuned"].get("headline", "")}'
-  sign = _sign(results['tuned'], key)
-  scored = [name for name in against if key in against[name]['scores']]
-  return max(scored, key=lambda name: sign * against[name]['scores'][key],
-             default=next(iter(against), ''))
+  scores = {name: _sign(results['tuned'], key) * result['scores'][key]
+            for name, result in against.items() if key in result['scores']}
+  return max(scores, key=scores.get, default=next(iter(against), ''))
 
 
 def _label(key):
@@ -217,10 +195,10 @@ def _cell(result, key):
   if found is None:
     return f'{value:.1%}'
   n, (low, high) = found
+  count = f'{round(value * n)} of {n}; '
   if abs(value * n - round(value * n)) > 1e-6:  # Not a rate of yes and no.
-    return f'{value:.1%} (95 %: {low:.0%} to {high:.0%})'
-  return (f'{value:.1%} ({round(value * n)} of {n};'
-          f' 95 %: {low:.0%} to {high:.0%})')
+    count = ''
+  return f'{value:.1%} ({count}95 %: {low:.0%} to {high:.0%})'
 
 
 def _gain_cell(row, key):
@@ -238,60 +216,50 @@ def _gain_cell(row, key):
 
 
 def write(workdir: str, split: str) -> str:
-  """Writes eval.json, report.md, training.png and report.html.
-
-  Returns the path of the last, workdir/report/report.html.
-  """
+  """Writes eval.json and the report; returns the path of report.html."""
   folder = os.path.join(workdir, 'report')
   os.makedirs(folder, exist_ok=True)
   evaluation = os.path.join(workdir, 'evaluation')
   results = read_results(evaluation, split)
   name = os.path.basename(os.path.normpath(workdir))
-  pages.write(os.path.join(evaluation, 'eval.json'), json.dumps(
-      summary(results, split), indent=1, ensure_ascii=False))
+  pages.write(os.path.join(evaluation, 'eval.json'), json.dumps({
+      'split': split, 'sentence': sentence(results),
+      'results': {n: _summary(r) for n, r in results.items()},
+      'gains': gains(results)}, indent=1, ensure_ascii=False))
+  samples = [{'name': label, **sample} for label, result in results.items()
+             for sample in result['samples']]
   image = picture(workdir)
   lines = [f'# {name}', '', sentence(results), '', table(evaluation, split),
            '']
   if image:
     pages.write(os.path.join(folder, 'training.png'), image)
     lines += ['![Loss and judged metrics during training](training.png)', '']
-  for label, result in results.items():
-    for sample in result['samples']:
-      fence = '````'
-      lines += [f'**{label}**: {sample["prompt"]}', '', fence,
-                sample['answer'].strip(), fence, '']
+  fence = '````'
+  for sample in samples:
+    lines += [f'**{sample["name"]}**: {sample["prompt"]}', '', fence,
+              sample['answer'].strip(), fence, '']
   pages.write(os.path.join(folder, 'report.md'), '\n'.join(lines))
   path = os.path.join(folder, 'report.html')
-  pages.write(path, page(results, split, name, image))
+  pages.write(path, pages.render(
+      'evaluation/report_page.html', name=name, split=split,
+      sentence=sentence(results), cells=cells(results, split), image=image,
+      examples=_examples(results), samples=samples))
   return path
 
 
-def summary(results: Results, split: str) -> dict[str, Any]:
-  """Returns the content of eval.json: scores, intervals, gains, sentence."""
-  scores = {}
-  for name, result in results.items():
-    scores[name] = {'records': result['records'], 'weights': result['weights'],
-                    'metrics': {}}
-    for key, value in result['scores'].items():
-      entry = {'value': value}
-      if key != _COUNT and (found := interval_of(result, key)):
-        entry |= {'n': found[0], 'low': found[1][0], 'high': found[1][1]}
-      scores[name]['metrics'][key] = entry
-  return {'split': split, 'sentence': sentence(results), 'results': scores,
-          'gains': gains(results)}
+def _summary(result):
+  """Returns a result for eval.json: its scores with their intervals."""
+  values = {key: {'value': value} for key, value in result['scores'].items()}
+  for key, entry in values.items():
+    if key != _COUNT and (found := interval_of(result, key)):
+      entry |= {'n': found[0], 'low': found[1][0], 'high': found[1][1]}
+  return {'records': result['records'], 'weights': result['weights'],
+          'metrics': values}
 
 
-def page(results: Results, split: str, name: str, image: bytes | None) -> str:
-  """Returns the report of run `name` as one self-contained HTML page.
-
-  The image is the PNG of `picture`.
-  """
-  return pages.render(
-      'evaluation/report_page.html', name=name, split=split,
-      sentence=sentence(results), cells=cells(results, split), image=image,
-      examples=_examples(results),
-      samples=[{'name': n, **s} for n, r in results.items()
-               for s in r['samples']])
+# (Right after tuning, right before) -> state of an example.
+_STATES = {(True, True): 'kept', (True, False): 'won',
+           (False, True): 'lost', (False, False): 'failed'}
 
 
 def _examples(results):
@@ -303,7 +271,7 @@ def _examples(results):
     for row in result['answers']:
       entry = examples.setdefault(row['where'], dict(
           where=os.path.basename(row['where']), prompt=row.get('prompt', ''),
-          reference=row.get('reference', ''), answers=[], state=''))
+          reference=row.get('reference', ''), answers=[]))
       verdict = {k: f'{v:.3g}' if isinstance(v, float) else v
                  for k, v in row['verdict'].items()}
       value = row['verdict'].get(headline)
@@ -313,47 +281,58 @@ def _examples(results):
   for entry in examples.values():
     good = {a['name']: a['good'] for a in entry['answers']}
     others = [v for n, v in good.items() if n not in ('tuned', 'llama.cpp')]
-    if good.get('tuned') is None:
-      entry['state'] = 'unjudged'
-    elif good['tuned']:
-      entry['state'] = 'kept' if any(others) else 'won'
-    else:
-      entry['state'] = 'lost' if any(others) else 'failed'
+    entry['state'] = _STATES.get((good.get('tuned'), any(others)), 'unjudged')
   return list(examples.values())
 
 
 def picture(workdir: str) -> bytes | None:
   """Returns a PNG of loss and judged metrics during training, if any."""
   rows = metrics.read_jsonl(os.path.join(workdir, 'metrics.jsonl'))
-  train = [(r['step'], r['loss']) for r in rows if 'loss' in r]
-  loss = [(r['step'], r['eval/loss']) for r in rows if 'eval/loss' in r]
-  judged = sorted({
-      key for r in rows for key in r
-      if key.startswith('eval/judge/') and key != f'eval/{_COUNT}'})
-  if not train and not loss:
+  if not has_loss(rows):
     return None
+  judged = judged_keys(rows)
   figure, axes = pages.make_figure(2 if judged else 1, height=3.4)
-  left = axes[0]
-  if train:
-    left.plot(*zip(*train), color='#9db7d5', linewidth=1, label='train')
-  if loss:
-    left.plot(*zip(*loss), color='#1f4e8c', marker='o', markersize=4,
-              label='validation')
-  left.set(xlabel='updates', ylabel='loss (nats per trained token)',
-           title='Loss', ylim=(0, None))
-  left.legend(frameon=False)
+  plot(axes[0], rows, 'loss', color='#9db7d5', linewidth=1, label='train')
+  plot(axes[0], rows, 'eval/loss', color='#1f4e8c', marker='o', markersize=4,
+       label='validation')
   # Rates often coincide: with different dashes and widths all remain visible.
   styles = itertools.cycle(itertools.product(
       ('-', ':', '--'), zip(('#c25b1e', '#2f7d4f', '#7a4fa3', '#555555'),
                             (1.5, 4, 2.5, 1.5))))
   for key, (dashes, (color, width)) in zip(judged, styles):
-    points = [(r['step'], 100 * r[key]) for r in rows if key in r]
-    axes[1].plot(*zip(*points), color=color, linestyle=dashes,
-                    linewidth=width, marker='o', markersize=4,
-                    label=key.removeprefix('eval/judge/'))
+    plot(axes[1], rows, key, 100, color=color, linestyle=dashes,
+         linewidth=width, marker='o', markersize=4,
+         label=key.removeprefix('eval/judge/'))
+  label_axes(axes, 'Loss', "The judge's verdict")
+  axes[0].legend(frameon=False)
   if judged:
-    axes[1].set(xlabel='updates', ylabel='% of validation answers',
-                   title="The judge's verdict", ylim=(0, 100))
     axes[1].legend(frameon=False, fontsize='small', loc='upper left',
-                      bbox_to_anchor=(1, 1))
+                   bbox_to_anchor=(1, 1))
   return pages.to_png(figure)
+
+
+def has_loss(rows: Sequence[Mapping[str, Any]]) -> bool:
+  """Whether rows of metrics.jsonl have a loss to draw."""
+  return any('loss' in row or 'eval/loss' in row for row in rows)
+
+
+def judged_keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Returns the judge's metrics in rows of metrics.jsonl, sorted."""
+  return sorted({key for row in rows for key in row
+                 if key.startswith('eval/judge/')} - {f'eval/{_COUNT}'})
+
+
+def plot(axis: Any, rows: Sequence[Mapping[str, Any]], key: str,
+         factor: float = 1, **style: Any) -> None:
+  """Draws a value of metrics.jsonl over the updates, where there is one."""
+  points = [(row['step'], factor * row[key]) for row in rows if key in row]
+  if points:
+    axis.plot(*zip(*points), **style)
+
+
+def label_axes(axes: Sequence[Any], *titles: str) -> None:
+  """Labels the axes of a loss and, if there are two, of the judge's rates."""
+  values = (dict(ylabel='loss (nats per trained token)', ylim=(0, None)),
+            dict(ylabel='% of validation answers', ylim=(0, 100)))
+  for axis, title, more in zip(axes, titles, values):
+    axis.set(xlabel='updates', title=title, **more)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gemma_sft import batches
 from gemma_sft import model as model_lib
@@ -27,22 +28,17 @@ def evaluate_loss(
 ) -> dict[str, float]:
   """Returns the scores of `metrics.summarise` over one pass of a source.
 
-  Args:
-    params: The base weights, or merged ones.
-    adapters: Of the base weights, or None.
-    accuracy: Whether to return next-token accuracy too, which takes a second
-      pass over the head.
+  Next-token accuracy takes a second pass over the head. With merged weights
+  there are no adapters.
   """
-  nll_sum = n_tokens = n_hits = 0.0
+  sums = np.zeros(3)
   for i in range(source.batches_per_epoch):
     batch = source[i]
-    nll, n, hits = _nll_of_batch(
+    sums += [float(x) for x in _nll_of_batch(
         model, params, adapters, sharding.put_batch(batch, mesh), lora_scale,
         int(batch['max_trained']), sharding.batch_groups(mesh), execution,
-        accuracy)
-    nll_sum += float(nll)
-    n_tokens += float(n)
-    n_hits += float(hits)
+        accuracy)]
+  nll_sum, n_tokens, n_hits = sums.tolist()
   scores = metrics.summarise(
       nll_sum, n_tokens, source.target_bytes(), source.target_characters())
   return scores | ({'accuracy': n_hits / n_tokens} if accuracy else {})

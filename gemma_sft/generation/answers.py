@@ -1,11 +1,11 @@
 """A cache of answers on disk.
 
-Decoding is most of what an evaluation costs. With its answers cached, a judge
-that has changed scores them again in seconds, and an evaluation that was killed
-continues where it stopped.
+Decoding is most of what an evaluation costs. From the cache, a changed judge
+scores the answers in seconds, and a killed evaluation continues.
 """
 
 import hashlib
+import itertools
 import json
 import os
 from typing import Callable
@@ -21,13 +21,9 @@ class Answers:
   def __init__(self, path: str = ''):
     """Reads the file if there is one; '' caches in memory only."""
     self._path = path
-    self._answers = {row['key']: row['answer']
-                     for row in metrics.read_jsonl(path)} if path else {}
+    self._answers = {
+        row['key']: row['answer'] for row in metrics.read_jsonl(path)}
     self._file = None
-
-  def find(self, key: str) -> str | None:
-    """Returns the answer under a key, or None."""
-    return self._answers.get(key)
 
   def add(self, key: str, answer: str) -> None:
     """Adds an answer, which is on disk when this returns."""
@@ -49,6 +45,7 @@ class Answers:
       self,
       keys: Sequence[str],
       answer_fn: Callable[[list[int], Callable[[int, str], None]], None],
+      progress: Callable[[int], None] = lambda n: None,
   ) -> list[str]:
     """Returns the answers under the keys, after making those that are missing.
 
@@ -56,12 +53,18 @@ class Answers:
       keys: May repeat; a key is answered once.
       answer_fn: Called, if an answer is missing, with the indices of the keys
         to answer and with a function that takes each index and its answer.
+      progress: Called after each answer with the number of keys answered.
     """
-    first = {key: i for i, key in reversed(list(enumerate(keys)))
-             if key not in self._answers}
-    if first:
-      answer_fn(sorted(first.values()),
-                lambda i, answer: self.add(keys[i], answer))
+    missing = sorted({key: i for i, key in reversed(list(enumerate(keys)))
+                      if key not in self._answers}.values())
+    counter = itertools.count(len(keys) - len(missing) + 1)
+
+    def keep(i, answer):
+      self.add(keys[i], answer)
+      progress(next(counter))
+
+    if missing:
+      answer_fn(missing, keep)
     return [self._answers[key] for key in keys]
 
   def close(self) -> None:
@@ -73,15 +76,9 @@ def _line(key, answer):
   return json.dumps({'key': key, 'answer': answer}, ensure_ascii=False) + '\n'
 
 
-def make_key(weights: str, prompt: Sequence[int] | str, *settings: object
-             ) -> str:
-  """Returns a hash of everything that an answer depends on.
-
-  Args:
-    weights: Content hash of the weights.
-    prompt: Tokens, or text.
-    *settings: Of the decoding.
-  """
+def make_key(
+    weights: str, prompt: Sequence[int] | str, *settings: object) -> str:
+  """Returns a hash of the weights' hash, the prompt's tokens and settings."""
   parts = [weights, repr(prompt if isinstance(prompt, str) else [
       int(t) for t in prompt]), *map(repr, settings)]
   return hashlib.sha256('\0'.join(parts).encode()).hexdigest()[:32]

@@ -21,10 +21,10 @@ from gemma_sft import model as model_lib
 _CHUNK = 16
 _PROMPT_BUCKET = 64
 # The cache has room for a multiple of so many new tokens, because each length
-# is compiled anew.
+# needs a compilation.
 _NEW_BUCKET = 128
 # Once at most 1/4 of a batch's rows are unfinished, they continue in a batch of
-# their own. Each size is compiled anew, so 1/2 would not pay.
+# their own. Each size needs a compilation, so 1/2 would not pay.
 _SHRINK = 4
 # Most prompt tokens of a batch. Keys and values of 65,536 tokens are 2.4 GB for
 # the 270M model in float32; 96 prompts of 2,500 tokens at once took 15 GB.
@@ -33,22 +33,14 @@ _MAX_PROMPT_TOKENS = 65_536
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How the next token is chosen.
+  """How the next token is chosen."""
 
-  Attributes:
-    temperature: Divides the logits; 0 takes the most likely token.
-    top_k: Keeps the k most likely tokens; 0 keeps all.
-    top_p: Keeps the most likely tokens whose probabilities add up to p.
-    repetition_penalty: Divides positive logits of recent tokens and multiplies
-      negative ones (CTRL, arXiv 1909.05858).
-    repetition_window: Number of recent tokens, prompt included; 64 as in
-      llama.cpp and Ollama.
-    max_new_tokens: Length of an answer, at most.
-  """
-
-  temperature: float = 0.0
-  top_k: int = 0
-  top_p: float = 1.0
+  temperature: float = 0.0  # Divides the logits; 0 takes the likeliest token.
+  top_k: int = 0  # Keeps the k likeliest tokens; 0 keeps all.
+  top_p: float = 1.0  # Keeps the likeliest tokens that add up to p.
+  # Divides positive logits of recent tokens and multiplies negative ones (CTRL,
+  # arXiv 1909.05858). Recent are so many tokens, prompt included; 64 as in
+  # llama.cpp and Ollama.
   repetition_penalty: float = 1.0
   repetition_window: int = 64
   max_new_tokens: int = 256
@@ -65,9 +57,8 @@ def generate(
     batch_size: int = 16,
     seed: int = 0,
     row_ids: Sequence[int] | None = None,
-    is_done: Callable[[int, list[int]], bool] | None = None,
-    progress: Callable[[int], None] | None = None,
-    on_answer: Callable[[int, list[int]], None] | None = None,
+    is_done: Callable[[int, list[int]], bool] = lambda i, tokens: False,
+    on_answer: Callable[[int, list[int]], None] = lambda i, tokens: None,
 ) -> list[list[int]]:
   """Returns the new tokens of each prompt, without the stop token.
 
@@ -75,16 +66,13 @@ def generate(
   not on the other rows.
 
   Args:
-    params: Weights with the adapters merged in.
     prompts: Token ids, BOS first.
-    stop_ids: Any of these tokens ends a row.
     vocab_size: Of the tokenizer; the embedding may have more rows.
     batch_size: Rows at a time, at most; it is halved for long prompts and for
       the last few.
     row_ids: One for each prompt; their indices if None.
     is_done: Called every few tokens with (index of the prompt, its tokens so
-      far), for stop texts and streaming; True ends the row.
-    progress: Called with the number of prompts answered so far.
+      far); True ends the row.
     on_answer: Called with (index of the prompt, its tokens) after its batch.
   """
   answers: list[list[int]] = [[] for _ in prompts]
@@ -105,10 +93,8 @@ def generate(
         numbers if row_ids is None else [row_ids[i] for i in numbers], answers,
         sampling, tuple(stop_ids), vocab_size, rows, seed, is_done)
     finished += len(numbers)
-    for i in numbers if on_answer is not None else ():
+    for i in numbers:
       on_answer(i, answers[i])
-    if progress is not None:
-      progress(finished)
   return answers
 
 
@@ -154,12 +140,8 @@ def _generate_batch(
           open_rows.discard(r)
           break
         answer.append(int(token))
-      else:
-        if is_done is not None and is_done(numbers[r], answer):
-          open_rows.discard(r)
-        continue
-      if is_done is not None:
-        is_done(numbers[r], answer)
+      if is_done(numbers[r], answer):
+        open_rows.discard(r)
 
 
 @jax.jit

@@ -37,11 +37,7 @@ class Baseline:
 
 
 def parse(text: str) -> Baseline:
-  """Returns the baseline that 'zero', 'few:4' or 'rag:4' names.
-
-  Raises:
-    UserError: for anything else.
-  """
+  """Returns what 'zero', 'few:4' or 'rag:4' names, or raises a `UserError`."""
   kind, colon, n = text.strip().partition(':')
   if kind == 'zero' and not colon:
     return Baseline('zero', 0)
@@ -58,37 +54,26 @@ class Prompter:
 
   def __init__(
       self, baseline: Baseline, training: Sequence[Conversation], seed: int):
-    """Draws the examples (`few`) or indexes them (`rag`).
-
-    Raises:
-      UserError: if the training split has too few examples.
-    """
+    """Draws the examples, or indexes them; too few are a `UserError`."""
     if baseline.n > len(training):
       raise errors.UserError(
           f'{baseline}, with {len(training)} training examples',
           'at most as many as the training split has', 'ask for fewer')
     self._baseline = baseline
     self._training = training
-    self._drawn: list[int] = []
-    self._retriever: Any = None
-    if baseline.kind == 'few':
-      order = np.random.default_rng([seed, _FEW_SHOT]).permutation(
-          len(training))
-      self._drawn = [int(i) for i in order[:baseline.n]]
-    elif baseline.kind == 'rag':
+    order = np.random.default_rng([seed, _FEW_SHOT]).permutation(len(training))
+    self._drawn = order[:baseline.n].tolist()
+    if baseline.kind == 'rag':
       import bm25s
 
       # By default it logs each step of its work.
       logging.getLogger('bm25s').setLevel(logging.WARNING)
-      self._retriever = bm25s.BM25()
+      self._retriever: Any = bm25s.BM25()
       self._retriever.index(
           [words(question(c)) for c in training], show_progress=False)
 
   def indices(self, conversation: Conversation) -> list[int]:
-    """Returns the indices of the training examples to show, in order.
-
-    The conversation's last answer, if it has one, plays no part.
-    """
+    """Returns the indices of the examples for a conversation's question."""
     if self._baseline.kind != 'rag':
       return self._drawn
     asked = words(question(conversation))
@@ -96,7 +81,7 @@ class Prompter:
         len(self._training))
     # A stable sort: ties are in the order of the file on every machine.
     best = np.argsort(-scores, kind='stable')[:self._baseline.n]
-    return [int(i) for i in best[::-1]]
+    return best[::-1].tolist()
 
   def choose(self, conversation: Conversation) -> list[Conversation]:
     """Returns the training examples to show before a question, in order."""
@@ -104,18 +89,12 @@ class Prompter:
 
 
 def render(
-    tokenizer: chat.Tokenizer,
-    examples: Sequence[Conversation],
-    conversation: Conversation,
-    *,
-    as_text: bool = False,
-) -> list[int]:
+    tokenizer: chat.Tokenizer, examples: Sequence[Conversation],
+    conversation: Conversation, *, as_text: bool = False) -> list[int]:
   """Returns the tokens of a prompt: the examples, then the question.
 
-  Args:
-    conversation: Ends with the user's turn, or is plain text.
-    as_text: Whether to render a `transcript` without the tags of turns, as is
-      always done for plain text.
+  A conversation ends with the user's turn. `as_text` renders a `transcript`
+  without the tags of turns, as is always done for plain text.
   """
   if as_text or isinstance(conversation, str):
     return [tokenizer.bos_id,
@@ -124,16 +103,12 @@ def render(
 
 
 def before(
-    examples: Sequence[Sequence[chat.Message]],
-    conversation: Sequence[chat.Message],
+    examples: Sequence[Conversation], conversation: Sequence[chat.Message]
 ) -> list[chat.Message]:
   """Returns a conversation with examples as turns before it.
 
   The system text of the conversation stays first; those of the examples are
-  dropped.
-
-  Raises:
-    UserError: if an example is plain text.
+  dropped. An example that is plain text is a `UserError`.
   """
   if any(isinstance(example, str) for example in examples):
     raise errors.UserError(
@@ -151,8 +126,7 @@ def transcript(
 
   A pretrained model has never seen the tags that separate turns: it neither
   recognises a turn nor ends its own. It answers far better in plain text, so
-  that is the baseline to beat. The conversation's last answer, if it has one,
-  is left out.
+  that is the baseline to beat. A last answer of the conversation is left out.
   """
   if isinstance(conversation, str):
     return ''.join(f'{example}\n\n' for example in examples) + (

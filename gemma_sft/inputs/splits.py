@@ -11,6 +11,7 @@ import numpy as np
 from gemma_sft import cache
 from gemma_sft import chat
 from gemma_sft import config as config_lib
+from gemma_sft import errors
 from gemma_sft.inputs import audit
 from gemma_sft.inputs import records as records_lib
 from gemma_sft.inputs import token_cache
@@ -29,6 +30,15 @@ class Split:
   examples: Sequence[chat.Example]
   report: audit.Report
   data_hash: str
+
+
+def check_named(section: Any, split: str) -> None:
+  """Raises a `UserError` unless `config.data` names a file for a split."""
+  named = [s for s in ('train', 'validation', 'test') if section[s]]
+  if split not in named:
+    raise errors.UserError(
+        f'--split={split}', f'a split that the config names: {named}',
+        f'set --config.data.{split} or choose another split')
 
 
 def read_split(section: Any, name: str) -> list[records_lib.Record]:

@@ -24,44 +24,37 @@ class Body(pydantic.BaseModel):
 
 
 def make_app(
-    *,
-    page: str,
-    token: str = '',
-    on_shutdown: Callable[[], None] | None = None,
-) -> fastapi.FastAPI:
+    *, page: str, token: str = '',
+    on_shutdown: Callable[[], None] = lambda: None) -> fastapi.FastAPI:
   """Returns an app that serves the static files, with `page` at its root.
 
-  Every error is answered with {'error': text}.
-
-  Args:
-    page: A file of `static`.
-    token: See `guard.Guard`; '' asks for none.
-    on_shutdown: Called when the server is asked to stop.
+  Every error is answered with {'error': text}. `token` is that of
+  `guard.Guard`; `on_shutdown` is called when the server is asked to stop.
   """
   @contextlib.asynccontextmanager
   async def lifespan(_):
     yield
-    if on_shutdown is not None:
-      on_shutdown()
+    on_shutdown()
 
-  # FastAPI's own pages of documentation load scripts from other hosts.
+  def answer_with(status, text_of):
+    async def answer(_: fastapi.Request, error: Any):
+      return responses.JSONResponse({'error': text_of(error)}, status)
+
+    return answer
+
   app = fastapi.FastAPI(
-      docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+      # FastAPI's own pages of documentation load scripts from other hosts.
+      docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan,
+      exception_handlers={
+          errors.UserError: answer_with(400, message_of),
+          exceptions.RequestValidationError: answer_with(422, _first_invalid),
+          404: answer_with(404, lambda _: 'no such page'),
+          # The server logs the traceback, which the page does not need.
+          Exception: answer_with(
+              500, lambda e: f'the server failed: {type(e).__name__}')})
   app.add_middleware(guard.Guard, token=token)
   app.mount('/static', staticfiles.StaticFiles(directory=_STATIC))
   add_page(app, '/', page)
-
-  def answer_error(kind, status, text_of):
-    @app.exception_handler(kind)
-    async def _(_: fastapi.Request, error: Any):
-      return responses.JSONResponse({'error': text_of(error)}, status)
-
-  answer_error(errors.UserError, 400, message_of)
-  answer_error(exceptions.RequestValidationError, 422, _first_invalid)
-  answer_error(404, 404, lambda _: 'no such page')
-  # The server logs the traceback, which the page does not need.
-  answer_error(Exception, 500,
-               lambda error: f'the server failed: {type(error).__name__}')
   return app
 
 

@@ -12,16 +12,12 @@ from gemma_sft.evaluation import report
 
 @dataclasses.dataclass(frozen=True)
 class AnswerPair:
-  """One prompt with the answers of two runs, a and b.
+  """One prompt with the answers of two runs, a and b."""
 
-  Attributes:
-    item: A hash of all other fields. New answers to a prompt make a new item,
-      so that a rating never counts for answers that the rater has not seen.
-    place: The record that the prompt came from, such as test.csv:12.
-  """
-
+  # A hash of all other fields. New answers to a prompt make a new item, so that
+  # a rating never counts for answers that the rater has not seen.
   item: str
-  place: str
+  place: str  # The record that the prompt came from, such as test.csv:12.
   prompt: str
   a: str
   b: str
@@ -46,17 +42,11 @@ def labels(runs: tuple[str, str]) -> tuple[str, str]:
 
 
 def read(runs: tuple[str, str], split: str) -> list[AnswerPair]:
-  """Returns the pairs of two runs, ordered by their hashes.
+  """Returns the pairs of two runs, as `parse_run` takes them, by their hashes.
 
   Every rater sees this order. Whoever stops early has rated a random part, and
-  the same part as the others, which their agreement needs.
-
-  Args:
-    runs: Two names that `parse_run` accepts.
-    split: The split that both were evaluated on.
-
-  Raises:
-    UserError: if an evaluation is missing, or they share no record.
+  the same part as the others, which their agreement needs. A `UserError` says
+  that an evaluation is missing, or that they share no record.
   """
   a, b = (_read_answers(run, split) for run in runs)
   shared = [place for place in a if place in b]
@@ -69,10 +59,9 @@ def read(runs: tuple[str, str], split: str) -> list[AnswerPair]:
     prompts = {place: a[place]['prompt'] for place in shared}
   else:
     prompts = _read_prompts(runs[0], split)
-  pairs = [
-      make_pair(place, prompts[place], a[place]['answer'], b[place]['answer'])
-      for place in shared if place in prompts]
-  return sorted(pairs, key=lambda pair: pair.item)
+  return sorted(
+      (make_pair(place, prompts[place], a[place]['answer'], b[place]['answer'])
+       for place in shared if place in prompts), key=lambda pair: pair.item)
 
 
 def make_pair(place: str, prompt: str, a: str, b: str) -> AnswerPair:
@@ -103,17 +92,13 @@ def _read_answers(run: str, split: str) -> dict[str, Any]:
 
 
 def _read_prompts(run: str, split: str) -> dict[str, str]:
-  """Makes the prompts again, for evaluations that did not store them."""
+  """Returns the prompts, for old evaluations that did not store them."""
   # These import JAX, which rating does not need otherwise.
   from gemma_sft import tasks
+  from gemma_sft.generation import prompting
   from gemma_sft.inputs import splits
 
   config = cli.load_run_config(parse_run(run)[0])
   task = tasks.load(config.task)
-  prompts = {}
-  for record in splits.read_split(config.data, split):
-    conversation = task.to_messages(record)
-    prompts[record.where] = (
-        conversation.partition('\n')[0] if isinstance(conversation, str)
-        else '\n\n'.join(m.content for m in conversation[:-1]))
-  return prompts
+  return {record.where: prompting.question(task.to_messages(record))
+          for record in splits.read_split(config.data, split)}

@@ -1,6 +1,5 @@
 """The page on which people say which of two answers is better."""
 
-import dataclasses
 import threading
 from typing import Annotated
 from typing import Any
@@ -21,37 +20,26 @@ _Marks = dict[Literal[ratings.CRITERIA], _Mark]
 _Name = Annotated[str, pydantic.Field(max_length=200)]
 
 
-class _Vote(app_lib.Body):
+class _Rater(app_lib.Body):
+  rater: _Name
+
+
+class _Vote(_Rater):
   """A choice; answers are called by their position on the page."""
 
-  rater: _Name
   item: Annotated[str, pydantic.Field(max_length=64)]
   choice: Literal['first', 'tie', 'second']
   first: _Marks = {}
   second: _Marks = {}
 
 
-class _Rater(app_lib.Body):
-  rater: _Name
-
-
 def make_app(
-    pairs: Sequence[pairs_lib.AnswerPair],
-    runs: tuple[str, str],
-    store: ratings.Store,
-    *,
-    token: str = '',
-) -> fastapi.FastAPI:
-  """Returns the app.
+    pairs: Sequence[pairs_lib.AnswerPair], runs: tuple[str, str],
+    store: ratings.Store, *, token: str = '') -> fastapi.FastAPI:
+  """Returns the app, which shows the pairs in order.
 
   The rating page never learns which run an answer comes from: it says first and
   second, and the server maps these back.
-
-  Args:
-    pairs: The pairs to rate, in order.
-    runs: The names of a and b, for the page of results.
-    store: Where ratings are stored.
-    token: See `guard.Guard`.
   """
   app = app_lib.make_app(page='rate.html', token=token)
   app_lib.add_page(app, '/results', 'results.html')
@@ -65,12 +53,16 @@ def make_app(
              'criteria': ratings.CRITERIA, 'pair': None}
     pair = next((pair for pair in pairs if pair.item not in done), None)
     if pair is not None:
-      texts = {'a': pair.a, 'b': pair.b}
-      first, second = _sides(rater, pair.item)
-      state['pair'] = dict(item=pair.item, prompt=pair.prompt,
-                           first=texts[first], second=texts[second])
+      run_of = _run_by_position(rater, pair.item)
+      state['pair'] = dict(
+          item=pair.item, prompt=pair.prompt,
+          **{name: getattr(pair, run_of[name]) for name in ('first', 'second')})
       if before is not None and before.item == pair.item:
-        state['pair']['before'] = _as_shown(before)
+        position = {run: name for name, run in run_of.items()}
+        marks = {'first': {}, 'second': {}}
+        for (run, criterion), mark in before.marks.items():
+          marks[position[run]][criterion] = mark
+        state['pair']['before'] = {'choice': position[before.choice], **marks}
     return state
 
   @app.get('/api/next')
@@ -85,14 +77,14 @@ def make_app(
       raise errors.UserError(
           'this pair is not one of those being rated', 'one of them',
           'load the page again')
-    first, second = _sides(rater, pair.item)
-    sides = {'first': first, 'second': second, 'tie': 'tie'}
-    marks = {(first, c): mark for c, mark in vote.first.items()}
-    marks |= {(second, c): mark for c, mark in vote.second.items()}
+    run_of = _run_by_position(rater, pair.item)
+    marks = {(run_of[name], criterion): mark for name in ('first', 'second')
+             for criterion, mark in getattr(vote, name).items()}
     with lock:
       # The first vote on a pair stands (a key hit twice, two windows).
       store.add(
-          ratings.Rating(rater, pair.item, first, sides[vote.choice], marks),
+          ratings.Rating(rater, pair.item, run_of['first'],
+                         run_of[vote.choice], marks),
           runs=runs, place=pair.place)
       return next_state(rater)
 
@@ -100,36 +92,25 @@ def make_app(
   def _(body: _Rater) -> dict[str, Any]:
     rater = _clean_name(body.rater)
     with lock:
-      return next_state(rater, store.undo(rater, list(by_item)))
+      return next_state(rater, store.undo(rater, by_item))
 
   @app.get('/api/results')
   def _() -> dict[str, Any]:
-    summary = ratings.summarise(store.ratings(), list(by_item))
-    return dataclasses.asdict(summary) | {'runs': pairs_lib.labels(runs)}
+    summary = ratings.summarise(store.ratings(), by_item)
+    return summary | {'runs': pairs_lib.labels(runs)}
 
   return app
 
 
-def _sides(rater: str, item: str) -> tuple[str, str]:
-  """Returns the runs of the first and the second answer on the page."""
+def _run_by_position(rater: str, item: str) -> dict[str, str]:
+  """Returns the run whose answer is 'first' and 'second', and 'tie' itself."""
   first = pairs_lib.shown_first(rater, item)
-  return first, 'b' if first == 'a' else 'a'
+  return {'first': first, 'second': 'b' if first == 'a' else 'a', 'tie': 'tie'}
 
 
 def _clean_name(text: str) -> str:
   """Returns a rater's name in one spelling, or raises a `UserError`."""
   name = ' '.join(unicodedata.normalize('NFC', text).split())
   if not name or len(name) > 40 or not name.isprintable():
-    raise errors.UserError(
-        'your name', '1 to 40 letters', 'enter a name')
+    raise errors.UserError('your name', '1 to 40 letters', 'enter a name')
   return name
-
-
-def _as_shown(rating: ratings.Rating) -> dict[str, Any]:
-  """Returns a rating by positions on the page, to be changed there."""
-  position = {rating.shown_first: 'first', 'tie': 'tie'}
-  shown = {'choice': position.get(rating.choice, 'second'),
-           'first': {}, 'second': {}}
-  for (side, criterion), mark in rating.marks.items():
-    shown[position.get(side, 'second')][criterion] = mark
-  return shown

@@ -8,6 +8,8 @@ import functools
 import itertools
 import os
 import sqlite3
+from typing import Any
+from typing import Collection
 from typing import Mapping
 from typing import Sequence
 
@@ -50,33 +52,21 @@ CREATE TABLE marks (
 
 @dataclasses.dataclass(frozen=True)
 class Rating:
-  """One person's rating of one pair of answers.
-
-  Attributes:
-    rater: The person's name.
-    item: The pair's id, see `pairs.AnswerPair`.
-    shown_first: 'a' or 'b', the answer that the page showed first.
-    choice: The better answer, one of `CHOICES`.
-    marks: {('a', 'style'): 4, ...}, from 1 to 5, without those left out.
-  """
+  """One person's rating of one pair of answers."""
 
   rater: str
-  item: str
-  shown_first: str
-  choice: str
-  marks: Mapping[tuple[str, str], int] = dataclasses.field(
-      default_factory=dict)
+  item: str  # See `pairs.AnswerPair`.
+  shown_first: str  # 'a' or 'b'.
+  choice: str  # The better answer, one of `CHOICES`.
+  # {('a', 'style'): 4, ...}, from 1 to 5, without those left out.
+  marks: Mapping[tuple[str, str], int] = dataclasses.field(default_factory=dict)
 
 
 class Store:
   """The file of ratings; each call is a transaction of its own."""
 
   def __init__(self, path: str):
-    """Opens the file, or creates it.
-
-    Raises:
-      UserError: if it is another kind of file, or cannot be written.
-    """
+    """Opens the file, or creates it; another kind of file is a `UserError`."""
     self.path = path
     try:
       os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
@@ -129,39 +119,31 @@ class Store:
       self, rating: Rating, *, runs: tuple[str, str], place: str) -> bool:
     """Stores a rating; returns False if this rater has rated the pair already.
 
-    Args:
-      rating: The rating.
-      runs: The names of a and b.
-      place: The record, as 'test.csv:12', for people who read the file.
+    `runs` and `place` are for people who read the file.
     """
     now = datetime.datetime.now(datetime.timezone.utc)
-    try:
-      with self._transaction() as connection:
-        rating_id = connection.execute(
-            'INSERT INTO ratings (time, rater, run_a, run_b, item, place,'
-            ' shown_first, choice) VALUES (?, ?, ?, ?, ?, ?, ?, ?)',
-            (now.isoformat(timespec='seconds'), rating.rater, *runs,
-             rating.item, place, rating.shown_first, rating.choice)).lastrowid
+    with self._transaction() as connection:
+      added = connection.execute(
+          'INSERT INTO ratings (time, rater, run_a, run_b, item, place,'
+          ' shown_first, choice) VALUES (?, ?, ?, ?, ?, ?, ?, ?)'
+          ' ON CONFLICT DO NOTHING RETURNING id',
+          (now.isoformat(timespec='seconds'), rating.rater, *runs,
+           rating.item, place, rating.shown_first, rating.choice)).fetchall()
+      for (rating_id,) in added:
         connection.executemany(
             'INSERT INTO marks VALUES (?, ?, ?, ?)',
             [(rating_id, *key, mark) for key, mark in rating.marks.items()])
-    except sqlite3.IntegrityError as error:
-      if 'ratings.rater' in str(error):
-        return False
-      raise
-    return True
+    return bool(added)
 
-  def undo(self, rater: str, items: Sequence[str]) -> Rating | None:
+  def undo(self, rater: str, items: Collection[str]) -> Rating | None:
     """Undoes the rater's last rating of these pairs, and returns it."""
-    mine = [(rating_id, rating) for rating_id, rating in self._read()
-            if rating.rater == rater and rating.item in set(items)]
-    if not mine:
-      return None
-    rating_id, rating = mine[-1]
-    with self._transaction() as connection:
-      connection.execute(
-          'UPDATE ratings SET undone = 1 WHERE id = ?', (rating_id,))
-    return rating
+    for rating_id, rating in reversed(self._read()):
+      if rating.rater == rater and rating.item in items:
+        with self._transaction() as connection:
+          connection.execute(
+              'UPDATE ratings SET undone = 1 WHERE id = ?', (rating_id,))
+        return rating
+    return None
 
   def ratings(self) -> list[Rating]:
     """Returns all ratings that were not undone, in order of arrival."""
@@ -211,57 +193,8 @@ def _check_row(is_valid, what, rating_id):
 # Statistics ------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class CriterionMarks:
-  """The marks of one criterion, over the `n` pairs with marks on both answers.
-
-  `a` and `b` are means over pairs, `gain` is a - b with its 95 % bootstrap
-  interval over pairs, and `alpha` is the raters' agreement (None where
-  `krippendorff_alpha` is).
-  """
-
-  criterion: str
-  n: int
-  a: float
-  b: float
-  gain: float
-  gain_interval: tuple[float, float]
-  alpha: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class RatingSummary:
-  """The result of the ratings of two runs.
-
-  Attributes:
-    n_items: Number of pairs.
-    n_rated: Number of pairs with a rating.
-    raters: Name -> number of pairs rated.
-    counts: Choice -> number of ratings.
-    win_rate: Of a over b, see `win_rate`; None without ratings.
-    win_interval: Its 95 % interval.
-    agreement: Share of equal choices among all pairs of ratings of the same
-      answers; None if no answers were rated twice.
-    alpha: Krippendorff's alpha of the choices as an ordinal scale.
-    marks: The criteria that were marked.
-    shown_first: Share of ratings, without ties, that chose the answer shown
-      first. Far from a half, the position influences the raters.
-  """
-
-  n_items: int
-  n_rated: int
-  raters: Mapping[str, int]
-  counts: Mapping[str, int]
-  win_rate: float | None
-  win_interval: tuple[float, float]
-  agreement: float | None
-  alpha: float | None
-  marks: Sequence[CriterionMarks]
-  shown_first: float | None
-
-
 def summarise(
-    ratings: Sequence[Rating], items: Sequence[str]) -> RatingSummary:
+    ratings: Sequence[Rating], items: Collection[str]) -> dict[str, Any]:
   """Summarises the ratings of these pairs; ratings of others are ignored."""
   known = set(items)
   ratings = [r for r in ratings if r.item in known]
@@ -270,21 +203,23 @@ def summarise(
     by_item[rating.item].append(rating)
   groups = list(by_item.values())
   rate, interval = win_rate([[r.choice for r in group] for group in groups])
-  decided = [r.choice == r.shown_first for r in ratings if r.choice != 'tie']
-  equal = [x.choice == y.choice for group in groups
-           for x, y in itertools.combinations(group, 2)]
   counts = collections.Counter(r.choice for r in ratings)
-  marks = [_criterion_marks(name, groups) for name in CRITERIA]
-  return RatingSummary(
+  return dict(
       n_items=len(known), n_rated=len(groups),
       raters=dict(collections.Counter(r.rater for r in ratings)),
       counts={choice: counts[choice] for choice in CHOICES},
       win_rate=rate, win_interval=interval,
-      agreement=_share(equal),
+      # Among all pairs of ratings of the same answers.
+      agreement=_share([
+          x.choice == y.choice for group in groups
+          for x, y in itertools.combinations(group, 2)]),
       alpha=krippendorff_alpha([
           [CHOICES.index(r.choice) for r in group] for group in groups]),
-      marks=[m for m in marks if m is not None],
-      shown_first=_share(decided))
+      marks=list(filter(None, (
+          _criterion_marks(name, groups) for name in CRITERIA))),
+      # Far from a half, the position on the page influences the raters.
+      shown_first=_share([
+          r.choice == r.shown_first for r in ratings if r.choice != 'tie']))
 
 
 def _share(hits: Sequence[bool]) -> float | None:
@@ -296,12 +231,9 @@ def win_rate(
 ) -> tuple[float | None, tuple[float, float]]:
   """Returns the share of pairs that a wins, a tie counting half, and a 95 % CI.
 
-  Ratings of one pair by several people are not independent, so each pair counts
-  once, with the mean of its ratings, in the Wilson interval. The interval is
-  conservative: halves vary less than zeros and ones.
-
-  Args:
-    choices: For each pair, the choices of its raters.
+  `choices` holds, for each pair, those of its raters. They are not independent,
+  so each pair counts once, with their mean, in the Wilson interval. This is
+  conservative: halves vary less than zeros and ones. None without ratings.
   """
   scores = [sum(_SCORE[c] for c in group) / len(group) for group in choices]
   if not scores:
@@ -313,14 +245,8 @@ def win_rate(
 def krippendorff_alpha(units: Sequence[Sequence[int]]) -> float | None:
   """Returns the raters' agreement beyond chance: 1 is full, 0 is chance.
 
-  Krippendorff's alpha for ordinal values and any number of raters, each of whom
-  may have skipped units.
-
-  Args:
-    units: The values that each unit was given, in any order.
-
-  Returns:
-    None if no unit has two values, or all values are the same.
+  Krippendorff's alpha for ordinal values; a unit lists those it was given. None
+  if no unit has two values, or all values are the same.
   """
   units = [unit for unit in units if len(unit) > 1]
   values = sorted(set(itertools.chain.from_iterable(units)))
@@ -332,7 +258,11 @@ def krippendorff_alpha(units: Sequence[Sequence[int]]) -> float | None:
 
 
 def _criterion_marks(criterion, groups):
-  """Returns a criterion's `CriterionMarks`, None if no pair has both marks."""
+  """Returns the marks of a criterion, or None if no pair has both marks.
+
+  a and b are means over the n pairs with marks on both answers, gain is a - b
+  with its 95 % bootstrap interval over pairs, alpha the raters' agreement.
+  """
   means, units = [], []
   for group in groups:
     both = [(r.marks['a', criterion], r.marks['b', criterion]) for r in group
@@ -343,43 +273,40 @@ def _criterion_marks(criterion, groups):
                if (side, criterion) in r.marks] for side in SIDES]
   if not means:
     return None
-  n = len(means)
-  a, b = (sum(side) / n for side in zip(*means))
-  return CriterionMarks(
-      criterion, n, a, b, a - b,
-      intervals.bootstrap([x - y for x, y in means]),
-      krippendorff_alpha(units))
+  a, b = (sum(side) / len(means) for side in zip(*means))
+  return dict(
+      criterion=criterion, n=len(means), a=a, b=b, gain=a - b,
+      gain_interval=intervals.bootstrap([x - y for x, y in means]),
+      alpha=krippendorff_alpha(units))
 
 
-def report(summary: RatingSummary, runs: tuple[str, str]) -> str:
+def report(summary: dict[str, Any], runs: tuple[str, str]) -> str:
   """Returns the summary as text for a terminal."""
   a, b = runs
-  counts = summary.counts
-  raters = ', '.join(f'{name} ({n})' for name, n in summary.raters.items())
-  lines = [
-      f'{summary.n_rated} of {summary.n_items} pairs rated by'
-      f' {len(summary.raters)}: {raters or "nobody yet"}']
-  if summary.win_rate is None:
+  raters = ', '.join(f'{name} ({n})' for name, n in summary['raters'].items())
+  lines = [f'{summary["n_rated"]} of {summary["n_items"]} pairs rated by'
+           f' {len(summary["raters"])}: {raters or "nobody yet"}']
+  if summary['win_rate'] is None:
     return lines[0]
-  low, high = summary.win_interval
+  low, high = summary['win_interval']
   lines += [
-      f'{a} is better in {counts["a"]} ratings, {b} in {counts["b"]},'
-      f' {counts["tie"]} ties',
-      f'win rate of {a}: {summary.win_rate:.1%} (95 %: {low:.0%} to'
-      f' {high:.0%}; a tie counts half; {summary.n_rated} pairs)',
+      f'{a} is better in {summary["counts"]["a"]} ratings, {b} in'
+      f' {summary["counts"]["b"]}, {summary["counts"]["tie"]} ties',
+      f'win rate of {a}: {summary["win_rate"]:.1%} (95 %: {low:.0%} to'
+      f' {high:.0%}; a tie counts half; {summary["n_rated"]} pairs)',
       'agreement: ' + (
-          'no pair was rated by two people' if summary.agreement is None else
-          f'{summary.agreement:.1%} of choices the same,'
-          f" Krippendorff's alpha {_number(summary.alpha)}")]
-  if summary.shown_first is not None:
+          'no pair was rated by two people' if summary['agreement'] is None else
+          f'{summary["agreement"]:.1%} of choices the same,'
+          f" Krippendorff's alpha {_number(summary['alpha'])}")]
+  if summary['shown_first'] is not None:
     lines.append(f'the answer shown first was chosen in'
-                 f' {summary.shown_first:.0%} of the ratings without a tie')
-  for marks in summary.marks:
-    low, high = marks.gain_interval
+                 f' {summary["shown_first"]:.0%} of the ratings without a tie')
+  for marks in summary['marks']:
+    low, high = marks['gain_interval']
     lines.append(
-        f'{marks.criterion}: {a} {marks.a:.2f}, {b} {marks.b:.2f}, difference'
-        f' {marks.gain:+.2f} (95 %: {low:+.2f} to {high:+.2f}; {marks.n} pairs;'
-        f' alpha {_number(marks.alpha)})')
+        f'{marks["criterion"]}: {a} {marks["a"]:.2f}, {b} {marks["b"]:.2f},'
+        f' difference {marks["gain"]:+.2f} (95 %: {low:+.2f} to {high:+.2f};'
+        f' {marks["n"]} pairs; alpha {_number(marks["alpha"])})')
   return '\n'.join(lines)
 
 

@@ -23,8 +23,8 @@ class _Stopped(Exception):
 class Turns:
   """A queue for the one device.
 
-  An answer stops at its next piece of text once its iterator is closed (the
-  page's stop button closes the connection); `end` stops all of them.
+  An answer stops at its next piece of text once its iterator is closed, which
+  the page's stop button does.
   """
 
   def __init__(self):
@@ -46,18 +46,13 @@ class Turns:
     self._pool.shutdown(wait=False, cancel_futures=True)
 
   async def stream(
-      self,
-      answer: Callable[[Callable[[str], None]], str],
-      judge: Callable[[str], dict[str, Any]],
-  ) -> AsyncIterator[dict[str, Any]]:
+      self, answer: Callable[[Callable[[str], None]], str],
+      judge: Callable[[str], dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
     """Yields {'started'}, {'text'} ..., {'answer', 'seconds'}, the verdict.
 
-    The last event is {'error'} if something fails.
-
-    Args:
-      answer: Called with a function that takes pieces of text; returns the
-        whole answer.
-      judge: Called with the answer; returns the last event.
+    `answer` gets a function that takes pieces of text, and returns the whole
+    answer; `judge` gets the answer and returns the last event. If something
+    fails, that is {'error'}.
     """
     loop = asyncio.get_running_loop()
     events: asyncio.Queue = asyncio.Queue()

@@ -5,41 +5,42 @@ import pytest
 from gemma_sft.generation import answers
 
 
-def test_kept_and_found(tmp_path):
+def test_an_answer_is_on_disk_at_once(tmp_path):
   path = tmp_path / 'deep' / 'answers.jsonl'
-  kept = answers.Answers(str(path))
-  assert kept.find('a') is None and not path.exists()
-  kept.add('a', 'भात\nsecond line')
-  # On disk before the next answer is made.
-  assert answers.Answers(str(path)).find('a') == 'भात\nsecond line'
-  kept.add('b', '')
-  kept.close()
-  again = answers.Answers(str(path))
-  assert again.find('b') == ''
+  first = answers.Answers(str(path))
+  assert not path.exists()
+  first.add('a', 'भात\nsecond line')
+  assert _read(path) == {'a': 'भात\nsecond line'}
+  first.add('b', '')
+  first.close()
+  assert _read(path) == {'a': 'भात\nsecond line', 'b': ''}
   assert path.read_text('utf-8').count('\n') == 2
+
+
+def _read(path):
+  return answers.Answers(str(path))._answers
 
 
 def test_a_kill_in_the_middle_of_a_line_costs_that_line(tmp_path):
   path = tmp_path / 'answers.jsonl'
-  kept = answers.Answers(str(path))
+  first = answers.Answers(str(path))
   for key in 'abc':
-    kept.add(key, key * 3)
-  kept.close()
+    first.add(key, key * 3)
+  first.close()
   path.write_bytes(path.read_bytes()[:-5])
+  assert _read(path) == {'a': 'aaa', 'b': 'bbb'}
   again = answers.Answers(str(path))
-  assert [again.find(k) for k in 'abc'] == ['aaa', 'bbb', None]
   again.add('d', 'ddd')
   again.close()
-  last = answers.Answers(str(path))
-  assert [last.find(k) for k in 'abcd'] == ['aaa', 'bbb', None, 'ddd']
+  assert _read(path) == {'a': 'aaa', 'b': 'bbb', 'd': 'ddd'}
 
 
 @pytest.mark.parametrize('on_disk', (True, False))
 def test_complete_makes_what_is_missing_once(tmp_path, on_disk):
   path = str(tmp_path / 'answers.jsonl') if on_disk else ''
-  kept = answers.Answers(path)
-  kept.add('b', 'known')
-  asked = []
+  cached = answers.Answers(path)
+  cached.add('b', 'known')
+  asked, counts = [], []
 
   def answer(indices, keep):
     asked.append(indices)
@@ -48,10 +49,10 @@ def test_complete_makes_what_is_missing_once(tmp_path, on_disk):
 
   expected = ['answer 0', 'known', 'answer 0', 'answer 3']
   for _ in range(2):
-    assert kept.complete('abac', answer) == expected
-  assert asked == [[0, 3]]
-  kept.close()
-  assert answers.Answers(path).find('c') == ('answer 3' if on_disk else None)
+    assert cached.complete('abac', answer, counts.append) == expected
+  assert asked == [[0, 3]] and counts == [3, 4]
+  cached.close()
+  assert _read(path).get('c') == ('answer 3' if on_disk else None)
 
 
 def test_an_interrupted_complete_keeps_what_it_has(tmp_path):

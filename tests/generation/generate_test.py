@@ -44,36 +44,53 @@ def _prompts():
 
 
 @functools.partial(jax.jit, static_argnames='kind')
-def _last_logits(kind, params, tokens_T, n):
-  """Logits after the first n of a row padded to a fixed length."""
-  tokens_BT = tokens_T[None]
-  positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+def _logits(kind, params, tokens_BT):
+  """The logits of a full forward, without a cache."""
+  positions_BT = jnp.broadcast_to(
+      jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
   x_BTD = model_lib.hidden_states(
-      _model(kind), params, tokens_BT, positions_BT,
-      (positions_BT < n).astype(jnp.int32))
-  return model_lib.logits(_model(kind), params, x_BTD[0, n - 1])
+      _model(kind), params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT))
+  return model_lib.logits(_model(kind), params, x_BTD)
 
 
-def _reference(kind, prompt, choose=lambda logits_V, _: np.argmax(logits_V)):
-  """Greedy tokens, each by a full forward without a cache."""
-  tokens = list(prompt)
-  for _ in range(_NEW):
-    padded = np.zeros(max(_LENGTHS) + _NEW, np.int32)
-    padded[:len(tokens)] = tokens
-    logits_V = np.asarray(_last_logits(
-        kind, _params(kind), jnp.asarray(padded), len(tokens)))
-    tokens.append(int(choose(logits_V, tokens)))
-  return tokens[len(prompt):]
+def _check(kind, answers, choose=lambda logits_V, _: np.argmax(logits_V)):
+  """Each token is chosen by the logits after those before it."""
+  tokens_BT = np.zeros((len(answers), max(_LENGTHS) + _NEW), np.int32)
+  rows = [[*p, *a] for p, a in zip(_prompts(), answers, strict=True)]
+  for r, row in enumerate(rows):
+    tokens_BT[r, :len(row)] = row
+  logits_BTV = np.asarray(_logits(kind, _params(kind), tokens_BT))
+  for row, n, logits_TV in zip(rows, _LENGTHS, logits_BTV):
+    assert len(row) == n + _NEW
+    assert row[n:] == [
+        choose(logits_TV[t - 1], row[:t]) for t in range(n, len(row))]
 
 
-def _generate(kind='3', prompts=None, *, batch_size=3, stop_ids=_NEVER,
-              vocab_size=512, seed=0, row_ids=None, is_done=None,
-              progress=None, **sampling):
+def _generate(kind='3', prompts=None, **options):
+  """Options are those of `generate`, or fields of `Sampling`."""
+  sampling = dict(max_new_tokens=_NEW)
+  for name in generate.Sampling.__dataclass_fields__:
+    if name in options:
+      sampling[name] = options.pop(name)
   return generate.generate(
       _model(kind), _params(kind), _prompts() if prompts is None else prompts,
-      generate.Sampling(**dict(max_new_tokens=_NEW) | sampling),
-      stop_ids=stop_ids, vocab_size=vocab_size, batch_size=batch_size,
-      seed=seed, row_ids=row_ids, is_done=is_done, progress=progress)
+      generate.Sampling(**sampling),
+      **dict(stop_ids=_NEVER, vocab_size=512, batch_size=3) | options)
+
+
+@pytest.fixture
+def sizes(monkeypatch):
+  """The rows of each call of `_prefill` and of `_decode_chunk`."""
+  sizes = {'_prefill': [], '_decode_chunk': []}
+
+  def count(call, sizes, i, *arguments):
+    sizes.append(len(arguments[i]))
+    return call(*arguments)
+
+  for name, i in (('_prefill', 2), ('_decode_chunk', 3)):
+    monkeypatch.setattr(generate, name, functools.partial(
+        count, getattr(generate, name), sizes[name], i))
+  return sizes
 
 
 @functools.cache
@@ -83,29 +100,25 @@ def _greedy(kind='3'):
 
 @pytest.mark.parametrize('kind', _KINDS)
 def test_greedy_tokens_are_those_of_full_forwards(kind):
-  answers = _greedy(kind)
-  for prompt, answer in zip(_prompts(), answers, strict=True):
-    assert answer == _reference(kind, prompt)
-  assert len({token for answer in answers for token in answer}) > 5
+  _check(kind, _greedy(kind))
+  assert len({token for answer in _greedy(kind) for token in answer}) > 5
 
 
 def test_rows_of_the_embedding_beyond_the_tokenizer_are_never_said():
-  def choose(logits_V, _):
-    return np.argmax(logits_V[:200])
-
-  answers = _generate(vocab_size=200)
-  assert answers == [_reference('3', p, choose) for p in _prompts()]
+  _check('3', _generate(vocab_size=200),
+         lambda logits_V, _: np.argmax(logits_V[:200]))
   assert max(max(a) for a in _greedy()) >= 200  # Or nothing was tested.
 
 
-def test_neighbours_and_padding_do_not_matter():
-  assert _generate(batch_size=2) == _greedy()  # The last batch is filled up.
+def test_neighbours_padding_and_order_do_not_matter():
+  done = []
+  answers = _generate(  # The last batch is filled up.
+      batch_size=2, on_answer=lambda i, tokens: done.append((i, tokens)))
+  assert answers == _greedy() and done == list(enumerate(answers))
   assert [_generate(prompts=[p], batch_size=1)[0] for p in _prompts()] == (
       _greedy())
-
-
-def test_answers_come_in_the_order_of_the_prompts():
   assert _generate(prompts=_prompts()[::-1]) == _greedy()[::-1]
+  assert _generate(prompts=[]) == []
 
 
 def test_a_stop_token_ends_a_row_and_is_left_out():
@@ -126,118 +139,75 @@ def test_no_more_tokens_than_asked_for(n):
 
 
 def test_limits_of_new_tokens_share_programs():
-  programs = (generate._prefill, generate._decode_chunk)
+  def compiled():
+    return [p._cache_size() for p in (
+        generate._prefill, generate._decode_chunk)]
+
   _generate(max_new_tokens=5)
-  before = [p._cache_size() for p in programs]
+  before = compiled()
   for limit in (1, 16, 33, 128):
-    answers = _generate(max_new_tokens=limit)
-    assert [len(a) for a in answers] == [limit] * 3
-  assert [p._cache_size() for p in programs] == before
-  # A longer cache is another one.
-  _generate(max_new_tokens=129)
-  assert [p._cache_size() for p in programs] == [n + 1 for n in before]
+    assert list(map(len, _generate(max_new_tokens=limit))) == [limit] * 3
+  assert compiled() == before
+  _generate(max_new_tokens=129)  # A longer cache is another one.
+  assert compiled() == [n + 1 for n in before]
 
 
-def test_no_prompts_have_no_answers():
-  assert _generate(prompts=[]) == []
-
-
-def test_is_done_ends_its_row_alone():
+@pytest.mark.parametrize('stop', (False, True), ids=('chunks', 'stop token'))
+def test_is_done_ends_its_row_alone(stop):
   seen = {0: [], 1: [], 2: []}
 
   def is_done(number, tokens):
     seen[number].append(list(tokens))
     return number == 1
 
-  answers = _generate(is_done=is_done)
-  assert answers == [_greedy()[0], _greedy()[1][:16], _greedy()[2]]
+  stop_id = _greedy()[0][5] if stop else -1
+  answers = _generate(stop_ids=(stop_id,), is_done=is_done)
+  greedy = [a[:a.index(stop_id)] if stop_id in a else a for a in _greedy()]
+  assert answers == [greedy[0], greedy[1][:16], greedy[2]]
   # It sees each chunk, and the answer as it ends.
-  assert seen == {0: [answers[0][:16], answers[0]], 1: [answers[1]],
-                  2: [answers[2][:16], answers[2]]}
+  assert seen == {i: [answer] if len(answer) <= 16 else [answer[:16], answer]
+                  for i, answer in enumerate(answers)}
 
 
-def test_is_done_sees_an_answer_that_a_stop_token_ends():
-  seen = []
-  answers = _generate(stop_ids=(_greedy()[0][5],),
-                      is_done=lambda i, t: seen.append((i, list(t))))
-  assert (0, answers[0]) in seen
-
-
-def test_a_sampled_row_is_that_of_its_id_alone():
-  prompts = [_prompts()[0]] * 3
-  rows = _generate(prompts=prompts, temperature=1.5)
-  assert len({tuple(row) for row in rows}) == 3
-  # The answers that are missing, made alone, are those of the first time.
-  some = _generate(prompts=prompts[:2], row_ids=[2, 0], temperature=1.5)
-  assert some == [rows[2], rows[0]]
-
-
-def test_progress_counts_the_prompts_answered():
-  counts = []
-  _generate(batch_size=2, progress=counts.append)
-  assert counts == [2, 3]
-
-
-def test_the_last_few_do_not_fill_a_whole_batch(monkeypatch):
-  sizes = []
-  prefill = generate._prefill
-
-  def counted(model, params, tokens_BT, *rest):
-    sizes.append(len(tokens_BT))
-    return prefill(model, params, tokens_BT, *rest)
-
-  monkeypatch.setattr(generate, '_prefill', counted)
+def test_the_last_few_do_not_fill_a_whole_batch(sizes):
   prompts = [_prompts()[0]] * 13
   answers = _generate(prompts=prompts, batch_size=8)
   assert answers == [answers[0]] * 13
   _generate(prompts=prompts[:10], batch_size=8)
-  assert sizes == [8, 8, 8, 2]
+  assert sizes['_prefill'] == [8, 8, 8, 2]
 
 
-def test_long_prompts_come_fewer_at_a_time(monkeypatch):
-  counts = []
+def test_long_prompts_come_fewer_at_a_time(monkeypatch, sizes):
   rng = np.random.default_rng(1)
   prompts = [[2, *rng.integers(3, 512, n).tolist()]
              for n in (3, 4, 5, 6, 40, 50)]
   answers = _generate(prompts=prompts, batch_size=8)
   monkeypatch.setattr(generate, '_MAX_PROMPT_TOKENS', 60)
   # 6 rows of 51 would be 306; 3 of 6 are 18. Of the rest, 2 of 41 are too many.
-  assert _generate(prompts=prompts, batch_size=8,
-                   progress=counts.append) == answers
-  assert counts == [3, 4, 5, 6]
+  assert _generate(prompts=prompts, batch_size=8) == answers
+  assert sizes['_prefill'] == [6, 3, 1, 1, 1]
 
 
 @pytest.mark.parametrize('kind', _KINDS)
 @pytest.mark.parametrize('sampling', (
     dict(), dict(temperature=2.0, repetition_penalty=1.5)), ids=str)
-def test_rows_that_go_on_alone_say_the_same(kind, sampling, monkeypatch):
+def test_rows_that_continue_alone_say_the_same(
+    kind, sampling, monkeypatch, sizes):
   rng = np.random.default_rng(1)
   prompts = [[2, *rng.integers(3, 512, 4 + i).tolist()] for i in range(9)]
-  sizes = []
-  decode_chunk = generate._decode_chunk
-
-  def counted(model, params, carry, keys_B, *rest):
-    sizes.append(len(keys_B))
-    return decode_chunk(model, params, carry, keys_B, *rest)
-
-  def generate_all(last):
-    """Rows end after a chunk but for two, then but for the one."""
-    del sizes[:]
-    return _generate(
+  answers = []
+  # Rows end after a chunk but for two, then but for one.
+  for shrink, rows in ((generate._SHRINK, [9, 2, 2, 2]), (2, [9, 2, 1, 1]),
+                       (100, [9, 9, 9, 9])):
+    monkeypatch.setattr(generate, '_SHRINK', shrink)
+    sizes['_decode_chunk'].clear()
+    answers.append(_generate(
         kind, prompts, batch_size=9, max_new_tokens=64, **sampling,
         is_done=lambda i, tokens: i not in (3, 7) or (
-            i != last and len(tokens) >= 32))
-
-  monkeypatch.setattr(generate, '_decode_chunk', counted)
-  answers = generate_all(last=7)
-  assert sizes == [9, 2, 2, 2]
-  assert [len(a) for a in answers] == [16, 16, 16, 32, 16, 16, 16, 64, 16]
-  monkeypatch.setattr(generate, '_SHRINK', 2)
-  assert generate_all(last=7) == answers
-  assert sizes == [9, 2, 1, 1]
-  monkeypatch.setattr(generate, '_SHRINK', 100)
-  assert generate_all(last=7) == answers
-  assert sizes == [9, 9, 9, 9]
+            i == 3 and len(tokens) >= 32)))
+    assert sizes['_decode_chunk'] == rows
+  assert [len(a) for a in answers[0]] == [16, 16, 16, 32, 16, 16, 16, 64, 16]
+  assert answers[1:] == answers[:1] * 2
 
 
 # Sampling ---------------------------------------------------------------------
@@ -250,12 +220,15 @@ def test_samples_are_a_function_of_seed_and_row():
   # Not of the rows beside it.
   assert _generate(**hot, batch_size=2) == answers
   assert _generate(prompts=_prompts()[:1], **hot, batch_size=1) == answers[:1]
-  other = _generate(**hot, seed=1)
-  assert all(a != b for a, b in zip(answers, other))
-  assert all(a != b for a, b in zip(answers, _greedy()))
+  for others in (_generate(**hot, seed=1), _greedy()):
+    assert all(a != b for a, b in zip(answers, others))
   # The same prompt again is another row.
-  one, again = _generate(prompts=[_prompts()[0]] * 2, **hot, batch_size=2)
-  assert one != again
+  prompts = [_prompts()[0]] * 3
+  rows = _generate(prompts=prompts, **hot)
+  assert len(set(map(tuple, rows))) == 3
+  # Rows that are made alone by their ids are those of the first time.
+  some = _generate(prompts=prompts[:2], row_ids=[2, 0], **hot)
+  assert some == [rows[2], rows[0]]
 
 
 @pytest.mark.parametrize('sampling', (
@@ -276,19 +249,20 @@ def test_the_repetition_penalty_in_the_model():
     return np.argmax(logits_V)
 
   answers = _generate(repetition_penalty=penalty, repetition_window=window)
-  assert answers == [_reference('3', p, choose) for p in _prompts()]
+  _check('3', answers, choose)
   assert answers != _greedy()
 
 
-_LOGITS = np.log([[0.4, 0.3, 0.15, 0.1, 0.05]]).astype(np.float32)
+_LOGITS = np.log([0.4, 0.3, 0.15, 0.1, 0.05])
 
 
-def _support(recent=(-1, -1), n=400, **sampling):
-  """Tokens that are ever chosen of _LOGITS, and their shares."""
+def _support(recent=(-1, -1), n=400, logits=_LOGITS, **sampling):
+  """Tokens that are ever chosen by these logits, and their shares."""
   keys_B = jax.random.split(jax.random.key(0), n)
   chosen = np.asarray(generate._choose(
-      jnp.tile(_LOGITS, (n, 1)), jnp.tile(jnp.asarray([recent]), (n, 1)),
-      keys_B, 0, generate.Sampling(**sampling)))
+      jnp.tile(jnp.float32([logits]), (n, 1)),
+      jnp.tile(jnp.asarray([recent]), (n, 1)), keys_B, 0,
+      generate.Sampling(**sampling)))
   tokens, counts = np.unique(chosen, return_counts=True)
   return dict(zip(tokens.tolist(), (counts / n).tolist()))
 
@@ -309,7 +283,7 @@ def test_which_tokens_can_be_chosen(sampling, kept):
 
 @pytest.mark.parametrize('temperature', (0.5, 1.0, 2.0))
 def test_shares_follow_the_temperature(temperature):
-  expected = np.exp(_LOGITS[0] / temperature)
+  expected = np.exp(_LOGITS / temperature)
   expected /= expected.sum()
   shares = _support(temperature=temperature, n=4000)
   # Four deviations of a share of 4,000 draws are at most 0.032.
@@ -317,12 +291,13 @@ def test_shares_follow_the_temperature(temperature):
       [shares.get(i, 0) for i in range(5)], expected, atol=0.032)
 
 
-def test_the_repetition_penalty_by_hand(monkeypatch):
-  monkeypatch.setattr(f'{__name__}._LOGITS', np.float32([[2.0, 1.5, -1.0]]))
-  # 2 / 1.5 is below 1.5; 2 / 1.2 is not; a negative one is multiplied.
-  for recent, penalty, chosen in (
-      ((0, -1), 1.5, 1), ((0, -1), 1.2, 0), ((-1, -1), 9.0, 0),
-      ((0, 1), 1.5, 0), ((1, 2), 2.0, 0)):
-    assert list(_support(recent, n=1, repetition_penalty=penalty)) == [chosen]
-  monkeypatch.setattr(f'{__name__}._LOGITS', np.float32([[-2.0, -1.5, -9.0]]))
-  assert list(_support((1, 2), n=1, repetition_penalty=1.4)) == [0]
+@pytest.mark.parametrize('logits, recent, penalty, chosen', (
+    ((2.0, 1.5, -1.0), (0, -1), 1.5, 1),  # 2 / 1.5 is below 1.5.
+    ((2.0, 1.5, -1.0), (0, -1), 1.2, 0),  # 2 / 1.2 is not.
+    ((2.0, 1.5, -1.0), (-1, -1), 9.0, 0),
+    ((2.0, 1.5, -1.0), (0, 1), 1.5, 0),
+    ((2.0, 1.5, -1.0), (1, 2), 2.0, 0),
+    ((-2.0, -1.5, -9.0), (1, 2), 1.4, 0)))  # A negative one is multiplied.
+def test_the_repetition_penalty_by_hand(logits, recent, penalty, chosen):
+  found = _support(recent, n=1, logits=logits, repetition_penalty=penalty)
+  assert list(found) == [chosen]

@@ -16,12 +16,12 @@ _TRAINING = [
     _talk('How heavy is the oldest whale?', 'A'),
     _talk('List all bakers by name.', 'B'),
     _talk('How heavy is the youngest whale of the bay?', 'C'),
-    _talk('Count the tickets.', 'D', system='Be brief.'),
-]
+    _talk('Count the tickets.', 'D', system='Be brief.')]
 
 
-def _prompter(text, seed=0, training=_TRAINING):
-  return prompting.Prompter(prompting.parse(text), training, seed)
+def _indices(text, conversation, seed=0):
+  return prompting.Prompter(
+      prompting.parse(text), _TRAINING, seed).indices(conversation)
 
 
 def test_parse():
@@ -36,29 +36,21 @@ def test_parse():
 
 def test_nearest_by_bm25_the_nearest_last():
   asked = _talk('How heavy is the youngest whale?', 'not looked at: bakers')
-  assert _prompter('rag:2').indices(asked) == [0, 2]
+  assert _indices('rag:2', asked) == [0, 2]
   # The same without an answer, as it is asked.
-  assert _prompter('rag:2').indices(asked[:-1]) == [0, 2]
-  assert _prompter('rag:1').indices(_talk('Name the bakers', '')) == [1]
-
-
-def test_no_word_in_common_and_no_word_at_all():
-  assert len(_prompter('rag:3').indices(_talk('xyzzy', ''))) == 3
-  assert len(_prompter('rag:3').indices(_talk('?!', ''))) == 3
+  assert _indices('rag:2', asked[:-1]) == [0, 2]
+  assert _indices('rag:1', _talk('Name the bakers', '')) == [1]
+  for question in ('xyzzy', '?!'):  # No word in common, no word at all.
+    assert len(_indices('rag:3', _talk(question, ''))) == 3
 
 
 def test_few_are_drawn_by_the_seed():
-  one = _prompter('few:2').indices(_talk('a', ''))
-  assert one == _prompter('few:2').indices(_talk('b', ''))
-  assert len(set(one)) == 2
-  drawn = {tuple(_prompter('few:2', seed=s).indices(_talk('a', '')))
-           for s in range(20)}
+  one = _indices('few:2', _talk('a', ''))
+  assert one == _indices('few:2', _talk('b', '')) and len(set(one)) == 2
+  drawn = {tuple(_indices('few:2', _talk('a', ''), seed)) for seed in range(20)}
   assert len(drawn) > 5
-
-
-def test_more_than_there_are():
   with pytest.raises(errors.UserError, match='few:5, with 4 training'):
-    _prompter('few:5')
+    _indices('few:5', _talk('a', ''))
 
 
 def test_examples_are_turns_after_the_system_text():
@@ -80,19 +72,15 @@ def test_words_of_many_scripts():
   assert prompting.words('春眠a') == ['春', '眠', '春眠', 'a']
 
 
-def test_a_text_is_asked_by_its_first_line():
-  assert prompting.question('first\nsecond') == 'first'
-  assert prompting.question(_talk('a', 'b', system='s')) == 'a'
-
-
 def test_a_transcript_for_models_that_know_no_turns():
   asked = _talk('What?', 'not shown', system='Be kind.')
   text = prompting.transcript([_TRAINING[1]], asked)
   assert text == ('Prompt:\nList all bakers by name.\n\nAnswer:\nB\n\n'
                   'Be kind.\n\nPrompt:\nWhat?\n\nAnswer:\n')
-  assert prompting.transcript([], asked) == prompting.transcript(
-      [], asked[:-1])
+  assert prompting.transcript([], asked) == prompting.transcript([], asked[:-1])
+  assert prompting.question(_talk('a', 'b', system='s')) == 'a'
   # Plain text is continued from its first line.
+  assert prompting.question('first\nsecond') == 'first'
   assert prompting.transcript(['a\nb'], 'c\nd') == 'a\nb\n\nc\n'
 
 

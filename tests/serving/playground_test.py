@@ -1,11 +1,13 @@
 """The playground: its answers, their queue, and the page."""
 
+import contextlib
 import json
 import re
 import time
 import types
+import urllib.error
+import urllib.request
 
-import conftest
 import jax
 import local_server as serving
 import numpy as np
@@ -16,31 +18,20 @@ from gemma_sft import tasks
 from gemma_sft import train
 from gemma_sft.inputs import records as records_lib
 from gemma_sft.run import restore
-from gemma_sft.serving import models
 from gemma_sft.serving import playground
 
 _SCRIPT = serving.SCRIPT
+_PAIRS = [('Red?', _SCRIPT), ('Blue?', 'sky'), ('Blue sky?', 'yes'),
+          ('Red sun?', 'no')]
 
 
 @pytest.fixture(scope='module')
 def served(tmp_path_factory):
   """{'tuned', 'base'} of a run that answers 'Red?' with a script."""
-  folder = tmp_path_factory.mktemp('run')
-  config = conftest.config.__wrapped__(folder)
-  config.data.update(
-      train=conftest.write_pairs(folder / 'four.txt', [
-          ('Red?', _SCRIPT), ('Blue?', 'sky'), ('Blue sky?', 'yes'),
-          ('Red sun?', 'no')]),
-      validation='', max_length=64)
-  config.lora.enabled = False  # All weights learn four answers in 60 updates.
-  config.optimizer.update(learning_rate=0.01, schedule='constant')
-  config.train.steps = 60
-  config.eval.update(every=100, judged=0, prompts=())
-  config.sampling.update(
-      temperature=0.0, repetition_penalty=1.0, max_new_tokens=64)
-  train.main(config, str(folder / 'w'), False)
-  config = config.copy_and_resolve_references()
-  return models.load(config, str(folder / 'w'), base_only=False, step=-1)
+  config, workdir = serving.memorise(
+      tmp_path_factory.mktemp('run'), _PAIRS, steps=60, max_length=64,
+      max_new_tokens=64)
+  return playground.load_models(config, workdir, base_only=False, step=-1)
 
 
 def _records(*rows):
@@ -49,24 +40,31 @@ def _records(*rows):
 
 @pytest.fixture
 def play(served):
-  training = _records(
-      *({'prompt': p, 'completion': c} for p, c in (
-          ('Red?', _SCRIPT), ('Blue?', 'sky'), ('Blue sky?', 'yes'),
-          ('Red sun?', 'no'))))
   return playground.Playground(
-      served, training, _records({'prompt': 'Blue?', 'completion': 'sky'}))
+      served, _records(*({'prompt': p, 'completion': c} for p, c in _PAIRS)),
+      _records({'prompt': 'Blue?', 'completion': 'sky'}))
+
+
+@pytest.fixture
+def client(play):
+  return _client(play)
+
+
+def _client(play, answer=sample.answer):
+  return serving.make_client(playground.make_app(play, answer))
 
 
 _SAMPLING = dict(temperature=0, top_k=0, top_p=1, repetition_penalty=1,
                  max_new_tokens=64, seed=0, stop=[])
 
 
-def _question(prompt='Red?', model='tuned', **changes):
-  sampling = _SAMPLING | {
-      k: changes.pop(k) for k in list(changes) if k in _SAMPLING}
-  asked = {} if {'fields', 'messages'} & set(changes) else {
-      'fields': {'prompt': prompt}}
-  return dict(model=model, sampling=sampling) | asked | changes
+_CHAT = [{'role': 'user', 'content': 'Red?'}]
+
+
+def _question(prompt='Red?', **changes):
+  sampling = {k: changes.pop(k, value) for k, value in _SAMPLING.items()}
+  question = {} if 'messages' in changes else {'fields': {'prompt': prompt}}
+  return {'model': 'tuned', 'sampling': sampling} | question | changes
 
 
 def _ask(client, **changes):
@@ -81,20 +79,17 @@ def _answer(events):
   return text
 
 
-def test_the_answer_is_that_of_sample(play):
-  client = serving.make_client(playground.make_app(play, sample.answer))
+def test_the_answer_is_that_of_sample(client):
   events = _ask(client)
   assert _answer(events) == _SCRIPT
   assert ''.join(e['text'] for e in events if 'text' in e).strip() == _SCRIPT
   assert events[0]['prompt'] == [{'role': 'user', 'content': 'Red?'}]
   assert _SCRIPT not in _answer(_ask(client, model='base'))
-  chat = [{'role': 'user', 'content': 'Red?'}]
-  assert _answer(_ask(client, messages=chat)) == _SCRIPT
+  assert _answer(_ask(client, messages=_CHAT)) == _SCRIPT
   assert _answer(_ask(client, stop=['alert'])) == '<script>'
 
 
-def test_a_base_that_knows_no_turns_reads_a_transcript(play):
-  client = serving.make_client(playground.make_app(play, sample.answer))
+def test_a_base_that_knows_no_turns_reads_a_transcript(play, client):
   for base_prompt, role in (('text', 'transcript'), ('turns', 'user')):
     play.models['base'].config.eval.base_prompt = base_prompt
     prompts = [_ask(client, model=name, max_new_tokens=4)[0]['prompt']
@@ -103,9 +98,8 @@ def test_a_base_that_knows_no_turns_reads_a_transcript(play):
   play.models['base'].config.eval.base_prompt = 'text'
 
 
-def test_setup_says_what_the_page_draws(play):
-  setup = serving.make_client(playground.make_app(play, sample.answer)).get(
-      '/api/setup').json()
+def test_setup_says_what_the_page_draws(client):
+  setup = client.get('/api/setup').json()
   assert [m['name'] for m in setup['models']] == ['tuned', 'base']
   assert setup['task'] == 'chat'
   assert setup['fields'] == [
@@ -120,8 +114,7 @@ def test_a_column_of_few_short_values_is_a_choice(served):
           for i in range(8)]
   task = types.SimpleNamespace(
       FIELDS=('title', 'form'), __name__='tasks.poem',
-      LOWER_IS_BETTER={'copied'},
-      to_form=lambda record: record.fields)
+      LOWER_IS_BETTER={'copied'}, to_form=lambda record: record.fields)
   one = types.SimpleNamespace(
       task=task, config=served['tuned'].config, description='')
   setup = playground.Playground(
@@ -133,8 +126,7 @@ def test_a_column_of_few_short_values_is_a_choice(served):
   assert few['examples'] == ['zero'] and not few['fields'][1]['choices']
 
 
-def test_examples_are_shown_before_the_question(play):
-  client = serving.make_client(playground.make_app(play, sample.answer))
+def test_examples_are_shown_before_the_question(client):
   roles = [m['role'] for m in _ask(client, examples='few:4')[0]['prompt']]
   assert roles == ['user', 'model'] * 4 + ['user']
   prompt = _ask(client, prompt='Blue?', examples='rag:4')[0]['prompt']
@@ -149,6 +141,7 @@ def test_examples_are_shown_before_the_question(play):
     (dict(messages=[{'role': 'user', 'content': ' '}]), 400, '.*empty'),
     (dict(messages=[{'role': 'model', 'content': 'x'}]), 400, '.*role user'),
     (dict(messages=[]), 400, '.*role user'),
+    (dict(messages=[], examples='rag:4'), 400, '.*role user'),
     (dict(model='other'), 400, "no model 'other'"),
     (dict(examples='few:9'), 422, 'examples: '),
     (dict(top_p=0), 400, r'config.sampling.top_p is 0'),
@@ -156,21 +149,16 @@ def test_examples_are_shown_before_the_question(play):
     (dict(max_new_tokens=10**9), 422, 'sampling.max_new_tokens: '),
     (dict(seed=2**40), 422, 'sampling.seed: '),
 ])
-def test_a_wrong_question_is_one_message(play, changes, status, message):
-  client = serving.make_client(playground.make_app(play, sample.answer))
+def test_a_wrong_question_is_one_message(client, changes, status, message):
   got = _ask(client, **changes)
   assert got[0] == status and re.match(message, got[1]), got
   assert 'Traceback' not in got[1] and '\n' not in got[1]
 
 
 def _with_judge(play, judge):
-  class Task:
-    FIELDS = play._task.FIELDS
-    to_messages = staticmethod(play._task.to_messages)
-
-  Task.judge = staticmethod(judge)
-  play._task = Task
-  return serving.make_client(playground.make_app(play, sample.answer))
+  play._task = types.SimpleNamespace(
+      FIELDS=play._task.FIELDS, to_messages=play._task.to_messages, judge=judge)
+  return _client(play)
 
 
 def test_the_verdict_stands_under_the_answer(play):
@@ -183,28 +171,25 @@ def test_the_verdict_stands_under_the_answer(play):
   client = _with_judge(play, judge)
   assert _ask(client)[-1] == {
       'verdict': {'length': len(_SCRIPT), 'fine': True}, 'note': 'a note'}
-  chat = [{'role': 'user', 'content': 'Red?'}]
-  assert _ask(client, messages=chat)[-1] == {'verdict': {}, 'note': ''}
+  assert _ask(client, messages=_CHAT)[-1] == {'verdict': {}, 'note': ''}
 
 
 def test_a_judge_that_needs_a_reference_says_nothing(play, capsys):
-  def judge(records, completions, training):
-    return records[0].fields['completion']
-
-  events = _ask(_with_judge(play, judge))
+  events = _ask(_with_judge(
+      play, lambda records, *_: records[0].fields['completion']))
   assert _answer(events) == _SCRIPT
   assert events[-1] == {'verdict': {}, 'note': ''}
   assert "KeyError: 'completion'" in capsys.readouterr().out
 
 
-def test_a_failure_within_an_answer_is_told_and_the_next_one_goes_on(play):
+def test_a_failure_within_an_answer_is_reported_and_the_next_one_works(play):
   def answer(served, sampling, conversation, write, *_):
     if conversation[-1].content == 'Red?':
       write('Begun')
       raise RuntimeError('no memory')
     return 'fine'
 
-  client = serving.make_client(playground.make_app(play, answer))
+  client = _client(play, answer)
   events = _ask(client)
   assert {'text': 'Begun'} in events
   assert events[-1] == {'error': 'no answer: RuntimeError: no memory'}
@@ -231,68 +216,47 @@ class _Slow:
 
 
 def _start_answer(url):
-  """Begins an answer; returns its connection and response."""
-  import http.client
-
-  connection = http.client.HTTPConnection(
-      url.removeprefix('http://').rstrip('/'), timeout=20)
-  connection.request('POST', '/api/answer', json.dumps(_question()), {
-      'Content-Type': 'application/json'})
-  return connection, connection.getresponse()
+  """Begins an answer; returns the response, which ends it when closed."""
+  return urllib.request.urlopen(urllib.request.Request(
+      f'{url}api/answer', json.dumps(_question()).encode(),
+      {'Content-Type': 'application/json'}), timeout=20)
 
 
 def test_a_closed_connection_stops_its_answer_and_the_next_begins(play):
   slow = _Slow()
   with serving.running(playground.make_app(play, slow)) as url:
-    connection, response = _start_answer(url)
-    assert json.loads(response.readline())['prompt']
-    assert json.loads(response.readline()) == {'started': True}
-    assert json.loads(response.readline()) == {'text': '0 '}  # As it is made.
-    waiting, queued = _start_answer(url)
-    assert json.loads(queued.readline())['prompt']
-    time.sleep(0.2)
-    assert slow.most == 1  # One at a time.
-    response.close()
-    connection.close()
+    with _start_answer(url) as response:
+      assert json.loads(response.readline())['prompt']
+      assert json.loads(response.readline()) == {'started': True}
+      assert json.loads(response.readline()) == {'text': '0 '}  # As it is made.
+      queued = _start_answer(url)
+      assert json.loads(queued.readline())['prompt']
+      time.sleep(0.2)
+      assert slow.most == 1  # One at a time.
     assert json.loads(queued.readline()) == {'started': True}
     assert (slow.ended, slow.most) == (1, 1)
-    queued.close()
-    waiting.close()
-    serving.wait(lambda: slow.ended == 2)
-
-
-def test_the_end_of_the_server_stops_an_answer(play):
-  slow = _Slow()
-  with serving.running(playground.make_app(play, slow)) as url:
-    connection, response = _start_answer(url)
-    response.readline()
     serving.wait(lambda: slow.running)
-  serving.wait(lambda: slow.ended == 1)
-  response.close()
-  connection.close()
+  serving.wait(lambda: slow.ended == 2)  # The end of the server stops it.
+  queued.close()
 
 
 def test_too_many_waiting_are_refused(play):
-  slow = _Slow()
-  with serving.running(playground.make_app(play, slow)) as url:
-    opened = []
+  with (serving.running(playground.make_app(play, _Slow())) as url,
+        contextlib.ExitStack() as stack):
     for _ in range(8):
-      opened.append(_start_answer(url))
-      opened[-1][1].readline()
-    connection, response = _start_answer(url)
-    assert response.status == 400
-    assert 'questions are waiting' in json.loads(response.read())['error']
-    for one, answer in [*opened, (connection, response)]:
-      answer.close()
-      one.close()
+      stack.enter_context(_start_answer(url)).readline()
+    with pytest.raises(urllib.error.HTTPError) as refused:
+      _start_answer(url)
+    assert refused.value.status == 400
+    assert 'questions are waiting' in json.load(refused.value)['error']
 
 
 def test_tuned_and_base_share_what_has_no_adapter(run_config, tmp_path):
+  workdir = str(tmp_path / 'w')
   run_config.train.steps = 2
-  train.main(run_config, str(tmp_path / 'w'), False)
-  both = models.load(run_config, str(tmp_path / 'w'), base_only=False, step=-1)
-  alone = restore.load_weights(
-      run_config, str(tmp_path / 'w'), base=False, step=-1)
+  train.main(run_config, workdir, False)
+  both = playground.load_models(run_config, workdir, base_only=False, step=-1)
+  alone = restore.load_weights(run_config, workdir, base=False, step=-1)
   for got, want in zip(*map(jax.tree.leaves, (
       both['tuned'].params, alone.params))):
     np.testing.assert_array_equal(got, want)
@@ -303,7 +267,8 @@ def test_tuned_and_base_share_what_has_no_adapter(run_config, tmp_path):
   assert tuned is base
   assert any((np.asarray(x) != np.asarray(y)).any() for x, y in zip(
       *(jax.tree.leaves(both[n].params) for n in ('tuned', 'base'))))
-  only = models.load(run_config, str(tmp_path / 'none'), base_only=True, step=0)
+  only = playground.load_models(
+      run_config, str(tmp_path / 'none'), base_only=True, step=0)
   assert list(only) == ['base']
 
 
@@ -316,9 +281,12 @@ def chromium():
     yield browser
 
 
+def _browse(chromium, play, answer, size):
+  return serving.browse(chromium, playground.make_app(play, answer), **size)
+
+
 def test_the_playground_answers_side_by_side(chromium, play, tmp_path):
-  app = playground.make_app(play, sample.answer)
-  with serving.browse(chromium, app, **serving.DESKTOP) as page:
+  with _browse(chromium, play, sample.answer, serving.DESKTOP) as page:
     page.click('text=Fill in an example')
     assert page.input_value('#field-prompt') == 'Blue?'
     page.fill('#field-prompt', 'Red?')
@@ -355,8 +323,7 @@ def test_the_chat_on_a_phone_keeps_each_models_conversation(chromium, play):
     write(f'{_SCRIPT} {len(asked)} {"z" * 200}')
     return f'{_SCRIPT} {len(asked)}'
 
-  app = playground.make_app(play, answer)
-  with serving.browse(chromium, app, **serving.PHONE) as page:
+  with _browse(chromium, play, answer, serving.PHONE) as page:
     page.tap('#tab-chat')
     page.tap('#parameters summary')
     page.fill('#system', 'Be brief.')
@@ -378,8 +345,7 @@ def test_the_chat_on_a_phone_keeps_each_models_conversation(chromium, play):
 
 def test_the_stop_button(chromium, play):
   slow = _Slow()
-  app = playground.make_app(play, slow)
-  with serving.browse(chromium, app, **serving.DESKTOP) as page:
+  with _browse(chromium, play, slow, serving.DESKTOP) as page:
     page.fill('#field-prompt', 'Red?')
     page.keyboard.press('Control+Enter')
     page.wait_for_function(

@@ -1,6 +1,5 @@
 """Rating: pairs of answers, the server, and the page itself."""
 
-import contextlib
 import json
 
 import conftest
@@ -20,19 +19,27 @@ def store(tmp_path):
   return ratings.Store(str(tmp_path / 'ratings.sqlite'))
 
 
+@pytest.fixture
+def client(store):
+  return serving.make_client(serving.rating_app(store))
+
+
+def _read(*runs, split='test'):
+  return pairs_lib.read(runs, split)
+
+
 def test_pairs_are_of_the_same_record(tmp_path):
   a = serving.write_result(
       tmp_path / 'a', {'t:1': 'one', 't:2': 'two', 't:3': '3'})
   b = serving.write_result(
       tmp_path / 'b', {'t:2': 'zwei', 't:9': '9', 't:1': 'eins'})
-  pairs = pairs_lib.read((a, b), 'test')
+  pairs = _read(a, b)
   assert {(p.place, p.prompt, p.a, p.b) for p in pairs} == {
       ('t:1', 'Ask t:1', 'one', 'eins'), ('t:2', 'Ask t:2', 'two', 'zwei')}
   # One order for all, which is not the file's; other answers, other items.
   assert [p.item for p in pairs] == sorted(p.item for p in pairs)
   serving.write_result(tmp_path / 'a', {'t:1': 'one anew', 't:2': 'two'})
-  again = pairs_lib.read((a, b), 'test')
-  assert len({p.item for p in pairs} & {p.item for p in again}) == 1
+  assert len({p.item for p in pairs} & {p.item for p in _read(a, b)}) == 1
 
 
 def test_other_results_of_a_run(tmp_path):
@@ -40,33 +47,32 @@ def test_other_results_of_a_run(tmp_path):
   serving.write_result(tmp_path / 'a', {'t:1': 'base'}, name='base')
   serving.write_result(tmp_path / 'a', {'t:1': 'few'}, name='few:4')
   for name in ('base', 'few:4'):
-    (pair,) = pairs_lib.read((a, f'{a}:{name}'), 'test')
+    (pair,) = _read(a, f'{a}:{name}')
     assert (pair.a, pair.b) == ('tuned', name[:4].rstrip(':'))
   assert pairs_lib.labels((a, f'{a}:base')) == ('a', 'a:base')
   assert pairs_lib.labels(('x/a', 'y/a')) == ('x/a', 'y/a')
   with pytest.raises(errors.UserError, match="no answers of 'llama'") as error:
-    pairs_lib.read((a, f'{a}:llama'), 'test')
+    _read(a, f'{a}:llama')
   assert 'base, few:4, tuned' in str(error.value)
   with pytest.raises(errors.UserError, match='--split=train --base|train'):
-    pairs_lib.read((a, f'{a}:base'), 'train')
+    _read(a, f'{a}:base', split='train')
   b = serving.write_result(tmp_path / 'b', {'other:1': 'x'})
   with pytest.raises(errors.UserError, match='none of the same records'):
-    pairs_lib.read((a, b), 'test')
+    _read(a, b)
 
 
-def test_prompts_that_were_not_kept_are_worded_anew(config, tmp_path):
+def test_prompts_that_were_not_stored_come_from_the_data(config, tmp_path):
   config.data.test = conftest.write_pairs(
       tmp_path / 'test.txt', [('Who?', 'I.'), ('Why?', 'So.')])
   answers = {f'{config.data.test}:{line}': 'x' for line in (1, 7)}
   a = serving.write_result(tmp_path / 'a', answers, prompts=False)
   (tmp_path / 'a' / 'config.json').write_text(config_lib.to_json(config))
   b = serving.write_result(tmp_path / 'b', answers, prompts=False)
-  prompts = {p.place.rpartition(':')[2]: p.prompt
-             for p in pairs_lib.read((a, b), 'test')}
+  prompts = {p.place.rpartition(':')[2]: p.prompt for p in _read(a, b)}
   assert prompts == {'1': 'Who?', '7': 'Why?'}
 
 
-def test_the_order_is_a_fair_coin_that_falls_the_same_again():
+def test_the_order_is_random_and_repeatable():
   first = [pairs_lib.shown_first('Ana', str(i)) for i in range(1000)]
   assert first == [pairs_lib.shown_first('Ana', str(i)) for i in range(1000)]
   # Four standard errors of 500: 63.
@@ -78,17 +84,21 @@ def test_the_order_is_a_fair_coin_that_falls_the_same_again():
 # Without a browser -----------------------------------------------------------
 
 
-def _vote(client, state, choice, rater='Ana', **marks):
+def _next(client, rater='Ana'):
+  return client.get('/api/next', params={'rater': rater}).json()
+
+
+def _vote(client, state, choice, **marks):
   done = client.post('/api/rate', json={
-      'rater': rater, 'item': state['pair']['item'], 'choice': choice, **marks})
+      'rater': 'Ana', 'item': state['pair']['item'], 'choice': choice, **marks})
   assert done.status_code == 200, done.text
   return done.json()
 
 
 def test_a_vote_is_mapped_back_to_the_run(store):
-  pairs = serving.make_pairs(40)
-  client = serving.make_client(serving.rating_app(store, pairs))
-  state = client.get('/api/next', params={'rater': ' Ana  '}).json()
+  client = serving.make_client(
+      serving.rating_app(store, serving.make_pairs(40)))
+  state = _next(client, ' Ana  ')
   places = set()
   for i in range(40):
     assert state['done'] == i and state['total'] == 40
@@ -97,43 +107,39 @@ def test_a_vote_is_mapped_back_to_the_run(store):
     places.add(place)
     state = _vote(client, state, place, **{place: {'style': 5}})
   assert places == {'first', 'second'} and state['pair'] is None
-  kept = store.ratings()
-  assert {(r.rater, r.choice) for r in kept} == {('Ana', 'a')}
-  assert all(r.marks == {('a', 'style'): 5} for r in kept)
-  assert {r.shown_first for r in kept} == {'a', 'b'}
+  stored = store.ratings()
+  assert {(r.rater, r.choice) for r in stored} == {('Ana', 'a')}
+  assert all(r.marks == {('a', 'style'): 5} for r in stored)
+  assert {r.shown_first for r in stored} == {'a', 'b'}
   results = client.get('/api/results').json()
   assert results['win_rate'] == 1 and results['runs'] == ['a', 'b']
 
 
-def test_the_page_is_not_told_which_run_is_which(store):
-  client = serving.make_client(serving.rating_app(store))
+def test_the_page_does_not_learn_which_run_is_which(client):
   text = client.get('/api/next', params={'rater': 'Ana'}).text
   assert 'w/a' not in text and 't:0' not in text
   assert set(json.loads(text)['pair']) == {'item', 'prompt', 'first', 'second'}
 
 
-def test_raters_go_on_where_they_were_and_take_back(store):
-  client = serving.make_client(serving.rating_app(store))
-  state = client.get('/api/next', params={'rater': 'Ana'}).json()
-  first = state['pair']['item']
-  state = _vote(client, state, 'tie', second={'meaning': 2})
+def test_raters_resume_and_undo(store, client):
+  first = _next(client)['pair']['item']
+  state = _vote(client, _next(client), 'tie', second={'meaning': 2})
   # Another process on the same file; another rater begins at the beginning.
   client = serving.make_client(serving.rating_app(ratings.Store(store.path)))
-  assert client.get('/api/next', params={'rater': 'Ana'}).json() == state
+  assert _next(client) == state
   assert state['done'] == 1 and state['pair']['item'] != first
-  other = client.get('/api/next', params={'rater': 'Bo'}).json()
+  other = _next(client, 'Bo')
   assert other['done'] == 0 and other['pair']['item'] == first
-  back = client.post('/api/undo', json={'rater': 'Ana'}).json()
+  back, nothing = (
+      client.post('/api/undo', json={'rater': 'Ana'}).json() for _ in range(2))
   assert back['done'] == 0 and back['pair']['item'] == first
   assert back['pair']['before'] == {
       'choice': 'tie', 'first': {}, 'second': {'meaning': 2}}
-  nothing = client.post('/api/undo', json={'rater': 'Ana'}).json()
   assert nothing['done'] == 0 and 'before' not in nothing['pair']
 
 
-def test_a_key_hit_twice_is_one_vote(store):
-  client = serving.make_client(serving.rating_app(store))
-  state = client.get('/api/next', params={'rater': 'Ana'}).json()
+def test_a_key_hit_twice_is_one_vote(store, client):
+  state = _next(client)
   assert _vote(client, state, 'first') == _vote(client, state, 'second')
   assert len(store.ratings()) == 1
 
@@ -149,10 +155,9 @@ def test_a_key_hit_twice_is_one_vote(store):
     ({'first': {'beauty': 3}}, 422, 'first.beauty'),
     ({'shown_first': 'a'}, 422, 'shown_first: '),
 ])
-def test_wrong_votes_are_told_and_not_kept(store, change, status, message):
-  client = serving.make_client(serving.rating_app(store))
-  state = client.get('/api/next', params={'rater': 'Ana'}).json()
-  vote = {'rater': 'Ana', 'item': state['pair']['item'], 'choice': 'tie'}
+def test_wrong_votes_are_refused(store, client, change, status, message):
+  vote = {'rater': 'Ana', 'item': _next(client)['pair']['item'],
+          'choice': 'tie'}
   answer = client.post('/api/rate', json=vote | change)
   assert answer.status_code == status
   assert answer.json()['error'].startswith(message)
@@ -195,15 +200,13 @@ def test_rating_by_keys(chromium, store):
         page.keyboard.press('1')
       page.keyboard.press(key)
       _done(page, f'{i + 1} of 5')
-    want = []
-    for text, key in zip(order, ('first', 'second', 'tie', 'first')):
-      first = 'a' if text.startswith('good') else 'b'
-      second = 'ab'['ba'.index(first)]
-      want.append(dict(first=first, second=second, tie='tie')[key])
-    kept = store.ratings()
-    assert [r.choice for r in kept] == want
-    first, second = (kept[2].shown_first, 'ab'['ba'.index(kept[2].shown_first)])
-    assert kept[2].marks == {(first, 'style'): 4, (second, 'fluency'): 1}
+    runs = ['ab' if text.startswith('good') else 'ba' for text in order]
+    stored = store.ratings()
+    assert [r.choice for r in stored] == [
+        runs[0][0], runs[1][1], 'tie', runs[3][0]]
+    first, second = runs[2]
+    assert stored[2].shown_first == first
+    assert stored[2].marks == {(first, 'style'): 4, (second, 'fluency'): 1}
     # Undone twice, the tie comes back with its marks.
     for i in (3, 2):
       page.keyboard.press('u')
@@ -251,19 +254,13 @@ def test_rating_by_touch_on_a_phone(chromium, store):
     assert serving.fits(page) and _SCRIPT in page.inner_text('#raters')
 
 
-def test_a_server_that_is_gone_is_told_and_nothing_lost(chromium, store):
-  with _page_of_gone_server(chromium, store) as page:
-    page.keyboard.press('1')
-    page.wait_for_selector('#error:visible')
-    assert 'has it been stopped' in page.inner_text('#error')
-    assert page.is_visible('#task') and store.ratings() == []
-
-
-@contextlib.contextmanager
-def _page_of_gone_server(browser, store):
+def test_the_page_says_that_the_server_has_stopped(chromium, store):
+  page = chromium.new_page()
   with serving.running(serving.rating_app(store)) as url:
-    page = browser.new_page()
     page.goto(url)
     _sign_in(page, 'Ana')
-  yield page
+  page.keyboard.press('1')
+  page.wait_for_selector('#error:visible')
+  assert 'has it been stopped' in page.inner_text('#error')
+  assert page.is_visible('#task') and store.ratings() == []
   page.close()

@@ -60,9 +60,9 @@ def _apps():
       'play': playground.make_app(_playground(), _echo)}, tidy
 
 
-def _echo(served, sampling, conversation, write, prompter, as_text):
+def _echo(served, sampling, conversation, write, *_):
   """Answers with the question."""
-  del served, sampling, prompter, as_text
+  del served, sampling
   write(conversation[-1].content)
   return conversation[-1].content
 
