@@ -2,10 +2,8 @@
 they call; the files of the image."""
 
 import os
-import pathlib
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,16 +21,23 @@ _FOLDER = conftest.ROOT / 'launch' / 'gpu'
 @pytest.fixture(name='project')
 def _project(tmp_path, monkeypatch):
   """An installed project on a machine with two cards and SLURM."""
-  project = scripts.copy_launch(tmp_path, monkeypatch)
-  programs = tmp_path / 'bin'
+  calls = tmp_path / 'calls'
+  project = scripts.make_project(
+      tmp_path, monkeypatch, {
+          'nvidia-smi': 'printf "0, 580.65.06\\n1, 580.65.06\\n"',
+          'srun': f'echo "srun $*" >>{calls}\n'
+                  'while [[ "$1" = --* ]]; do shift; done\nexec "$@"',
+          'scancel': f'echo "scancel $*" >>{calls};'
+                     f' kill "$(cat {tmp_path}/process)"',
+          'scontrol': f'echo "scontrol $*" >>{calls}'},
+      GEMMA_SFT_CACHE=str(tmp_path / 'project/cache'), SLURM_JOB_ID='7',
+      SLURM_SUBMIT_DIR=str(tmp_path / 'project'), SLURM_GPUS_ON_NODE='2',
+      GPUS=None, EXTRAS=None, CUDA_VISIBLE_DEVICES=None)
   for folder in ('.venv/bin', 'cache/blop/node_modules/blop-language'):
     (project / folder).mkdir(parents=True)
   (project / 'setup.py').touch()
   (project / '.venv' / '.installed-cuda,base').touch()
   os.utime(project / 'setup.py', (0, 0))
-  calls = tmp_path / 'calls'
-  scripts.write_program(
-      programs / 'nvidia-smi', 'printf "0, 580.65.06\\n1, 580.65.06\\n"')
   scripts.write_program(project / '.venv/bin/python', f'''
 echo "python $* cards=${{CUDA_VISIBLE_DEVICES-}} \\
 ids=${{JAX_LOCAL_DEVICE_IDS-}}" >>{calls}
@@ -40,29 +45,7 @@ trap 'echo terminated >>{calls}; exit 75' TERM
 echo $$ >{tmp_path}/process
 while [ -e {tmp_path}/wait ]; do sleep 0.02; done
 exit "$(cat {tmp_path}/status 2>/dev/null || echo 0)"''')
-  scripts.write_program(programs / 'srun', f'''
-echo "srun $*" >>{calls}
-while [[ "$1" = --* ]]; do shift; done
-exec "$@"''')
-  scripts.write_program(programs / 'scancel',
-           f'echo "scancel $*" >>{calls}; kill "$(cat {tmp_path}/process)"')
-  scripts.write_program(programs / 'scontrol', f'echo "scontrol $*" >>{calls}')
-  for name, value in {
-      'GEMMA_SFT_CACHE': str(project / 'cache'), 'SLURM_JOB_ID': '7',
-      'SLURM_SUBMIT_DIR': str(project), 'SLURM_GPUS_ON_NODE': '2',
-  }.items():
-    monkeypatch.setenv(name, value)
-  for name in ('GPUS', 'EXTRAS', 'DRY_RUN', 'CUDA_VISIBLE_DEVICES'):
-    monkeypatch.delenv(name, raising=False)
   return project
-
-
-def _launch(script, *arguments, **environment):
-  return scripts.launch(f'gpu/{script}', *arguments, **environment)
-
-
-def _calls():
-  return scripts.read_lines(pathlib.Path('../calls'))
 
 
 _TRAIN = "python -m gemma_sft.train --config=configs/blop.py --config.eval."
@@ -73,15 +56,11 @@ _TRAIN += "prompts=('a b',) --workdir=workdirs/blop "
 
 
 def test_a_run_takes_all_cards_or_those_named(project):
-  del project
-  assert _launch('run', *_RUN).returncode == 0
-  assert _launch('run', *_RUN, GPUS='1').returncode == 0
-  assert _calls() == [_TRAIN + 'cards= ids=', _TRAIN + 'cards=1 ids=']
-
-
-def test_the_status_is_that_of_the_run(project):
+  assert scripts.launch('gpu/run', *_RUN).returncode == 0
+  assert scripts.launch('gpu/run', *_RUN, GPUS='1').returncode == 0
+  assert scripts.calls() == [_TRAIN + 'cards= ids=', _TRAIN + 'cards=1 ids=']
   (project.parent / 'status').write_text('2')
-  assert _launch('run', *_RUN).returncode == 2
+  assert scripts.launch('gpu/run', *_RUN).returncode == 2
 
 
 @pytest.mark.parametrize('script, expected', [
@@ -92,13 +71,9 @@ def test_the_status_is_that_of_the_run(project):
     ('setup', ['make_environment cuda,base', 'bash launch/blop_compiler.sh']),
     ('slurm', ['JAX_LOCAL_DEVICE_IDS=0,1 srun --ntasks-per-node=1'
                ' --kill-on-bad-exit=1 .venv/bin/python -m gemma_sft.train'])])
-def test_a_dry_run_prints_the_commands_and_runs_none(
-    project, script, expected):
-  before = sorted(project.rglob('*'))
-  done = _launch(script, *_RUN, DRY_RUN='1', GPUS='0')
-  assert done.returncode == 0, done.stderr
-  assert not _calls() and sorted(project.rglob('*')) == before
-  lines = done.stdout.splitlines()
+@pytest.mark.usefixtures('project')
+def test_a_dry_run_prints_the_commands_and_runs_none(script, expected):
+  lines = scripts.check_dry_run(f'gpu/{script}', *_RUN, GPUS='0')
   assert len(lines) == len(expected)
   assert all(a.startswith(b) for a, b in zip(lines, expected))
   if script != 'setup':
@@ -114,11 +89,9 @@ def test_a_dry_run_prints_the_commands_and_runs_none(
     ('slurm', _RUN, {'SLURM_JOB_ID': ''}, 'no SLURM job'),
     ('slurm', _RUN, {'SLURM_SUBMIT_DIR': '/'}, 'the folder /'),
 ])
-def test_a_mistake_is_reported_in_one_line(
-    project, script, arguments, variables, got):
-  del project
-  scripts.check_refused(_launch(script, *arguments, **variables), got)
-  assert not _calls()
+@pytest.mark.usefixtures('project')
+def test_a_mistake_is_reported_in_one_line(script, arguments, variables, got):
+  scripts.check_refused(got, f'gpu/{script}', *arguments, **variables)
 
 
 @pytest.mark.parametrize('program, got', [
@@ -126,23 +99,22 @@ def test_a_mistake_is_reported_in_one_line(
     ('exit 9', 'nvidia-smi failed')])
 def test_an_unusable_driver_is_refused(project, program, got):
   scripts.write_program(project.parent / 'bin' / 'nvidia-smi', program)
-  scripts.check_refused(_launch('run', *_RUN), got)
-  assert not _calls()
+  scripts.check_refused(got, 'gpu/run', *_RUN)
 
 
 # SLURM ----------------------------------------------------------------------
 
 
 def test_a_job_that_finishes_is_not_queued_again(project):
-  assert _launch('slurm', *_RUN).returncode == 0
-  assert [c.split()[0] for c in _calls()] == ['srun', 'python']
-  assert _calls()[1] == _TRAIN + 'cards= ids=0,1'
+  assert scripts.launch('gpu/slurm', *_RUN).returncode == 0
+  assert [c.split()[0] for c in scripts.calls()] == ['srun', 'python']
+  assert scripts.calls()[1] == _TRAIN + 'cards= ids=0,1'
   (project.parent / 'status').write_text('3')
-  assert _launch('slurm', *_RUN).returncode == 3
-  assert 'scontrol' not in ' '.join(_calls())
+  assert scripts.launch('gpu/slurm', *_RUN).returncode == 3
+  assert 'scontrol' not in ' '.join(scripts.calls())
   (project.parent / 'status').write_text('75')  # The deadline.
-  assert _launch('slurm', *_RUN).returncode == 0
-  assert _calls()[-1] == 'scontrol requeue 7'
+  assert scripts.launch('gpu/slurm', *_RUN).returncode == 0
+  assert scripts.calls()[-1] == 'scontrol requeue 7'
 
 
 def test_a_job_at_its_time_limit_saves_and_is_queued_again(project):
@@ -155,7 +127,7 @@ def test_a_job_at_its_time_limit_saves_and_is_queued_again(project):
   # --signal=B: signals the batch shell only.
   job.send_signal(signal.SIGTERM)
   assert job.wait(120) == 0
-  assert _calls()[2:] == [
+  assert scripts.calls()[2:] == [
       'scancel --signal=TERM 7', 'terminated', 'scontrol requeue 7']
 
 
@@ -180,15 +152,12 @@ jax.distributed.shutdown()'''
 # The image ------------------------------------------------------------------
 
 
-_HADOLINT = shutil.which('hadolint') or shutil.which(
-    'hadolint', path=os.path.dirname(sys.executable))
-
-
-@pytest.mark.skipif(_HADOLINT is None, reason='hadolint is not installed')
+@pytest.mark.skipif(
+    not scripts.find('hadolint'), reason='hadolint is not installed')
 def test_hadolint():
   done = subprocess.run(
-      [_HADOLINT, str(_FOLDER / 'Dockerfile')], capture_output=True,
-      text=True, check=False)
+      [scripts.find('hadolint'), str(_FOLDER / 'Dockerfile')],
+      capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stdout
 
 

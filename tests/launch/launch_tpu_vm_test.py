@@ -23,19 +23,20 @@ _RUN = ('train', '--config=configs/blop.py', "--config.eval.prompts=('a b',)",
 # status`, where PREEMPT takes the slice away. A command that contains a line of
 # `broken` fails once.
 _GCLOUD = r'''
-import os, pathlib, re, shutil, sys
-cloud = pathlib.Path(os.environ['CLOUD'])
+import os, sys
+cloud = os.environ['CLOUD']
 arguments = sys.argv[1:]
 line = ' '.join(arguments)
-with open(cloud / 'calls', 'a') as file:
+with open(cloud + '/../calls', 'a') as file:
   file.write(line + '\n')
 
 def lines(name):
-  path = cloud / name
-  return path.read_text().splitlines() if path.exists() else []
+  path = os.path.join(cloud, name)
+  return open(path).read().splitlines() if os.path.exists(path) else []
 
 def put(name, values):
-  (cloud / name).write_text(''.join(v + '\n' for v in values))
+  with open(os.path.join(cloud, name), 'w') as file:
+    file.write(''.join(v + '\n' for v in values))
 
 def fail(text, status=1):
   print('ERROR: (gcloud) ' + text, file=sys.stderr)
@@ -74,12 +75,14 @@ elif 'tpu-vm' in line:
       fail('connection closed', 255)
     print(answers[0])
 elif arguments[:3] == ['storage', 'cp', '-']:
-  path = cloud / arguments[3].removeprefix('gs://')
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(sys.stdin.read())
+  path = os.path.join(cloud, arguments[3].removeprefix('gs://'))
+  os.makedirs(os.path.dirname(path), exist_ok=True)
+  with open(path, 'w') as file:
+    file.write(sys.stdin.read())
 elif arguments[:2] == ['storage', 'rsync']:
+  import pathlib, re, shutil  # Slow, and nothing else needs them.
   source, target = (
-      cloud / a.removeprefix('gs://') if a.startswith('gs://')
+      pathlib.Path(cloud, a.removeprefix('gs://')) if a.startswith('gs://')
       else pathlib.Path(a) for a in arguments[2:] if not a.startswith('--'))
   if not source.is_dir():
     fail('did not match existing container: ' + str(source))
@@ -103,30 +106,24 @@ else:
 @pytest.fixture(name='cloud')
 def _cloud(tmp_path, monkeypatch):
   """An empty cloud with its gcloud, and a small project."""
-  scripts.copy_launch(tmp_path, monkeypatch)
-  programs, cloud = tmp_path / 'bin', tmp_path / 'cloud'
+  cloud = tmp_path / 'cloud'
   cloud.mkdir()
+  unset = dict.fromkeys((
+      'ACCELERATOR', 'TPU_NAME', 'SPOT', 'RUNTIME', 'CREATE_FLAGS',
+      'TPU_SETTINGS', 'WEIGHTS', 'EXTRAS', 'RESTARTS'))
+  scripts.make_project(
+      # Without a metadata server a host is the first one.
+      tmp_path, monkeypatch, {'curl': 'exit 7'}, CLOUD=str(cloud), PROJECT='p',
+      ZONE='z', POLL='0', **unset)
   scripts.write_program(
-      programs / 'gcloud', _GCLOUD, f'{sys.executable} -SE')
-  # Without a metadata server a host is the first one.
-  scripts.write_program(programs / 'curl', 'exit 7')
-  for name, value in {
-      'CLOUD': str(cloud), 'PROJECT': 'p', 'ZONE': 'z', 'POLL': '0'}.items():
-    monkeypatch.setenv(name, value)
-  for name in ('ACCELERATOR', 'TPU_NAME', 'SPOT', 'RUNTIME', 'CREATE_FLAGS',
-               'DRY_RUN', 'TPU_SETTINGS', 'WEIGHTS', 'EXTRAS', 'RESTARTS'):
-    monkeypatch.delenv(name, raising=False)
+      tmp_path / 'bin' / 'gcloud', _GCLOUD, f'{sys.executable} -SE')
   return cloud
 
 
-def _launch(script, *arguments, **options):
-  return scripts.launch(f'tpu_vm/{script}', *arguments, **options)
-
-
-def _calls(cloud, *parts):
-  """Returns the calls of gcloud that contain one of `parts`, or all calls."""
-  return [call for call in scripts.read_lines(cloud / 'calls')
-          if not parts or any(part in call for part in parts)]
+def _launch(script, *arguments, status=0, **options):
+  done = scripts.launch(f'tpu_vm/{script}', *arguments, **options)
+  assert done.returncode == status, done.stderr
+  return done
 
 
 def _put(cloud, name, *lines):
@@ -160,14 +157,10 @@ _WHERE = ' --project=p --zone=z --quiet'
         'queued-resources list',
         'queued-resources delete gemma-sft --force' + _WHERE]),
 ])
+@pytest.mark.usefixtures('cloud')
 def test_a_dry_run_prints_the_commands_and_runs_none(
-    cloud, script, arguments, expected):
-  before = sorted(pathlib.Path().rglob('*'))
-  done = _launch(script, *arguments, DRY_RUN='1')
-  assert done.returncode == 0, done.stderr
-  assert not _calls(cloud)
-  assert sorted(pathlib.Path().rglob('*')) == before
-  printed = done.stdout.splitlines()
+    script, arguments, expected):
+  printed = scripts.check_dry_run(f'tpu_vm/{script}', *arguments)
   assert len(printed) == len(expected)
   for line, part in zip(printed, expected):
     # Read the line as a shell does.
@@ -176,8 +169,8 @@ def test_a_dry_run_prints_the_commands_and_runs_none(
 
 def test_arguments_reach_the_host_unchanged(cloud):
   _put(cloud, 'states', 'ACTIVE')
-  assert _launch('run', *_RUN).returncode == 0
-  call, = _calls(cloud, 'host.sh start')
+  _launch('run', *_RUN)
+  call, = scripts.calls('host.sh start')
   command = call.partition('--command=')[2].partition(_WHERE)[0]
   assert tuple(shlex.split(command.partition(' start ')[2])) == _RUN
   assert '--worker=all' in call
@@ -186,37 +179,32 @@ def test_arguments_reach_the_host_unchanged(cloud):
 # Mistakes -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('variables, got', [
-    ({'PROJECT': ''}, 'no PROJECT'),
-    ({'ZONE': ''}, 'no ZONE'),
-    ({'ACCELERATOR': 'v5e-8'}, 'ACCELERATOR=v5e-8'),
-    ({'ACCELERATOR': 'v6e-12'}, 'ACCELERATOR=v6e-12'),
-    ({'TPU_NAME': 'My_TPU'}, 'TPU_NAME=My_TPU'),
-    ({'SPOT': 'yes'}, 'SPOT=yes'),
+@pytest.mark.parametrize('script, arguments, variables, got', [
+    *((script, _RUN, variables, got)
+      for script in ('create', 'delete', 'watch') for variables, got in (
+          ({'PROJECT': ''}, 'no PROJECT'),
+          ({'ZONE': ''}, 'no ZONE'),
+          ({'ACCELERATOR': 'v5e-8'}, 'ACCELERATOR=v5e-8'),
+          ({'ACCELERATOR': 'v6e-12'}, 'ACCELERATOR=v6e-12'),
+          ({'TPU_NAME': 'My_TPU'}, 'TPU_NAME=My_TPU'),
+          ({'SPOT': 'yes'}, 'SPOT=yes'))),
+    ('run', (), {}, "entry point ''"),
+    ('run', ('trian', *_RUN[1:]), {}, "entry point 'trian'"),
+    ('run', _RUN[:-1], {}, 'no --workdir'),
+    ('watch', (*_RUN[:-1], '--workdir=workdirs/x'), {}, '--workdir=workdirs/x'),
 ])
-@pytest.mark.parametrize('script', ['create', 'delete', 'watch'])
-def test_a_mistake_is_reported_in_one_line(cloud, script, variables, got):
-  scripts.check_refused(_launch(script, *_RUN, **variables), got)
-  assert not _calls(cloud)
+@pytest.mark.usefixtures('cloud')
+def test_a_mistake_is_reported_in_one_line(script, arguments, variables, got):
+  scripts.check_refused(got, f'tpu_vm/{script}', *arguments, **variables)
 
 
-@pytest.mark.parametrize('script, arguments, got', [
-    ('run', (), "entry point ''"),
-    ('run', ('trian', *_RUN[1:]), "entry point 'trian'"),
-    ('run', _RUN[:-1], 'no --workdir'),
-    ('watch', (*_RUN[:-1], '--workdir=workdirs/x'), '--workdir=workdirs/x'),
-])
-def test_invalid_arguments_of_a_run_are_refused(cloud, script, arguments, got):
-  scripts.check_refused(_launch(script, *arguments), got)
-  assert not _calls(cloud)
-
-
-def test_settings_may_come_from_a_file(cloud, tmp_path):
+@pytest.mark.usefixtures('cloud')
+def test_settings_may_come_from_a_file(tmp_path):
   settings = tmp_path / 'tpu.env'
   settings.write_text('ZONE=there\nACCELERATOR=v6e-16\nSPOT=0\n'
                       'CREATE_FLAGS="--internal-ips --network=n"\n')
-  assert _launch('create', TPU_SETTINGS=str(settings)).returncode == 0
-  call, = _calls(cloud, 'create')
+  _launch('create', TPU_SETTINGS=str(settings))
+  call, = scripts.calls('create')
   assert call.endswith(
       '--accelerator-type=v6e-16 --runtime-version=v2-alpha-tpuv6e'
       ' --internal-ips --network=n --project=p --zone=there --quiet')
@@ -225,14 +213,17 @@ def test_settings_may_come_from_a_file(cloud, tmp_path):
 # The slice ------------------------------------------------------------------
 
 
-def test_creating_a_slice_again_does_nothing(cloud):
+def test_creating_and_deleting_a_slice_again_does_nothing(cloud):
   _put(cloud, 'next', 'WAITING_FOR_RESOURCES', 'PROVISIONING', 'ACTIVE')
-  first = _launch('create')
-  assert first.returncode == 0, first.stderr
-  assert [line.rpartition(' ')[2] for line in first.stdout.splitlines()] == [
+  lines = _launch('create').stdout.splitlines()
+  assert [line.rpartition(' ')[2] for line in lines] == [
       'WAITING_FOR_RESOURCES', 'PROVISIONING', 'ACTIVE']
-  assert _launch('create').returncode == 0
-  assert len(_calls(cloud, 'queued-resources create')) == 1
+  _launch('create')
+  assert len(scripts.calls('queued-resources create')) == 1
+  _launch('delete')
+  assert 'there is no gemma-sft in zone z of project p' in _launch(
+      'delete').stdout
+  assert len(scripts.calls('queued-resources delete')) == 1
 
 
 @pytest.mark.parametrize('states', [
@@ -240,25 +231,14 @@ def test_creating_a_slice_again_does_nothing(cloud):
     ('PROVISIONING', 'SUSPENDING', 'SUSPENDED')])
 def test_a_lost_slice_is_requested_again(cloud, states):
   _put(cloud, 'states', *states)
-  assert _launch('create').returncode == 0
-  assert [c.split()[3] for c in _calls(cloud, 'create', 'delete')] == [
+  _launch('create')
+  assert [c.split()[3] for c in scripts.calls('create', 'delete')] == [
       'delete', 'create']
 
 
 def test_a_failed_request_is_reported(cloud):
   _put(cloud, 'next', 'ACCEPTED', 'FAILED')
-  done = _launch('create')
-  assert done.returncode == 1
-  assert 'state: FAILED' in done.stderr
-
-
-def test_deleting_a_slice_again_does_nothing(cloud):
-  _put(cloud, 'states', 'ACTIVE')
-  assert _launch('delete').returncode == 0
-  again = _launch('delete')
-  assert again.returncode == 0
-  assert 'there is no gemma-sft in zone z of project p' in again.stdout
-  assert len(_calls(cloud, 'queued-resources delete')) == 1
+  assert 'state: FAILED' in _launch('create', status=1).stderr
 
 
 @pytest.mark.parametrize('script, broken', [
@@ -267,9 +247,7 @@ def test_deleting_a_slice_again_does_nothing(cloud):
 def test_an_error_of_gcloud_is_passed_on(cloud, script, broken):
   _put(cloud, 'states', *(['ACTIVE'] if broken != 'create' else []))
   _put(cloud, 'broken', broken)
-  done = _launch(script, *_RUN)
-  assert done.returncode == 1
-  assert 'PERMISSION_DENIED' in done.stderr
+  assert 'PERMISSION_DENIED' in _launch(script, *_RUN, status=1).stderr
 
 
 # The watch ------------------------------------------------------------------
@@ -277,20 +255,19 @@ def test_an_error_of_gcloud_is_passed_on(cloud, script, broken):
 _START = ['create', 'install', 'start']
 
 
-def _events(cloud):
+def _events():
   names = {'create': 'create', 'delete': 'delete', 'install': 'install',
            'start train': 'start', 'host.sh stop': 'stop'}
-  return [names[next(n for n in names if n in c)] for c in _calls(
-      cloud, *names)]
+  return [names[next(n for n in names if n in c)] for c in scripts.calls(
+      *names)]
 
 
 def test_a_preempted_run_continues_on_another_slice(cloud):
   _put(cloud, 'answers', 'none', 'running', 'PREEMPT', 'none', 'running',
        'PREEMPT', 'none', 'running', 'exit 0')
   done = _launch('watch', *_RUN, DELETE='1')
-  assert done.returncode == 0, done.stderr
-  assert _events(cloud) == [*_START, 'delete'] * 3
-  assert len(set(_calls(cloud, 'start train'))) == 1  # The same command.
+  assert _events() == [*_START, 'delete'] * 3
+  assert len(set(scripts.calls('start train'))) == 1  # The same command.
   assert 'gs://bucket/blop' in done.stdout
 
 
@@ -310,27 +287,24 @@ def test_a_watch_that_ends_well(cloud, states, answers, events, printed):
   _put(cloud, 'states', *states)
   _put(cloud, 'answers', *answers)
   done = _launch('watch', *_RUN)
-  assert done.returncode == 0, done.stderr
-  assert _events(cloud) == events
+  assert _events() == events
   assert printed in done.stdout
 
 
 def test_crashes_are_limited_and_mistakes_final(cloud):
   _put(cloud, 'answers', 'none', *['exit 1'] * 9)
-  done = _launch('watch', *_RUN, RESTARTS='2')
-  assert done.returncode == 1
-  assert _events(cloud) == [*_START, *['stop', *_START[1:]] * 2]
+  _launch('watch', *_RUN, RESTARTS='2', status=1)
+  assert _events() == [*_START, *['stop', *_START[1:]] * 2]
   _put(cloud, 'answers', 'none', 'exit 2')
-  assert _launch('watch', *_RUN).returncode == 2
-  assert _calls(cloud, 'tail -n 20')
+  _launch('watch', *_RUN, status=2)
+  assert scripts.calls('tail -n 20')
 
 
 def test_a_watch_survives_lost_connections(cloud):
   _put(cloud, 'broken', 'scp', 'host.sh status', 'host.sh start')
   _put(cloud, 'answers', 'none', 'none', 'none', 'running', 'exit 0')
-  done = _launch('watch', *_RUN)
-  assert done.returncode == 0, done.stderr
-  assert len(_calls(cloud, 'queued-resources create')) == 1
+  _launch('watch', *_RUN)
+  assert len(scripts.calls('queued-resources create')) == 1
 
 
 # The host -------------------------------------------------------------------
@@ -369,7 +343,7 @@ def _host(cloud, tmp_path, monkeypatch):
   _new_disk(tmp_path)
   yield job
   (job / 'wait').unlink(missing_ok=True)
-  assert _wait(lambda: _status(tmp_path) != 'running')
+  _wait(lambda: _on('status') != 'running')
 
 
 def _new_disk(tmp_path):
@@ -382,41 +356,35 @@ def _new_disk(tmp_path):
   scripts.write_program(root / '.venv' / 'bin' / 'python', _TRAIN)
 
 
-def _on(tmp_path, *arguments, **environment):
-  done = _launch('host', *arguments, cwd=tmp_path / 'gemma_sft', **environment)
-  assert done.returncode == 0, done.stderr
-  return done.stdout.strip()
-
-
-def _status(tmp_path):
-  return _on(tmp_path, 'status')
+def _on(*arguments, **environment):
+  """Runs host.sh on the host and returns its output."""
+  return _launch(
+      'host', *arguments, cwd='../gemma_sft', **environment).stdout.strip()
 
 
 def _wait(condition):
   end = time.monotonic() + 120
-  while time.monotonic() < end:
-    if condition():
-      return True
+  while not condition():
+    assert time.monotonic() < end
     time.sleep(0.02)
-  return False
 
 
-def _check_end(tmp_path, status):
-  assert _wait(lambda: _status(tmp_path) != 'running')
-  assert _status(tmp_path) == status
+def _check_end(status):
+  _wait(lambda: _on('status') != 'running')
+  assert _on('status') == status
 
 
-def _run_on(tmp_path, status):
+def _run_on(status):
   """Starts the run and waits for its end."""
-  _on(tmp_path, 'start', *_RUN)
-  _check_end(tmp_path, status)
+  _on('start', *_RUN)
+  _check_end(status)
 
 
-def _start_waiting(host, tmp_path):
+def _start_waiting(host, **environment):
   """Starts a run that does not end by itself."""
   (host / 'wait').touch()
-  _on(tmp_path, 'start', *_RUN)
-  assert _wait((host / 'started').exists)
+  _on('start', *_RUN, **environment)
+  _wait((host / 'started').exists)
 
 
 def _check_terminated_once(cloud, host):
@@ -431,10 +399,10 @@ def _files(folder):
 def test_a_run_is_copied_to_the_bucket_and_continues_from_there(
     cloud, host, tmp_path):
   bucket = cloud / 'bucket' / 'blop'
-  assert _status(tmp_path) == 'none'
+  assert _on('status') == 'none'
   for start in (1, 2, 3):
     _new_disk(tmp_path)
-    _run_on(tmp_path, 'exit 0')
+    _run_on('exit 0')
     assert (bucket / 'checkpoints' / 'latest').read_text() == f'{start}\n'
   # Unfinished files are not copied, and deletions are repeated in the bucket.
   assert _files(bucket) == {
@@ -445,63 +413,58 @@ def test_a_run_is_copied_to_the_bucket_and_continues_from_there(
   assert '--workdir=workdirs/bucket/blop' in (host / 'arguments').read_text()
 
 
-def test_a_run_is_copied_while_it_runs(cloud, host, tmp_path):
-  (host / 'wait').touch()
-  _on(tmp_path, 'start', *_RUN, SYNC_SECONDS='0.05')
-  assert _wait((cloud / 'bucket/blop/checkpoints/latest').exists)
-  assert _status(tmp_path) == 'running'
-
-
-def test_starting_a_run_again_does_nothing(host, tmp_path):
-  _start_waiting(host, tmp_path)
-  assert 'in progress already' in _on(tmp_path, 'start', *_RUN)
+def test_a_run_is_copied_while_it_runs_and_is_not_started_twice(cloud, host):
+  _start_waiting(host, SYNC_SECONDS='0.05')
+  _wait((cloud / 'bucket/blop/checkpoints/latest').exists)
+  assert _on('status') == 'running'
+  assert 'in progress already' in _on('start', *_RUN)
   assert (host / 'log').read_text().count('== ') == 1
 
 
-def test_a_stopped_run_saves_first(cloud, host, tmp_path):
-  _on(tmp_path, 'stop')  # Without a run this does nothing.
-  _start_waiting(host, tmp_path)
-  _on(tmp_path, 'stop')
-  assert _status(tmp_path) == 'stopped'
+def test_a_stopped_run_saves_first(cloud, host):
+  _on('stop')  # Without a run this does nothing.
+  _start_waiting(host)
+  _on('stop')
+  assert _on('status') == 'stopped'
   _check_terminated_once(cloud, host)
 
 
-def test_a_shutdown_does_not_count_as_the_end(cloud, host, tmp_path):
+def test_a_shutdown_does_not_count_as_the_end(cloud, host):
   # Every process gets its own SIGTERM; the run must not get a second one.
-  _start_waiting(host, tmp_path)
+  _start_waiting(host)
   train = int((host / 'process').read_text())
   work = int(pathlib.Path(f'/proc/{train}/stat').read_text().split()[3])
   os.kill(work, 15)
   os.kill(train, 15)
-  _check_end(tmp_path, 'none')
+  _check_end('none')
   _check_terminated_once(cloud, host)
 
 
-def test_the_status_is_that_of_the_run(host, tmp_path):
+def test_the_status_is_that_of_the_run(host):
   (host / 'train_status').write_text('2')
-  _run_on(tmp_path, 'exit 2')
+  _run_on('exit 2')
 
 
-def test_a_bucket_that_cannot_be_written_is_reported_first(
-    cloud, host, tmp_path):
+def test_a_bucket_that_cannot_be_written_is_reported_first(cloud, host):
   _put(cloud, 'broken', 'storage cp')
-  _run_on(tmp_path, 'exit 1')
+  _run_on('exit 1')
   assert not (host / 'started').exists()
   assert 'PERMISSION_DENIED' in (host / 'log').read_text()
 
 
-def test_nothing_is_deleted_after_a_failed_copy(cloud, host, tmp_path):
+@pytest.mark.usefixtures('host')
+def test_nothing_is_deleted_after_a_failed_copy(cloud):
   bucket = cloud / 'bucket' / 'blop'
   for _ in range(2):
-    _run_on(tmp_path, 'exit 0')
+    _run_on('exit 0')
   _put(cloud, 'broken', 'rsync --recursive --exclude')
-  _run_on(tmp_path, 'exit 1')
+  _run_on('exit 1')
   assert {'checkpoints/1/a', 'checkpoints/2/a'} <= _files(bucket)
   assert (bucket / 'checkpoints/latest').read_text() == '2\n'
 
 
 def test_only_the_first_host_writes(cloud, host, tmp_path):
   scripts.write_program(tmp_path / 'bin' / 'curl', 'echo -n 1')
-  _run_on(tmp_path, 'exit 0')
+  _run_on('exit 0')
   assert _files(cloud / 'bucket' / 'blop') == {'.synchronised'}
   assert (host / 'started').exists()

@@ -26,7 +26,6 @@ from gemma_sft.monitor import metrics
 from gemma_sft.monitor import stop as stop_lib
 
 _FOLDER = conftest.ROOT / 'launch' / 'kaggle'
-_NAMES = ('tpu_v5e8', 'gpu_t4x2', 'tutorial')
 
 sys.path.insert(0, str(_FOLDER))
 import generate
@@ -220,8 +219,8 @@ def test_the_tutorial_runs_every_step(tmp_path, monkeypatch):
 # Written ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('name', _NAMES)
-def test_the_notebooks_are_current_and_valid(name):
+@pytest.mark.parametrize('name', generate.NAMES)
+def test_a_notebook_is_current_and_valid_and_has_its_metadata(name):
   text = generate.path(name).read_text('utf-8')
   assert text == generate.generate(name)
   notebook = nbformat.reads(text, as_version=4)
@@ -233,13 +232,8 @@ def test_the_notebooks_are_current_and_valid(name):
   for cell in notebook.cells:
     if cell.cell_type == 'code':
       compile(cell.source, name, 'exec')
-
-
-@pytest.mark.parametrize('name', _NAMES)
-def test_the_metadata_match_the_notebook(name):
-  folder = _FOLDER / name
-  meta = json.loads((folder / 'kernel-metadata.json').read_text())
-  assert (folder / meta['code_file']).exists()
+  meta = json.loads((_FOLDER / name / 'kernel-metadata.json').read_text())
+  assert meta['code_file'] == generate.path(name).name
   owner, slug = meta['id'].split('/')
   # Kaggle derives the slug from the title.
   assert owner == 'OWNER' and slug == meta['title']
@@ -249,9 +243,8 @@ def test_the_metadata_match_the_notebook(name):
   is_tpu = name.startswith('tpu')
   assert (meta['enable_tpu'], meta['enable_gpu']) == (is_tpu, not is_tpu)
   assert meta['machine_shape'] == ('TpuV5E8' if is_tpu else 'NvidiaTeslaT4')
-  cells = nbformat.read(folder / 'notebook.ipynb', as_version=4).cells
   assert bool(meta['model_sources']) == (
-      "WEIGHTS = 'attached'" in cells[1].source)
+      "WEIGHTS = 'attached'" in notebook.cells[1].source)
 
 
 def test_the_pins_match_setup(monkeypatch):
@@ -450,68 +443,61 @@ def test_an_export_that_does_not_fit_is_not_kept(local, tmp_path):
 
 @pytest.fixture(name='project')
 def _project(tmp_path, monkeypatch):
-  """A project, and a program that stands in for Kaggle's client."""
-  project = scripts.copy_launch(tmp_path, monkeypatch)
-  for name, text in {
-      'kaggle': f'echo "kaggle $*" >>{tmp_path}/calls\n'
-                f'[ "$2" != status ] || exit "$(cat {tmp_path}/status)"',
-      'git': '[ "$1" = rev-parse ] && echo abc || touch "${3#--output=}"',
-  }.items():
-    scripts.write_program(tmp_path / 'bin' / name, text)
-  monkeypatch.setenv('KAGGLE_USERNAME', 'me')
-  for name in ('DRY_RUN', 'CONTINUE'):
-    monkeypatch.delenv(name, raising=False)
-  return project
+  """A project, and programs that stand in for Kaggle's client and git."""
+  return scripts.make_project(
+      tmp_path, monkeypatch, {
+          'kaggle': f'echo "kaggle $*" >>{tmp_path}/calls\n'
+                    f'[ "$2" != status ] || exit "$(cat {tmp_path}/status)"',
+          'git': '[ "$1" = rev-parse ] && echo abc || touch "${3#--output=}"'},
+      KAGGLE_USERNAME='me', CONTINUE=None)
 
 
-def _launch(script, *arguments, **environment):
-  return scripts.launch(f'kaggle/{script}', *arguments, **environment)
+def _push(name, **environment):
+  """Pushes a notebook or the code; returns its folder and metadata."""
+  done = scripts.launch('kaggle/push', name, **environment)
+  assert done.returncode == 0, done.stderr
+  folder = pathlib.Path('build', 'kaggle', name)
+  file, = folder.glob('*-metadata.json')
+  return folder, json.loads(file.read_text())
 
 
-def test_a_notebook_is_sent(project):
-  assert _launch('push', 'tpu_v5e8').returncode == 0
-  folder = project / 'build' / 'kaggle' / 'tpu_v5e8'
-  meta = json.loads((folder / 'kernel-metadata.json').read_text())
+@pytest.mark.usefixtures('project')
+def test_a_notebook_is_sent():
+  folder, meta = _push('tpu_v5e8')
   assert (folder / meta['code_file']).exists()
   assert meta['id'] == 'me/gemma-sft-tpu-v5e8'
   assert meta['dataset_sources'] == ['me/gemma-sft-code']
   assert meta['kernel_sources'] == []
-  assert _launch('push', 'tpu_v5e8', CONTINUE='1').returncode == 0
-  meta = json.loads((folder / 'kernel-metadata.json').read_text())
+  _, meta = _push('tpu_v5e8', CONTINUE='1')
   assert meta['kernel_sources'] == ['me/gemma-sft-tpu-v5e8']
-  calls = (project.parent / 'calls').read_text().splitlines()
-  assert calls == ['kaggle kernels push --path=build/kaggle/tpu_v5e8'] * 2
+  assert scripts.calls() == [
+      'kaggle kernels push --path=build/kaggle/tpu_v5e8'] * 2
 
 
 @pytest.mark.parametrize('status, verb', [('1', 'create'), ('0', 'version')])
 def test_the_code_is_sent(project, status, verb):
   (project.parent / 'status').write_text(status)
-  done = _launch('push', 'code')
-  assert done.returncode == 0, done.stderr
-  meta = json.loads((project / 'build' / 'kaggle' / 'code' /
-                     'dataset-metadata.json').read_text())
+  folder, meta = _push('code')
   assert meta['id'] == 'me/gemma-sft-code'
-  assert sorted(os.listdir(project / 'build' / 'kaggle' / 'code')) == [
+  assert sorted(os.listdir(folder)) == [
       'dataset-metadata.json', 'gemma_sft.zip']
-  last = (project.parent / 'calls').read_text().splitlines()[-1]
-  assert last.startswith(f'kaggle datasets {verb} --path=build/kaggle/code')
+  assert scripts.calls()[-1].startswith(
+      f'kaggle datasets {verb} --path=build/kaggle/code')
 
 
+@pytest.mark.usefixtures('project')
 @pytest.mark.parametrize('script, name', [
     ('push', 'code'), ('push', 'tutorial'), ('pull', 'tutorial')])
-def test_a_dry_run_runs_nothing(project, script, name):
-  before = sorted(project.rglob('*'))
-  done = _launch(script, name, DRY_RUN='1')
-  assert done.returncode == 0, done.stderr
-  assert 'kaggle ' in done.stdout.splitlines()[-1]
-  assert f'me/gemma-sft-{name}' in done.stdout
-  assert sorted(project.rglob('*')) == before
-  assert not (project.parent / 'calls').exists()
+def test_a_dry_run_runs_nothing(script, name):
+  lines = scripts.check_dry_run(f'kaggle/{script}', name)
+  assert 'kaggle ' in lines[-1]
+  assert any(f'me/gemma-sft-{name}' in line for line in lines)
   # The output can be pasted into a shell.
-  assert subprocess.run([scripts.BASH, '-n'], input=done.stdout, text=True,
-                        check=False).returncode == 0
+  assert subprocess.run([scripts.BASH, '-n'], input='\n'.join(lines),
+                        text=True, check=False).returncode == 0
 
 
+@pytest.mark.usefixtures('project')
 @pytest.mark.parametrize('script, name, variables, got', [
     ('push', '', {}, "notebook ''"),
     ('pull', 'code', {}, "notebook 'code'"),
@@ -520,7 +506,5 @@ def test_a_dry_run_runs_nothing(project, script, name):
     ('push', 'tutorial', {'PATH': os.path.dirname(scripts.BASH)},
      'no program kaggle'),
 ])
-def test_a_mistake_is_reported_in_one_line(
-    project, script, name, variables, got):
-  scripts.check_refused(_launch(script, name, **variables), got)
-  assert not (project.parent / 'calls').exists()
+def test_a_mistake_is_reported_in_one_line(script, name, variables, got):
+  scripts.check_refused(got, f'kaggle/{script}', name, **variables)
