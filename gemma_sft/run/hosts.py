@@ -219,7 +219,7 @@ def _join(arguments):
 def _too_late(arguments, seconds):
   """Ends this process because the others did not join in time."""
   address = arguments.get('coordinator_address', '')
-  why = 'one or more of the others did not come'
+  why = 'one or more of the others did not join'
   if address and arguments['process_id']:
     host, _, port = address.rpartition(':')
     try:

@@ -20,20 +20,19 @@ import pytest
 from configs import tiny
 from gemma_sft import batches as batches_lib
 from gemma_sft import errors
-from gemma_sft import tasks
 from gemma_sft import train
-from gemma_sft.inputs import splits
 from gemma_sft.monitor import metrics
 from gemma_sft.monitor import record as record_lib
 from gemma_sft.monitor import stop
-from gemma_sft.run import base
 from gemma_sft.run import checkpoint
 from gemma_sft.run import hosts
+from gemma_sft.run import prepare
 
-# float32 sums over another number of devices, in another order; six to thirty
-# updates on top of each other.
+# float32 sums over another number of devices, in another order, through many
+# updates.
 _SAME = dict(rtol=2e-5)
-_STEPS = 60
+_STEPS = 40
+_SILENCE = 15.0  # Instead of `hosts.SILENCE`, which is for slow networks.
 
 # `python -m gemma_sft.train`, each step slowed down, so that signals find it at
 # work, and every example that a batch reads written down.
@@ -41,6 +40,8 @@ _TRAIN = """
 import json, runpy, sys, threading, time
 from gemma_sft import batches
 from gemma_sft.inputs import token_cache
+from gemma_sft.run import hosts
+hosts.SILENCE = float(sys.argv.pop(1))
 seconds, path = float(sys.argv.pop(1)), sys.argv.pop(1)
 here, log = threading.local(), open(path, 'a')
 make_batch, read = batches.Batches.__getitem__, token_cache.Examples.__getitem__
@@ -77,9 +78,9 @@ def _start(config, workdir, n, *, devices=2, seconds=0.0, only=None,
   for i in range(n) if only is None else only:
     with open(f'{workdir}.{i}.log', 'ab') as log:
       processes.append(subprocess.Popen(
-          [sys.executable, '-c', _TRAIN, str(seconds), f'{workdir}.{i}.read',
-           *conftest.flags(config), f'--workdir={workdir}',
-           *dict(changes).get(i, ())],
+          [sys.executable, '-c', _TRAIN, str(_SILENCE), str(seconds),
+           f'{workdir}.{i}.read', *conftest.flags(config),
+           f'--workdir={workdir}', *dict(changes).get(i, ())],
           cwd=conftest.ROOT, stdout=log, stderr=log, env=os.environ | {
               'PYTHONPATH': str(conftest.ROOT),
               'XLA_FLAGS':
@@ -129,20 +130,16 @@ def _steps(workdir):
 
 
 def _evaluations(workdir):
-  rows = metrics.read_jsonl(
-      os.path.join(workdir, 'metrics.jsonl'))
+  rows = metrics.read_jsonl(os.path.join(workdir, 'metrics.jsonl'))
   return {r['step']: r['eval/loss'] for r in rows if 'eval/loss' in r}
 
 
 def _expect_same_losses(workdir, straight):
-  wanted = conftest.losses(straight)
-  found = conftest.losses(workdir)
-  assert list(found) == list(wanted)
-  np.testing.assert_allclose(
-      list(found.values()), list(wanted.values()), **_SAME)
-  np.testing.assert_allclose(
-      list(_evaluations(workdir).values()),
-      list(_evaluations(straight).values()), **_SAME)
+  for read in conftest.losses, _evaluations:
+    found, wanted = read(workdir), read(straight)
+    assert list(found) == list(wanted)
+    np.testing.assert_allclose(
+        list(found.values()), list(wanted.values()), **_SAME)
   assert [r['chain'] for r in conftest.train_rows(workdir)] == [
       r['chain'] for r in conftest.train_rows(straight)]
 
@@ -168,22 +165,22 @@ def story(tmp_path_factory):
   _wait_for_step(both, workdir, 3)
   both[1].send_signal(signal.SIGTERM)
   both[1].send_signal(signal.SIGTERM)
-  told = dict(stopped=_end(both), stopped_at=_steps(workdir)[-1],
+  seen = dict(stopped=_end(both), stopped_at=_steps(workdir)[-1],
               read=[pathlib.Path(f'{workdir}.{i}.read') for i in (0, 1)],
               stop_logs=[_log(workdir, i) for i in (0, 1)],
               stop_record=record_lib.read(str(workdir)))
 
   both = _start(config, workdir, 2, seconds=0.2)
-  _wait_for_step(both, workdir, told['stopped_at'] + 7)
+  _wait_for_step(both, workdir, seen['stopped_at'] + 7)
   both[1].kill()
   start = time.monotonic()
-  told |= dict(killed=_end(both), seconds=time.monotonic() - start,
+  seen |= dict(killed=_end(both), seconds=time.monotonic() - start,
                kill_logs=[_log(workdir, i) for i in (0, 1)],
                kept=_steps(workdir)[-1])
   shutil.copytree(workdir, folder / 'killed')
 
   assert train.main(config, str(workdir)) == 0
-  return dict(told, config=config, straight=straight, workdir=workdir,
+  return dict(seen, config=config, straight=straight, workdir=workdir,
               folder=folder)
 
 
@@ -208,7 +205,7 @@ def test_a_killed_process_ends_the_other(story):
   assert story['killed'] == [1, -signal.SIGKILL]
   assert story['seconds'] < 60
   message = story['kill_logs'][0]
-  assert 'error: process 1 (' in message and 'silent for 30 s' in message
+  assert 'error: process 1 (' in message and 'silent for 15 s' in message
   assert 'start the same command on all of them again' in message
   assert 'Traceback' not in message
   # The one that was killed has a child which says so.
@@ -227,28 +224,22 @@ def test_each_process_reads_its_rows_and_no_others(story):
     # The last batch of an epoch has no rows for the second process.
     for batch in {*range(story['stopped_at']), *read}:
       assert read.get(batch, set()) == {
-          e for row in batches(batch)[4 * i:4 * i + 4] for e in row}
+          e for row in batches[batch][4 * i:4 * i + 4] for e in row}
     assert read
 
 
 def _batches(config):
-  """Returns a function from a batch's number to its rows of examples."""
-  model = base.load_model(config.model)
-  tokenizer = base.load_tokenizer(
-      config.model, base.resolve_weights(config.model), model.generation)
-  lengths = splits.load_splits(
-      config.data, ('train',), tasks.load(config.task), tokenizer,
-  )['train'].examples.lengths()
+  """Returns the rows of examples of each batch."""
+  run = prepare.prepare(config, '')
   layout = batches_lib.Layout(batch_size=8, max_length=config.data.max_length)
-  epochs = [batches_lib.plan_epoch(
-      lengths, layout, seed=config.seed, epoch=epoch)
-            for epoch in range(_STEPS)]
-  rows = [rows for epoch in epochs for _, rows in epoch]
-  return rows.__getitem__
+  return [rows for epoch in range(_STEPS)
+          for _, rows in batches_lib.plan_epoch(
+              run.splits['train'].examples.lengths(), layout, seed=config.seed,
+              epoch=epoch)]
 
 
 @pytest.mark.slow
-def test_four_processes_go_on_on_another_mesh(story, tmp_path):
+def test_four_processes_resume_on_another_mesh(story, tmp_path):
   # Each group of rows lies on two processes, and each process has a half.
   config = story['config'].copy_and_resolve_references()
   config.mesh.update(data=1, fsdp=2, tensor=4)
@@ -272,12 +263,11 @@ def test_four_processes_go_on_on_another_mesh(story, tmp_path):
   assert record['end']['finished'] and record['starts'][-1]['hosts'] == 4
 
 
-# What is told -----------------------------------------------------------------
+# Messages ---------------------------------------------------------------------
 
 
-def test_the_mistake_of_one_is_told_by_it(run_config, tmp_path):
-  both = _start(run_config, tmp_path / 'w', 2,
-                changes={1: ['--config.seed=5']})
+def test_a_mistake_of_one_process_is_reported_by_it(run_config, tmp_path):
+  both = _start(run_config, tmp_path / 'w', 2, changes={1: ['--config.seed=5']})
   assert _end(both) == [2, 2]
   first, second = _log(tmp_path / 'w', 0), _log(tmp_path / 'w', 1)
   assert 'error: config.seed is 5 on process 1 and 0 on process 0' in second
@@ -286,7 +276,7 @@ def test_the_mistake_of_one_is_told_by_it(run_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_mistake_of_all_is_told_once(run_config, tmp_path):
+def test_a_mistake_of_all_is_reported_once(run_config, tmp_path):
   run_config.data.train = str(tmp_path / 'absent.txt')
   assert _end(_start(run_config, tmp_path / 'w', 2)) == [2, 2]
   assert _log(tmp_path / 'w', 0).count('error: ') == 1
@@ -312,13 +302,12 @@ def test_variables_half_set_or_wrong_are_refused(changed, text):
     hosts.find(environment | changed)
 
 
-def test_processes_that_did_not_meet_are_told_of():
+def test_processes_that_did_not_meet_are_reported():
   said = hosts.lost(jax.errors.JaxRuntimeError(
       'UNKNOWN: Gloo context initialization failed: DEADLINE_EXCEEDED\nmore'))
   assert 'DEADLINE_EXCEEDED; on CPUs' in said and 'same command' in said
   assert not hosts.lost(jax.errors.JaxRuntimeError('INTERNAL'))
-  assert not hosts.lost(
-      ValueError('Gloo context initialization failed'))
+  assert not hosts.lost(ValueError('Gloo context initialization failed'))
 
 
 def test_one_process_joins_none():
@@ -332,10 +321,10 @@ def test_one_process_joins_none():
   assert hosts.find(slurm | {'SLURM_STEP_NUM_TASKS': '2'}) == {}
 
 
-def test_who_is_alone_says_so(run_config, tmp_path):
+def test_a_process_alone_gives_up(run_config, tmp_path):
   lonely = _start(run_config, tmp_path / 'w', 2, only=(0,),
                   environment={'GEMMA_SFT_JOIN_SECONDS': '3'})
   assert _end(lonely) == [2]
   log = _log(tmp_path / 'w', 0)
-  assert 'this is 0 of 2; one or more of the others did not come' in log
+  assert 'this is 0 of 2; one or more of the others did not join' in log
   assert 'Traceback' not in log
