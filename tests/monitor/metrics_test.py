@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import jax
 import pytest
@@ -17,8 +18,7 @@ def _write(workdir, resume_step, *steps, **values):
 
 
 def _steps(workdir):
-  return [r['step'] for r in metrics.read_jsonl(
-      str(workdir / 'metrics.jsonl'))]
+  return [r['step'] for r in metrics.read_jsonl(str(workdir / 'metrics.jsonl'))]
 
 
 def test_lines_are_json_with_step_and_time(tmp_path):
@@ -30,13 +30,14 @@ def test_lines_are_json_with_step_and_time(tmp_path):
   assert list((tmp_path / 'tensorboard').iterdir())
 
 
-def test_a_resumed_run_takes_its_later_steps_again(tmp_path):
-  _write(tmp_path, -1, 1, 2, 3, 4, 5)
-  _write(tmp_path, 3, 4)
-  assert _steps(tmp_path) == [1, 2, 3, 4]
+@pytest.mark.parametrize('resume_step, kept', ((3, [0, 1, 2, 3]), (-1, [])))
+def test_a_resumed_run_repeats_its_later_steps(tmp_path, resume_step, kept):
+  _write(tmp_path, -1, 0, 1, 2, 3, 4, 5)
+  _write(tmp_path, resume_step, 4)
+  assert _steps(tmp_path) == [*kept, 4]
 
 
-def test_a_half_written_last_line_is_passed_over(tmp_path):
+def test_a_half_written_last_line_is_ignored(tmp_path):
   _write(tmp_path, -1, 1, 2)
   path = tmp_path / 'metrics.jsonl'
   whole = path.read_text()
@@ -49,13 +50,7 @@ def test_a_half_written_last_line_is_passed_over(tmp_path):
   assert len(path.read_text().splitlines()) == 3
 
 
-def test_a_fresh_run_begins_a_fresh_file(tmp_path):
-  _write(tmp_path, -1, 0, 1)
-  _write(tmp_path, -1, 0)
-  assert _steps(tmp_path) == [0]
-
-
-def test_lines_are_there_while_the_run_goes_on(tmp_path):
+def test_lines_are_written_during_the_run(tmp_path):
   writer = metrics.Writer(str(tmp_path), resume_step=-1)
   writer.write(1, {'loss': 1.0})
   assert _steps(tmp_path) == [1]
@@ -67,10 +62,7 @@ def test_other_hosts_write_nothing(tmp_path):
   writer.write(1, {'loss': 1.0})
   writer.close()
   assert not list(tmp_path.iterdir())
-
-
-def test_no_file_has_no_lines(tmp_path):
-  assert metrics.read_jsonl(str(tmp_path / 'none')) == []
+  assert _steps(tmp_path) == []  # There is no file.
 
 
 @pytest.mark.parametrize('seconds, text', (
@@ -93,12 +85,6 @@ def test_the_progress_line_where_the_peak_is_not_known():
       ' 1 m 05 s left')
 
 
-class _Device:
-
-  def __init__(self, device_kind):
-    self.device_kind = device_kind
-
-
 @pytest.mark.parametrize('kind, peak', (
     ('NVIDIA H100 80GB HBM3', 989e12),
     ('Tesla T4', 65e12),
@@ -106,7 +92,8 @@ class _Device:
     ('TPU v5 lite', 197e12), ('TPU v5', 459e12), ('TPU v5p', 459e12),
     ('TPU v6 lite', 918e12)))
 def test_the_share_of_the_peak_of_all_devices(monkeypatch, kind, peak):
-  monkeypatch.setattr(jax, 'devices', lambda: [_Device(kind)] * 2)
+  device = types.SimpleNamespace(device_kind=kind)
+  monkeypatch.setattr(jax, 'devices', lambda: [device] * 2)
   monkeypatch.setattr(jax, 'device_count', lambda: 2)
   assert metrics.peak_flops() == 2 * peak
   line = metrics.progress_line(
@@ -125,9 +112,6 @@ def test_summarise():
   assert scores == pytest.approx({
       'loss': 2 * math.log(2), 'perplexity': 4.0, 'bits_per_byte': 0.5,
       'bits_per_character': 0.8})
-
-
-def test_summaries_of_extreme_losses_are_numbers():
-  assert math.isfinite(metrics.summarise(1e6, 1, 0, 0)['perplexity'])
-  assert metrics.summarise(1e6, 1, 0, 0)['bits_per_byte'] == pytest.approx(
-      1e6 / math.log(2))
+  extreme = metrics.summarise(1e6, 1, 0, 0)
+  assert math.isfinite(extreme['perplexity'])
+  assert extreme['bits_per_byte'] == pytest.approx(1e6 / math.log(2))

@@ -20,6 +20,8 @@ from gemma_sft.monitor import metrics
 from gemma_sft.monitor import record as record_lib
 from gemma_sft.monitor import tracking
 
+_FOLDER = str(pathlib.Path(__file__).parent)
+
 
 def _record(workdir, starts=1):
   return types.SimpleNamespace(
@@ -146,7 +148,7 @@ class _Broken:
     raise ConnectionError('no route')
 
 
-def test_what_fails_is_told_once_and_stops_nothing(tmp_path, capsys):
+def test_a_failure_is_reported_once_and_stops_nothing(tmp_path, capsys):
   writer = metrics.Writer(
       str(tmp_path), resume_step=-1,
       mirror=tracking.Mirror(_Broken(), _record(tmp_path)))
@@ -177,8 +179,8 @@ def test_without_a_login_it_stops_and_does_not_ask(tmp_path):
 @pytest.mark.slow
 def test_without_a_network_the_run_is_kept(tmp_path):
   program = (
-      'import sys, types; from gemma_sft.monitor import tracking;'
-      f' sys.path.insert(0, {str(conftest.ROOT / "tests")!r});'
+      'import sys; from gemma_sft.monitor import tracking;'
+      f' sys.path[:0] = {[str(conftest.ROOT / "tests"), _FOLDER]!r};'
       ' import tracking_test as t; r = t._record(".");'
       ' tracking.check("blop"); m = tracking.start("blop", r);'
       ' m.write(1, {"loss": 1.0}); m.close()')
