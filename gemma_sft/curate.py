@@ -33,6 +33,7 @@ from typing import Any
 
 from gemma_sft import config as config_lib
 from gemma_sft import errors
+from gemma_sft import pages
 from gemma_sft.curation import augment
 from gemma_sft.curation import characters
 from gemma_sft.curation import duplicates
@@ -48,8 +49,7 @@ _FILES = (
     *(f'{name}.{kind}' for name in splits.NAMES for kind in ('jsonl', 'csv')),
     'removed.jsonl', 'changes.jsonl', 'review.jsonl', 'report.json',
     'report.md', 'report.html')
-# In ITRANS, HK or SLP1 at least a fifth of the words have a capital inside; in
-# English, a few names.
+# A larger share of words with a capital inside is taken for ITRANS, HK or SLP1.
 _ROMANISED = 0.1
 # A note is made of a split whose share is further than this from its fraction.
 _TOLERANCE = 0.03
@@ -79,8 +79,6 @@ def main(
 def curate(config: Any) -> report_lib.CurationResult:
   """Returns the splits of the collection, and a log of everything done.
 
-  Whatever the steps, every row read is either kept or removed.
-
   Raises:
     UserError: for a source that cannot be read, a column that it lacks, or a
       step that would lose meaning.
@@ -93,12 +91,10 @@ def curate(config: Any) -> report_lib.CurationResult:
       columns=config_lib.parse_columns(config.rename, 'rename'))]
   num_read = len(rows)
   known = table.columns(rows)
-  for key, names in (
-      ('text', config.text), ('punctuation', config.punctuation),
-      ('fill', (*fill, *fill.values())), ('required', config.required),
-      ('balance', (config.balance,) if config.balance else ()),
-      ('groups', config.groups), ('romanise', config.romanise)):
-    table.require_columns(key, names, known)
+  for key in ('text', 'punctuation', 'required', 'groups', 'romanise'):
+    table.require_columns(key, config[key], known)
+  table.require_columns('fill', (*fill, *fill.values()), known)
+  table.require_columns('balance', filter(None, [config.balance]), known)
   text = config.text or tuple(
       name for name in known
       if any(table.is_text(row.fields.get(name)) for row in rows))
@@ -106,51 +102,46 @@ def curate(config: Any) -> report_lib.CurationResult:
   entries = [e for name in config.lists for e in words.load_list(name)]
 
   _clean_characters(rows, log, config, text, known)
-  log.begin('fill', bool(fill))
+  log.begin('fill', fill)
   table.fill_missing(rows, log, fill)
   log.begin('missing')
   rows = table.remove_incomplete(
       rows, log, required=config.required, max_missing=config.max_missing,
       min_lines=config.min_lines, text=text, known=known)
-  log.begin('punctuation', bool(config.punctuation))
+  log.begin('punctuation', config.punctuation)
   table.repair_punctuation(
       rows, log, config.punctuation, config.punctuation_share)
-  log.begin('duplicates', config.duplicates > 0)
-  if config.duplicates:
+  if log.begin('duplicates', config.duplicates):
     rows = duplicates.remove_duplicates(
         rows, log, text, config.duplicates, config.ngram)
   parts = _split(rows, log, config, text)
-  log.begin('augment', bool(config.augment))
+  log.begin('augment', config.augment)
   augmented = augment.augment(
       parts['train'], log, methods=config.augment, share=config.augment_share,
       names=text, templates=config.augment_templates, keep=config.augment_keep,
       seed=config.seed)
   all_rows = [*rows, *augmented]
-  log.begin('romanise', bool(config.romanise))
+  log.begin('romanise', config.romanise)
   _romanise(all_rows, log, config.romanise, config.scheme)
-  log.begin('tokens', bool(config.tokens))
-  if config.tokens:
+  if log.begin('tokens', config.tokens):
     _add_tokens(all_rows, log, text, config.tokens)
   assert num_read == len(rows) + len(log.removals)
   return report_lib.CurationResult(
-      source=config.source, num_read=num_read, log=log, parts=parts,
-      augmented=augmented, text=text, balance=config.balance,
+      source=config.source, text=text, balance=config.balance,
+      num_read=num_read, log=log, parts=parts, augmented=augmented,
       flags=[flag for name, part in parts.items()
              for flag in _flags(part, name, text, entries)],
-      leaks=splits.leaks(
-          parts, config.groups, text, config.opening,
-          config.duplicates or 1.0, config.ngram))
+      leaks=splits.leaks(parts, config.groups, text, config.opening,
+                         config.duplicates or 1.0, config.ngram))
 
 
 def _clean_characters(rows, log, config, text, known) -> None:
-  """Applies the steps on single cells, all but lower case to all columns.
-
-  A title with a stray tag would otherwise separate songs that belong together.
-  """
+  """Applies the steps on single cells, all but lower case to all columns."""
+  # A title with a stray tag would separate songs that belong together.
   steps = (
       ('html', config.html, characters.strip_html,
        'markup is not part of a text'),
-      ('symbols', bool(config.symbols), functools.partial(
+      ('symbols', config.symbols, functools.partial(
           characters.remove_symbols, pattern=config.symbols),
        'symbols that stand for no sound'),
       ('encoding', config.unicode, characters.repair_encoding,
@@ -162,14 +153,12 @@ def _clean_characters(rows, log, config, text, known) -> None:
       ('whitespace', config.whitespace, characters.regular_whitespace,
        'one space between words, at most one blank line'),
       ('lower', config.lower, characters.lower, 'lower case'))
-  for step, is_on, function, why in steps:
-    log.begin(step, is_on)
-    if not is_on:
-      continue
-    if step == 'lower':
-      _check_case(rows, log, config, text)
-    table.apply_text(
-        rows, log, step, text if step == 'lower' else known, function, why)
+  for step, setting, function, why in steps:
+    if log.begin(step, setting):
+      names = text if step == 'lower' else known
+      if step == 'lower':
+        _check_case(rows, log, config, text)
+      table.apply_text(rows, log, step, names, function, why)
 
 
 def _check_case(rows, log, config, text) -> None:
@@ -185,9 +174,8 @@ def _check_case(rows, log, config, text) -> None:
     problem = (f'{share:.0%} of the words have a capital inside, as in ITRANS,'
                ' HK or SLP1')
   else:
-    caseless = sum(
-        bool(t.strip()) and not characters.has_case(t) for t in texts)
-    if caseless:
+    if caseless := sum(
+        bool(t.strip()) and t.lower() == t.upper() for t in texts):
       log.notes.append(
           f'lower: {caseless} of {len(texts)} texts are in scripts without'
           ' case and stay unchanged')
@@ -209,11 +197,10 @@ def _split(rows, log, config, text) -> dict[str, list[table.TableRow]]:
     pairs = duplicates.similar_pairs(
         starts, config.duplicates or 1.0, config.ngram)
   members = splits.groups(rows, config.groups, pairs)
-  num_splits = sum(part > 0 for part in config.fractions)
+  num_splits = sum(map(bool, config.fractions))
   if len(members) < num_splits:
-    log.notes.append(
-        f'split: {len(rows)} rows are in {len(members)} groups, too few for'
-        f' {num_splits} splits')
+    log.notes.append(f'split: {len(rows)} rows are in {len(members)} groups,'
+                     f' too few for {num_splits} splits')
   largest = max(map(len, members), default=0)
   if len(rows) > 1 and largest > len(rows) / 2:
     log.notes.append(
@@ -234,19 +221,16 @@ def _romanise(rows, log, names, scheme) -> None:
   unknown: set[str] = set()
   for row in rows:
     for name in names:
-      value = row.fields.get(name)
-      column = f'{name}_{scheme}'
+      value, column = row.fields.get(name), f'{name}_{scheme}'
       if column in row.read:
         raise errors.UserError(
             f'config.romanise: {row.where} has a column {column!r}',
             'an unused name',
             f"rename it: --config.rename='{column}_original={column}'")
       if table.is_text(value):
-        latin = romanise.romanise(table.as_text(value), scheme)
-        unknown.update(romanise.leftover(latin))
-        log.change(row, column, 'romanise',
-                   latin.split('\n') if isinstance(value, list) else latin,
-                   f'{name} in {scheme}')
+        latin = table.applied(romanise.romanise, value, scheme)
+        unknown.update(romanise.leftover(table.as_text(latin)))
+        log.change(row, column, 'romanise', latin, f'{name} in {scheme}')
   if unknown:
     log.notes.append(
         f'romanise: {scheme} has no letter for {" ".join(sorted(unknown))}')
@@ -257,9 +241,8 @@ def _add_tokens(rows, log, text, kind) -> None:
   for row in rows:
     for name in text:
       if table.is_text(row.fields.get(name)):
-        log.change(
-            row, f'{name}_{kind}', 'tokens',
-            function(table.as_text(row.fields[name])), f'{kind} of {name}')
+        found = function(table.as_text(row.fields[name]))
+        log.change(row, f'{name}_{kind}', 'tokens', found, f'{kind} of {name}')
 
 
 def _flags(rows, split, text, entries) -> Iterable[dict[str, Any]]:
@@ -279,15 +262,13 @@ def _check_folder(out: str, overwrite: bool, source: str) -> None:
   """Raises if writing would destroy files that somebody may want to keep."""
   if os.path.exists(out) and not os.path.isdir(out):
     raise errors.UserError(f'--out={out} is a file', 'a folder', 'name another')
-  if os.path.isdir(out) and os.listdir(out) and not overwrite:
+  if not overwrite and os.path.isdir(out) and os.listdir(out):
     raise errors.UserError(
         f'--out={out} is not empty', 'a new or an empty folder',
         'name another, or add --overwrite to replace the files of an earlier'
         ' run')
   written = {os.path.realpath(os.path.join(out, name)) for name in _FILES}
-  if ':' in source:
-    return
-  for path in records_lib.paths(source, 'auto'):
+  for path in [] if ':' in source else records_lib.paths(source, 'auto'):
     if os.path.realpath(path) in written:
       raise errors.UserError(
           f'--out={out} would replace the source {path}', 'another folder',
@@ -308,26 +289,23 @@ def _write(folder, result, config, sections, examples) -> None:
     _write_jsonl(folder / f'{name}.jsonl', map(dataclasses.asdict, items))
   _write_jsonl(folder / 'review.jsonl', result.flags)
   report = report_lib.to_json(result, examples) | {
-      'seed': config.seed,
-      'config': dict(config_lib.leaves(config))}
-  for name, content in (
-      ('report.json', json.dumps(
-          report, indent=1, ensure_ascii=False, default=str)),
-      ('report.md', report_lib.to_markdown(sections)),
-      ('report.html', report_lib.to_html(sections))):
-    (folder / name).write_text(content + '\n', encoding='utf-8')
+      'seed': config.seed, 'config': dict(config_lib.leaves(config))}
+  pages.write(folder / 'report.json', json.dumps(
+      report, indent=1, ensure_ascii=False, default=str) + '\n')
+  pages.write(
+      folder / 'report.md', report_lib.to_markdown(sections) + '\n')
+  pages.write(folder / 'report.html', report_lib.to_html(sections) + '\n')
 
 
 def _write_jsonl(path, items: Iterable[dict[str, Any]]) -> None:
   with open(path, 'w', encoding='utf-8') as file:
-    for item in items:
-      file.write(json.dumps(item, ensure_ascii=False, default=str) + '\n')
+    file.writelines(json.dumps(item, ensure_ascii=False, default=str) + '\n'
+                    for item in items)
 
 
 def _write_csv(path, items: Sequence[dict[str, Any]], names) -> None:
   """Writes a table; a list of lines becomes a cell of several lines."""
   with open(path, 'w', encoding='utf-8', newline='') as file:
-    writer = csv.writer(file, lineterminator='\n')
-    writer.writerow(names)
-    for item in items:
-      writer.writerow([table.as_text(item.get(name)) for name in names])
+    csv.writer(file, lineterminator='\n').writerows([
+        names, *([table.as_text(item.get(name)) for name in names]
+                 for item in items)])

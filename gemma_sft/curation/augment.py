@@ -19,36 +19,24 @@ _SPAN = 0.15
 
 
 def augment(
-    rows: Sequence[table.TableRow], log: table.ChangeLog, *,
-    methods: Sequence[str], share: float, names: Sequence[str],
-    templates: Sequence[str], keep: Sequence[str], seed: int
-) -> list[table.TableRow]:
+    rows: table.Rows, log: table.ChangeLog, *, methods: Sequence[str],
+    share: float, names: Sequence[str], templates: Sequence[str],
+    keep: Sequence[str], seed: int) -> list[table.TableRow]:
   """Returns new rows, made by each method from a random `share` of the rows.
 
   line_order permutes the couplets of a text (its stanzas, if it has blank
   lines), except the first and the last, where a song states its theme and a
   poet signs. span_dropout leaves out one couplet of the middle, or a run of
-  words of a one-line text. paraphrase fills a column by a template
-  'column=wording with {other} columns'.
-
-  Args:
-    rows: The training rows.
-    log: Receives a note on rows that a method could not change.
-    methods: Some of `METHODS`.
-    share: Share of the rows, for each method.
-    names: The columns of text.
-    templates: Templates of paraphrase.
-    keep: Phrases with a meaning in their culture: a couplet or run of words
-      that contains one stays in place.
-    seed: Together with the method and the row's index, the only source of
-      randomness.
+  words of a one-line text. Both change the columns `names`, and leave couplets
+  and words with a phrase of `keep` in place. paraphrase fills a column by a
+  template 'column=wording with {other} columns'.
   """
   made = []
   for m, method in enumerate(METHODS):
     if method not in methods:
       continue
     chosen = np.random.default_rng([seed, m]).random(len(rows)) < share
-    num_unchanged = 0
+    before = len(made)
     for i in np.flatnonzero(chosen):
       row, rng = rows[i], np.random.default_rng([seed, m, int(i)])
       fields = copy.deepcopy(row.fields)
@@ -58,18 +46,13 @@ def augment(
         change = _reorder if method == 'line_order' else _drop
         for name in names:
           if table.is_text(fields.get(name)):
-            text = change(table.as_text(fields[name]), keep, rng)
-            is_list = isinstance(fields[name], list)
-            fields[name] = text.split('\n') if is_list else text
-      if fields == row.fields:
-        num_unchanged += 1
-        continue
-      fields |= {'augmented': method, 'augmented_from': row.where}
-      made.append(table.TableRow(row.where, row.read, fields))
-    if num_unchanged:
-      log.notes.append(
-          f'augment: {method} could not change {num_unchanged} of'
-          f' {int(chosen.sum())} rows')
+            fields[name] = table.applied(change, fields[name], keep, rng)
+      if fields != row.fields:
+        fields |= {'augmented': method, 'augmented_from': row.where}
+        made.append(table.TableRow(row.where, row.read, fields))
+    if unchanged := chosen.sum() - (len(made) - before):
+      log.notes.append(f'augment: {method} could not change {unchanged} of'
+                       f' {chosen.sum()} rows')
   return made
 
 
@@ -79,7 +62,7 @@ def check_templates(templates: Sequence[str], known: Sequence[str]) -> None:
     column, equals, wording = template.partition('=')
     try:
       wording.format_map(dict.fromkeys(known, ''))
-      is_valid = bool(equals) and column in known
+      is_valid = equals and column in known
     except (KeyError, ValueError, IndexError, AttributeError):
       is_valid = False
     if not is_valid:
@@ -119,23 +102,17 @@ def _reorder(text: str, keep: Sequence[str], rng: np.random.Generator) -> str:
 def _drop(text: str, keep: Sequence[str], rng: np.random.Generator) -> str:
   if '\n' in text:
     units, separator = _units(text)
-    free = _free(units, keep)
-    if not free:
-      return text
-    del units[rng.choice(free)]
+    if free := _free(units, keep):
+      del units[rng.choice(free)]
     return separator.join(units)
   found = text.split(' ')
   size = int(len(found) * _SPAN)
   # The first and last words stay, with their capital and final mark.
-  starts = []
-  for i in range(1, len(found) - size):
-    rest = ' '.join(found[:i] + found[i + size:])
-    if all(text.count(p) == rest.count(p) for p in keep):
-      starts.append(i)
-  if not size or not starts:
-    return text
-  i = rng.choice(starts)
-  return ' '.join(found[:i] + found[i + size:])
+  shortened = [' '.join(found[:i] + found[i + size:])
+               for i in range(1, len(found) - size)] if size else []
+  shortened = [rest for rest in shortened
+               if all(text.count(p) == rest.count(p) for p in keep)]
+  return shortened[rng.integers(len(shortened))] if shortened else text
 
 
 def _paraphrase(fields, templates, rng: np.random.Generator) -> None:

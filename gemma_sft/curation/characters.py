@@ -11,9 +11,8 @@ from selectolax import lexbor
 
 # Scripts in which a joiner selects the form of a letter.
 _JOINING = (
-    '[\\p{Devanagari}\\p{Bengali}\\p{Gurmukhi}\\p{Gujarati}\\p{Oriya}\\p{Tamil}'
-    '\\p{Telugu}\\p{Kannada}\\p{Malayalam}\\p{Sinhala}\\p{Arabic}'
-    '\\p{Mongolian}]')
+    r'[\p{Devanagari}\p{Bengali}\p{Gurmukhi}\p{Gujarati}\p{Oriya}\p{Tamil}'
+    r'\p{Telugu}\p{Kannada}\p{Malayalam}\p{Sinhala}\p{Arabic}\p{Mongolian}]')
 _VIRAMA = '[\u094d\u09cd\u0a4d\u0acd\u0b4d\u0bcd\u0c4d\u0ccd\u0d4d\u0dca]'
 # Zero-width space, word joiner, byte order mark, soft hyphen.
 _INVISIBLE = regex.compile('[\u200b\u2060\ufeff\u00ad]')
@@ -27,9 +26,8 @@ _USELESS_JOINER = regex.compile(
 # Unicode excludes these letters from composition, so NFC decomposes them; the
 # transliterator and many fonts know only the composed form.
 _NUKTA = {
-    unicodedata.normalize('NFC', letter): letter
-    for letter in map(chr, range(0x900, 0xD80))
-    if len(unicodedata.normalize('NFC', letter)) == 2}
+    pair: letter for letter in map(chr, range(0x900, 0xD80))
+    if len(pair := unicodedata.normalize('NFC', letter)) == 2}
 _NUKTA_PAIR = regex.compile('|'.join(_NUKTA))
 _NUKTA_SIGN = '[\u093c\u09bc\u0a3c\u0b3c]'
 # Typed twice, or after the vowel sign of its letter, as in twelve lines of one
@@ -38,13 +36,11 @@ _MISPLACED_NUKTA = regex.compile(
     f'(\\p{{L}})({_NUKTA_SIGN}?)'
     f'((?:(?!{_NUKTA_SIGN}|{_VIRAMA})\\p{{M}})*)({_NUKTA_SIGN})')
 
+# The default turns ， into a comma, but Chinese uses full width. Entities are
+# left to `strip_html`, normalisation to `compose_nukta`.
 _FTFY = ftfy.TextFixerConfig(
-    # The default turns ， into a comma, but Chinese uses full width.
-    fix_character_width=False,
-    uncurl_quotes=False,
-    unescape_html=False,  # `strip_html` does.
-    normalization=None,  # `compose_nukta` does.
-    explain=False)
+    fix_character_width=False, uncurl_quotes=False, unescape_html=False,
+    normalization=None, explain=False)
 
 _BLOCK = ('address article aside blockquote center dd div dl dt figcaption'
           ' footer form h1 h2 h3 h4 h5 h6 header hr li main nav ol option p pre'
@@ -89,7 +85,7 @@ def _strip_once(text: str) -> str:
   for tag in _TAG.finditer(text):
     prose = text[end:tag.start()]
     pieces.append(_escape(prose))
-    is_line_open = bool((prose.rpartition('\n')[2]).strip()) or (
+    is_line_open = bool(prose.rpartition('\n')[2].strip()) or (
         is_line_open and '\n' not in prose)
     end = tag.end()
     name = (tag['name'] or '').lower()
@@ -122,10 +118,7 @@ def remove_symbols(text: str, pattern: str) -> str:
 
 
 def repair_encoding(text: str) -> str:
-  """Undoes mojibake and removes control characters (ftfy).
-
-  Full-width characters and curly quotes stay.
-  """
+  """Undoes mojibake and removes control characters (ftfy)."""
   return ftfy.fix_text(text, _FTFY)
 
 
@@ -165,17 +158,11 @@ def lower(text: str) -> str:
   return compose_nukta(text.lower())
 
 
-def has_case(text: str) -> bool:
-  """Whether any letter has an upper and a lower case."""
-  return text.lower() != text.upper()
-
-
 def capitals_inside(text: str) -> float:
   """Returns the share of Latin words with a capital after a lower-case letter.
 
-  In prose these are a few names (iPhone). In ITRANS, HK and SLP1 a capital is
-  another sound than its lower-case letter, and at least a fifth of the words
-  have one.
+  In prose these are a few names (iPhone); in ITRANS, HK and SLP1, where a
+  capital is another sound, at least a fifth of the words.
   """
   latin = regex.findall(r'\p{Latin}[\p{Latin}\p{M}]+', text)
   mixed = [w for w in latin if regex.search(r'\p{Ll}\p{Lu}', w)]

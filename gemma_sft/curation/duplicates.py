@@ -32,7 +32,9 @@ def similar_pairs(
   scripts = [words.script(text) for text in texts]
   is_indic = [bool(romanise.INDIC.search(text)) for text in texts]
   if 'Latin' in scripts and any(is_indic):
-    latin = [_plain(romanise.romanise(text)) for text in texts]
+    latin = [
+        regex.sub(r'\p{Mn}', '', unicodedata.normalize(
+            'NFD', romanise.romanise(text))) for text in texts]
     for (i, j), value in _similar_pairs(latin, threshold, n).items():
       if is_indic[i] != is_indic[j]:
         similarity.setdefault((i, j), value)
@@ -57,22 +59,16 @@ def _similar_pairs(texts, threshold, n) -> dict[tuple[int, int], float]:
   return pairs
 
 
-def _plain(text: str) -> str:
-  """Returns Latin text without diacritics."""
-  return regex.sub(r'\p{Mn}', '', unicodedata.normalize('NFD', text))
-
-
 def remove_duplicates(
-    rows: Sequence[table.TableRow], log: table.ChangeLog,
-    names: Sequence[str], threshold: float, n: int) -> list[table.TableRow]:
+    rows: table.Rows, log: table.ChangeLog, names: Sequence[str],
+    threshold: float, n: int) -> list[table.TableRow]:
   """Returns the rows without those that nearly equal a more complete row.
 
   Of two rows the more complete one has fewer missing cells, else an Indic
   script, else more text, else came first. Every removed row is similar to a row
   that stays, which the log names.
   """
-  texts = ['\n'.join(table.as_text(row.fields.get(name)) for name in names)
-           for row in rows]
+  texts = [table.joined(row, names) for row in rows]
   similar = collections.defaultdict(dict)
   for i, j, similarity in similar_pairs(texts, threshold, n):
     similar[i][j] = similar[j][i] = similarity
@@ -85,8 +81,7 @@ def remove_duplicates(
   kept = set(range(len(rows))) - similar.keys()
   originals = {}
   for i in sorted(similar, key=completeness, reverse=True):
-    candidates = kept & similar[i].keys()
-    if candidates:
+    if candidates := kept & similar[i].keys():
       originals[i] = max(candidates, key=lambda k: (similar[i][k], -k))
     else:
       kept.add(i)

@@ -4,7 +4,6 @@ import collections
 from collections.abc import Sequence
 import dataclasses
 import difflib
-import itertools
 import os
 from typing import Any
 import unicodedata
@@ -25,28 +24,16 @@ _INVISIBLE = regex.compile(r'[\p{C}\p{Zl}\p{Zp}]|(?! )\p{Zs}')
 
 @dataclasses.dataclass(frozen=True)
 class CurationResult:
-  """A curated collection.
-
-  Attributes:
-    source: The raw collection's path or pattern.
-    num_read: Number of rows read.
-    log: Changes, removals and notes.
-    parts: {'train': rows, ...}, without augmented rows.
-    augmented: Rows made from training rows.
-    text: The columns of text.
-    balance: The column of styles, or ''.
-    flags: The lines of review.jsonl.
-    leaks: Rows in different splits that belong together.
-  """
+  """A curated collection, with the config's `source`, `text` and `balance`."""
 
   source: str
-  num_read: int
-  log: table.ChangeLog
-  parts: dict[str, list[table.TableRow]]
-  augmented: list[table.TableRow]
   text: Sequence[str]
   balance: str
-  flags: list[dict[str, Any]]
+  num_read: int
+  log: table.ChangeLog
+  parts: dict[str, list[table.TableRow]]  # Without augmented rows.
+  augmented: list[table.TableRow]
+  flags: list[dict[str, Any]]  # The lines of review.jsonl.
   leaks: list[splits.Leak]
 
   def written(self) -> dict[str, list[table.TableRow]]:
@@ -54,7 +41,7 @@ class CurationResult:
 
     A split without rows has no file: no reader accepts an empty one.
     """
-    parts = self.parts | {'train': [*self.parts['train'], *self.augmented]}
+    parts = self.parts | {'train': self.parts['train'] + self.augmented}
     return {name: rows for name, rows in parts.items() if rows}
 
 
@@ -67,89 +54,79 @@ class Section:
   level: int = 2
 
 
-def make_sections(
-    result: CurationResult, num_examples: int) -> list[Section]:
+def make_sections(result: CurationResult, num_examples: int) -> list[Section]:
   """Returns the report, in the order in which it is read."""
   data = to_json(result, num_examples)
   counts = (f'{result.source}: {data["read"]} rows read = {data["kept"]} kept +'
             f' {data["removed"]} removed.')
   if result.augmented:
     counts += f' {len(result.augmented)} augmented rows were added to train.'
+  steps = data['steps']
   sections = [
-      Section('Curation', [counts, (
-          ('split', 'rows', 'augmented', 'words', 'different words',
-           'characters'),
+      Section('Curation', [counts, *_table(
+          'split,rows,augmented,words,different words,characters',
           [(name, *map(str, part.values()))
            for name, part in data['splits'].items()])], level=1),
-      Section('Steps', [(
-          ('step', 'rows changed', 'cells changed', 'rows removed'),
+      Section('Steps', _table(
+          'step,rows changed,cells changed,rows removed',
           [(step['step'], *(str(step[key]) for key in (
               'rows_changed', 'cells_changed', 'rows_removed')))
            if step['on'] else (step['step'], 'off', '', '')
-           for step in data['steps']])])]
-  for step in data['steps']:
-    blocks = []
-    if step['examples']:
-      blocks.append((('row', 'column', 'before', 'after', 'why'), [
-          (e['where'], e['column'],
-           *difference(e['before'], e['after']), e['why'])
-          for e in step['examples']]))
-    if step['removals']:
-      blocks.append((('removed row', 'why', 'beginning'), [
-          (e['where'], e['why'], _shorten(_visible(e['began'])))
-          for e in step['removals']]))
-    if blocks:
-      sections.append(Section(step['step'], blocks, level=3))
+           for step in steps]))]
+  sections += [
+      Section(step['step'], [
+          *_table('row,column,before,after,why', [
+              (e['where'], e['column'],
+               *difference(e['before'], e['after']), e['why'])
+              for e in step['examples']]),
+          *_table('removed row,why,beginning', [
+              (e['where'], e['why'], _shorten(_visible(e['began'])))
+              for e in step['removals']])], level=3)
+      for step in steps if step['examples'] or step['removals']]
   if result.balance:
     sections.append(Section(f'Rows by {result.balance}', [(
         (result.balance, *splits.NAMES),
-        [(style or '(none)',
-          *(f'{n} ({n / max(1, sum(by_split.values())):.0%})'
-            for n in by_split.values()))
+        [(style or '(none)', *(f'{n} ({n / sum(by_split.values()):.0%})'
+                               for n in by_split.values()))
          for style, by_split in data['styles'].items()])]))
-  leaks = [dataclasses.astuple(leak) for leak in result.leaks[:_MAX_SHOWN]]
   sections.append(Section('Leakage between splits', [
-      *([(('row', 'split', 'row', 'split', 'why'), leaks)] if leaks else []),
+      *_table('row,split,row,split,why', result.leaks[:_MAX_SHOWN]),
       f'{len(result.leaks)} found by a second check of the finished splits.']))
-  flags = [(f['where'], _shorten(_visible(f['text'])), ', '.join(f['found']),
-            ', '.join(f['lists'])) for f in result.flags[:num_examples]]
   sections.append(Section('For review', [
       f'{len(result.flags)} lines contain listed words. They were kept and are'
       ' listed in review.jsonl.',
-      *([(('row', 'line', 'found', 'list'), flags)] if flags else [])]))
+      *_table('row,line,found,list', [
+          (f['where'], _shorten(_visible(f['text'])), ', '.join(f['found']),
+           ', '.join(f['lists'])) for f in result.flags[:num_examples]])]))
   if notes := result.log.notes:
     more = len(notes) - _MAX_SHOWN
-    sections.append(Section('Notes', [
-        *notes[:_MAX_SHOWN],
-        *([f'{more} more notes are in report.json.'] if more > 0 else [])]))
+    sections.append(Section('Notes', notes[:_MAX_SHOWN] + (
+        [f'{more} more notes are in report.json.'] if more > 0 else [])))
   return sections
 
 
-def to_json(
-    result: CurationResult, num_examples: int) -> dict[str, Any]:
+def _table(header, rows):
+  """Returns a list of one table, empty if it has no rows."""
+  return [(header.split(','), rows)] if rows else []
+
+
+def to_json(result: CurationResult, num_examples: int) -> dict[str, Any]:
   """Returns counts, examples, notes and leaks."""
   log = result.log
-  changes = collections.defaultdict(list)
-  removals = collections.defaultdict(list)
-  for change in log.changes:
-    changes[change.step].append(change)
-  for removal in log.removals:
-    removals[removal.step].append(removal)
   steps = []
   for step, is_on in log.steps.items():
+    changes = [change for change in log.changes if change.step == step]
+    removals = [removal for removal in log.removals if removal.step == step]
     steps.append({
         'step': step, 'on': is_on,
-        'rows_changed': len({c.where for c in changes[step]}),
-        'cells_changed': len(changes[step]),
-        'rows_removed': len(removals[step]),
+        'rows_changed': len({c.where for c in changes}),
+        'cells_changed': len(changes), 'rows_removed': len(removals),
         'examples': [
-            dataclasses.asdict(change)
-            for change in _spread(changes[step], num_examples)],
+            dataclasses.asdict(c) for c in _spread(changes, num_examples)],
         'removals': [
             {'where': r.where, 'why': r.why, 'began': ' | '.join(
                 table.as_text(r.fields.get(name))[:_MAX_LENGTH]
-                for name in result.text)}
-            for r in removals[step][:num_examples]]})
+                for name in result.text)} for r in removals[:num_examples]]})
   return {
       'source': result.source, 'read': result.num_read,
       'kept': sum(map(len, result.parts.values())),
@@ -157,7 +134,7 @@ def to_json(
       'steps': steps,
       'splits': {name: _statistics(name, result) for name in splits.NAMES},
       'styles': _styles(result) if result.balance else {},
-      'leaks': [dataclasses.asdict(leak) for leak in result.leaks],
+      'leaks': [leak._asdict() for leak in result.leaks],
       'flagged_lines': len(result.flags), 'notes': log.notes}
 
 
@@ -176,29 +153,28 @@ def difference(before: Any, after: Any) -> tuple[str, str]:
       None, old, new, autojunk=False).get_opcodes() if hunk[0] != 'equal']
   if not hunks:  # A list became a text, or the other way round.
     return _shorten(_visible(str(before))), _shorten(_visible(str(after)))
-  _, *places = hunks[0]
-  cuts = [''.join(old[places[0]:places[1]]), ''.join(new[places[2]:places[3]])]
-  if unicodedata.normalize('NFC', cuts[0]) == unicodedata.normalize(
-      'NFC', cuts[1]):
+  _, a, b, c, d = hunks[0]
+  # Before, in and after the first difference.
+  parts = [[*map(''.join, (text[:start], text[start:end], text[end:]))]
+           for text, start, end in ((old, a, b), (new, c, d))]
+  cuts = [cut for _, cut, _ in parts]
+  if len({unicodedata.normalize('NFC', cut) for cut in cuts}) == 1:
     start = len(os.path.commonprefix(cuts))
     end = len(os.path.commonprefix([cut[start:][::-1] for cut in cuts]))
     middles = []
     for cut in cuts:
-      points = ' '.join(
-          f'U+{ord(c):04X}' for c in cut[start:len(cut) - end])
-      middles.append(f'{cut[:start]}⟨{points}⟩{cut[len(cut) - end:]}')
+      stop = len(cut) - end
+      points = ' '.join(f'U+{ord(c):04X}' for c in cut[start:stop])
+      middles.append(f'{cut[:start]}⟨{points}⟩{cut[stop:]}')
   else:
     middles = [_visible(cut).replace(' ', '␣') if cut.isspace()
                else _visible(cut) for cut in cuts]
+  shown = [
+      ('…' if len(left) > _CONTEXT else '') + _visible(left[-_CONTEXT:])
+      + _shorten(middle) + _visible(right[:_CONTEXT])
+      + ('…' if len(right) > _CONTEXT else '')
+      for (left, _, right), middle in zip(parts, middles)]
   more = f' (and in {len(hunks) - 1} more places)' if len(hunks) > 1 else ''
-  shown = []
-  for words_, (start, end), middle in zip(
-      (old, new), (places[:2], places[2:]), middles):
-    left, right = ''.join(words_[:start]), ''.join(words_[end:])
-    shown.append(
-        ('…' if len(left) > _CONTEXT else '') + _visible(left[-_CONTEXT:])
-        + _shorten(middle) + _visible(right[:_CONTEXT])
-        + ('…' if len(right) > _CONTEXT else ''))
   return shown[0], shown[1] + more
 
 
@@ -212,8 +188,7 @@ def to_markdown(sections: Sequence[Section]) -> str:
         parts.append(_escape_markdown(block))
       else:
         header, *rows = [
-            [_escape_markdown(cell) for cell in row]
-            for row in (block[0], *block[1])]
+            map(_escape_markdown, row) for row in (block[0], *block[1])]
         parts.append(pages.table(header, rows))
   return '\n\n'.join(parts)
 
@@ -224,15 +199,12 @@ def to_html(sections: Sequence[Section]) -> str:
 
 
 def _statistics(name, result) -> dict[str, int]:
-  rows = result.parts[name]
-  texts = ['\n'.join(table.as_text(row.fields.get(column))
-                     for column in result.text) for row in rows]
-  found = [words.words(text.casefold()) for text in texts]
+  texts = [table.joined(row, result.text) for row in result.parts[name]]
+  found = [word for text in texts for word in words.words(text.casefold())]
   return {
-      'rows': len(rows),
+      'rows': len(texts),
       'augmented': len(result.augmented) if name == 'train' else 0,
-      'words': sum(map(len, found)),
-      'different_words': len(set(itertools.chain.from_iterable(found))),
+      'words': len(found), 'different_words': len(set(found)),
       'characters': sum(len(words.aksharas(text)) for text in texts)}
 
 

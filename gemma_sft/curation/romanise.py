@@ -5,20 +5,15 @@ import functools
 from indic_transliteration import sanscript
 import regex
 
-from gemma_sft import errors
 from gemma_sft.curation import characters
 
 # In these a capital is another sound than its lower-case letter.
 CASED = ('hk', 'itrans', 'optitrans', 'slp1')
 SCHEMES = ('iast', 'iso', 'kolkata_v2', 'titus', *CASED)
 
-# Unicode's name of a script -> the library's.
-_SCRIPTS = {
-    'Devanagari': sanscript.DEVANAGARI, 'Bengali': sanscript.DEVANAGARI,
-    'Gurmukhi': sanscript.GURMUKHI, 'Gujarati': sanscript.GUJARATI,
-    'Oriya': sanscript.ORIYA, 'Telugu': sanscript.TELUGU,
-    'Kannada': sanscript.KANNADA, 'Malayalam': sanscript.MALAYALAM,
-}
+# Unicode's names of scripts, which the library writes in lower case.
+_SCRIPTS = ('Devanagari', 'Bengali', 'Gurmukhi', 'Gujarati', 'Oriya', 'Telugu',
+            'Kannada', 'Malayalam')
 # Dandas and joiners have no script of their own.
 _RUNS = {
     name: regex.compile(
@@ -41,27 +36,15 @@ _OPEN = {'ॉ': 'ो\ue000', 'ऑ': 'ओ\ue000', 'ॅ': 'े\ue000', 'ऍ': 'ए
          'ઍ': 'એ\ue000'}
 # The one letter that the library knows only in decomposed form.
 _DECOMPOSED = '\u095d', '\u0922\u093c'
-_OPEN_LATIN = str.maketrans(
-    {'o': 'ô', 'ō': 'ô', 'e': 'ê', 'ē': 'ê'})
-
-
-def check_scheme(scheme: str) -> None:
-  """Raises a UserError unless the scheme is one of `SCHEMES`."""
-  if scheme not in SCHEMES:
-    raise errors.UserError(
-        f'config.scheme is {scheme!r}',
-        f'one of {", ".join(SCHEMES)}',
-        f'{errors.nearest(scheme, SCHEMES)}Set --config.scheme')
+_OPEN_LATIN = str.maketrans('oōeē', 'ôôêê')
 
 
 def romanise(text: str, scheme: str = 'iast') -> str:
   """Returns the text with its Indic letters replaced by Latin ones.
 
-  Each letter is transliterated, also a final a that Hindi does not pronounce
-  (दाम is dāma), so keep the native text too. Other scripts stay, as does Tamil,
-  whose க the library writes as gh. Joiners are removed.
+  So is a final a that Hindi does not pronounce (दाम is dāma). Other scripts
+  stay, as does Tamil, whose க the library writes as gh. Joiners are removed.
   """
-  check_scheme(scheme)
   text = characters.compose_nukta(text)
   for name, run in _RUNS.items():
     text = run.sub(functools.partial(_transliterate, name, scheme), text)
@@ -76,13 +59,13 @@ def leftover(text: str) -> list[str]:
 def _transliterate(name: str, scheme: str, run: regex.Match) -> str:
   native = regex.sub('[\u200c\u200d]', '', run[0])
   if name == 'Bengali':
+    name = 'Devanagari'
     native = native.replace(*_BENGALI_V).translate(_BENGALI)
   native = native.replace(*_DECOMPOSED)
   for letter, mark in _OPEN.items():
     native = native.replace(letter, mark)
-  latin = sanscript.transliterate(native, _SCRIPTS[name], scheme)
-  if scheme == 'iast':
-    # A candrabindu, which IAST and ISO write as m̐.
+  latin = sanscript.transliterate(native, name.lower(), scheme)
+  if scheme == 'iast':  # A candrabindu, which IAST and ISO write as m̐.
     latin = latin.replace('~', 'm\u0310')
   return regex.sub('([oōeē])\ue000', lambda m: m[1].translate(_OPEN_LATIN),
                    latin).replace('\ue000', '')

@@ -21,9 +21,8 @@ def validate(config: Any) -> None:
 
   def check(key, good, expected, fix=''):
     if not good(config[key]):
-      raise errors.UserError(
-          f'config.{key} is {config[key]!r}', expected,
-          fix or f'set --config.{key}')
+      raise errors.UserError(f'config.{key} is {config[key]!r}', expected,
+                             fix or f'set --config.{key}')
 
   def is_share(value):
     return isinstance(value, (int, float)) and 0 <= value <= 1
@@ -43,11 +42,11 @@ def validate(config: Any) -> None:
   check('opening', lambda v: v >= 0, '0 for none, or a number of lines')
   check('tokens', lambda v: v in ('', 'words', 'aksharas'),
         "words, aksharas or ''")
-  romanise.check_scheme(config.scheme)
-  check('romanised', lambda v: v in ('', 'none', *romanise.SCHEMES),
-        f"'', none or one of {', '.join(romanise.SCHEMES)}",
-        errors.nearest(config.romanised, romanise.SCHEMES)
-        + 'Set --config.romanised')
+  for key, others in (('scheme', ()), ('romanised', ('', 'none'))):
+    known = (*others, *romanise.SCHEMES)
+    check(key, known.__contains__,
+          f'one of {", ".join(name or "''" for name in known)}',
+          f'{errors.nearest(config[key], known)}Set --config.{key}')
   check('augment', lambda v: set(v) <= set(augment.METHODS),
         f'of {", ".join(augment.METHODS)}')
   if 'paraphrase' in config.augment:

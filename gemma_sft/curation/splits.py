@@ -4,7 +4,7 @@ import collections
 from collections.abc import Hashable
 from collections.abc import Mapping
 from collections.abc import Sequence
-import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 from scipy.cluster import hierarchy
@@ -18,8 +18,7 @@ NAMES = ('train', 'validation', 'test')
 _MIN_OPENING = 12
 
 
-@dataclasses.dataclass(frozen=True)
-class Leak:
+class Leak(NamedTuple):
   """Two rows in different splits that belong together."""
 
   where: str
@@ -34,8 +33,7 @@ def opening(row: table.TableRow, names: Sequence[str], num_lines: int) -> str:
 
   A text of one line gives its first six words for each of `num_lines`.
   """
-  text = '\n'.join(table.as_text(row.fields.get(name)) for name in names)
-  lines = [line for line in text.split('\n') if line.strip()]
+  lines = table.full_lines(table.joined(row, names))
   if len(lines) == 1:
     start = ' '.join(words.words(lines[0])[:6 * num_lines])
   else:
@@ -44,7 +42,7 @@ def opening(row: table.TableRow, names: Sequence[str], num_lines: int) -> str:
 
 
 def groups(
-    rows: Sequence[table.TableRow], columns: Sequence[str],
+    rows: table.Rows, columns: Sequence[str],
     openings: Sequence[tuple[int, int, float]] = ()) -> list[list[int]]:
   """Returns the groups of rows that must stay together, as lists of indices.
 
@@ -63,25 +61,17 @@ def groups(
 
 
 def split(
-    rows: Sequence[table.TableRow], members: Sequence[Sequence[int]],
+    rows: table.Rows, members: Sequence[Sequence[int]],
     fractions: Sequence[float], balance: str, seed: int
 ) -> dict[str, list[int]]:
   """Returns {'train': indices, ...} with whole groups and balanced styles.
 
   Groups are dealt from the largest to the smallest, in random order among equal
   sizes. Each goes to the split where it most reduces the distance to the wanted
-  number of rows of every style and of all rows. Every split with a fraction
-  above 0 gets a group if there are enough.
-
-  Args:
-    rows: All rows.
-    members: The groups, from `groups`.
-    fractions: Shares of train, validation and test.
-    balance: The column of styles; '' for none.
-    seed: Decides the order of equal groups.
+  number of rows of every style (value of the column `balance`) and of all rows.
+  Every split with a fraction above 0 gets a group if there are enough.
   """
-  names = [name for name, part in zip(NAMES, fractions) if part > 0]
-  parts = np.array([part for part in fractions if part > 0])
+  used = [s for s, part in enumerate(fractions) if part > 0]
   styles = [
       table.fold(row.fields.get(balance)) if balance else '' for row in rows]
   known = sorted(set(styles))
@@ -89,54 +79,49 @@ def split(
   counts = np.zeros((len(members), len(known) + 1))
   for g, group in enumerate(members):
     for i in group:
-      counts[g, known.index(styles[i])] += 1
-  counts[:, -1] = counts[:, :-1].sum(1)
+      counts[g, [known.index(styles[i]), -1]] += 1
   total = counts.sum(0)
-  target = np.outer(parts, total)
+  target = np.outer(fractions, total)
   weight = np.append(np.ones(len(known)), len(known)) / total
   order = np.random.default_rng([seed, 0x5B117]).permutation(len(members))
   order = sorted(order, key=lambda g: -counts[g, -1])
   filled = np.zeros_like(target)
-  dealt: dict[str, list[int]] = {name: [] for name in names}
+  dealt: list[list[int]] = [[] for _ in NAMES]
   for left, g in zip(range(len(order), 0, -1), order):
     change = (((filled + counts[g] - target) ** 2 - (filled - target) ** 2)
               * weight).sum(1)
-    empty = [s for s, name in enumerate(names) if not dealt[name]]
-    choices = empty if left <= len(empty) else range(len(names))
-    best = min(choices, key=lambda s: (change[s], s))
+    empty = [s for s in used if not dealt[s]]
+    best = min(empty if left <= len(empty) else used, key=change.__getitem__)
     filled[best] += counts[g]
-    dealt[names[best]].append(g)
-  result = {name: [] for name in NAMES}
-  for name, chosen in dealt.items():
-    result[name] = sorted(i for g in chosen for i in members[g])
-  return result
+    dealt[best] += members[g]
+  return {name: sorted(part) for name, part in zip(NAMES, dealt)}
 
 
 def leaks(
-    parts: Mapping[str, Sequence[table.TableRow]], columns: Sequence[str],
+    parts: Mapping[str, table.Rows], columns: Sequence[str],
     names: Sequence[str], num_lines: int, threshold: float, n: int
 ) -> list[Leak]:
   """Returns rows in different splits that share a group or an opening.
 
   Looks at the finished splits only, so that it also finds what `groups` missed.
   """
-  placed = [(row, name) for name, rows in parts.items() for row in rows]
+  rows = [row for part in parts.values() for row in part]
+  places = [(row.where, name) for name, part in parts.items() for row in part]
   found = []
   for column in columns:
-    seen: dict[str, dict[str, table.TableRow]] = collections.defaultdict(dict)
-    for row, name in placed:
+    seen: dict[str, dict[str, str]] = collections.defaultdict(dict)
+    for row, (where, name) in zip(rows, places):
       if key := table.fold(row.fields.get(column)):
-        seen[key].setdefault(name, row)
+        seen[key].setdefault(name, where)
     for key, by_split in seen.items():
-      (name, row), *others = by_split.items()
-      found += [Leak(row.where, name, other.where, other_name,
+      (name, where), *others = by_split.items()
+      found += [Leak(where, name, other, other_name,
                      f'{column} is {key!r} in both')
                 for other_name, other in others]
   if num_lines and threshold:
-    starts = [opening(row, names, num_lines) for row, _ in placed]
+    starts = [opening(row, names, num_lines) for row in rows]
     for i, j, similarity in duplicates.similar_pairs(starts, threshold, n):
-      (row, name), (other, other_name) = placed[i], placed[j]
-      if name != other_name:
-        found.append(Leak(row.where, name, other.where, other_name,
+      if places[i][1] != places[j][1]:
+        found.append(Leak(*places[i], *places[j],
                           f'openings are {similarity:.0%} the same'))
   return found

@@ -36,6 +36,9 @@ class TableRow:
     self.fields = self.fields or copy.deepcopy(self.read)
 
 
+Rows = Sequence[TableRow]
+
+
 @dataclasses.dataclass(frozen=True)
 class Change:
   """A cell that a step changed; `before` is None in a new column."""
@@ -60,27 +63,24 @@ class Removal:
 
 @dataclasses.dataclass
 class ChangeLog:
-  """All changes and removals, and notes for the report.
-
-  `steps` has every step in order, with True if it is on.
-  """
+  """All changes and removals, notes, and {step: whether it is on} in order."""
 
   steps: dict[str, bool] = dataclasses.field(default_factory=dict)
   changes: list[Change] = dataclasses.field(default_factory=list)
   removals: list[Removal] = dataclasses.field(default_factory=list)
   notes: list[str] = dataclasses.field(default_factory=list)
 
-  def begin(self, step: str, is_on: bool = True):
-    """Lists a step, even if it will change nothing."""
-    self.steps[step] = is_on
+  def begin(self, step: str, setting: Any = True) -> bool:
+    """Lists a step, which is on if its setting is true; returns that."""
+    self.steps[step] = bool(setting)
+    return self.steps[step]
 
   def change(self, row: TableRow, column: str, step: str, after: Any, why: str):
     """Sets a cell and logs the change, if there is one."""
     before = row.fields.get(column)
     if before != after:
       row.fields[column] = after
-      self.changes.append(
-          Change(row.where, column, step, before, after, why))
+      self.changes.append(Change(row.where, column, step, before, after, why))
 
   def remove(self, row: TableRow, step: str, why: str):
     """Logs the removal of a row."""
@@ -92,6 +92,16 @@ def as_text(value: Any) -> str:
   if isinstance(value, list):
     return '\n'.join(as_text(item) for item in value)
   return '' if value is None else str(value)
+
+
+def joined(row: TableRow, names: Sequence[str]) -> str:
+  """Returns the texts of columns, one below the other."""
+  return '\n'.join(as_text(row.fields.get(name)) for name in names)
+
+
+def full_lines(text: str) -> list[str]:
+  """Returns the lines that are not blank."""
+  return [line for line in text.split('\n') if line.strip()]
 
 
 def is_text(value: Any) -> bool:
@@ -107,9 +117,15 @@ def is_missing(value: Any) -> bool:
       as_text(value).strip())
 
 
-def columns(rows: Sequence[TableRow]) -> list[str]:
+def columns(rows: Rows) -> list[str]:
   """Returns the names of all columns, in order of appearance."""
   return list(dict.fromkeys(name for row in rows for name in row.fields))
+
+
+def applied(function: Callable[..., str], value: Any, *arguments: Any) -> Any:
+  """Returns function(text, *arguments) of a cell; a list of lines stays one."""
+  text = function(as_text(value), *arguments)
+  return text.split('\n') if isinstance(value, list) else text
 
 
 def require_columns(key: str, names: Sequence[str], known: Sequence[str]):
@@ -123,70 +139,56 @@ def require_columns(key: str, names: Sequence[str], known: Sequence[str]):
 
 
 def apply_text(
-    rows: Sequence[TableRow], log: ChangeLog, step: str,
-    names: Sequence[str], function: Callable[[str], str], why: str) -> None:
+    rows: Rows, log: ChangeLog, step: str, names: Sequence[str],
+    function: Callable[[str], str], why: str) -> None:
   """Applies a function to the texts of columns; lists of lines stay lists."""
   for row in rows:
-    for name in names:
-      value = row.fields.get(name)
-      if not is_text(value):
-        continue
-      before = as_text(value)
-      after = function(before)
-      if after != before:
-        log.change(
-            row, name, step,
-            after.split('\n') if isinstance(value, list) else after, why)
+    for name in filter(lambda name: is_text(row.fields.get(name)), names):
+      after = applied(function, row.fields[name])
+      # Lines that were joined in a list do not count as a change.
+      if as_text(after) != as_text(row.fields[name]):
+        log.change(row, name, step, after, why)
 
 
 def fill_missing(
-    rows: Sequence[TableRow], log: ChangeLog, sources: Mapping[str, str]
-) -> None:
+    rows: Rows, log: ChangeLog, sources: Mapping[str, str]) -> None:
   """Fills missing cells from other rows of the same group.
 
   {'poet': 'song'} takes a missing poet from another row of the same song. If
   those rows disagree, the cell stays empty and a note says so.
   """
   for column, by in sources.items():
-    known = collections.defaultdict(dict)
+    known, lacking = collections.defaultdict(dict), []
     for row in rows:
       key, value = fold(row.fields.get(by)), row.fields.get(column)
-      if key and not is_missing(value):
+      if is_missing(value):
+        lacking.append((row, key))
+      elif key:
         known[key].setdefault(as_text(value), (value, row.where))
-    for row in rows:
-      key = fold(row.fields.get(by))
-      if not is_missing(row.fields.get(column)) or key not in known:
-        continue
+    for row, key in lacking:
       if len(known[key]) > 1:
         log.notes.append(
             f'fill: {row.where} has no {column}, and the rows of its {by}'
             f' disagree: {", ".join(sorted(known[key]))}')
-        continue
-      value, where = next(iter(known[key].values()))
-      log.change(row, column, 'fill', copy.deepcopy(value),
-                     f'from {where}, of the same {by}')
+      elif known[key]:
+        (value, where), = known[key].values()
+        log.change(row, column, 'fill', copy.deepcopy(value),
+                   f'from {where}, of the same {by}')
 
 
 def remove_incomplete(
-    rows: Sequence[TableRow], log: ChangeLog, *, required: Sequence[str],
-    max_missing: float, min_lines: int, text: Sequence[str],
-    known: Sequence[str]) -> list[TableRow]:
-  """Returns the rows without those that lack columns or lines.
+    rows: Rows, log: ChangeLog, *, required: Sequence[str], max_missing: float,
+    min_lines: int, text: Sequence[str], known: Sequence[str]
+) -> list[TableRow]:
+  """Returns the rows that have enough of the columns `known`.
 
-  Args:
-    rows: All rows.
-    log: Receives the removals.
-    required: Columns that every row must have.
-    max_missing: Largest share of missing cells among all columns.
-    min_lines: Fewest non-blank lines of the longest text column.
-    text: The columns of text.
-    known: All columns.
+  `max_missing` is the largest share of missing cells, `min_lines` the fewest
+  non-blank lines of the longest column of `text`.
   """
   kept = []
   for row in rows:
     missing = [name for name in known if is_missing(row.fields.get(name))]
-    lines = max((sum(bool(line.strip()) for line in
-                     as_text(row.fields.get(name)).split('\n'))
+    lines = max((len(full_lines(as_text(row.fields.get(name))))
                  for name in text), default=0)
     if lacking := [name for name in required if name in missing]:
       why = f'no {", ".join(lacking)}'
@@ -202,8 +204,7 @@ def remove_incomplete(
 
 
 def repair_punctuation(
-    rows: Sequence[TableRow], log: ChangeLog, names: Sequence[str],
-    share: float) -> None:
+    rows: Rows, log: ChangeLog, names: Sequence[str], share: float) -> None:
   """Adds the final mark that a line lacks but most comparable lines have.
 
   A line lacks a mark if it ends in a letter or number. Couplets often end in a
@@ -214,8 +215,7 @@ def repair_punctuation(
   decide about final marks. Verse without marks stays unchanged.
   """
   for name in names:
-    cells = []
-    everywhere = collections.defaultdict(list)
+    cells, everywhere = [], collections.defaultdict(list)
     for row in rows:
       if is_text(row.fields.get(name)):
         lines = as_text(row.fields[name]).split('\n')
@@ -233,23 +233,22 @@ def repair_punctuation(
         alike = [other for j, other in enumerate(lines)
                  if j != i and kinds[j] == kinds[i]]
         mark, rate = _common_mark(alike, kinds[i][0], share, at_least=3)
-        source = 'comparable lines of the text'
-        if not mark:
-          mark, rate = rules[kinds[i]]
-          mark = '' if mark in _COMMAS else mark
-          source = 'comparable lines of the column'
+        place = 'text'
+        if not mark and rules[kinds[i]][0] not in _COMMAS:
+          (mark, rate), place = rules[kinds[i]], 'column'
         if mark:
           after[i] = line + mark
-          why = why or f'{rate} {source} end with a mark'
+          why = why or (
+              f'{rate} comparable lines of the {place} end with a mark')
       if why:
         is_list = isinstance(row.fields[name], list)
         log.change(row, name, 'punctuation',
-                       after if is_list else '\n'.join(after), why)
+                   after if is_list else '\n'.join(after), why)
 
 
 def _kinds(lines: Sequence[str]) -> list[tuple[str, int]]:
   """Returns each line's script and position in its couplet, -1 if alone."""
-  is_alone = sum(bool(line.strip()) for line in lines) < 2
+  is_alone = len(full_lines('\n'.join(lines))) < 2
   kinds, position = [], 0
   for line in lines:
     kinds.append((words.script(line), -1 if is_alone else position % 2)
@@ -263,9 +262,8 @@ def _common_mark(
 ) -> tuple[str, str]:
   """Returns the mark that most lines end with, and '9 of 10', or ''."""
   ends = [match[0][0] for line in lines if (match := _ENDS.search(line))]
-  commas = [end for end in ends if end in _COMMAS]
-  finals = [end for end in ends if end not in _COMMAS]
-  for marks, default in ((finals, _FINAL.get(script, '.')), (commas, ',')):
+  for are_commas, default in ((False, _FINAL.get(script, '.')), (True, ',')):
+    marks = [end for end in ends if (end in _COMMAS) == are_commas]
     if len(lines) >= at_least and len(marks) > share * len(lines):
       usual = collections.Counter(
           mark for mark in marks if mark in _PLAIN | _COMMAS)

@@ -33,20 +33,18 @@ def words(text: str) -> list[str]:
 
 
 def aksharas(text: str) -> list[str]:
-  """Returns the characters that a reader sees, without spaces.
+  """Returns the visible characters, in Indic scripts क्ष, त्रि, य of क्षत्रिय.
 
-  In Indic scripts these are aksharas: क्षत्रिय is क्ष, त्रि, य. They are Unicode's
-  grapheme clusters (UAX 29, GB9c).
+  They are Unicode's grapheme clusters (UAX 29, GB9c).
   """
   return [c for c in regex.findall(r'\X', text) if not c.isspace()]
 
 
 def script(text: str) -> str:
   """Returns the script of most letters, such as 'Devanagari', or ''."""
-  counts = {
+  counts = {'': 0} | {
       name: len(regex.findall(rf'\p{{{name}}}', text)) for name in _SCRIPTS}
-  best = max(counts, key=counts.get)
-  return best if counts[best] else ''
+  return max(counts, key=counts.get)
 
 
 def shingles(text: str, n: int) -> set[str]:
@@ -55,7 +53,7 @@ def shingles(text: str, n: int) -> set[str]:
   Case, punctuation and line breaks are ignored. A text of fewer than n
   characters is its only n-gram.
   """
-  folded = characters.compose_nukta(text.casefold())
+  folded = _fold(text)
   spoken = regex.sub(r'[^\p{L}\p{M}\p{N}\s]', '', folded)
   units = aksharas(spoken) or aksharas(folded)  # Of emoji alone, the emoji.
   if not units:
@@ -82,9 +80,6 @@ def load_list(name: str) -> list[Entry]:
 
   Each line is a word or phrase; `*` at its end makes it a prefix; `#` begins a
   comment.
-
-  Raises:
-    UserError: if there is neither.
   """
   path = pathlib.Path(name)
   if not path.is_file() and name in builtin_lists():
@@ -114,10 +109,7 @@ def _fold(text: str) -> str:
 
 def _occurs(entry: Entry, inside: list[str]) -> bool:
   *exact, last = entry.words
-  size = len(entry.words)
-  for i in range(len(inside) - size + 1):
-    *start, end = inside[i:i + size]
-    if start == exact and (
-        end.startswith(last) if entry.is_prefix else end == last):
-      return True
-  return False
+  runs = zip(*(inside[i:] for i in range(len(entry.words))))
+  return any(start == exact and (
+      end.startswith(last) if entry.is_prefix else end == last)
+             for *start, end in runs)

@@ -6,9 +6,8 @@ The folder's module `task` has
     HEADLINE: str
         The metric of `judge` that says in one number how good answers are.
     LOWER_IS_BETTER: frozenset[str]
-        The metrics that are better when lower; all others are better when
-        higher.
-    to_messages(record) -> Sequence[chat.Message] | str
+        The metrics that are better when lower, unlike all others.
+    to_messages(record) -> Conversation
         A conversation that ends with the model's answer, or plain text. Only
         this function words the prompt: training, judging, few-shot examples,
         `sample` and the web page all call it.
@@ -16,22 +15,19 @@ The folder's module `task` has
         Scores answers to the prompts of the records. `training` are the records
         that the model was tuned on; the judge may look for copies of them.
     check_answers(records) -> list[str]
-        One line for each mistake in the training answers themselves. They are
+        One line for each mistake in the training answers themselves, which are
         only reported: the run continues.
     FIELDS: tuple[str, ...]
-        The fields of the form on the web page. `to_messages` of a record with
-        only these fields words the prompt and returns '' as the answer. The
-        first field is required, the others are optional.
+        The fields of the form on the web page, of which the first is required.
+        `to_messages` of a record with only these returns '' as the answer.
     to_form(record) -> dict[str, str]
-        The fields of the form filled in from a record of the data; fields that
-        the record has no value for are left out.
+        The fields of the form that a record of the data has values for.
 
 and, where a domain needs them,
 
     referenced_files(records) -> list[str]
-        Paths of the files that records only name and that prompts or verdicts
-        depend on (databases), each once. Their content is part of the data's
-        hash.
+        Paths of the files (databases) that records only name, each once. Their
+        content is part of the data's hash.
     judge_prompts(prompts, completions) -> Judged
         Scores answers to `config.eval.prompts`, questions about the domain
         itself ("What is Blop?").
@@ -44,8 +40,13 @@ import pkgutil
 import types
 from typing import Any
 
+from gemma_sft import chat as chat_lib  # `chat` is a folder here.
 from gemma_sft import errors
 from gemma_sft.inputs import records as records_lib
+
+Record = records_lib.Record
+Records = Sequence[Record]
+Conversation = Sequence[chat_lib.Message] | str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +57,8 @@ class Judged:
     metrics: Totals such as {'strict': 0.6, 'n': 48}; all but `n` are between 0
       and 1. A total that is the mean of the rows' values of the same name gets
       a confidence interval. Empty if the judge could not work.
-    rows: One dict per answer, in order, with what to show of it. A row that a
-      total leaves out (a question about Blop among requests for code) lacks
-      the total's key.
+    rows: What to show of each answer, in order. A row that a total leaves out
+      (a question about Blop among requests for code) lacks the total's key.
     note: Why the judge could not work, or what it left out; '' otherwise.
     free_rows: The rows of `judge_prompts`.
   """
@@ -69,6 +69,12 @@ class Judged:
   free_rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
+def conversation(question: str, answer: str) -> list[chat_lib.Message]:
+  """Returns a question of the user and the model's answer."""
+  return [chat_lib.Message('user', question),
+          chat_lib.Message('model', answer)]
+
+
 def means(
     rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, float]:
   """Returns the mean of each named value over the rows that have it."""
@@ -76,16 +82,18 @@ def means(
   return {name: sum(v) / len(v) for name, v in values.items() if v}
 
 
-def distinct(texts: Sequence[Sequence[str]], n: int) -> float:
+def distinct(texts: Sequence[Sequence[str]]) -> dict[str, float]:
   """Returns different n-grams over all n-grams (Li et al. 2016), 0 if none."""
-  grams = [tuple(text[i:i + n]) for text in texts
-           for i in range(len(text) - n + 1)]
-  return len(set(grams)) / max(1, len(grams))
+  shares = {}
+  for n in (1, 2):
+    grams = [tuple(text[i:i + n]) for text in texts
+             for i in range(len(text) - n + 1)]
+    shares[f'distinct{n}'] = len(set(grams)) / max(1, len(grams))
+  return shares
 
 
 def wrong_columns(
-    record: records_lib.Record, expected: str, columns: str
-) -> errors.UserError:
+    record: Record, expected: str, columns: str) -> errors.UserError:
   """Returns the error for a record that lacks the columns of its task.
 
   `columns` is an example for `config.data.columns`, such as 'text=poem'.
@@ -101,11 +109,7 @@ def names() -> list[str]:
 
 
 def load(name: str) -> types.ModuleType:
-  """Returns the module `task` of a folder.
-
-  Raises:
-    UserError: naming the nearest task.
-  """
+  """Returns the module `task` of a folder."""
   if name not in names():
     raise errors.UserError(
         f'config.task is {name!r}', f'one of {", ".join(names())}',

@@ -62,12 +62,13 @@ def test_the_steps_together_leave_a_clean_text(text):
   assert clean(twice) == twice
 
 
-@pytest.mark.parametrize('text', (
-    'I <3 you & 3 > 2', 'x<y and y>z', 'if a <b and c> d', 'R&D, ?a=1&copy=2',
-    'तुझे देखा तो ये', '春眠不覺曉，處處聞啼鳥。', '“a” ‘b’', 'a <x1> b',
-    'র‍্যাব', 'क्‌ष', 'می‌خواهم', '👩‍👩‍👧', 'naïve café', 'एक।\nदो॥\n\nतीन'))
-def test_what_is_right_is_not_touched(text):
-  for step in _STEPS[:-1]:
+@pytest.mark.parametrize('step', _STEPS[:-1], ids=lambda f: f.__name__)
+def test_what_is_right_is_not_touched(step):
+  for text in (
+      'I <3 you & 3 > 2', 'x<y and y>z', 'if a <b and c> d', '“a” ‘b’',
+      'R&D, ?a=1&copy=2', 'तुझे देखा तो ये', '春眠不覺曉，處處聞啼鳥。',
+      'a <x1> b', 'র‍্যাব', 'क्‌ष', 'می‌خواهم', '👩‍👩‍👧', 'naïve café',
+      'एक।\nदो॥\n\nतीन'):
     assert step(text) == text
 
 
@@ -87,15 +88,37 @@ def test_html_is_what_a_browser_shows(raw, text):
   assert characters.strip_html(raw).strip('\n') == text
 
 
-def test_unicode_repair():
-  def repair(text):
-    return characters.compose_nukta(
-        characters.remove_invisible(characters.repair_encoding(text)))
+def _repair(text):
+  return characters.compose_nukta(
+      characters.remove_invisible(characters.repair_encoding(text)))
 
-  assert repair('modelâ€™s ðŸ‘‰') == 'model’s 👉'
-  # The default of ftfy makes a comma and straight quotes of these.
-  assert repair('春，“眠”') == '春，“眠”'
-  assert repair('e\u0301 \ufeffa\u200bb\u00ad \ufb01') == 'é ab fi'
+
+@pytest.mark.parametrize('function, text, expected', (
+    (_repair, 'modelâ€™s ðŸ‘‰', 'model’s 👉'),
+    # The default of ftfy makes a comma and straight quotes of these.
+    (_repair, '春，“眠”', '春，“眠”'),
+    (_repair, 'e\u0301 \ufeffa\u200bb\u00ad \ufb01', 'é ab fi'),
+    (characters.regular_whitespace,
+     ' a\u00a0\t b \r\n\r\n\n\u3000c\u2028d \n', 'a b\n\nc\nd'),
+    # A nukta after the vowel sign, and twice; Unicode has no such अ.
+    (characters.compose_nukta, 'ग\u0948\u093cब', '\u095a\u0948ब'),
+    (characters.compose_nukta, 'ज\u093cि\u093c', '\u095bि'),
+    (characters.compose_nukta, 'अ\u093c', 'अ\u093c'),
+    (characters.capitals_inside, 'tujhe dekhA to ye jAnA sanam', 1 / 3),
+    (characters.capitals_inside, 'tujhe dekhā to ye jānā', 0),
+    (characters.capitals_inside, 'तुझे देखा', 0),
+    (characters.capitals_inside, 'My iPhone and YOU. Mr. Jones', 1 / 6),
+    (words.words, 'तुझे देखा, तो ये!', ['तुझे', 'देखा', 'तो', 'ये']),
+    (words.words, 'র‍্যাব এলো', ['র‍্যাব', 'এলো']),
+    (words.words, "Don't rock-n-roll, it’s 3",
+     ["Don't", 'rock', 'n', 'roll', 'it’s', '3']),
+    (words.words, '春眠 ok。曉', ['春', '眠', 'ok', '曉']),
+    (words.aksharas, 'क्षत्रिय हिन्दी', ['क्ष', 'त्रि', 'य', 'हि', 'न्दी']),
+    (words.aksharas, '春 眠', ['春', '眠']),
+    (words.script, 'तुझे ok देखा।', 'Devanagari'),
+    (words.script, 'ভালো', 'Bengali'), (words.script, '12 !', '')))
+def test_functions_of_texts(function, text, expected):
+  assert function(text) == expected
 
 
 @pytest.mark.parametrize('text, kept', (
@@ -115,47 +138,9 @@ def test_nukta_letters_are_one_character():
     assert unicodedata.normalize('NFC', letter) == pair
     assert characters.compose_nukta(pair) == letter
     assert characters.compose_nukta(letter) == letter
-  # After the vowel sign, and twice.
-  assert characters.compose_nukta('ग\u0948\u093cब') == '\u095a\u0948ब'
-  assert characters.compose_nukta('ज\u093cि\u093c') == '\u095bि'
-  # A letter that Unicode has not with a nukta keeps it.
-  assert characters.compose_nukta('अ\u093c') == 'अ\u093c'
-
-
-def test_whitespace():
-  assert characters.regular_whitespace(
-      ' a\u00a0\t b \r\n\r\n\n\u3000c\u2028d \n') == 'a b\n\nc\nd'
-
-
-def test_capitals_inside_words_tell_romanisation_from_english():
-  share = characters.capitals_inside
-  assert share('tujhe dekhA to ye jAnA sanam') == pytest.approx(1 / 3)
-  assert share('My iPhone and YOU. Mr. Jones') < 0.2
-  assert share('tujhe dekhā to ye jānā') == share('तुझे देखा') == 0
 
 
 # Words ------------------------------------------------------------------------
-
-
-def test_words_keep_vowel_signs():
-  # What the standard library makes of it.
-  assert re.findall(r'\w+', 'तुझे') == ['त', 'झ']
-  assert words.words('तुझे देखा, तो ये!') == ['तुझे', 'देखा', 'तो', 'ये']
-  assert words.words('র‍্যাব এলো') == ['র‍্যাব', 'এলো']
-  assert words.words("Don't rock-n-roll, it’s 3") == [
-      "Don't", 'rock', 'n', 'roll', 'it’s', '3']
-  assert words.words('春眠 ok。曉') == ['春', '眠', 'ok', '曉']
-
-
-def test_aksharas():
-  assert words.aksharas('क्षत्रिय हिन्दी') == ['क्ष', 'त्रि', 'य', 'हि', 'न्दी']
-  assert words.aksharas('春 眠') == ['春', '眠']
-
-
-def test_script():
-  assert words.script('तुझे ok देखा।') == 'Devanagari'
-  assert words.script('ভালো') == 'Bengali'
-  assert words.script('12 !') == ''
 
 
 def test_shingles_ignore_case_punctuation_and_lines():
@@ -182,9 +167,9 @@ def test_lists(tmp_path):
   assert found('spill tea') == []
   with pytest.raises(errors.UserError, match="no list 'hindu'.*\n.*\n.*hindi"):
     words.load_list('hindu')
+  assert words.builtin_lists() == ['bengali', 'english', 'hindi']
   for name in words.builtin_lists():
     assert len(words.load_list(name)) > 10
-  assert {'bengali', 'english', 'hindi'} <= set(words.builtin_lists())
 
 
 # Romanisation -----------------------------------------------------------------
@@ -216,11 +201,6 @@ def test_romanised_nukta_letters_come_back():
     latin = romanise.romanise(native, 'iso')
     back = sanscript.transliterate(latin, sanscript.ISO, name)
     assert characters.compose_nukta(back) == characters.compose_nukta(native)
-
-
-def test_an_unknown_scheme_is_refused():
-  with pytest.raises(errors.UserError, match="Did you mean 'itrans'"):
-    romanise.romanise('क', 'itran')
 
 
 # Rows -------------------------------------------------------------------------
@@ -288,6 +268,10 @@ def test_a_couplet_gets_the_marks_of_the_other_couplets():
   assert text == 'एक\nदो।\n' * 4 + 'तीन\nचार।'
   (lines,), _ = _punctuated(['春眠。'] * 7 + ['夜來'])
   assert lines == ['春眠。'] * 7 + ['夜來。']
+  # Verse without marks stays without.
+  for texts in (['एक दिल\nदो दिल।\nतीन दिल\nचार दिल'] * 9,
+                ['a.\nb.\nc.\nd.\ne']):
+    assert _punctuated(*texts)[0] == texts
 
 
 def test_a_text_gets_the_mark_of_the_column():
@@ -299,12 +283,6 @@ def test_a_text_gets_the_mark_of_the_column():
       (where, '10 of 13 comparable lines of the column end with a mark')
       for where in ('f:11', 'f:13')]
   assert not _punctuated(*whole, 'It is two', 'a', 'b', share=0.8)[1].changes
-
-
-def test_verse_without_marks_stays_without():
-  texts = ['एक दिल\nदो दिल।\nतीन दिल\nचार दिल'] * 9
-  assert _punctuated(*texts)[0] == texts
-  assert _punctuated('a.\nb.\nc.\nd.\ne')[0] == ['a.\nb.\nc.\nd.\ne']
 
 
 # Duplicates -------------------------------------------------------------------
@@ -325,17 +303,6 @@ def test_the_fuller_of_two_stays_and_is_named():
   assert removal.fields == {'text': _VERSE, 'poet': ''}
 
 
-def test_what_a_row_duplicates_is_kept():
-  # b is like a and c, which are less like one another.
-  a, c = 'abcdefghijkl', 'defghijklmno'
-  b = 'abcdefghijklmno'
-  log = table.ChangeLog()
-  kept = duplicates.remove_duplicates(
-      _rows({'t': a}, {'t': b}, {'t': c}), log, ['t'], 0.75, 2)
-  assert [row.where for row in kept] == ['f:2']
-  assert all('f:2' in removal.why for removal in log.removals)
-
-
 def test_similar_pairs_are_exact():
   texts = [f'{_VERSE} {end}' for end in ('now', 'today', 'and there it is')]
   pairs = duplicates.similar_pairs([*texts, 'x y z', ''], 0.5, 3)
@@ -346,16 +313,25 @@ def test_similar_pairs_are_exact():
   assert duplicates.similar_pairs(texts, 0.99, 3) == []
 
 
-def test_a_romanised_copy_is_a_duplicate_and_the_native_text_stays():
-  native = 'कागा रे, मायके जा कह देना, झूला मैं भी डालूँगी'
+_NATIVE = 'कागा रे, मायके जा कह देना, झूला मैं भी डालूँगी'
+
+
+@pytest.mark.parametrize('texts, threshold, n, kept, why', (
+    # The second is like the other two, which are less like one another.
+    (('abcdefghijkl', 'abcdefghijklmno', 'defghijklmno'), 0.75, 2, ['f:2'],
+     'the same as f:2'),
+    # A romanised copy is a duplicate, and the native text stays.
+    ((romanise.romanise(_NATIVE), _NATIVE,
+      'kaga re, mayake ja kaha dena, jhula maim bhi dalumgi',
+      'an English song of another kind'), 0.7, 3, ['f:2', 'f:4'],
+     '100% the same as f:2')))
+def test_what_a_row_duplicates_is_kept(texts, threshold, n, kept, why):
   log = table.ChangeLog()
-  kept = duplicates.remove_duplicates(
-      _rows({'t': romanise.romanise(native)}, {'t': native},
-            {'t': 'kaga re, mayake ja kaha dena, jhula maim bhi dalumgi'},
-            {'t': 'an English song of another kind'}),
-      log, ['t'], 0.7, 3)
-  assert [row.where for row in kept] == ['f:2', 'f:4']
-  assert log.removals[0].why == '100% the same as f:2'
+  rows = duplicates.remove_duplicates(
+      _rows(*({'t': text} for text in texts)), log, ['t'], threshold, n)
+  assert [row.where for row in rows] == kept
+  assert why in log.removals[0].why
+  assert all('f:2' in removal.why for removal in log.removals)
 
 
 # Splits -----------------------------------------------------------------------
@@ -434,14 +410,14 @@ def test_openings():
 _SONG = [f'line {i}' for i in range(10)]
 
 
-def _augmented(method, fields, **kwargs):
+def _augmented(method, fields, log=None, **kwargs):
   arguments = dict(share=1.0, names=['text'], templates=(), keep=(), seed=0)
   return augment.augment(
-      _rows(*fields), table.ChangeLog(), methods=[method],
+      _rows(*fields), log or table.ChangeLog(), methods=[method],
       **(arguments | kwargs))
 
 
-def test_couplets_change_places_between_the_first_and_the_last():
+def test_couplets_or_stanzas_change_places_between_the_first_and_the_last():
   (row,) = _augmented('line_order', [{'text': _SONG}])
   lines = row.fields['text']
   assert sorted(lines) == sorted(_SONG) and lines != _SONG
@@ -450,9 +426,6 @@ def test_couplets_change_places_between_the_first_and_the_last():
     assert lines.index(f'line {i + 1}') == lines.index(f'line {i}') + 1
   assert row.fields['augmented'] == 'line_order'
   assert row.fields['augmented_from'] == 'f:1'
-
-
-def test_stanzas_change_places_where_there_are_some():
   text = '\n\n'.join(f'a{i}\nb{i}\nc{i}' for i in range(5))
   (row,) = _augmented('line_order', [{'text': text}])
   assert sorted(row.fields['text'].split('\n\n')) == text.split('\n\n')
@@ -505,11 +478,8 @@ def test_augmentation_is_a_function_of_the_seed():
 
 def test_what_cannot_be_augmented_is_noted():
   log = table.ChangeLog()
-  assert augment.augment(
-      _rows({'text': 'a\nb\nc'}), log, methods=['line_order'], share=1.0,
-      names=['text'], templates=(), keep=(), seed=0) == []
-  assert log.notes == [
-      'augment: line_order could not change 1 of 1 rows']
+  assert _augmented('line_order', [{'text': 'a\nb\nc'}], log) == []
+  assert log.notes == ['augment: line_order could not change 1 of 1 rows']
 
 
 # Report -----------------------------------------------------------------------

@@ -115,7 +115,9 @@ def hostile():
           'js': js if 'module.exports' in js
                 else f'{js}\nmodule.exports = {{ Hi }};', 'names': {}})
       for js, _ in _HOSTILE.values()]
-  return dict(zip(_HOSTILE, run_js.run(pairs)))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(run_js, '_SECONDS', 1.5)
+    return dict(zip(_HOSTILE, run_js.run(pairs)))
 
 
 @needs_node
@@ -137,7 +139,7 @@ def test_a_hostile_program(hostile, name):
     "new (require('worker_threads').Worker)('1', { eval: true })",
     "Function('return 1')()", "eval('1')",
     'const x = []; for (;;) x.push(new Array(1e6).fill(1.5))',
-    'const x = []; for (let i = 0; i < 200; i++) x.push(Buffer.alloc(1e8, 1))'])
+    'const x = []; for (let i = 0; i < 200; i++) x.push(Buffer.alloc(1e8))'])
 def test_the_process_has_no_rights(script):
   flags = run_js.permission_flags()
   if not flags and 'require' in script:
@@ -365,19 +367,15 @@ def test_totals_are_means_of_the_rows_that_have_them(judged):
     ('def a(b):\n  return b', ['def ... :']), ('if a > b:\n  c', ['if ... :']),
     ('x = None', ['None, True, False']), ('self.x = 1', ['self']),
     ('# a comment', ['# comments']), ("print('x')", ['print']),
-    ("x = f'a {b}'", ['f-strings'])])
+    ("x = f'a {b}'", ['f-strings']),
+    *((code, []) for code in (  # Blop.
+        _LIST, _BUTTON, _STEPS, _ACCOUNT, _MARK, "x = 'a; b'  // const y = 1;",
+        'def f(a: number, b=1): string {\n}',
+        "<p style={ color: 'red' }>'None; #1'</p>",
+        'return if a => 1 else if b => 2 else 3', 'x = (a) => {\n}',
+        "{ a as b } = c", 'console.log(1)', 'window.print()', "f''a' b'"))])
 def test_habits_of_other_languages(code, habits):
   assert text.habits(code) == habits
-
-
-@pytest.mark.parametrize('code', [
-    _LIST, _BUTTON, _STEPS, _ACCOUNT, _MARK, "x = 'a; b'  // const y = 1;",
-    'def f(a: number, b=1): string {\n}',
-    "<p style={ color: 'red' }>'None; #1'</p>",
-    'return if a => 1 else if b => 2 else 3', 'x = (a) => {\n}',
-    "{ a as b } = c", 'console.log(1)', 'window.print()', "f''a' b'"])
-def test_blop_has_none(code):
-  assert text.habits(code) == []
 
 
 _GOOD_ANSWER = ('Blop is a language for the web with HTML-like tags in code.'
@@ -397,12 +395,10 @@ _GOOD_ANSWER = ('Blop is a language for the web with HTML-like tags in code.'
     (_GOOD_ANSWER.replace('ES6 JavaScript', 'machine code'), 0.0)])
 def test_what_an_answer_knows(answer, knows):
   assert text.knowledge('What is Blop?', answer)['knows'] == knows
-
-
-def test_questions_without_key_facts_are_not_judged():
+  # Questions without key facts are not judged.
   for prompt in ('How do I sort a list in Blop?', 'Write a Blop component.',
                  'What is Blop used for?', 'What is React?'):
-    assert text.knowledge(prompt, _GOOD_ANSWER) is None
+    assert text.knowledge(prompt, answer) is None
 
 
 @needs_compiler
@@ -414,10 +410,7 @@ def test_free_prompts():
   assert judged.rows[1]['wrong'] and judged.rows[3] == {}
   assert judged.rows[2]['habits'] == 'semicolons'
   assert judged.rows[2]['strict'] is False
-
-
-@needs_compiler
-def test_free_prompts_leave_the_rates_over_records_alone():
+  # They leave the rates over records alone.
   row = records.Record({'prompt': _LIST_PROMPT, 'completion': _LIST}, 'x:1')
   judged = judge.judge_answers(
       task, [row] * 4, [_LIST, 'def', 'def', 'def'],

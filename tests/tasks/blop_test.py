@@ -1,8 +1,5 @@
 """The judge of Blop: the real compiler on typical answers of models."""
 
-import pathlib
-import stat
-
 import conftest
 import pytest
 
@@ -20,11 +17,6 @@ _DATA = sorted((conftest.ROOT / 'data' / 'blop').glob('*.txt'))
 
 def _record(answer: str, prompt: str = 'Write it.') -> records.Record:
   return records.Record({'prompt': prompt, 'completion': answer}, 'x.txt:1')
-
-
-def _verdict(code: str) -> tuple[bool, bool, bool]:
-  row, = task.compile_snippets([code])
-  return row['strict'], row['wrapped'], row['parses']
 
 
 @pytest.mark.parametrize('answer, code', [
@@ -59,9 +51,13 @@ def test_fences_are_stripped(answer, code):
      (False, False, False)),
     # The grammar accepts it; the name is not defined.
     ('def Hi() {\n  <p>missing</p>\n}', (False, False, True)),
-])
+    # Odd line breaks, and what overflows the parser.
+    ('def a\u2028b() {}', (False,) * 3), ('a\x85b = ( ', (False,) * 3),
+    ('(' * 3000, (False,) * 3),
+], ids=lambda value: ascii(value)[:40])
 def test_verdicts(code, verdict):
-  assert _verdict(code) == verdict
+  row, = task.compile_snippets([code])
+  assert (row['strict'], row['wrapped'], row['parses']) == verdict
 
 
 @needs_compiler
@@ -87,44 +83,38 @@ def test_judge_counts_the_prompts_that_ask_for_code_alone():
       'n': 3}
   assert [row.get('strict') for row in judged.rows] == [
       True, False, False, None]
-
-
-@needs_compiler
-def test_judge_of_no_code_prompts():
+  # No prompt asks for code.
   judged = task.judge([_record('Prose.', 'What?')], ['x = 1'])
   assert judged.metrics['n'] == 0 and judged.metrics['strict'] == 0
 
 
 @needs_compiler
 def test_check_answers_reports_the_wrong_ones_with_their_place():
-  rows = [
-      records.Record({'prompt': 'a', 'completion': _GOOD}, 'a.txt:1'),
-      records.Record({'prompt': 'b', 'completion': 'def B() {\n  x = 1;\n}'},
-                     'a.txt:9'),
-      records.Record({'prompt': 'c', 'completion': 'It is small.'}, 'a.txt:20')]
-  line, = task.check_answers(rows)
+  line, = task.check_answers([
+      records.Record({'prompt': 'a', 'completion': answer}, f'a.txt:{line}')
+      for line, answer in ((1, _GOOD), (9, 'def B() {\n  x = 1;\n}'),
+                           (20, 'It is small.'))])
   assert line.startswith(
       'a.txt:9: the answer does not compile (tokenize, line 2')
 
 
-@pytest.mark.parametrize('text', [
+_CODE = [
     _GOOD, _FRAGMENT, 'x = 1', 'items := [1, 2]', 'class A extends B {\n}',
     "import 'a'", 'for i, x in list {\n}', 'if a == b {\n}', 'while true {\n}',
     '() => 1', 'async def a() {\n}', '{ a, b } = attributes',
-    'A component:\n```blop\nfoo()\n```'])
-def test_code_looks_like_code(text):
-  assert task.looks_like_code(text)
-
-
-@pytest.mark.parametrize('text', [
+    'A component:\n```blop\nfoo()\n```']
+_PROSE = [
     'Blop is a small language for the web.',
     'Use the for keyword: for x in list, then braces.',
     'You write <p> tags inside a def.',
     'An if needs no parentheses.', 'It compiles to JavaScript.', '',
     'A variable is made with = and changed with :=.',
-    'No: there are no classes besides class Name { }.'])
-def test_prose_does_not(text):
-  assert not task.looks_like_code(text)
+    'No: there are no classes besides class Name { }.']
+
+
+@pytest.mark.parametrize('text', _CODE + _PROSE)
+def test_code_looks_like_code(text):
+  assert task.looks_like_code(text) == (text in _CODE)
 
 
 @needs_compiler
@@ -139,42 +129,20 @@ def test_every_answer_of_the_data_is_code_that_compiles_or_prose(path):
   assert len(prose) < len(answers) / 2
 
 
-def test_without_node_the_judge_says_so(monkeypatch, tmp_path):
+@pytest.mark.parametrize('has_node, has_compiler, note', [
+    (False, False, 'no Node.js'), (True, False, 'bash launch/blop_compiler.sh'),
+    (True, True, 'broken')])
+def test_without_a_compiler_the_judge_says_why(
+    monkeypatch, tmp_path, has_node, has_compiler, note):
   monkeypatch.setenv('PATH', str(tmp_path))
+  monkeypatch.setenv('GEMMA_SFT_CACHE', str(tmp_path))
+  if has_node:
+    node = tmp_path / 'node'
+    node.write_text('#!/bin/sh\necho broken >&2; exit 1\n')
+    node.chmod(0o755)
+  if has_compiler:
+    (tmp_path / 'blop' / 'node_modules' / 'blop-language').mkdir(parents=True)
   judged = task.judge([_record(_GOOD)], [_GOOD])
   assert judged.metrics == {} and judged.rows == [{}]
-  assert 'no Node.js' in judged.note
+  assert note in judged.note
   assert task.check_answers([_record('def ;')]) == []
-
-
-def test_without_the_compiler_the_judge_says_how(monkeypatch, tmp_path):
-  node = tmp_path / 'node'
-  node.write_text('#!/bin/sh\nexit 1\n')
-  node.chmod(node.stat().st_mode | stat.S_IEXEC)
-  monkeypatch.setenv('PATH', str(tmp_path))
-  monkeypatch.setenv('GEMMA_SFT_CACHE', str(tmp_path))
-  judged = task.judge([_record(_GOOD)], [_GOOD])
-  assert 'bash launch/blop_compiler.sh' in judged.note
-
-
-def test_a_compiler_that_fails_is_a_note(monkeypatch, tmp_path):
-  node = tmp_path / 'node'
-  node.write_text('#!/bin/sh\necho broken >&2; exit 1\n')
-  node.chmod(node.stat().st_mode | stat.S_IEXEC)
-  pathlib.Path(tmp_path, 'blop', 'node_modules', 'blop-language').mkdir(
-      parents=True)
-  monkeypatch.setenv('PATH', str(tmp_path))
-  monkeypatch.setenv('GEMMA_SFT_CACHE', str(tmp_path))
-  assert 'broken' in task.judge([_record(_GOOD)], [_GOOD]).note
-
-
-@needs_compiler
-@pytest.mark.parametrize('code', ['def a\u2028b() {}', 'a\x85b = ( '],
-                         ids=ascii)
-def test_odd_line_breaks_in_an_answer(code):
-  assert _verdict(code) == (False, False, False)
-
-
-@needs_compiler
-def test_an_answer_that_overflows_the_parser():
-  assert _verdict('(' * 3000) == (False, False, False)

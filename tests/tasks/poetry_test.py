@@ -118,26 +118,22 @@ def test_a_rescue_needs_its_other_half():
   assert not _row(text.replace('吹又', '起又'), '5x8')['tone']
 
 
-def test_couplets_have_an_order():
-  first, second = _STORKS.split('\n')
-  assert _verdict(f'{second}\n{first}') == (True, True, True)
-  couplets = _HOPE.split('\n')
-  couplets[0], couplets[1] = couplets[1], couplets[0]
-  assert _verdict('\n'.join(couplets), '5x8') == (True, True, False)
+def _swapped(poem):
+  first, second, *rest = poem.split('\n')
+  return '\n'.join((second, first, *rest))
 
 
-@pytest.mark.parametrize('completion', [
-    '', ' \n', _GORGES, _STORKS.split('\n')[0], _STORKS + '\n白日依山盡。',
-    f'《登樓》\n{_STORKS}', f'好的：{_STORKS}', f'{_STORKS}\n<end_of_turn>',
-    'abcde, abcde. abcde, abcde.', _STORKS.replace('日', ''),
-    _STORKS.replace('日', 'x')])
-def test_other_shapes_have_no_form_and_so_no_rhyme(completion):
-  assert _verdict(completion) == (False, False, False)
-
-
-def test_one_line_four_times_is_no_poem():
-  row = _row('，'.join(['黃河入海流'] * 4))
-  assert row['form'] and not row['rhyme'] and row['repeated'] == 0.75
+@pytest.mark.parametrize('completion, form, verdict', [
+    *((text, '5x4', (False, False, False)) for text in (
+        '', ' \n', _GORGES, _STORKS.split('\n')[0], _STORKS + '\n白日依山盡。',
+        f'《登樓》\n{_STORKS}', f'好的：{_STORKS}',
+        f'{_STORKS}\n<end_of_turn>', 'abcde, abcde. abcde, abcde.',
+        _STORKS.replace('日', ''), _STORKS.replace('日', 'x'))),
+    # Couplets of an octave have an order.
+    (_swapped(_STORKS), '5x4', (True, True, True)),
+    (_swapped(_HOPE), '5x8', (True, True, False))])
+def test_other_shapes_have_no_form_and_so_no_rhyme(completion, form, verdict):
+  assert _verdict(completion, form) == verdict
 
 
 def test_simplified_and_mixed_script_are_converted():
@@ -160,6 +156,9 @@ def test_rates_are_relative_to_real_poems():
   best = task.judge(rows, [_STORKS, _BROCADE]).metrics
   assert best['rhyme_of_real'] == best['tone_of_real'] == 1
   assert task.judge([], []).metrics[task.HEADLINE] == 0
+  for rates in (task.REAL_RHYME, task.REAL_TONE):
+    assert rates.keys() == task.FORMS.keys()
+    assert all(0.5 < rate < 1 for rate in rates.values())
 
 
 def test_bleu_is_of_characters():
@@ -174,9 +173,7 @@ def test_bleu_is_of_characters():
   other = task.judge([_record()], [_QUIET]).metrics
   assert other['bleu4'] < 0.1
   assert 'bleu4' not in task.judge([_question('5x4')], [_STORKS]).metrics
-
-
-def test_corpus_bleu_weighs_poems_by_length():
+  # The corpus weighs poems by length.
   judged = task.judge([_record(), _record(_BROCADE)], [_STORKS, 'x'])
   assert judged.metrics['sentence_bleu4'] == pytest.approx(0.5, abs=0.01)
   assert judged.metrics['bleu4'] < 0.2  # The brevity of 25 for 88.
@@ -185,8 +182,7 @@ def test_corpus_bleu_weighs_poems_by_length():
 def test_copied_lines_in_either_script():
   training = [_record(_STORKS_SIMPLIFIED),
               records.Record({'text': _GORGES}, 'y')]
-  text = ('白日依山尽，輕舟已過萬重山。\n'
-          '春風不相識，更上一层楼。')
+  text = '白日依山尽，輕舟已過萬重山。\n春風不相識，更上一层楼。'
   judged = task.judge([_question('5x4')] * 2, [text, ''], training)
   assert [row['copied'] for row in judged.rows] == [0.75, 0]
   assert judged.metrics['copied'] == 0.375
@@ -208,6 +204,8 @@ def test_each_poem_is_judged_by_its_own_form():
   judged = task.judge(rows, answers, rows)
   assert judged.metrics['n'] == 4 and judged.metrics['rhyme'] == 0.5
   assert [r['form'] for r in judged.rows] == [True, False, True, True]
+  # One line four times is no poem.
+  assert not judged.rows[-1]['rhyme'] and judged.rows[-1]['repeated'] == 0.75
 
 
 def test_plain_text_continues_its_first_line():
@@ -220,9 +218,7 @@ def test_plain_text_continues_its_first_line():
   # Prose has no form, but its repetitions count.
   prose = records.Record({'text': '一二三\n四五'}, 'train.txt:9')
   assert 'form' not in task.judge([prose], [rest]).rows[0]
-
-
-def test_plain_text_of_one_line_is_left_out_with_a_note():
+  # A text of one line is left out with a note.
   one = records.Record({'text': _STORKS.replace('\n', '')}, 'train.txt:1')
   judged = task.judge([one, _record()], ['', _STORKS])
   assert judged.rows[0] == {} and judged.metrics['n'] == 1
@@ -258,8 +254,8 @@ def test_a_title_is_a_question(form, asked):
     ({'rhyme': '庚'}, '下平八庚'), ({'rhyme': ' 八庚 '}, '下平八庚'),
     ({'rhyme': '下平八庚', 'text': _STORKS}, '下平八庚'),
     ({'rhyme': '东'}, '上平一東'),  # Simplified.
-    ({'text': _STORKS}, '下平十一尤'), ({'text': _STORKS_SIMPLIFIED},
-                                        '下平十一尤'),
+    ({'rhyme': '尤'}, '下平十一尤'), ({'text': _STORKS}, '下平十一尤'),
+    ({'text': _STORKS_SIMPLIFIED}, '下平十一尤'),
     # Old style: the even lines share no level rhyme, so the prompt names none.
     ({'text': _STORKS.replace('樓', '日')}, '')])
 def test_which_rhyme_is_asked_for(fields, rhyme):
@@ -270,11 +266,17 @@ def test_which_rhyme_is_asked_for(fields, rhyme):
 
 
 def test_a_question_without_a_rhyme_gets_a_common_one_by_its_title():
-  asked = [task.asked_rhyme(records.Record({'title': f'題{i}'}, 'x'))
-           for i in range(60)]
+  asked, again = ([task.asked_rhyme(records.Record({'title': f'題{i}'}, where))
+                   for i in range(60)] for where in 'xy')
   assert len(set(asked)) == 10 and '下平三肴' not in asked
-  assert asked == [task.asked_rhyme(records.Record({'title': f'題{i}'}, 'y'))
-                   for i in range(60)]
+  assert asked == again
+
+
+@pytest.mark.parametrize('asked, as_asked', [('尤', True), ('東', False)])
+def test_the_rhyme_asked_for_is_judged_apart(asked, as_asked):
+  question = records.Record(_question('5x4').fields | {'rhyme': asked}, 'x')
+  row, = task.judge([question], [_STORKS]).rows
+  assert row['rhyme'] and row['asked_rhyme'] == as_asked
 
 
 def test_rhyme_words_are_of_their_rhyme():
@@ -285,14 +287,6 @@ def test_rhyme_words_are_of_their_rhyme():
              for rhyme, w in words.items() for c in w)
   # Each is named by its last character alone.
   assert len({rhyme[-1] for rhyme in words}) == 30
-
-
-@pytest.mark.parametrize('asked, as_asked', [('尤', True), ('東', False)])
-def test_the_rhyme_asked_for_is_judged_apart(asked, as_asked):
-  question = _question('5x4')
-  question.fields['rhyme'] = asked
-  row = task.judge([question], [_STORKS]).rows[0]
-  assert row['rhyme'] and row['asked_rhyme'] == as_asked
 
 
 @pytest.mark.parametrize('fields, got', [
@@ -354,12 +348,6 @@ def test_check_answers_names_the_mistakes():
   assert 'lines: 4 of 5 characters; wanted: 7x4' in form
   assert asked.endswith(
       'it rhymes in 下平十一尤, and its column rhyme asks for 上平一東')
-
-
-def test_real_rates_are_those_of_every_form():
-  for rates in (task.REAL_RHYME, task.REAL_TONE):
-    assert rates.keys() == task.FORMS.keys()
-    assert all(0.5 < rate < 1 for rate in rates.values())
 
 
 @pytest.mark.parametrize('text, simplified', [

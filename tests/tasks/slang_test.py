@@ -47,11 +47,9 @@ def test_prompt_has_tag_context_and_condition():
   assert context == f'Context: {_ROW["Context"]}'
   assert 'example' in condition
   assert answer.content == _answer(_ROW)
-
-
-def test_a_context_alone_is_the_same_question_without_an_answer():
+  # A context alone is the same question without an answer.
   asked = task.to_messages(_record(context=_ROW['Context']))
-  assert asked[0] == task.to_messages(_record(**_ROW))[0]
+  assert asked[0] == question
   assert asked[1].role == 'model' and asked[1].content == ''
 
 
@@ -72,8 +70,7 @@ def test_a_condition_of_ones_own():
     ({'keyword': 'Bop', 'description': 'A good song.'}, 'Bop', 'A good song.'),
     ({'emoji': '💀', 'Name': 'Skull', 'Description': 'Laughter.'}, '💀',
      'Laughter.'),
-    ({'SLANG': ' Bop ', 'DESCRIPTION': 'A good\nsong.'}, 'Bop',
-     'A good song.'),
+    ({'SLANG': ' Bop ', 'DESCRIPTION': 'A good\nsong.'}, 'Bop', 'A good song.'),
 ])
 def test_forms_without_an_example(fields, term, description):
   question, answer = task.to_messages(_record(**fields))
@@ -135,7 +132,7 @@ def test_markdown_is_wrong_but_read():
 # The term in its example -----------------------------------------------------
 
 
-@pytest.mark.parametrize('term, text', [
+_OCCURRING = [
     ('bop', 'What a BOP!'), ('bop', 'two bops'), ('bop', 'she was bopping'),
     ('vibe', 'we were vibing'), ('vibe', 'She vibed.'),
     ('party', 'three parties'), ('party', 'we partied'), ('ick', 'so icky'),
@@ -146,19 +143,18 @@ def test_markdown_is_wrong_but_read():
     ('spill the tea', 'she spilled the tea'), ('red flag', 'red flags'),
     ("it's giving", 'it’s giving vampire'), ("Bussin'", 'so bussin!'),
     ('L+ratio', 'an L + ratio'), ('ELI5', 'please, eli5'),
-    ('💀', 'and then 💀💀'), ('❤️', 'no ❤')])
-def test_a_term_occurs(term, text):
-  assert terms.occurs(term, text)
-
-
-@pytest.mark.parametrize('term, text', [
+    ('💀', 'and then 💀💀'), ('❤️', 'no ❤')]
+_ABSENT = [
     ('bop', 'a bopx'), ('rat', 'ratio'), ('TIL', 'grey tiles'),
     ('bop', 'bopps'), ('art', 'party'),
     ('glow up', 'glow it up'), ('glow up', 'up glow'), ('glow up', 'glow'),
     ('take an L', 'he took an L'), ('', 'anything'), ('...', 'anything...'),
-    ('💀', 'nothing'), ('bop', '')])
-def test_a_term_does_not_occur(term, text):
-  assert not terms.occurs(term, text)
+    ('💀', 'nothing'), ('bop', '')]
+
+
+@pytest.mark.parametrize('term, text', _OCCURRING + _ABSENT)
+def test_a_term_occurs(term, text):
+  assert terms.occurs(term, text) == ((term, text) in _OCCURRING)
 
 
 # Novelty and copies ----------------------------------------------------------
@@ -189,9 +185,7 @@ def test_short_terms_one_letter_apart_are_different():
   training = {**_TRAINING, 'Slang': 'bop'}
   assert _judge('Slang: bot', training=training)['novel']
   assert not _judge('Slang: Bop', training=training)['novel']
-
-
-def test_the_description_of_a_row_without_a_context_may_hold_the_term():
+  # The description of a row without a context may hold the term.
   row = {'keyword': 'ghosting', 'description': 'Ghosting is no reply.'}
   assert _judge('Slang: ghosting\nDescription: No reply.', row)['good']
 
@@ -212,7 +206,7 @@ def test_copied(changed, copied):
   assert row['good'] == (not copied and bool(changed.get('Description', 1)))
 
 
-def test_nothing_is_not_a_copy_of_nothing():
+  # Nothing is not a copy of nothing.
   training = {'keyword': 'bop', 'description': 'A good song.'}
   assert not _judge('Slang: a\nDescription: c', training=training)['copied']
 
@@ -220,12 +214,8 @@ def test_nothing_is_not_a_copy_of_nothing():
 def test_good_needs_the_term_in_its_example():
   row = _judge(_answer({**_ROW, 'Slang': 'nibblide'}))
   assert row['novel'] and row['format'] and not row['in_example']
-  assert not row['good']
-
-
-def test_what_it_is_like_is_shown():
+  assert not row['good'] and 'like' not in row
   assert _judge('Slang: Toastalgiaa')['like'] == 'toastalgia'
-  assert 'like' not in _judge(_answer(_ROW))
 
 
 # Acronyms --------------------------------------------------------------------
@@ -241,18 +231,15 @@ def test_acronyms(term, description, acronym):
   assert terms.is_acronym(term, description) == acronym
 
 
-def test_spelled_counts_among_acronyms_alone():
+def test_totals_of_acronyms():
+  records = [_record(**row) for row in (_ROW, _OTHER, _OTHER)]
   wrong = _answer({**_OTHER, 'Description': 'A loud person.'})
-  judged = task.judge(
-      [_record(**_ROW), _record(**_OTHER), _record(**_OTHER)],
-      [_answer(_ROW), _answer(_OTHER), wrong])
+  judged = task.judge(records, [_answer(_ROW), _answer(_OTHER), wrong])
+  # Only acronyms have letters to spell.
   assert [row.get('spelled') for row in judged.rows] == [None, True, False]
   assert judged.metrics['spelled'] == 0.5
-
-
-def test_acronym_gap_runs_both_ways():
-  records = [_record(**_ROW), _record(**_OTHER)]
-  gaps = [task.judge(records, answers).metrics['acronym_gap']
+  # The gap runs both ways.
+  gaps = [task.judge(records[:2], answers).metrics['acronym_gap']
           for answers in ([_answer(_ROW), _answer(_OTHER)],
                           [_answer(_ROW)] * 2, [_answer(_OTHER)] * 2)]
   assert gaps == [0, 0.5, 0.5]
@@ -271,9 +258,7 @@ def test_real_answers_score_1():
   assert metrics == {
       'good': 1, 'format': 1, 'in_example': 1, 'novel': 1, 'first': 1,
       'copied': 0, 'on_topic': 1, 'spelled': 1, 'acronym_gap': 0, 'n': 2}
-
-
-def test_the_same_answer_again_is_good_once():
+  # The same answer again is good once.
   judged = task.judge([_record(**_ROW)] * 4, [_answer(_ROW)] * 4)
   assert judged.metrics['first'] == judged.metrics['good'] == 0.25
   # Records that ask the same have no other contexts.
@@ -304,13 +289,10 @@ def test_an_answer_to_a_form_is_judged():
   assert not judged.rows[0]['format'] and not judged.rows[0]['in_example']
 
 
-@pytest.mark.parametrize('answers', [[''], ['\n\n'], ['Slang:'], ['x' * 5000]])
-def test_empty_answers(answers):
-  judged = task.judge([_record(**_ROW)], answers)
+@pytest.mark.parametrize('answer', ['', '\n\n', 'Slang:', 'x' * 5000])
+def test_empty_answers(answer):
+  judged = task.judge([_record(**_ROW)], [answer])
   assert judged.metrics['good'] == 0 and judged.metrics['n'] == 1
-
-
-# The data --------------------------------------------------------------------
 
 
 def test_check_answers():

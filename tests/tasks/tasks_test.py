@@ -87,13 +87,12 @@ def test_every_task_keeps_the_protocol(name):
   assert first.partition('\n')[0] in prompt[-1].content
 
 
-def test_distinct():
-  # a b, b a, a b: two of three pairs, and two of four words, differ.
-  assert tasks.distinct([['a', 'b', 'a', 'b']], 2) == 2 / 3
-  assert tasks.distinct([['a', 'b', 'a', 'b']], 1) == 0.5
-  # No pair across two answers.
-  assert tasks.distinct([['a', 'b'], ['a', 'b']], 2) == 0.5
-  assert tasks.distinct([['a']], 2) == 0
+@pytest.mark.parametrize('texts, of_words, of_pairs', [
+    (['abab'], 2 / 4, 2 / 3), (['ab', 'ab'], 2 / 4, 1 / 2),  # No pair across.
+    (['a'], 1, 0)])
+def test_distinct(texts, of_words, of_pairs):
+  assert tasks.distinct(texts) == {
+      'distinct1': of_words, 'distinct2': of_pairs}
 
 
 def test_each_domain_is_a_task_a_config_and_a_folder():

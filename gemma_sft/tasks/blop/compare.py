@@ -1,8 +1,8 @@
 """Compares what two Blop programs do, as far as the prompt determines it.
 
 The traces are those of `run_js`. An answer may choose wording, wrappers and
-class names unless the prompt spells them out. It must show the same data, have
-the same controls, and these must do the same.
+class names unless the prompt spells them out. It must show the same data and
+have the same controls, which do the same.
 """
 
 import collections
@@ -11,8 +11,7 @@ import json
 import re
 from typing import Any
 
-# Tags with a function or a meaning. Others (div, span, section...) count only
-# if the prompt names them.
+# Tags with a function or a meaning. Others count only if the prompt names them.
 _FUNCTIONAL = frozenset('''
     button input select option textarea form a img li table tr td th video audio
     source picture canvas iframe progress meter details summary dialog heading
@@ -48,20 +47,15 @@ _QUOTED = re.compile(r"""'([^'\n]{1,60})'(?!\w)|"([^"\n]{1,60})"|`([^`\n]+)`"""
 class Prompt:
   """What a prompt spells out.
 
-  Attributes:
-    words: All words of the prompt, in lower case.
-    spelled: Words that the answer must show: those in quotes, or capitalised
-      within a sentence ("reads On or Off").
-    quoted: The texts in quotes.
-    tags: The tags that the prompt names.
-    text: The prompt.
+  `words` are all its words, in lower case; `spelled` are those that the answer
+  must show: in quotes, or capitalised within a sentence ("reads On or Off").
   """
 
+  text: str
   words: frozenset[str]
   spelled: frozenset[str]
   quoted: tuple[str, ...]
   tags: frozenset[str]
-  text: str
 
 
 def read_prompt(text: str) -> Prompt:
@@ -73,16 +67,15 @@ def read_prompt(text: str) -> Prompt:
       'Blop', 'I', 'Name', 'Enter', 'Escape', 'Each', 'It', 'The', 'A'}
   lower = text.lower()
   words = frozenset(re.findall(r'\w+', lower))
-  tags = {tag for tag in _NAMED_BY_A_WORD if tag in words}
-  tags |= {
+  tags = (_NAMED_BY_A_WORD & words) | {
       tag for tag in _NAMED_AS_A_TAG
       if re.search(rf'<{tag}>|\b{tag}(?: element|s? tags?)\b', lower)
       or (re.match(r'h\d', tag) and tag in words)}
   if re.search(r'\bparagraphs?\b', lower):
-    tags.add('p')
+    tags |= {'p'}
   if 'ordered list' in lower:
-    tags.add('ol')
-  return Prompt(words, frozenset(spelled), tuple(quoted), frozenset(tags), text)
+    tags |= {'ol'}
+  return Prompt(text, words, frozenset(spelled), tuple(quoted), tags)
 
 
 def defined(reference: dict[str, Any], answer: dict[str, Any]) -> bool | None:
@@ -93,10 +86,8 @@ def defined(reference: dict[str, Any], answer: dict[str, Any]) -> bool | None:
   verdicts = []
   for name, trace in reference['traces'].items():
     worked = [run['k'] for run in trace['runs'] if _works(run)]
-    if trace['kind'] == 'value' or not worked:
-      continue
-    runs = _runs(answer, name)
-    verdicts.append(worked[0] in runs and _works(runs[worked[0]]))
+    if trace['kind'] != 'value' and worked:
+      verdicts.append(_works(_runs(answer, name).get(worked[0])))
   return all(verdicts) if verdicts else None
 
 
@@ -107,7 +98,7 @@ def _runs(answer, name):
 
 
 def _works(run):
-  return not run.get('failed') and not run.get('threw')
+  return bool(run) and not run.get('failed') and not run.get('threw')
 
 
 def same_tags(
@@ -116,15 +107,17 @@ def same_tags(
 
   None if the reference renders nothing.
   """
-  seen = False
-  for name, trace in reference['traces'].items():
-    runs = _runs(answer, name)
-    for run in trace['runs']:
-      if _works(run) and run.get('tree'):
-        seen = True
-        if _shape(run['tree']) != _shape(runs.get(run['k'], {}).get('tree')):
-          return False
-  return True if seen else None
+  verdicts = [
+      _shape(page['tree']) == _shape(other.get('tree'))
+      for name, trace in reference['traces'].items()
+      for page, other in _pages(trace, _runs(answer, name))]
+  return all(verdicts) if verdicts else None
+
+
+def _pages(trace, runs):
+  """Returns the reference's runs that show a page, each with the answer's."""
+  return [(run, runs.get(run['k'], {})) for run in trace['runs']
+          if _works(run) and run.get('tree')]
 
 
 def _shape(tree):
@@ -157,8 +150,7 @@ def _checks(reference, answer, prompt):
         yield True, '' if same else f'{name} has another value'
       continue
     runs = _runs(answer, name)
-    pages = [(run, runs.get(run['k'], {})) for run in trace['runs']
-             if _works(run) and run.get('tree')]
+    pages = _pages(trace, runs)
     groups = _groups(run for run, _ in pages)
     problem = ('text that depends on other things' if runs
                else 'fails, or is not defined')
@@ -174,8 +166,8 @@ def _checks(reference, answer, prompt):
   expected = [e for e in reference['load'] if e[0] in ('log', 'call', 'mount')]
   if expected:
     kinds = {e[0] for e in expected}
-    got = [e for e in answer['load'] if e[0] in kinds]
-    yield True, '' if got == expected else 'other output'
+    same = [e for e in answer['load'] if e[0] in kinds] == expected
+    yield True, '' if same else 'other output'
 
 
 def _groups(runs):
@@ -249,12 +241,13 @@ def _page_behaviour(run, prompt):
 
 
 def _outcome(event, prompt):
-  return [_SAME_EVENT.get(event['type'], event['type']), event['key'],
-          [[_calls(turn['effects'], prompt), turn['threw'],
-            turn['tree'] and [
-                sorted(counts.items())
-                for counts in _seen(turn['tree'], prompt, typed=True).values()]]
-           for turn in event['turns']]]
+  turns = []
+  for turn in event['turns']:
+    seen = turn['tree'] and [
+        sorted(counts.items())
+        for counts in _seen(turn['tree'], prompt, typed=True).values()]
+    turns.append([_calls(turn['effects'], prompt), turn['threw'], seen])
+  return [_SAME_EVENT.get(event['type'], event['type']), event['key'], turns]
 
 
 def _calls(effects, prompt):
@@ -309,7 +302,7 @@ def _counts(word, prompt):
 
 def _marks(name, value, prompt, typed):
   if name in _FLAGS:
-    return [f'{name}'] if value is True or value == {'$': 'true'} else []
+    return [name] if value is True or value == {'$': 'true'} else []
   lower = name.lower()
   if lower.startswith(('aria-', 'data-', 'on')) or (
       lower in _FREE_ATTRIBUTES and lower not in prompt.words):
@@ -321,14 +314,11 @@ def _marks(name, value, prompt, typed):
   text = value if isinstance(value, str) else json.dumps(value)
   found = []
   for word in _WORD.findall(text):
-    if name == 'class':
-      counts = word in prompt.spelled or (
-          'class' in prompt.words and word.lower() in prompt.words)
-    elif name == 'style':
-      counts = (_INPUT.match(word) or word in prompt.spelled
-                or word.lower() in prompt.words and not word.isdigit())
-    else:
-      counts = _INPUT.match(word) or word in prompt.spelled
+    counts = word in prompt.spelled or (
+        name != 'class' and _INPUT.match(word))
+    if name == 'class' and 'class' in prompt.words or (
+        name == 'style' and not word.isdigit()):
+      counts = counts or word.lower() in prompt.words
     if counts:
       found.append(f'{"" if name == "style" else name} {word}')
   return found
@@ -345,14 +335,11 @@ def open_names(reference: dict[str, Any], answer: dict[str, Any],
   aliases = {}
   for path, reads in answer['reads'].items():
     known = reference['reads'].get(path, {'read': []})['read']
-    free = [name for name in known
-            if name not in reads['read'] and not _is_named(name, prompt)]
-    pairs = dict(zip(
-        [n for n in reads['missing'] if not _is_named(n, prompt)], free))
-    if pairs:
+    missing, free = (
+        [name for name in names
+         if not re.search(rf'\b{re.escape(name)}\b', prompt.text)]
+        for names in (reads['missing'],
+                      [name for name in known if name not in reads['read']]))
+    if pairs := dict(zip(missing, free)):
       aliases[path] = pairs
   return aliases
-
-
-def _is_named(name, prompt):
-  return bool(re.search(rf'\b{re.escape(name)}\b', prompt.text))

@@ -2,16 +2,15 @@
 
 A model wrote the programs, so each runs in a Node process of its own without
 files, network, child processes or workers, with little time and memory, and in
-a context without Node's objects (cage.js). The process reports as JSON what the
-program did.
+a context without Node's objects (cage.js).
 """
 
 import concurrent.futures
 import dataclasses
 import functools
-import importlib.resources
 import json
 import os
+import pathlib
 import re
 import subprocess
 import tempfile
@@ -33,9 +32,9 @@ class ProgramPair:
   """A reference and an answer to run on the same inputs.
 
   Attributes:
-    reference: {'js', 'names'}, with a list of the names to look at.
-    answer: {'js', 'names'}, with {reference's name: the answer's name} where
-      they differ. None runs only the reference.
+    reference: Its names are the list of those to look at.
+    answer: Its names are {reference's name: the answer's name} where they
+      differ. None runs only the reference.
     aliases: {path: {answer's name: our name}} of fields of the inputs.
     examples: Texts to try functions on.
   """
@@ -68,10 +67,9 @@ def run(pairs: Sequence[ProgramPair]) -> list[list[dict[str, Any]]]:
 
 def _run(pair, flags):
   job = {
-      'inside': _inside(), 'reference': pair.reference,
-      'answer': pair.answer, 'aliases': pair.aliases, 'seconds': _SECONDS,
-      'literals': literals(pair.reference['js'])
-                  | {'examples': pair.examples[:6]}}
+      'inside': _inside(), 'reference': pair.reference, 'answer': pair.answer,
+      'aliases': pair.aliases, 'seconds': _SECONDS, 'literals': literals(
+          pair.reference['js']) | {'examples': pair.examples[:6]}}
   with tempfile.TemporaryDirectory() as nowhere:
     try:
       done = subprocess.run(
@@ -108,8 +106,7 @@ def command(script: str, flags: Sequence[str]) -> list[str]:
 
 @functools.lru_cache
 def _source(name):
-  folder = importlib.resources.files('gemma_sft.tasks.blop')
-  return (folder / name).read_text(encoding='utf-8')
+  return pathlib.Path(__file__).with_name(name).read_text(encoding='utf-8')
 
 
 @functools.lru_cache
@@ -141,10 +138,8 @@ def literals(js: str) -> dict[str, list]:
     texts += re.findall(r"[{,]\s*'?(\w+)'?: ['\d]", js)[:3]
   for words in re.findall(r"\[('[^\]\n]*')\]\.(?:includes|indexOf)", js):
     texts += re.findall(r"'([^']*)'", words)[:2]
-  numbers = []
-  for text in re.findall(r'(?:[<>]=?|[=!]==) (\d+(?:\.\d+)?)', js):
-    number = float(text)
-    numbers += [number, number - 1, number + 1]
+  limits = re.findall(r'(?:[<>]=?|[=!]==) (\d+(?:\.\d+)?)', js)
+  numbers = [float(limit) + step for limit in limits for step in (0, -1, 1)]
   keys = re.findall(r"\.(?:key|code) [=!]== '([^']*)'", js)
   return {
       'texts': list(dict.fromkeys(texts))[:6],

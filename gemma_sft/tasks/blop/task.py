@@ -1,14 +1,13 @@
 """Blop, a small language for the web, judged by its own compiler.
 
-The compiler (npm `blop-language` 0.9.19; `bash launch/blop_compiler.sh`
-installs it) compiles all answers in one Node process and runs none of them.
-Each answer that compiles then runs in a cage (`run_js`), and what it renders
-and does is compared with its reference (`compare`).
+The compiler (npm `blop-language` 0.9.19) compiles all answers in one Node
+process and runs none of them. Each answer that compiles then runs in a cage
+(`run_js`) and is compared with its reference (`compare`).
 """
 
 import dataclasses
-import importlib.resources
 import json
+import pathlib
 import re
 import shutil
 import subprocess
@@ -17,7 +16,6 @@ from typing import Sequence
 
 from gemma_sft import cache
 from gemma_sft import tasks
-from gemma_sft.inputs import records as records_lib
 from gemma_sft.tasks.blop import compare
 from gemma_sft.tasks.blop import run_js
 from gemma_sft.tasks.blop import text as text_lib
@@ -63,14 +61,10 @@ def compiler_problem() -> str:
   """Returns why the compiler cannot be used on this machine, or ''."""
   if shutil.which('node') is None:
     return 'no Node.js on the PATH, so nothing was compiled'
-  if not _compiler_dir().joinpath('node_modules', 'blop-language').is_dir():
+  if not cache.folder('blop', 'node_modules', 'blop-language').is_dir():
     return ('the Blop compiler is not installed, so nothing was compiled: run'
             ' bash launch/blop_compiler.sh')
   return ''
-
-
-def _compiler_dir():
-  return cache.folder('blop')
 
 
 def compile_snippets(snippets: Sequence[str]) -> list[dict[str, Any]]:
@@ -89,17 +83,15 @@ def compile_snippets(snippets: Sequence[str]) -> list[dict[str, Any]]:
     return []
   lines = [json.dumps({'id': i, 'code': code})
            for i, code in enumerate(snippets)]
-  with importlib.resources.as_file(
-      importlib.resources.files('gemma_sft.tasks.blop') / 'check.js') as script:
-    try:
-      done = subprocess.run(
-          ['node', str(script), str(_compiler_dir())],
-          input='\n'.join(lines), capture_output=True, text=True, check=False,
-          # The compiler reads a blop.config.js from the current folder up.
-          cwd=_compiler_dir(),
-          timeout=30 + _SECONDS_PER_SNIPPET * len(snippets))
-    except (OSError, subprocess.TimeoutExpired) as error:
-      raise CompilerError(f'the Blop compiler failed: {error}') from error
+  folder = cache.folder('blop')
+  try:
+    done = subprocess.run(
+        ['node', pathlib.Path(__file__).with_name('check.js'), folder],
+        input='\n'.join(lines), capture_output=True, text=True, check=False,
+        # The compiler reads a blop.config.js from the current folder up.
+        cwd=folder, timeout=30 + _SECONDS_PER_SNIPPET * len(snippets))
+  except (OSError, subprocess.TimeoutExpired) as error:
+    raise CompilerError(f'the Blop compiler failed: {error}') from error
   # Not splitlines, because messages quote odd line breaks of the code.
   rows = [json.loads(line) for line in done.stdout.split('\n') if line]
   if done.returncode or len(rows) != len(snippets):
@@ -108,10 +100,8 @@ def compile_snippets(snippets: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def judge(
-    records: Sequence[records_lib.Record],
-    completions: Sequence[str],
-    training: Sequence[records_lib.Record] = (),
-) -> tasks.Judged:
+    records: tasks.Records, completions: Sequence[str],
+    training: tasks.Records = ()) -> tasks.Judged:
   """Compiles and runs the answers to the prompts that ask for code.
 
   Metrics, as shares of those prompts:
@@ -119,50 +109,40 @@ def judge(
     strict: the compiler accepts the answer as a whole file.
     wrapped: it accepts it as a file or as the body of a function.
     parses: the grammar accepts it; names may be undefined.
-    reach: the share of its lines before the compiler's first error. On a few
-      dozen answers its mean compares two checkpoints with less noise than a
-      rate of yes and no.
+    reach: the share of its lines before the compiler's first error, a mean with
+      less noise than a rate of yes and no.
     fallback: it has habits of JavaScript, JSX or Python, which the row lists.
 
   As shares of the prompts whose reference can be run:
 
     component: what was asked for is defined by the name in the prompt and
       renders, or can be called.
-    right: it does what the reference does on made-up inputs.
-    same_tags: its trees of tags are the reference's. `why` in the row is the
-      first difference.
+    right: it does what the reference does on made-up inputs; `why` in the row
+      is the first difference.
+    same_tags: its trees of tags are the reference's.
 
   For questions about the language that have key facts, `knows` is the share of
   these that the answer states, or 0 if it contradicts one. Other questions are
   only shown.
   """
-  del training
-  prompts = [chat_task.prompt(r) for r in records]
-  references = [chat_task.answer(r) for r in records]
-  asks_code = [looks_like_code(r) for r in references]
-  pairs = [(extract_code(c), extract_code(r)) for c, r, code in zip(
-      completions, references, asks_code) if code]
+  rows, asked, pairs = [], [], []
+  for record, completion in zip(records, completions):
+    prompt, reference = chat_task.prompt(record), chat_task.answer(record)
+    if looks_like_code(reference):
+      asked.append((len(rows), prompt))
+      pairs.append((extract_code(completion), extract_code(reference)))
+      rows.append({})
+    else:
+      rows.append(text_lib.knowledge(prompt, completion) or {})
   try:
     verdicts = compile_snippets([code for pair in pairs for code in pair])
-    answers, models = verdicts[::2], verdicts[1::2]
-    done = iter(_tried(
-        [p for p, code in zip(prompts, asks_code) if code], pairs, answers,
-        models))
+    tried = _tried([p for _, p in asked], pairs, verdicts[::2], verdicts[1::2])
   except (CompilerError, run_js.CageError) as error:
     return tasks.Judged({}, [{} for _ in records], str(error))
-  answers = iter(answers)
-  rows = []
-  for prompt, completion, code in zip(prompts, completions, asks_code):
-    if not code:
-      rows.append(text_lib.knowledge(prompt, completion) or {})
-      continue
-    verdict = next(answers)
-    text = extract_code(completion)
-    habits = text_lib.habits(text)
-    rows.append({
-        **{k: v for k, v in verdict.items() if k not in ('js', 'names')},
-        'reach': _reach(verdict, text), 'fallback': bool(habits),
-        'habits': ', '.join(habits), **next(done)})
+  for (i, _), (text, _), verdict, outcome in zip(
+      asked, pairs, verdicts[::2], tried):
+    verdict['reach'] = _reach(verdict, text)
+    rows[i] = _shown(verdict, text) | outcome
   rates = ('strict', 'wrapped', 'parses', 'reach', 'fallback')
   metrics = dict.fromkeys(rates, 0.0) | tasks.means(
       rows, [*rates, 'component', 'right', 'same_tags', 'knows'])
@@ -173,29 +153,31 @@ def judge_prompts(
     prompts: Sequence[str], completions: Sequence[str]) -> tasks.Judged:
   """Scores answers to free prompts by the key facts that they state.
 
-  Over questions such as "What is Blop?", `knows` is the share of the key facts
-  that an answer states, 0 if it contradicts one, and `invented` is the share of
-  answers that contradict one. For answers with code, only their rows have the
-  compiler's verdict.
+  `knows` is as in `judge`, and `invented` is the share of answers that
+  contradict a key fact. Rows of code have the compiler's verdict, no total has.
   """
   rows = [text_lib.knowledge(p, c) or {}
           for p, c in zip(prompts, completions)]
-  note = ''
-  code = [i for i, row in enumerate(rows)
-          if not row and looks_like_code(completions[i])]
-  try:
-    verdicts = compile_snippets([extract_code(completions[i]) for i in code])
-  except CompilerError as error:
-    verdicts, note = [], str(error)
-  for i, verdict in zip(code, verdicts):
-    habits = text_lib.habits(extract_code(completions[i]))
-    rows[i] = {k: v for k, v in verdict.items() if k not in ('js', 'names')} | {
-        'fallback': bool(habits), 'habits': ', '.join(habits)}
   for row in rows:
-    if 'knows' in row:
+    if row:
       row['invented'] = bool(row['wrong'])
-  metrics = tasks.means(rows, ('knows', 'invented'))
-  return tasks.Judged(metrics | {'n': len(rows)}, rows, note)
+  metrics = tasks.means(rows, ('knows', 'invented')) | {'n': len(rows)}
+  code = {i: extract_code(completions[i]) for i, row in enumerate(rows)
+          if not row and looks_like_code(completions[i])}
+  try:
+    verdicts = compile_snippets([*code.values()])
+  except CompilerError as error:
+    return tasks.Judged(metrics, rows, str(error))
+  for (i, text), verdict in zip(code.items(), verdicts):
+    rows[i] = _shown(verdict, text)
+  return tasks.Judged(metrics, rows)
+
+
+def _shown(verdict, code):
+  """Returns what a row shows of the compiler's verdict, and the habits."""
+  habits = text_lib.habits(code)
+  return {k: v for k, v in verdict.items() if k not in ('js', 'names')} | {
+      'fallback': bool(habits), 'habits': ', '.join(habits)}
 
 
 def _reach(verdict, code):
@@ -209,18 +191,18 @@ def _reach(verdict, code):
   return (n_lines - 1) / n_lines if at_end else 0.0
 
 
-def check_answers(records: Sequence[records_lib.Record]) -> list[str]:
+def check_answers(records: tasks.Records) -> list[str]:
   """Returns a line for each training answer that the compiler refuses."""
-  code = [(r, extract_code(chat_task.answer(r))) for r in records
-          if looks_like_code(chat_task.answer(r))]
+  code = [(r.where, answer) for r in records
+          if looks_like_code(answer := chat_task.answer(r))]
   try:
-    verdicts = compile_snippets([text for _, text in code])
+    verdicts = compile_snippets([extract_code(answer) for _, answer in code])
   except CompilerError:
     return []  # The judge's note reports it.
   return [
-      f'{record.where}: the answer does not compile ({row["stage"]}, line'
+      f'{where}: the answer does not compile ({row["stage"]}, line'
       f' {row["line"]} column {row["column"]}: {row["message"]})'
-      for (record, _), row in zip(code, verdicts) if not row['strict']]
+      for (where, _), row in zip(code, verdicts) if not row['strict']]
 
 
 def _tried(prompts, pairs, answers, models):
@@ -237,7 +219,7 @@ def _tried(prompts, pairs, answers, models):
           lines[1], lines[2], compare.read_prompt(prompts[i]))
       if aliases:
         again.append((i, dataclasses.replace(jobs[i], aliases=aliases)))
-  # Runs again with fields named as in the answer where the prompt names none.
+  # Run again with fields named as in the answer where the prompt names none.
   for (i, _), lines in zip(again, run_js.run([job for _, job in again])):
     renamed = _compared(prompts[i], answers[i], lines)
     if renamed.get('right'):
@@ -247,17 +229,14 @@ def _tried(prompts, pairs, answers, models):
 
 def _job(prompt, codes, answer, model):
   """Returns the programs to run, or None if the reference has none."""
-  names = _defined(codes[1], model)
-  asked = [n for n in names if re.search(rf'\b{re.escape(n)}\b', prompt)]
   if not model['strict']:
     return None
-  if not asked and names:
+  names, renamed = _defined(codes[1], model), {}
+  asked = [n for n in names if re.search(rf'\b{re.escape(n)}\b', prompt)]
+  if not asked:
     # The prompt gives no name, so the last definition is what it asks for.
     asked = names[-1:]
-    others = _defined(codes[0], answer)
-    renamed = {asked[0]: others[-1]} if others else {}
-  else:
-    renamed = {}
+    renamed = dict(zip(asked, _defined(codes[0], answer)[-1:]))
   return run_js.ProgramPair(
       {'js': model['js'], 'names': asked},
       {'js': answer['js'], 'names': renamed} if answer['strict'] else None,
@@ -277,13 +256,8 @@ def _compared(prompt, answer, lines):
     return {}  # The reference itself cannot be run.
   reference = lines[1]
   got = lines[2] if len(lines) == 3 else {}
-  why = ''
-  if not answer['strict']:
-    why = 'does not compile'
-  elif not got:
-    why = 'takes too much memory'
-  elif 'problem' in got:
-    why = got['problem']
+  why = ('does not compile' if not answer['strict']
+         else got.get('problem', '') if got else 'takes too much memory')
   if why:
     got = {'load': [], 'traces': {}, 'reads': {}}
   asked = compare.read_prompt(prompt)

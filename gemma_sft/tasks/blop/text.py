@@ -1,8 +1,8 @@
 """Finds facts about Blop and habits of other languages in an answer's text."""
 
 import functools
-import importlib.resources
 import json
+import pathlib
 import re
 from typing import Any
 
@@ -54,30 +54,25 @@ def habits(code: str) -> list[str]:
 
 @functools.lru_cache
 def _facts() -> dict[str, Any]:
-  source = importlib.resources.files('gemma_sft.tasks.blop') / 'facts.json'
-  return json.loads(source.read_text(encoding='utf-8'))
+  path = pathlib.Path(__file__).with_name('facts.json')
+  return json.loads(path.read_text(encoding='utf-8'))
 
 
 def knowledge(prompt: str, answer: str) -> dict[str, Any] | None:
-  """Returns what an answer says about Blop: {knows, facts, wrong}.
+  """Returns {knows, facts, wrong}, or None for a question without key facts.
 
-  `knows` is the share of the key facts that it states, or 0 if it states
-  anything wrong; `facts` and `wrong` list both. None if the question has no key
-  facts.
+  `knows` is the share of the key facts that the answer states, or 0 if it
+  states anything wrong; `facts` and `wrong` list both.
   """
-  facts = _facts()
-  asked = facts['questions'].get(prompt.strip())
+  prompt, general = prompt.strip(), _facts()['general']
+  is_general = re.fullmatch(general['asks'], prompt, re.IGNORECASE)
+  asked = _facts()['questions'].get(prompt, general if is_general else None)
   if asked is None:
-    if not re.fullmatch(
-        facts['general']['asks'], prompt.strip(), re.IGNORECASE):
-      return None
-    asked = 'general'
-  general = facts['general']
+    return None
   asked = general if asked == 'general' else asked
-  wrong = {**asked['wrong'], **(general['wrong'] if asked is general else {})}
   stated = [name for name, pattern in asked['facts'].items()
             if re.search(pattern, answer, re.IGNORECASE)]
-  mistaken = [name for name, pattern in wrong.items()
+  mistaken = [name for name, pattern in asked['wrong'].items()
               if re.search(pattern, answer, re.IGNORECASE if name != (
                   'made by somebody else') else 0)]
   share = 0.0 if mistaken else len(stated) / len(asked['facts'])

@@ -4,14 +4,13 @@ from typing import Sequence
 
 from gemma_sft import chat
 from gemma_sft import tasks
-from gemma_sft.inputs import records as records_lib
 
 HEADLINE = 'exact'
 LOWER_IS_BETTER = frozenset()
 FIELDS = ('prompt',)
 
 
-def to_messages(record: records_lib.Record) -> Sequence[chat.Message] | str:
+def to_messages(record: tasks.Record) -> tasks.Conversation:
   """Returns the record's conversation, or its plain text.
 
   Raises:
@@ -27,13 +26,13 @@ def to_messages(record: records_lib.Record) -> Sequence[chat.Message] | str:
     raise tasks.wrong_columns(
         record, 'prompt and completion, or messages, or text',
         'prompt=question,completion=answer')
-  system = ([chat.Message('system', fields['system'])]
-            if fields.get('system') else [])
-  return [*system, chat.Message('user', fields['prompt']),
-          chat.Message('model', fields.get('completion', ''))]
+  messages = tasks.conversation(fields['prompt'], fields.get('completion', ''))
+  if fields.get('system'):
+    messages.insert(0, chat.Message('system', fields['system']))
+  return messages
 
 
-def to_form(record: records_lib.Record) -> dict[str, str]:
+def to_form(record: tasks.Record) -> dict[str, str]:
   """Returns the first question of a conversation."""
   messages = to_messages(record)
   if isinstance(messages, str):
@@ -41,28 +40,25 @@ def to_form(record: records_lib.Record) -> dict[str, str]:
   return {'prompt': next(m.content for m in messages if m.role == 'user')}
 
 
-def prompt(record: records_lib.Record) -> str:
+def prompt(record: tasks.Record) -> str:
   """Returns the last question of a conversation, '' for plain text."""
   messages = to_messages(record)
   return '' if isinstance(messages, str) else messages[-2].content
 
 
-def answer(record: records_lib.Record) -> str:
+def answer(record: tasks.Record) -> str:
   """Returns the model's last answer, or the plain text."""
   messages = to_messages(record)
   return messages if isinstance(messages, str) else messages[-1].content
 
 
 def judge(
-    records: Sequence[records_lib.Record],
-    completions: Sequence[str],
-    training: Sequence[records_lib.Record] = (),
-) -> tasks.Judged:
+    records: tasks.Records, completions: Sequence[str],
+    training: tasks.Records = ()) -> tasks.Judged:
   """Counts the answers that equal the record's own, ignoring white space.
 
   A question from a form has no answer of its own and is not judged.
   """
-  del training
   wanted = [' '.join(answer(r).split()) for r in records]
   rows = [{'exact': ' '.join(c.split()) == w} if w else {}
           for w, c in zip(wanted, completions)]
@@ -71,7 +67,6 @@ def judge(
       | {'n': sum(map(bool, wanted))}, rows)
 
 
-def check_answers(records: Sequence[records_lib.Record]) -> list[str]:
+def check_answers(records: tasks.Records) -> list[str]:
   """Returns nothing, because any answer may be right."""
-  del records
   return []

@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from gemma_sft import chat
 from gemma_sft import errors
 from gemma_sft import tasks
-from gemma_sft.inputs import records as records_lib
 from gemma_sft.tasks.lyrics import verse
 
 # How well a song keeps to what its opening and its reference set. BLEU and chrF
@@ -16,14 +14,12 @@ HEADLINE = 'form'
 LOWER_IS_BETTER = frozenset({'copied', 'repeated'})
 FIELDS = ('opening', 'style', 'language')
 
-# How many lines of a song the prompt gives: a couplet shows the metre and, in a
-# ghazal, the refrain.
+# Lines of a song in the prompt: a couplet shows the metre and, in a ghazal, the
+# refrain.
 _OPENING = 2
 _PROMPT = 'Continue this {language} {style}, line by line.\n\n{opening}'
-# The first character of a script in Unicode, to guess the language of a song
-# that does not name it.
-_LANGUAGES = {'\u0900': 'Hindi', '\u0980': 'Bengali', '\u0600': 'Urdu'}
-# The script of an opening without letters.
+# To guess the language of a song that does not name it, and the script of an
+# opening without letters.
 _SCRIPTS = {'Hindi': 'DEVANAGARI', 'Bengali': 'BENGALI', 'Urdu': 'ARABIC'}
 # How far the number of lines may differ: by a couplet, the unit of songs and
 # ghazals, or by a quarter of a long song.
@@ -32,37 +28,34 @@ _MEANS = ('form', 'script', 'lines', 'refrain', 'rhyme', 'line_length', 'exact',
           'repeated', 'copied')
 
 
-def to_messages(record: records_lib.Record) -> Sequence[chat.Message]:
+def to_messages(record: tasks.Record) -> tasks.Conversation:
   """Returns a request to continue a song's opening, and the rest of the song.
 
-  Reads {text or lines, style, language}; the default style is 'song'. With
-  {script: 'roman'} the lines are those of `romanized`, if the record has it.
-  {opening, style, language} has no song, so its answer is ''.
+  Reads {text or lines, style, language}, or a form's {opening, style, language}
+  with the answer ''. With {script: 'roman'} the lines are those of `romanized`,
+  if the record has it.
 
   Raises:
     UserError: if a song is not longer than its opening.
   """
-  opening, rest = _parts(record)
-  style = record.fields.get('style') or 'song'
-  return [
-      chat.Message('user', _PROMPT.format(
-          language=language(record), style=style, opening='\n'.join(opening))),
-      chat.Message('model', '\n'.join(rest))]
+  _, rest = _parts(record)
+  return tasks.conversation(
+      _PROMPT.format(**to_form(record)), '\n'.join(rest))
 
 
-def to_form(record: records_lib.Record) -> dict[str, str]:
+def to_form(record: tasks.Record) -> dict[str, str]:
   """Returns the opening of a song, its style and its language."""
   opening, _ = _parts(record)
   return {'opening': '\n'.join(opening), 'language': language(record),
           'style': record.fields.get('style') or 'song'}
 
 
-def song_lines(record: records_lib.Record) -> list[str]:
+def song_lines(record: tasks.Record) -> list[str]:
   """Returns the lines of a song that are not blank."""
   fields = record.fields
   lines = fields.get('lines', fields.get('text', fields.get('opening')))
-  if fields.get('script') == 'roman' and fields.get('romanized'):
-    lines = fields['romanized']
+  if fields.get('script') == 'roman':
+    lines = fields.get('romanized') or lines
   if isinstance(lines, str):
     lines = lines.split('\n')
   if (not isinstance(lines, Sequence) or not lines
@@ -71,17 +64,13 @@ def song_lines(record: records_lib.Record) -> list[str]:
   return [line.strip() for line in lines if line.strip()]
 
 
-def language(record: records_lib.Record) -> str:
-  """Returns the language's English name, guessed by its script if not given.
-  """
-  if record.fields.get('language'):
-    return record.fields['language']
-  text = '\n'.join(song_lines(record))
-  counts = {
-      name: sum(first <= c < chr(ord(first) + 0x80) for c in text)
-      for first, name in _LANGUAGES.items()}
-  best = max(counts, key=counts.get)
-  return best if counts[best] else 'romanised'
+def language(record: tasks.Record) -> str:
+  """Returns the language's English name, guessed from the script if missing."""
+  if given := record.fields.get('language'):
+    return given
+  counts = verse.scripts('\n'.join(song_lines(record)))
+  best = max(_SCRIPTS, key=lambda name: counts[_SCRIPTS[name]])
+  return best if counts[_SCRIPTS[best]] else 'romanised'
 
 
 def _is_question(record):
@@ -113,10 +102,8 @@ def _script(record, opening):
 
 
 def judge(
-    records: Sequence[records_lib.Record],
-    completions: Sequence[str],
-    training: Sequence[records_lib.Record] = (),
-) -> tasks.Judged:
+    records: tasks.Records, completions: Sequence[str],
+    training: tasks.Records = ()) -> tasks.Judged:
   """Scores completions by what their openings and references set.
 
   Means over the completions:
@@ -127,18 +114,17 @@ def judge(
     lines: 1 if the number of lines is the reference's, within a couplet or a
       quarter; else 0.
     refrain: over songs whose opening returns, how well it returns as often and
-      after as many lines as in the reference (`verse.Refrain`).
+      after as many lines as in the reference (`verse.returns`).
     rhyme: the share of lines that end like a line near them.
     line_length: how close the lines are to the opening's length in aksharas.
     exact: whether the completion is the reference, word for word.
     repeated: the share of lines that appeared before, beyond the reference's.
-    copied: the share of lines that are in training songs and not in the
-      opening. Only with `training`.
+    copied: the share of lines that are in `training` and not in the opening.
 
   Over all completions together: `bleu` (sacreBLEU's international tokenisation)
   and `chrf` (chrF++); each row has its own as sentence_bleu and sentence_chrf.
-  An opening without a song has no reference, so its row has only script, rhyme,
-  line_length and copied.
+  An opening without a song has no reference, so its row lacks the metrics that
+  need one.
   """
   known = {verse.key(line) for record in training
            for line in song_lines(record)} - {''}
@@ -171,7 +157,7 @@ def _row(record, opening, rest, completion, known):
   row['exact'] = float([*map(verse.key, lines)] == [*map(verse.key, rest)])
   row['form'] = row['script'] * row['lines'] * (1 - row['repeated'])
   if refrain := verse.refrain(opening, rest):
-    row['refrain'] = refrain.score(lines, rest)
+    row['refrain'] = verse.returns(refrain, lines, rest)
     row['form'] *= row['refrain']
   elif rhyme := verse.rhyme(opening, rest):
     row['form'] *= min(1.0, row['rhyme'] / rhyme)
@@ -182,7 +168,7 @@ def _overlap(rows, references, completions):
   """Returns BLEU and chrF++ over all songs, and adds each song's to its row."""
   from sacrebleu import metrics  # Imports lxml, which only judging needs.
 
-  scored = [(row, ' '.join(lines), ' '.join(verse.lines(completion)))
+  scored = [(row, ' '.join(verse.lines(completion)), [' '.join(lines)])
             for row, lines, completion in zip(rows, references, completions)
             if lines]
   if not scored:
@@ -192,35 +178,30 @@ def _overlap(rows, references, completions):
   bleu = metrics.BLEU(tokenize='intl', effective_order=True)
   corpus = metrics.BLEU(tokenize='intl')
   chrf = metrics.CHRF(word_order=2)
-  for row, reference, hypothesis in scored:
-    row['sentence_bleu'] = bleu.sentence_score(
-        hypothesis, [reference]).score / 100
-    row['sentence_chrf'] = chrf.sentence_score(
-        hypothesis, [reference]).score / 100
-  texts = [[h for *_, h in scored], [[r for _, r, _ in scored]]]
+  for row, *texts in scored:
+    row['sentence_bleu'] = bleu.sentence_score(*texts).score / 100
+    row['sentence_chrf'] = chrf.sentence_score(*texts).score / 100
+  texts = [h for _, h, _ in scored], [[r for _, _, (r,) in scored]]
   # A perfect score is 100 plus a rounding error.
-  return {'bleu': min(1.0, corpus.corpus_score(*texts).score / 100),
-          'chrf': min(1.0, chrf.corpus_score(*texts).score / 100)}
+  return {name: min(1.0, score.corpus_score(*texts).score / 100)
+          for name, score in (('bleu', corpus), ('chrf', chrf))}
 
 
-def check_answers(records: Sequence[records_lib.Record]) -> list[str]:
+def check_answers(records: tasks.Records) -> list[str]:
   """Returns a line for each song in two scripts, with markup, or repeated."""
   problems, first = [], {}
   for record in records:
     if _is_question(record):
       continue
     opening, rest = _parts(record)
-    script = _script(record, opening)
-    text = '\n'.join(rest)
+    script, text = _script(record, opening), '\n'.join(rest)
     if (share := verse.script_share(text, script)) < 0.95:
       problems.append(
           f'{record.where}: {1 - share:.0%} of the letters are not'
           f' {script.title()}')
-    if '</' in text or '&#' in text or '&nbsp;' in text or '<br' in text:
+    if any(markup in text for markup in ('</', '&#', '&nbsp;', '<br')):
       problems.append(f'{record.where}: HTML is left in the lines')
-    song = tuple(map(verse.key, opening))
-    if song in first:
-      problems.append(
-          f'{record.where}: opens with the same lines as {first[song]}')
-    first.setdefault(song, record.where)
+    place = first.setdefault(tuple(map(verse.key, opening)), record.where)
+    if place != record.where:
+      problems.append(f'{record.where}: opens with the same lines as {place}')
   return problems

@@ -6,7 +6,8 @@ so no list of scripts is needed.
 
 import collections
 from collections.abc import Sequence
-import dataclasses
+import os
+import re
 import unicodedata
 
 # Joiners change only how letters are drawn.
@@ -34,25 +35,25 @@ def key(line: str) -> str:
       ' ' if unicodedata.category(c)[0] in 'PSZC' else c for c in text).split())
 
 
+def scripts(text: str) -> collections.Counter[str]:
+  """Returns the number of letters of a text in each script."""
+  # Vowel signs do not count, because each follows a letter of its script.
+  # Scripts share modifier letters (Lm), such as the ʼ of romanised Arabic.
+  return collections.Counter(
+      unicodedata.name(c, '').partition(' ')[0] for c in text
+      if unicodedata.category(c) in ('Lo', 'Ll', 'Lu', 'Lt'))
+
+
 def script(text: str) -> str:
   """Returns the script of most letters of a text, '' if it has none."""
-  counts = collections.Counter(_scripts(text))
-  return counts.most_common(1)[0][0] if counts else ''
+  counts = scripts(text)
+  return max(counts, key=counts.get, default='')
 
 
 def script_share(text: str, expected: str) -> float:
-  """Returns the share of a text's letters in a script, 0 without letters.
-
-  Vowel signs do not count, because each follows a letter of its script.
-  """
-  found = _scripts(text)
-  return sum(s == expected for s in found) / len(found) if found else 0.0
-
-
-def _scripts(text):
-  # Scripts share modifier letters (Lm), such as the ʼ of romanised Arabic.
-  return [unicodedata.name(c, '').partition(' ')[0] for c in text
-          if unicodedata.category(c) in ('Lo', 'Ll', 'Lu', 'Lt')]
+  """Returns the share of a text's letters in a script, 0 without letters."""
+  counts = scripts(text)
+  return counts[expected] / max(1, counts.total())
 
 
 def syllables(line: str) -> int:
@@ -77,8 +78,7 @@ def syllables(line: str) -> int:
 def ending(line: str) -> str:
   """Returns the part of a line that rhymes: its last 2 characters, 3 in Latin.
 
-  As consonant and vowel sign are two characters, that is the last syllable
-  (ना), or the vowel and consonant of one whose final a is silent (ाम).
+  These are the last syllable (ना) or, if its final a is silent, its end (ाम).
   """
   text = key(line)
   return text[-3:] if script(text[-3:]) == 'LATIN' else text[-2:]
@@ -90,13 +90,13 @@ def rhyme(opening: Sequence[str], rest: Sequence[str]) -> float:
   A repeated line does not rhyme with itself.
   """
   together = [*opening, *rest]
-  keys, ends = [key(line) for line in together], [ending(t) for t in together]
+  found = [(ending(line), key(line)) for line in together]
   rhymed = 0
   for i in range(len(opening), len(together)):
-    near = range(max(0, i - _RHYME_DISTANCE),
-                 min(len(together), i + _RHYME_DISTANCE + 1))
-    rhymed += any(ends[j] == ends[i] and keys[j] != keys[i] for j in near)
-  return rhymed / len(rest) if rest else 0.0
+    near = found[max(0, i - _RHYME_DISTANCE):i + _RHYME_DISTANCE + 1]
+    rhymed += any(end == found[i][0] and line != found[i][1]
+                  for end, line in near)
+  return rhymed / max(1, len(rest))
 
 
 def length_match(opening: Sequence[str], rest: Sequence[str]) -> float:
@@ -105,8 +105,11 @@ def length_match(opening: Sequence[str], rest: Sequence[str]) -> float:
   The mean of shorter / longer, compared with the mean length of the opening.
   """
   wanted = sum(map(syllables, opening)) / max(1, len(opening))
-  ratios = [_ratio(syllables(line), wanted) for line in rest]
-  return sum(ratios) / len(ratios) if ratios else 0.0
+  ratios = []
+  for line in rest:
+    shorter, longer = sorted((syllables(line), wanted))
+    ratios.append(shorter / longer if longer else 1.0)
+  return sum(ratios) / max(1, len(ratios))
 
 
 def repeats(opening: Sequence[str], rest: Sequence[str]) -> float:
@@ -115,76 +118,48 @@ def repeats(opening: Sequence[str], rest: Sequence[str]) -> float:
   for line in map(key, rest):
     repeated += line in seen
     seen.add(line)
-  return repeated / len(rest) if rest else 0.0
+  return repeated / max(1, len(rest))
 
 
-@dataclasses.dataclass(frozen=True)
-class Refrain:
-  """The part of an opening that returns in the song.
+def refrain(
+    opening: Sequence[str], rest: Sequence[str]) -> re.Pattern | None:
+  """Returns a pattern for the part of an opening that returns in the rest.
 
-  Attributes:
-    lines: Keys of whole lines that return (a mukhda, a tek).
-    ending: The words at the end of lines that return (a ghazal's radif), if no
-      whole line does.
-  """
-
-  lines: frozenset[str] = frozenset()
-  ending: str = ''
-
-  def gaps(self, rest: Sequence[str]) -> list[int]:
-    """Returns the distances in lines between the refrain's returns."""
-    places = [i for i, line in enumerate(rest, 1) if self._is_in(key(line))]
-    return [b - a for a, b in zip([0, *places], places)]
-
-  def _is_in(self, line):
-    if self.lines:
-      return line in self.lines
-    return f' {line}'.endswith(f' {self.ending}')
-
-  def score(self, rest: Sequence[str], reference: Sequence[str]) -> float:
-    """Returns how well the refrain returns as in the reference: F1 of the gaps.
-
-    Compares gaps and not positions, so that one extra line costs one return and
-    not all that follow. A gap may differ by a quarter: 3 to 5 lines for 4, but
-    exactly 2 for a radif.
-    """
-    wanted, got = self.gaps(reference), self.gaps(rest)
-    left, matched = list(got), 0
-    for gap in wanted:
-      near = [g for g in left if abs(g - gap) <= gap // 4]
-      if near:
-        left.remove(min(near, key=lambda g: abs(g - gap)))
-        matched += 1
-    return 2 * matched / max(1, len(wanted) + len(got))
-
-
-def refrain(opening: Sequence[str], rest: Sequence[str]) -> Refrain | None:
-  """Returns the part of an opening that returns in the rest, or None.
-
-  Whole lines if any returns; else the most words that end both opening lines
-  and at least a third of the rest (a radif ends every second line).
+  It matches keys of whole lines if any returns (a mukhda, a tek); else of lines
+  that end in the most words that end both opening lines and at least a third of
+  the rest (a ghazal's radif ends every second line).
   """
   keys = [key(line) for line in opening]
-  returning = frozenset(keys) & {key(line) for line in rest} - {''}
-  if returning:
-    return Refrain(lines=returning)
-  shared = _common_ending(keys) if len(keys) > 1 else []
-  for i in range(len(shared)):
-    found = Refrain(ending=' '.join(shared[i:]))
-    if len(found.gaps(rest)) >= len(rest) / 3:
+  if returning := {*keys} & {*map(key, rest)} - {''}:
+    return re.compile('|'.join(map(re.escape, sorted(returning))))
+  shared = os.path.commonprefix([line.split()[::-1] for line in keys])[::-1]
+  for i in range(len(shared) if len(keys) > 1 else 0):
+    found = re.compile(rf'(.* )?{re.escape(" ".join(shared[i:]))}')
+    if len(_gaps(found, rest)) >= len(rest) / 3:
       return found
   return None
 
 
-def _common_ending(keys):
-  words, *others = [k.split() for k in keys]
-  n = 0
-  while n < len(words) and all(
-      n < len(o) and o[-1 - n] == words[-1 - n] for o in others):
-    n += 1
-  return words[len(words) - n:]
+def _gaps(pattern, lines):
+  """Returns the distances in lines between a refrain's returns."""
+  places = [i for i, line in enumerate(map(key, lines), 1)
+            if pattern.fullmatch(line)]
+  return [b - a for a, b in zip([0, *places], places)]
 
 
-def _ratio(a: float, b: float) -> float:
-  """Returns the smaller over the larger; 1 if both are 0."""
-  return min(a, b) / max(a, b) if max(a, b) else 1.0
+def returns(
+    pattern: re.Pattern, rest: Sequence[str], reference: Sequence[str]
+) -> float:
+  """Returns how well a refrain returns as in the reference: F1 of the gaps.
+
+  With gaps instead of positions one extra line costs only one return. A gap may
+  differ by a quarter: 3 to 5 lines for 4, but exactly 2 for a radif.
+  """
+  wanted, got = _gaps(pattern, reference), _gaps(pattern, rest)
+  left, matched = list(got), 0
+  for gap in wanted:
+    near = min(left, key=lambda g: abs(g - gap), default=None)
+    if near is not None and abs(near - gap) <= gap // 4:
+      left.remove(near)
+      matched += 1
+  return 2 * matched / max(1, len(wanted) + len(got))

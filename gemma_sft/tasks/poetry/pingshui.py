@@ -12,10 +12,11 @@ are free except for 三平尾 and 孤平. Two rescues are allowed: 平平仄平�
 over a couplet, 中仄中仄仄 with 中平平仄平.
 """
 
+import collections
 from collections.abc import Sequence
 import functools
-import importlib.resources
 import json
+import pathlib
 
 _LEVEL = '平'
 # Patterns of lines of five characters: 平 level, 仄 oblique, 中 either. a and b
@@ -41,7 +42,7 @@ _COUPLETS = (
 @functools.cache
 def read_json(name: str) -> dict:
   """Returns the content of a JSON file beside this module."""
-  path = importlib.resources.files('gemma_sft.tasks.poetry') / name
+  path = pathlib.Path(__file__).with_name(name)
   return json.loads(path.read_text(encoding='utf-8'))
 
 
@@ -51,19 +52,18 @@ def level_book() -> dict[str, str]:
 
 
 @functools.cache
-def _book() -> dict[str, frozenset[tuple[str, str]]]:
+def _book() -> dict[str, set[tuple[str, str]]]:
   """Returns {character: {(tone, rhyme)}}."""
-  tones = read_json('pingshui.json')
-  same = tones['同'].split()
-  readings: dict[str, set[tuple[str, str]]] = {}
-  for tone in tones.keys() - {'同'}:
-    for rhyme, characters in tones[tone].items():
+  tones = dict(read_json('pingshui.json'))
+  same = tones.pop('同').split()
+  readings = collections.defaultdict(set)
+  for tone, rhymes in tones.items():
+    for rhyme, characters in rhymes.items():
       for character in characters:
-        readings.setdefault(character, set()).add((tone, rhyme))
+        readings[character].add((tone, rhyme))
   for character, *others in same:
-    readings.setdefault(character, set()).update(
-        *(readings[o] for o in others))
-  return {k: frozenset(v) for k, v in readings.items()}
+    readings[character].update(*(readings[o] for o in others))
+  return dict(readings)
 
 
 def is_known(character: str) -> bool:
@@ -90,8 +90,7 @@ def can_be(character: str, wanted: str) -> bool:
 def rhyme_of(lines: Sequence[str]) -> str:
   """Returns the level rhyme that all even lines share, '' if there is none.
 
-  Two lines that end with the same character do not rhyme. The first line does
-  not count: it may rhyme, also with a neighbouring rhyme.
+  Two lines that end with the same character do not rhyme.
   """
   ends = [line[-1] for line in lines[1::2]]
   if not ends or len(set(ends)) < len(ends):
@@ -102,33 +101,25 @@ def rhyme_of(lines: Sequence[str]) -> str:
 def tone_faults(lines: Sequence[str]) -> list[tuple[int, int, str]]:
   """Returns where 4 or 8 lines of 5 or 7 characters break the nearest pattern.
 
-  Returns:
-    (line, character, the tone of the pattern), both counted from 1.
+  Each fault is (line, character, the tone of the pattern), counted from 1.
   """
-  options = []
-  for couplets in _COUPLETS:
-    options.append([
-        (2 * i + fault[0], *fault[1:])
-        for i, kinds in enumerate(couplets[:len(lines) // 2])
-        for fault in _couplet_faults(lines[2 * i:2 * i + 2], kinds)])
-  return min(options, key=len)
+  return min(
+      ([fault for i, kinds in enumerate(couplets[:len(lines) // 2])
+        for fault in _couplet_faults(lines, 2 * i, kinds)]
+       for couplets in _COUPLETS), key=len)
 
 
-def _couplet_faults(lines, kinds):
-  options = [[_line_faults(line, kind) for line, kind in zip(lines, kinds)]]
-  if kinds == 'aB':
-    options.append([_pattern_faults(line, pattern, kind) for line, pattern, kind
-                    in zip(lines, _RESCUED, kinds)])
-  return min(([(i, at, tone) for i, faults in enumerate(option, 1)
-               for at, tone in faults] for option in options), key=len)
+def _couplet_faults(lines, start, kinds):
+  def faults(i, pattern):
+    line = lines[start + i]
+    pattern = _PREFIX[kinds[i]] * (len(line) == 7) + pattern
+    return [(start + i + 1, at, tone)
+            for at, (c, tone) in enumerate(zip(line, pattern), 1)
+            if not can_be(c, tone)]
 
-
-def _line_faults(line, kind):
-  return min((_pattern_faults(line, pattern, kind) for pattern in _LINES[kind]),
-             key=len)
-
-
-def _pattern_faults(line, pattern, kind):
-  pattern = _PREFIX[kind] * (len(line) == 7) + pattern
-  return [(i, tone) for i, (c, tone) in enumerate(zip(line, pattern), 1)
-          if not can_be(c, tone)]
+  found = [fault for i, kind in enumerate(kinds) for fault in min(
+      (faults(i, pattern) for pattern in _LINES[kind]), key=len)]
+  if kinds != 'aB':
+    return found
+  rescued = [fault for i in (0, 1) for fault in faults(i, _RESCUED[i])]
+  return min(found, rescued, key=len)

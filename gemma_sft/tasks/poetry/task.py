@@ -1,8 +1,7 @@
 """Classical Chinese poems, judged by form, rhyme book and tone pattern.
 
-The judge is as strict as the genre: it uses the rhymes of the Pingshui book and
-the tone patterns of regulated verse. Real poems do not always pass (many are in
-the older, free style), so the judge also gives each rate relative to theirs.
+Real poems do not always pass (many are in an older, free style), so the judge
+also gives each rate relative to theirs.
 """
 
 import collections
@@ -13,10 +12,8 @@ import re
 from typing import Any
 from typing import Sequence
 
-from gemma_sft import chat
 from gemma_sft import errors
 from gemma_sft import tasks
-from gemma_sft.inputs import records as records_lib
 from gemma_sft.tasks.poetry import pingshui
 
 HEADLINE = 'rhyme'
@@ -39,8 +36,8 @@ REAL_TONE = {'5x4': 0.549, '7x4': 0.862, '5x8': 0.775, '7x8': 0.847}
 
 _PROMPT = ('請以《{title}》為題，寫一首{form}{rhyme}。',
            '请以《{title}》为题，写一首{form}{rhyme}。')
-# Names the rhyme and its commonest words, as poets write with the rhyme book.
-_RHYME = ('，押「{name}」韻（{words}）', '，押「{name}」韵（{words}）')
+# The rhyme and its commonest words, as poets write with the rhyme book.
+_RHYME = '，押「{name}」韻（{words}）'
 _DEFAULT_FORM = '7x4'
 # A question that names no rhyme gets one of this many that poets use most.
 _N_COMMON_RHYMES = 10
@@ -53,22 +50,21 @@ _MEANS = ('form', 'rhyme', 'asked_rhyme', 'tone', 'rhyme_of_real',
           'tone_of_real', 'sentence_bleu4', 'copied', 'repeated')
 
 
-def to_messages(record: records_lib.Record) -> Sequence[chat.Message] | str:
+def to_messages(record: tasks.Record) -> tasks.Conversation:
   """Returns a request for the poem by title, form and rhyme, and the poem.
 
   Reads {title, text, form, rhyme} or chinese-poetry's {title, paragraphs}; text
-  without a title is trained as plain text. A record without a poem is a
-  question, so its answer is ''. The request names a rhyme (see `asked_rhyme`)
-  and twelve of its words, but none for a poem without a level rhyme.
+  without a title is trained as plain text. The answer is '' without a poem. The
+  request names the rhyme, if any (`asked_rhyme`), and twelve of its words.
 
   Raises:
     UserError: if there is no poem, none of the four forms, or no such rhyme.
   """
   title = record.fields.get('title')
   text = poem_text(record) if has_poem(record) else ''
-  if not title and text:
-    return text
   if not title:
+    if text:
+      return text
     raise errors.UserError(
         f'{record.where}: no title', 'the subject of the poem',
         'fill in the title')
@@ -78,32 +74,30 @@ def to_messages(record: records_lib.Record) -> Sequence[chat.Message] | str:
         f'{record.where}: the form is {form or "none that is known"!r}',
         ', '.join(f'{k} {v[0]}' for k, v in FORMS.items()),
         'remove the row, or correct its lines')
-  simplified = is_simplified(title + text + (
-      str(record.fields.get('form') or '')))
+  simplified = is_simplified(
+      f'{title}{text}{record.fields.get("form") or ""}')
   rhyme = ''
   if asked := asked_rhyme(record):
-    rhyme = _RHYME[simplified].format(
-        name=asked[-1], words=rhyme_words()[asked])
-    rhyme = _converter('t2s').convert(rhyme) if simplified else rhyme
-  return [
-      chat.Message('user', _PROMPT[simplified].format(
-          title=title, form=FORMS[form][simplified], rhyme=rhyme)),
-      chat.Message('model', text)]
+    rhyme = _RHYME.format(name=asked[-1], words=rhyme_words()[asked])
+  prompt = _PROMPT[simplified].format(
+      title=title, form=FORMS[form][simplified],
+      rhyme=_converter('t2s').convert(rhyme) if simplified else rhyme)
+  return tasks.conversation(prompt, text)
 
 
-def to_form(record: records_lib.Record) -> dict[str, str]:
+def to_form(record: tasks.Record) -> dict[str, str]:
   """Returns title, form and rhyme; nothing for a poem without a title."""
   title = record.fields.get('title')
   return {'title': title, 'form': asked_form(record),
           'rhyme': asked_rhyme(record)[-1:]} if title else {}
 
 
-def has_poem(record: records_lib.Record) -> bool:
+def has_poem(record: tasks.Record) -> bool:
   """Whether a record has a poem besides the fields of the prompt."""
   return not record.fields.keys() <= set(FIELDS)
 
 
-def poem_text(record: records_lib.Record) -> str:
+def poem_text(record: tasks.Record) -> str:
   """Returns the poem, a couplet a line."""
   fields = record.fields
   lines: Any = fields.get('paragraphs', fields.get('text'))
@@ -114,7 +108,7 @@ def poem_text(record: records_lib.Record) -> str:
   return text.strip()
 
 
-def asked_form(record: records_lib.Record) -> str:
+def asked_form(record: tasks.Record) -> str:
   """Returns the form that a record asks for, such as '5x4'.
 
   A form that is not known is returned as the record has it.
@@ -125,39 +119,35 @@ def asked_form(record: records_lib.Record) -> str:
   return form_of(poem_text(record)) if has_poem(record) else _DEFAULT_FORM
 
 
-def asked_rhyme(record: records_lib.Record) -> str:
+def asked_rhyme(record: tasks.Record) -> str:
   """Returns the rhyme that a record asks for, such as '下平八庚'.
 
   It is the one in the column `rhyme` (庚, 八庚 or 下平八庚); else the rhyme of
   the poem, '' if its even lines share no level rhyme; else, for a question, one
   of the commonest rhymes, chosen by a hash of the title.
-
-  Raises:
-    UserError: if the book has no such rhyme.
   """
+  rhymes = list(rhyme_words())
   if asked := str(record.fields.get('rhyme') or '').strip():
-    for rhyme in rhyme_words():
+    for rhyme in rhymes:
       if rhyme.endswith(to_traditional(asked)):
         return rhyme
     raise errors.UserError(
         f'{record.where}: the rhyme is {asked!r}',
         'a level rhyme of the Pingshui book: '
-        + ''.join(rhyme[-1] for rhyme in rhyme_words()),
+        + ''.join(rhyme[-1] for rhyme in rhymes),
         'name one of these, or leave it out')
   if has_poem(record):
     return pingshui.rhyme_of(split_lines(to_traditional(poem_text(record))))
-  common = list(rhyme_words())[:_N_COMMON_RHYMES]
   title = str(record.fields.get('title'))
   digest = hashlib.sha256(title.encode()).digest()
-  return common[digest[0] % len(common)]
+  return rhymes[digest[0] % _N_COMMON_RHYMES]
 
 
 def rhyme_words() -> dict[str, str]:
   """Returns the level rhymes, the commonest first, each with twelve words.
 
   Both are sorted by how often 2,653 rhyming Tang poems of the four forms end a
-  line in them (`calibrate_poetry.py --rhyme_words`). Where the poems have fewer
-  than twelve words, the first ones of the book follow.
+  line in them (`calibrate_poetry.py --rhyme_words`), then as in the book.
   """
   return pingshui.read_json('rhyme_words.json')
 
@@ -176,11 +166,9 @@ def split_lines(text: str) -> list[str]:
 
 
 def is_simplified(text: str) -> bool:
-  """Whether a text is written in simplified characters.
+  """Whether a text is simplified: only a conversion to traditional changes it.
 
-  Some characters, such as 松, 里 or 峰, belong to both scripts. A text is
-  simplified if a conversion to simplified characters leaves it as it is, and
-  one to traditional characters changes it.
+  Some characters, such as 松, 里 or 峰, belong to both scripts.
   """
   return (_converter('t2s').convert(text) == text
           and _converter('s2t').convert(text) != text)
@@ -197,8 +185,8 @@ def to_traditional(text: str) -> str:
   """Returns a text in the script of the rhyme book.
 
   A conversion would mistake some traditional characters for simplified ones
-  (里, 松). So a text with any character that is only traditional is not
-  converted as a whole, but only its characters that the book lacks.
+  (里, 松). So of a text with any character that is only traditional, only the
+  characters that the book lacks are converted.
   """
   to_t = _converter('s2t')
   if _converter('t2s').convert(text) == text:
@@ -207,27 +195,22 @@ def to_traditional(text: str) -> str:
 
 
 def judge(
-    records: Sequence[records_lib.Record],
-    completions: Sequence[str],
-    training: Sequence[records_lib.Record] = (),
-) -> tasks.Judged:
+    records: tasks.Records, completions: Sequence[str],
+    training: tasks.Records = ()) -> tasks.Judged:
   """Scores poems; for plain text, the poem that continues its first line.
 
   Metrics, as shares of the poems unless stated otherwise:
 
     form: exactly the lines and characters asked for, all of them Chinese.
-    rhyme, tone: in form, and with a level rhyme, or a tone pattern
-      (`pingshui`).
+    rhyme, tone: in form, with a level rhyme or a tone pattern (`pingshui`).
     asked_rhyme: with the rhyme that the request names.
     rhyme_of_real, tone_of_real: rhyme and tone divided by the rate of real
       poems of the form, at most 1.
-    bleu4: corpus BLEU-4 of characters with punctuation (sacrebleu,
-      tokenize='char') against the record's own poem; `sentence_bleu4` is the
-      mean over poems.
+    bleu4: corpus BLEU-4 of characters (sacrebleu, tokenize='char') against the
+      record's own poem; `sentence_bleu4` is the mean over poems.
     distinct1, distinct2: different characters, and pairs of them within a line,
       over all characters or pairs.
-    copied: the share of a poem's lines that are in a training poem. Only with
-      `training`.
+    copied: the share of a poem's lines that are in `training`.
     repeated: the share of a poem's lines that repeat an earlier one.
   """
   known = {line for record in training if has_poem(record)
@@ -240,12 +223,10 @@ def judge(
       continue
     row = _judge_poem(asked_form(record), head, completion)
     asked = asked_rhyme(record) if record.fields.get('title') else ''
+    lines = split_lines(to_traditional(completion))
     if asked and 'rhyme' in row:
-      ends = [x[-1] for x in split_lines(to_traditional(completion))[1::2]]
-      row['asked_rhyme'] = row['rhyme'] and all(
-          asked in pingshui.level_rhymes(end) for end in ends)
+      row['asked_rhyme'] = row['rhyme'] and _rhymes_in(lines, asked)
     if training:
-      lines = split_lines(to_traditional(completion))
       row['copied'] = sum(x in known for x in lines) / max(1, len(lines))
     if reference:
       pairs.append((completion.strip(), reference))
@@ -253,19 +234,21 @@ def judge(
       row['sentence_bleu4'] = _corpus_bleu(pairs[-1:], effective_order=True)
     rows.append(row)
   n_left_out = rows.count({})
-  means = tasks.means(rows, _MEANS)
-  metrics = {
-      name: min(1.0, means.get(name, 0.0)) for name in _MEANS
-      if name in means or name in ('form', 'rhyme', 'tone')}
+  means = {'form': 0.0, 'rhyme': 0.0, 'tone': 0.0} | tasks.means(rows, _MEANS)
+  metrics = {name: min(1.0, means[name]) for name in _MEANS if name in means}
   if pairs:
     metrics['bleu4'] = _corpus_bleu(pairs)
-  lines = [line for c in completions for line in _HAN.findall(c)]
-  for n in (1, 2):
-    metrics[f'distinct{n}'] = tasks.distinct(lines, n)
+  metrics |= tasks.distinct(
+      [line for c in completions for line in _HAN.findall(c)])
   return tasks.Judged(
       metrics | {'n': len(rows) - n_left_out}, rows,
       f'{n_left_out} poems of plain text are a single line, so nothing is left'
       ' to write: break them into couplets' if n_left_out else '')
+
+
+def _rhymes_in(lines, rhyme):
+  """Whether all even lines end in a rhyme of the book."""
+  return all(rhyme in pingshui.level_rhymes(line[-1]) for line in lines[1::2])
 
 
 def _reference(record):
@@ -317,14 +300,12 @@ def _corpus_bleu(pairs, **options):
   return min(1.0, score / 100)  # Rounding can exceed 1.
 
 
-def check_answers(records: Sequence[records_lib.Record]) -> list[str]:
+def check_answers(records: tasks.Records) -> list[str]:
   """Returns a line for each training poem that the judge would fail."""
   problems = []
-  for record in records:
-    if not has_poem(record):
-      continue
-    text, form = poem_text(record), asked_form(record)
-    lines = split_lines(to_traditional(text))
+  for record in filter(has_poem, records):
+    form = asked_form(record)
+    lines = split_lines(to_traditional(poem_text(record)))
     if not form or not in_form(lines, form):
       found = ', '.join(f'{len(list(same))} of {length} characters' for
                         length, same in itertools.groupby(lines, len))
@@ -336,8 +317,7 @@ def check_answers(records: Sequence[records_lib.Record]) -> list[str]:
           'the even lines have no rhyme in common ('
           + ''.join(line[-1] for line in lines[1::2]) + ')']
       asked = asked_rhyme(record)
-      if not wrong and not all(asked in pingshui.level_rhymes(line[-1])
-                               for line in lines[1::2]):
+      if not wrong and not _rhymes_in(lines, asked):
         wrong = [f'it rhymes in {pingshui.rhyme_of(lines)}, and its column'
                  f' rhyme asks for {asked}']
       wrong += [describe(lines, faults[:2])] if faults else []

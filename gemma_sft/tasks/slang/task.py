@@ -6,9 +6,7 @@ import re
 from typing import Any
 from typing import Sequence
 
-from gemma_sft import chat
 from gemma_sft import tasks
-from gemma_sft.inputs import records as records_lib
 from gemma_sft.tasks.slang import terms
 
 HEADLINE = 'good'
@@ -23,13 +21,14 @@ _NAMES = {
     'context': ('context', 'situation'),
     'condition': ('condition', 'conditions'),
 }
-_TAG = ('Create a new slang term for the context below: catchy, easy to use and'
-        ' natural in the casual talk of young people.')
+_LABELS = ('slang', 'description', 'example')
+_PROMPT = ('Create a new slang term for the context below: catchy, easy to use'
+           ' and natural in the casual talk of young people.\n\n'
+           'Context: {context}\n\n{condition}')
 _CONDITION = ('Give the term, its description and a long, precise example of'
               ' its use.')
 _CONDITION_SHORT = 'Give the term and its description.'
 
-_LABELS = ('slang', 'description', 'example')
 _LINE = re.compile(r'(slang|description|example)[ \t]*:(.*)', re.IGNORECASE)
 _MARKUP = ' \t*_`#>-'
 # A longer term is a sentence; no term of data/slang has more than four words.
@@ -43,40 +42,27 @@ _MEANS = ('good', 'format', 'in_example', 'novel', 'first', 'copied',
           'on_topic', 'spelled')
 
 
-def to_messages(record: records_lib.Record) -> Sequence[chat.Message]:
+def to_messages(record: tasks.Record) -> tasks.Conversation:
   """Returns a request for a term for a context, and the term with its texts.
 
-  A row without a context asks for a word for its description. Without an
-  example the request asks for none. A column `condition` replaces the sentence
-  that says what to give. A record with a context and no column for a term is a
-  question, so its answer is ''.
+  A row without a context asks for a word for its description. A column
+  `condition` replaces the sentence that says what to give. The answer to a
+  record with a context and no column for a term is ''.
 
   Raises:
     UserError: if there is no term or no description.
   """
   row = columns(record)
-  if _is_question(record, row):
-    return _conversation(
-        row['context'], row['condition'] or _CONDITION, '')
-  if not row['slang'] or not row['description']:
+  if not _is_question(record, row) and not (
+      row['slang'] and row['description']):
     raise tasks.wrong_columns(
         record, 'a slang term and its description, in columns of such names',
         'slang=phrase')
   context = row['context'] or f'A word is wanted for this: {row["description"]}'
-  answer = [f'Slang: {row["slang"]}', f'Description: {row["description"]}']
-  if row['example']:
-    answer.append(f'Example: {row["example"]}')
-  return _conversation(context, _condition(row), '\n'.join(answer))
-
-
-def _condition(row):
-  return row['condition'] or (
-      _CONDITION if row['example'] else _CONDITION_SHORT)
-
-
-def _conversation(context, condition, answer):
-  return [chat.Message('user', f'{_TAG}\n\nContext: {context}\n\n{condition}'),
-          chat.Message('model', answer)]
+  return tasks.conversation(
+      _PROMPT.format(context=context, condition=_condition(record, row)),
+      '\n'.join(f'{label.capitalize()}: {row[label]}' for label in _LABELS
+                if row[label]))
 
 
 def _is_question(record, row):
@@ -89,20 +75,29 @@ def _is_question(record, row):
       name for label in _LABELS for name in _NAMES[label])
 
 
-def to_form(record: records_lib.Record) -> dict[str, str]:
+def _asks_example(record, row):
+  return bool(row['example']) or _is_question(record, row)
+
+
+def _condition(record, row):
+  return row['condition'] or (
+      _CONDITION if _asks_example(record, row) else _CONDITION_SHORT)
+
+
+def to_form(record: tasks.Record) -> dict[str, str]:
   """Returns a row's context, or its description, and its condition."""
   row = columns(record)
   return {'context': row['context'] or row['description'],
-          'condition': _condition(row)}
+          'condition': _condition(record, row)}
 
 
-def columns(record: records_lib.Record) -> dict[str, str]:
+def columns(record: tasks.Record) -> dict[str, str]:
   """Returns slang, description, example, context and condition, or ''."""
   given = {str(k).strip().lower(): v for k, v in record.fields.items()}
   row = {}
   for name, others in _NAMES.items():
-    values = [given[other] for other in others if given.get(other)]
-    row[name] = ' '.join(str(values[0]).split()) if values else ''
+    value = next((given[o] for o in others if given.get(o)), '')
+    row[name] = ' '.join(str(value).split())
   return row
 
 
@@ -121,31 +116,26 @@ def parse(answer: str) -> dict[str, str]:
 
 
 def judge(
-    records: Sequence[records_lib.Record],
-    completions: Sequence[str],
-    training: Sequence[records_lib.Record] = (),
-) -> tasks.Judged:
+    records: tasks.Records, completions: Sequence[str],
+    training: tasks.Records = ()) -> tasks.Judged:
   """Scores terms by what can be counted; only people can rate wit.
 
   Metrics, means over the rows unless stated otherwise:
 
     good: format, in_example, novel and first all hold, and copied does not.
-    format: the lines Slang:, Description: and Example: (this one only if the
-      prompt asks for an example), once each, in this order, none of them empty,
-      no other line, and a term of at most six words.
-    in_example: the example contains the term (`terms.occurs`). Left out if no
-      example is asked for.
+    format: the lines Slang:, Description: and, if the prompt asks for it,
+      Example:, once each, in this order, none of them empty, no other line, and
+      a term of at most six words.
+    in_example: the example, if asked for, contains the term (`terms.occurs`).
     novel: the term is not in `training`, nor one letter away from one there
       (terms of five letters or more), nor in the context as it stands.
-    first: no earlier answer has the same term; the mean is the share of
-      different terms.
+    first: no earlier answer has the same term.
     copied: the description or the example is in `training`, or shares eight
       words in a row with one there.
     on_topic: the share of the other records' contexts with which the answer has
       less in common than with its own; 0.5 is chance. Rare words weigh more.
-      Left out for records without a context.
-    spelled: for acronyms, whether the letters are initials of consecutive words
-      of the description.
+    spelled: an acronym's letters are initials of consecutive words of the
+      description.
     acronym_gap: the absolute difference between the share of acronyms in the
       answers and in the records' own terms. A total.
     distinct1, distinct2: different words and pairs of words over all of them.
@@ -156,8 +146,7 @@ def judge(
   contexts = _Contexts([row['context'] for row in wanted])
   rows, seen = [], set()
   for i, (record, row, text) in enumerate(zip(records, wanted, completions)):
-    asks_example = bool(row['example']) or _is_question(record, row)
-    rows.append(_verdict(text, row, asks_example, known, seen))
+    rows.append(_verdict(text, row, _asks_example(record, row), known, seen))
     if (on_topic := contexts.on_topic(i, text)) is not None:
       rows[-1]['on_topic'] = on_topic
   metrics = tasks.means(rows, _MEANS)
@@ -166,38 +155,35 @@ def judge(
   if references:
     share = sum(row['acronym'] for row in rows) / len(rows)
     metrics['acronym_gap'] = abs(share - sum(references) / len(references))
-  answers = [terms.words(' '.join(parse(c).values())) for c in completions]
-  for n in (1, 2):
-    metrics[f'distinct{n}'] = tasks.distinct(answers, n)
+  metrics |= tasks.distinct(
+      [terms.words(' '.join(parse(c).values())) for c in completions])
   return tasks.Judged(metrics | {'n': len(rows)}, rows)
 
 
 def _verdict(text, row, asks_example, known, seen) -> dict[str, Any]:
   """Returns the row of one answer, and adds its term to `seen`."""
-  answer = parse(text)
-  term, term_key = answer['slang'], terms.key(answer['slang'])
-  similar = known.similar(term_key)
+  term, description, example = parse(text).values()
+  key = terms.key(term)
+  similar = known.similar(key)
   # Without a context the prompt shows the description, which may use the term.
   echoed = terms.occurs(term, row['context'], inflected=False)
   verdict = {
       'term': term,
       'format': has_format(text, asks_example),
-      'novel': bool(term_key) and not similar and not echoed,
-      'first': bool(term_key) and term_key not in seen,
-      'copied': (known.has_text(answer['description'])
-                 or known.has_text(answer['example'])),
-      'acronym': terms.is_acronym(term, answer['description']),
-  }
+      'novel': bool(key) and not similar and not echoed,
+      'first': bool(key) and key not in seen,
+      'copied': known.has_text(description) or known.has_text(example),
+      'acronym': terms.is_acronym(term, description)}
   if asks_example:
-    verdict['in_example'] = terms.occurs(term, answer['example'])
+    verdict['in_example'] = terms.occurs(term, example)
   if verdict['acronym']:
-    verdict['spelled'] = terms.spells(term, answer['description'])
+    verdict['spelled'] = terms.spells(term, description)
   if similar:
     verdict['like'] = similar
   verdict['good'] = (
       verdict['format'] and verdict['novel'] and verdict['first']
       and not verdict['copied'] and verdict.get('in_example', True))
-  seen.add(term_key)
+  seen.add(key)
   return verdict
 
 
@@ -206,14 +192,13 @@ def has_format(answer: str, asks_example: bool = True) -> bool:
 
   Blank lines and the case of labels do not matter; Markdown is wrong.
   """
-  lines = [line.strip() for line in answer.splitlines() if line.strip()]
-  matches = [_LINE.fullmatch(line) for line in lines]
+  matches = [_LINE.fullmatch(line.strip()) for line in answer.splitlines()
+             if line.strip()]
   labels = _LABELS if asks_example else _LABELS[:2]
   if not all(matches) or [m[1].lower() for m in matches] != [*labels]:
     return False
   values = [m[2].strip() for m in matches]
-  return all(map(terms.key, values)) and (
-      len(values[0].split()) <= _MAX_WORDS)
+  return all(map(terms.key, values)) and len(values[0].split()) <= _MAX_WORDS
 
 
 class _Training:
@@ -223,21 +208,18 @@ class _Training:
     rows = [columns(r) for r in records]
     self._terms = {terms.key(r['slang']): r['slang'] for r in rows
                    if r['slang']}
-    self._texts, self._runs = set(), set()
-    for row in rows:
-      for text in (row['description'], row['example']):
-        found = tuple(terms.words(text))
-        self._texts.add(found)
-        self._runs.update(_runs(found))
+    self._texts = {tuple(terms.words(row[name])) for row in rows
+                   for name in ('description', 'example')}
+    self._runs = {run for text in self._texts for run in _runs(text)}
 
-  def similar(self, term_key) -> str:
+  def similar(self, key) -> str:
     """Returns the training term that is equal or one letter away, or ''."""
-    if term_key in self._terms:
-      return self._terms[term_key]
-    if len(term_key) < _MIN_LETTERS_CLOSE:
+    if key in self._terms:
+      return self._terms[key]
+    if len(key) < _MIN_LETTERS_CLOSE:
       return ''
-    return next((term for key, term in self._terms.items()
-                 if terms.is_close(term_key, key)), '')
+    return next((term for other, term in self._terms.items()
+                 if terms.is_close(key, other)), '')
 
   def has_text(self, text) -> bool:
     found = tuple(terms.words(text))
@@ -260,10 +242,9 @@ class _Contexts:
                     for s, n in n_with.items()}
 
   def on_topic(self, i, answer) -> float | None:
-    """Returns the share of other contexts that the answer covers less.
+    """Returns the share of other contexts that the answer covers less, if any.
 
-    Ties count as a half. None if record i has no context, or no other context
-    has other words.
+    Ties count as a half.
     """
     others = [s for s in self._stems if s and s != self._stems[i]]
     if not self._stems[i] or not others:
@@ -283,7 +264,7 @@ def _stems(text):
   return {w[:5] for w in terms.words(text) if len(w) > 2}
 
 
-def check_answers(records: Sequence[records_lib.Record]) -> list[str]:
+def check_answers(records: tasks.Records) -> list[str]:
   """Returns a line for each example without its term and each repeated term."""
   found, first = [], {}
   for record in records:

@@ -25,8 +25,7 @@ def words(text: str) -> list[str]:
 def key(term: str) -> str:
   """Returns a form that spellings of a term share, as glow-up and Glow up do.
 
-  It is in lower case, without punctuation and white space. Emoji stay, without
-  their variation selectors.
+  Punctuation, white space and the variation selectors of emoji do not count.
   """
   return ''.join(
       c for c in term.casefold()
@@ -37,10 +36,10 @@ def key(term: str) -> str:
 def occurs(term: str, text: str, inflected: bool = True) -> bool:
   """Whether a text contains the term as separate words.
 
-  If `inflected`, each word may have an ending: -s, -ed, -ing, -er and the like,
-  with a final consonant doubled (bopping), a final e dropped (vibing) or y as i
-  (parties). Other forms (took for take) and parts of longer words do not count.
-  A term without letters or digits, such as an emoji, must appear as it is.
+  If `inflected`, each word may have an ending such as -s, -ed or -ing, with a
+  final consonant doubled (bopping), a final e dropped (vibing) or y as i
+  (parties). A term without letters or digits, such as an emoji, must appear as
+  it is.
   """
   wanted = words(term)
   if not wanted:
@@ -53,21 +52,21 @@ def occurs(term: str, text: str, inflected: bool = True) -> bool:
 
 
 def _is_form(found: str, word: str) -> bool:
-  last = word[-1]
-  if last == 'y' and found in {word[:-1] + e for e in ('ies', 'ied', 'ier')}:
-    return True
-  if last == 'e' and found in {word[:-1] + e for e in _VOWEL_ENDINGS}:
-    return True
-  if len(word) > 2 and found in {word + last + e for e in _VOWEL_ENDINGS}:
-    return True
-  if last in 'sxzho' and found == word + 'es':
-    return True
-  return found in {word + e for e in (*_ENDINGS, *_VOWEL_ENDINGS)}
+  stem, last = word[:-1], word[-1]
+  forms = [word + ending for ending in (*_ENDINGS, *_VOWEL_ENDINGS)]
+  if last == 'y':
+    forms += [stem + ending for ending in ('ies', 'ied', 'ier')]
+  if last == 'e':
+    forms += [stem + ending for ending in _VOWEL_ENDINGS]
+  if len(word) > 2:
+    forms += [word + last + ending for ending in _VOWEL_ENDINGS]
+  if last in 'sxzho':
+    forms.append(word + 'es')
+  return found in forms
 
 
 def is_close(a: str, b: str) -> bool:
-  """Whether at most one insertion, deletion or replacement separates two keys.
-  """
+  """Whether two keys are at most one insertion, deletion or change apart."""
   if len(a) > len(b):
     a, b = b, a
   i = 0
@@ -86,9 +85,8 @@ def is_acronym(term: str, description: str = '') -> bool:
   letters = re.sub(r"[.'’/&-]", '', term.strip())
   if not 2 <= len(letters) <= _MAX_ACRONYM or not letters.isalnum():
     return False
-  if letters.isupper():
-    return True
-  return len(letters) > 2 and spells(letters, description)
+  return letters.isupper() or (
+      len(letters) > 2 and spells(letters, description))
 
 
 def spells(term: str, description: str) -> bool:

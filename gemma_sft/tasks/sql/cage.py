@@ -1,9 +1,7 @@
-"""Runs untrusted SQL on SQLite: read-only and within limits.
+"""Runs untrusted SQL on SQLite: read-only, and within limits on steps and time.
 
-`build` and `open_file` return connections that allow nothing but reading, and
-`run` returns the rows of a query. As a script this file answers jobs in a
-process of its own (`worker`), where memory is limited too; that is why it
-imports only the standard library.
+As a script this file answers jobs in a process of its own (`worker`), where
+memory is limited too; that is why it imports only the standard library.
 """
 
 import json
@@ -50,17 +48,22 @@ _LIMITS = {
     sqlite3.SQLITE_LIMIT_TRIGGER_DEPTH: 0,
     sqlite3.SQLITE_LIMIT_WORKER_THREADS: 0,
 }
+_READING = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ,
+            sqlite3.SQLITE_RECURSIVE)
+# What a script may do, besides reading the table that it is creating.
+_SCRIPT = (sqlite3.SQLITE_CREATE_TABLE, sqlite3.SQLITE_CREATE_INDEX,
+           sqlite3.SQLITE_CREATE_VIEW, sqlite3.SQLITE_INSERT,
+           sqlite3.SQLITE_SELECT, sqlite3.SQLITE_TRANSACTION,
+           sqlite3.SQLITE_REINDEX)
 # The first two read the schema; serialize() needs the last.
 _PRAGMAS = ('table_info', 'foreign_key_list', 'page_count')
 
 
 def build(script: str) -> sqlite3.Connection:
-  """Runs CREATE TABLE, INDEX, VIEW and INSERT ... VALUES in memory.
+  """Returns a read-only connection to the database that a script creates.
 
-  Skips PRAGMA statements, with which dumps begin.
-
-  Returns:
-    A read-only connection.
+  The script may CREATE TABLE, INDEX and VIEW and INSERT ... VALUES. PRAGMA,
+  with which dumps begin, is skipped.
 
   Raises:
     sqlite3.Error: for any other statement, or too much work or data.
@@ -82,11 +85,7 @@ def build(script: str) -> sqlite3.Connection:
 
 
 def open_file(path: str) -> sqlite3.Connection:
-  """Returns a read-only connection to a database file.
-
-  Raises:
-    sqlite3.Error: if there is no such file.
-  """
+  """Returns a read-only connection to a database file."""
   # Immutable needs no lock and no journal, so it works on a read-only disk.
   connection = sqlite3.connect(
       f'file:{urllib.parse.quote(path)}?mode=ro&immutable=1', uri=True)
@@ -107,8 +106,7 @@ def run(connection: sqlite3.Connection, query: str) -> list[list]:
     sqlite3.Error: for an error in SQLite, for a query that is no SELECT or
       several statements, and beyond MAX_STEPS, MAX_ROWS or MAX_RESULT_CHARS.
   """
-  if query.lstrip()[:6].upper() not in ('SELECT', 'VALUES') and (
-      query.lstrip()[:4].upper() != 'WITH'):
+  if not query.lstrip().upper().startswith(('SELECT', 'VALUES', 'WITH')):
     raise sqlite3.ProgrammingError('not a SELECT')
   return _with_steps(connection, lambda: _fetch(connection.execute(query)))
 
@@ -127,15 +125,12 @@ def _fetch(cursor):
 
 def has_rows(connection: sqlite3.Connection) -> bool:
   """Whether any table has a row; without rows a result says nothing."""
-  tables = connection.execute(
-      "SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
-  for table, in tables:
-    name = table.replace('"', '""')
-    # The name is quoted, and the connection is read-only.
-    if not table.startswith('sqlite_') and connection.execute(
-        f'SELECT 1 FROM "{name}" LIMIT 1').fetchone():  # nosec B608
-      return True
-  return False
+  tables = [name.replace('"', '""') for name, in connection.execute(
+      "SELECT name FROM sqlite_master WHERE type = 'table'")
+            if not name.startswith('sqlite_')]
+  # The names are quoted, and the connection is read-only.
+  return any(connection.execute(f'SELECT 1 FROM "{name}" LIMIT 1')  # nosec B608
+             .fetchone() for name in tables)
 
 
 def _bound(connection):
@@ -149,8 +144,7 @@ def _bound(connection):
 
 
 def _with_steps(connection, work):
-  """Runs work() within MAX_STEPS, a limit that does not depend on the machine.
-  """
+  """Runs work() within MAX_STEPS, which do not depend on the machine."""
   left = MAX_STEPS // _STEPS_PER_CALL
 
   def count():
@@ -172,15 +166,13 @@ def _with_steps(connection, work):
     connection.set_progress_handler(None, 0)
 
 
-def _authorize_reading(action, first, second, database, source):
-  del database, source
+def _authorize_reading(action, first, second, *_):
   if action == sqlite3.SQLITE_FUNCTION:
     fine = second.lower() in _FUNCTIONS
   elif action == sqlite3.SQLITE_PRAGMA:
     fine = first.lower() in _PRAGMAS  # `run` itself refuses PRAGMA.
   else:
-    fine = action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ,
-                      sqlite3.SQLITE_RECURSIVE)
+    fine = action in _READING
   return sqlite3.SQLITE_OK if fine else sqlite3.SQLITE_DENY
 
 
@@ -192,16 +184,10 @@ class _ScriptAuthorizer:
   the database grows no larger than the script.
   """
 
-  _FINE = (sqlite3.SQLITE_CREATE_TABLE, sqlite3.SQLITE_CREATE_INDEX,
-           sqlite3.SQLITE_CREATE_VIEW, sqlite3.SQLITE_INSERT,
-           sqlite3.SQLITE_SELECT, sqlite3.SQLITE_TRANSACTION,
-           sqlite3.SQLITE_REINDEX)
-
   def __init__(self):
     self._created = None
 
-  def __call__(self, action, first, second, database, source):
-    del database, source
+  def __call__(self, action, first, second, *_):
     if action == sqlite3.SQLITE_PRAGMA:
       return sqlite3.SQLITE_IGNORE
     if action == sqlite3.SQLITE_FUNCTION:
@@ -211,7 +197,7 @@ class _ScriptAuthorizer:
     elif action == sqlite3.SQLITE_UPDATE:  # Part of CREATE TABLE.
       fine = first == 'sqlite_master'
     else:
-      fine = action in self._FINE
+      fine = action in _SCRIPT
     if action == sqlite3.SQLITE_CREATE_TABLE:
       self._created = first
     elif action == sqlite3.SQLITE_CREATE_INDEX:
@@ -223,14 +209,13 @@ class _ScriptAuthorizer:
 
 
 def _answer(job, databases):
-  key = (job.get('path'), job.get('script'))
+  path, script = key = job.get('path'), job.get('script')
   if key not in databases:
     while len(databases) >= _MAX_OPEN_DATABASES:
       databases.pop(next(iter(databases))).close()
-    databases[key] = open_file(key[0]) if key[0] else build(key[1])
-  connection = databases[key]
-  return {'rows': run(connection, job['query']),
-          'filled': has_rows(connection)}
+    databases[key] = open_file(path) if path else build(script)
+  return {'rows': run(databases[key], job['query']),
+          'filled': has_rows(databases[key])}
 
 
 def main() -> None:

@@ -52,19 +52,18 @@ def _same_with_columns_moved(a, b):
   Extends a prefix of columns by one matching column at a time.
   """
   a_columns, b_columns = list(zip(*a)), list(zip(*b))
-  candidates = [[j for j, column in enumerate(b_columns)
-           if collections.Counter(column) == collections.Counter(wanted)]
-          for wanted in a_columns]
+  counts_a, counts_b = ([*map(collections.Counter, columns)]
+                        for columns in (a_columns, b_columns))
   tries = 0
 
   def place(chosen):
     nonlocal tries
-    i = len(chosen)
-    if i == len(a_columns):
+    if (i := len(chosen)) == len(a_columns):
       return True
     wanted = collections.Counter(zip(*a_columns[:i + 1]))
-    for j in candidates[i]:
-      if j in chosen or tries >= _MAX_TRIES:
+    for j in range(len(b_columns)):
+      if j in chosen or tries >= _MAX_TRIES or (
+          counts_b[j] != counts_a[i]):
         continue
       tries += 1
       got = collections.Counter(zip(*(b_columns[k] for k in (*chosen, j))))

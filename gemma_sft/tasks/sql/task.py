@@ -1,7 +1,6 @@
 """Questions about a database, judged by running the queries on SQLite.
 
-Queries are untrusted text: they run in the process of `cage`, which can only
-read, within limits on steps, time and memory.
+Queries are untrusted text: they run in the process of `cage`.
 """
 
 import collections
@@ -13,11 +12,9 @@ import sqlite3
 from typing import Any
 from typing import Sequence
 
-from gemma_sft import chat
 from gemma_sft import errors
 from gemma_sft import tasks
 from gemma_sft.inputs import readers
-from gemma_sft.inputs import records as records_lib
 from gemma_sft.tasks.sql import cage
 from gemma_sft.tasks.sql import result
 from gemma_sft.tasks.sql import worker
@@ -33,7 +30,7 @@ _TABLES = ("SELECT name, sql FROM sqlite_master WHERE type = 'table' AND name"
            " NOT LIKE 'sqlite_%' ORDER BY rowid")
 
 
-def to_messages(record: records_lib.Record) -> Sequence[chat.Message]:
+def to_messages(record: tasks.Record) -> tasks.Conversation:
   """Returns a prompt of schema and question, and the query.
 
   Reads Spider's {db_id, question, query}, with the databases beside the file
@@ -52,10 +49,8 @@ def to_messages(record: records_lib.Record) -> Sequence[chat.Message]:
     raise tasks.wrong_columns(
         record, 'question and query, and db_id or context', 'query=sql')
   schema = '' if is_form and not fields.get('schema') else schema_text(record)
-  return [
-      chat.Message('user', _PROMPT.format(
-          schema=schema, question=' '.join(question.split())).lstrip('\n')),
-      chat.Message('model', query)]
+  prompt = _PROMPT.format(schema=schema, question=' '.join(question.split()))
+  return tasks.conversation(prompt.lstrip('\n'), query)
 
 
 def _gold(record):
@@ -68,7 +63,7 @@ def _is_text(value):
   return isinstance(value, str) and bool(value.strip())
 
 
-def to_form(record: records_lib.Record) -> dict[str, str]:
+def to_form(record: tasks.Record) -> dict[str, str]:
   """Returns the question, and its tables as CREATE TABLE statements."""
   with contextlib.closing(connect(record)) as connection:
     tables = connection.execute(_TABLES).fetchall()
@@ -76,25 +71,29 @@ def to_form(record: records_lib.Record) -> dict[str, str]:
           'schema': ';\n'.join(sql for _, sql in tables) + ';'}
 
 
-def schema_text(record: records_lib.Record) -> str:
+def schema_text(record: tasks.Record) -> str:
   """Returns the schema that a question is about, one table per line.
 
   A table is `singer(Singer_ID int, Name text)`; foreign keys follow as
   `song.Singer_ID = singer.Singer_ID`.
   """
+  lines, keys = [], []
   with contextlib.closing(connect(record)) as connection:
-    lines, keys = [], []
     for table, _ in connection.execute(_TABLES).fetchall():
-      quoted = _quoted(table)
       columns = ', '.join(
-          f'{_name(name)} {_type(kind)}'.strip() for _, name, kind, *_ in
-          connection.execute(f'PRAGMA table_info({quoted})'))
+          f'{_name(name)} {_type(kind)}'.strip()
+          for _, name, kind, *_ in _pragma(connection, 'table_info', table))
       lines.append(f'{_name(table)}({columns})')
-      for _, _, other, here, there, *_ in connection.execute(
-          f'PRAGMA foreign_key_list({quoted})'):
-        keys.append(f'{_name(table)}.{_name(here)} = '
-                    f'{_name(other)}.{_name(there or here)}')
+      keys += [f'{_name(table)}.{_name(here)} = '
+               f'{_name(other)}.{_name(there or here)}'
+               for _, _, other, here, there, *_ in _pragma(
+                   connection, 'foreign_key_list', table)]
   return '\n'.join(lines + keys)
+
+
+def _pragma(connection, name, table):
+  quoted = table.replace('"', '""')
+  return connection.execute(f'PRAGMA {name}("{quoted}")').fetchall()
 
 
 def _name(name):
@@ -113,15 +112,14 @@ def _type(kind):
   return kind.lower()
 
 
-def connect(record: records_lib.Record) -> sqlite3.Connection:
+def connect(record: tasks.Record) -> sqlite3.Connection:
   """Opens the record's database for reading: its context, else its db_id.
 
   Raises:
     UserError: if the record names no database, the file does not exist, or
-      SQLite refuses the script, in which only CREATE TABLE, INDEX, VIEW and
-      INSERT of values are allowed.
+      SQLite refuses the script (`cage.build`).
   """
-  place = _database(record)
+  place = _database(record)  # Reports a missing file itself.
   try:
     connection = _open(*place)
     # SQLite reads the file only now, and reports one that is no database.
@@ -139,40 +137,36 @@ def _has_database(record):
   return any(record.fields.get(name) for name in ('context', 'schema', 'db_id'))
 
 
-def referenced_files(records: Sequence[records_lib.Record]) -> list[str]:
+def referenced_files(records: tasks.Records) -> list[str]:
   """Returns the files of the databases that records name by their db_id."""
   paths = dict.fromkeys(
-      _database_file(r) for r in records
+      _database_file(r)[0] for r in records
       if not r.fields.get('context') and not r.fields.get('schema'))
   return [path for path in paths if path]
 
 
-def _database_stem(record):
-  """Returns (db_id, the path of its database without the ending)."""
+def _database_file(record):
+  """Returns the file that db_id names, '' if missing, and it without ending."""
   name = str(record.fields.get('db_id', ''))
   folder = os.path.dirname(re.sub(r'(:\d+|\[\d+\])$', '', record.where))
-  return name, os.path.join(folder, 'database', name, name)
-
-
-def _database_file(record):
-  """Returns the path of the database that db_id names, '' without a file."""
-  name, stem = _database_stem(record)
-  if re.fullmatch(r'\w+', name):
-    for ending in ('.sqlite', '.sql'):
-      if os.path.isfile(stem + ending):
-        return stem + ending
-  return ''
+  stem = os.path.join(folder, 'database', name, name)
+  # A name with a slash would leave the folder.
+  endings = ('.sqlite', '.sql') if re.fullmatch(r'\w+', name) else ()
+  found = (stem + ending for ending in endings if os.path.isfile(stem + ending))
+  return next(found, ''), stem
 
 
 def _database(record):
   """Returns (path of a database, '') or ('', script that creates one)."""
-  for name in ('context', 'schema'):
-    if record.fields.get(name):
-      return '', record.fields[name]
-  if path := _database_file(record):
-    return (path, '') if path.endswith('.sqlite') else (
-        '', _script(path, os.stat(path).st_mtime_ns))
-  name, stem = _database_stem(record)
+  fields = record.fields
+  if script := fields.get('context') or fields.get('schema'):
+    return '', script
+  path, stem = _database_file(record)
+  if path.endswith('.sqlite'):
+    return path, ''
+  if path:
+    return '', _script(path, os.stat(path).st_mtime_ns)
+  name = str(fields.get('db_id', ''))
   raise errors.UserError(
       f'{record.where}: db_id is {name!r}, and there is neither {stem}.sqlite'
       ' nor .sql',
@@ -193,14 +187,9 @@ def _names(path, script):
   with contextlib.closing(_open(path, script)) as connection:
     tables = [row[0] for row in connection.execute(
         "SELECT name FROM sqlite_master WHERE type = 'table'")]
-    return frozenset(
-        [t.lower() for t in tables]
-        + [row[1].lower() for t in tables for row in connection.execute(
-            f'PRAGMA table_info({_quoted(t)})')])
-
-
-def _quoted(name):
-  return '"' + name.replace('"', '""') + '"'
+    columns = [row[1] for table in tables
+               for row in _pragma(connection, 'table_info', table)]
+  return frozenset(map(str.lower, tables + columns))
 
 
 def _open(path, script):
@@ -219,38 +208,33 @@ def _image(script):
 
 
 def judge(
-    records: Sequence[records_lib.Record],
-    completions: Sequence[str],
-    training: Sequence[records_lib.Record] = (),
-) -> tasks.Judged:
+    records: tasks.Records, completions: Sequence[str],
+    training: tasks.Records = ()) -> tasks.Judged:
   """Runs the queries of answers and records, and compares their rows.
 
   Metrics, as shares:
 
-    execution: the query gives the same rows as the record's query; the order of
-      rows counts only if the record's query ends in ORDER BY, the order of
-      columns never.
+    execution: the query gives the same rows as the record's query, in any order
+      unless that ends in ORDER BY, with columns in any order.
     valid: the query runs.
     exact: the query is the record's except for spelling (`text.normal_form`).
     execution_easy to execution_extra: execution by Spider's hardness of the
       record's query.
 
-  Execution is not counted if it would say nothing: if the database has no rows
-  (create-table-context), or the record's own query gives no rows or does not
-  run. The note says how often.
+  Execution is not counted, and a note says so, if it would say nothing: if the
+  database has no rows (create-table-context), or the record's own query gives
+  none or does not run.
   """
-  del training
   # Imports sqlglot, which takes a second and which only judging needs.
   from gemma_sft.tasks.sql import text as text_lib
 
   extracted = [text_lib.extract(completion) for completion in completions]
-  jobs: dict[tuple[str, str, str], int] = {}
-  for record, (query, problem) in zip(records, extracted):
-    if _has_database(record):
-      for text in (_gold(record), '' if problem else query):
-        if text:
-          jobs.setdefault((*_database(record), text), len(jobs))
-  answers = _run([*jobs])
+  jobs = dict.fromkeys(
+      (*_database(record), text)
+      for record, (query, problem) in zip(records, extracted)
+      if _has_database(record)
+      for text in (_gold(record), '' if problem else query) if text)
+  answers = dict(zip(jobs, _run(jobs)))
   rows, left_out = [], collections.Counter()
   for record, (query, problem) in zip(records, extracted):
     row = {'query': query}
@@ -258,19 +242,23 @@ def judge(
     if not _has_database(record):
       continue
     database, gold = _database(record), _gold(record)
-    got = answers[jobs[*database, query]] if query and not problem else {
+    got = answers[*database, query] if query and not problem else {
         'error': problem or 'no query'}
-    row |= _valid(got)
+    row['valid'] = 'rows' in got
+    if row['valid']:
+      row['result'] = _shown(got['rows'])
+    else:
+      row['error'] = got['error'][:_SHOWN_CHARS]
     if not gold:
       continue
     row |= text_lib.compare(query, gold, _names(*database))
-    wanted = answers[jobs[*database, gold]]
+    wanted = answers[*database, gold]
     if reason := _why_not_counted(wanted):
       row['not_counted'] = reason
       left_out[reason] += 1
       continue
     row['expected'] = _shown(wanted['rows'])
-    row['execution'] = 'rows' in got and result.same(
+    row['execution'] = row['valid'] and result.same(
         wanted['rows'], got['rows'], text_lib.is_ordered(gold))
     if row.get('hardness'):
       row[f'execution_{row["hardness"]}'] = row['execution']
@@ -285,12 +273,6 @@ def _run(jobs) -> list[dict[str, Any]]:
   return worker.run_all([
       {'path': path, 'query': query} if path else
       {'script': script, 'query': query} for path, script, query in jobs])
-
-
-def _valid(got):
-  if 'error' in got:
-    return {'valid': False, 'error': got['error'][:_SHOWN_CHARS]}
-  return {'valid': True, 'result': _shown(got['rows'])}
 
 
 def _why_not_counted(wanted):
@@ -311,7 +293,7 @@ def _shown(rows):
   return '\n'.join(lines)
 
 
-def check_answers(records: Sequence[records_lib.Record]) -> list[str]:
+def check_answers(records: tasks.Records) -> list[str]:
   """Returns a line for each record whose query does not run."""
   asked = [r for r in records if _gold(r) and _has_database(r)]
   answers = _run([(*_database(r), _gold(r)) for r in asked])

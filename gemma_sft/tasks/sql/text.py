@@ -26,6 +26,7 @@ _TOKEN = re.compile(
     r'|/\*.*?\*/|(?P<end>;)|(?P<prose>\n[ \t]*\n(?=\s*(?P<next>\w*))'
     r'|\n(?=(?:This|The|Here|Note|Explanation|Question|Answer|Output|Result)s?'
     r'\b[^,(=.]))|.', re.DOTALL)
+_COMMENTS = re.compile(r'(?:\s+|;|--[^\n]*|/\*.*?\*/)*', re.DOTALL)
 _CLAUSES = frozenset(
     'select from where group order having limit union intersect except join'
     ' inner left right cross full natural on and or case when then else end as'
@@ -36,8 +37,7 @@ def extract(answer: str) -> tuple[str, str]:
   """Returns (the query in a model's answer, '' or why it is refused).
 
   Removes a Markdown fence, a label such as `SQL:`, prose before and after, and
-  the semicolon. A second statement is refused, because it is not clear which of
-  the two is the answer.
+  the semicolon. A second statement is refused: which one is the answer?
   """
   fenced = _FENCE.search(answer)
   text = (fenced.group(1) if fenced else answer).strip()
@@ -49,30 +49,25 @@ def extract(answer: str) -> tuple[str, str]:
     found = _IN_PROSE.search(text)
     if not found:
       return text, ''
-    start = found.start(1) if found.group(1) else found.start(2)
+    start = found.start(found.lastindex)
     quoted = text[:start].endswith('`')
     text = text[start:]
   if quoted:
     text = text.partition('`')[0]
   for token in _TOKEN.finditer(text):
-    if token.group('end'):
-      rest = _without_comments(text[token.end():])
-      if _STATEMENT.match(rest):
+    if token['end']:
+      if _STATEMENT.match(text, _COMMENTS.match(text, token.end()).end()):
         return text, SEVERAL
       break
-    if token.group('prose') and not fenced and (
-        (token.group('next') or '').lower() not in _CLAUSES):
+    if token['prose'] and not fenced and (
+        (token['next'] or '').lower() not in _CLAUSES):
       break
   else:
     return text.strip(), ''
   return text[:token.start()].strip(), ''
 
 
-def _without_comments(text):
-  return re.sub(r'\A(?:\s+|;|--[^\n]*|/\*.*?\*/)*', '', text, flags=re.DOTALL)
-
-
-def parse(query: str):
+def _parse(query):
   """Returns the query's tree, or None if sqlglot cannot parse it."""
   try:
     return sqlglot.parse_one(query, read='sqlite')
@@ -82,7 +77,7 @@ def parse(query: str):
 
 def is_ordered(query: str) -> bool:
   """Whether a query's rows are ordered, by an ORDER BY at its top level."""
-  tree = parse(query)
+  tree = _parse(query)
   if tree is None:
     return 'order by' in query.rpartition(')')[2].lower()
   return tree.args.get('order') is not None
@@ -91,14 +86,14 @@ def is_ordered(query: str) -> bool:
 def normal_form(query: str, names: Collection[str] = ()) -> str | None:
   """Returns a form that queries share if only their spelling differs, or None.
 
-  Spelling means: upper and lower case; space; AS, INNER and ASC; the alias of a
+  Spelling is upper and lower case; space; AS, INNER and ASC; the alias of a
   table (replaced by the table unless it occurs twice); an alias in the result
   that nothing refers to; the table before a column if there is only one table;
   and "x" for 'x', which SQLite reads as text if no column has that name.
   `names` are the tables and columns of the database, in lower case; without
   them "x" stays a name.
   """
-  tree = parse(query)
+  tree = _parse(query)
   try:
     return None if tree is None else _normalised(tree, names)
   except RecursionError:  # Nested more deeply than SQLite can run.
@@ -138,9 +133,8 @@ def _normalised(tree, names):
 
 def _tables(select):
   """Returns the tables and subqueries in a SELECT's FROM and JOINs."""
-  start = select.args.get('from_')
-  joins = select.args.get('joins') or ()
-  return [part.this for part in (*([start] if start else ()), *joins)]
+  parts = [select.args.get('from_'), *(select.args.get('joins') or ())]
+  return [part.this for part in parts if part is not None]
 
 
 def _resolve_aliases(select):
@@ -172,17 +166,16 @@ def _is_hidden(column, select):
   return False
 
 
-def compare(
-    query: str, reference: str, names: Collection[str]
-) -> dict[str, bool | str]:
+def compare(query: str, reference: str,
+            names: Collection[str]) -> dict[str, bool | str]:
   """Returns {exact: the normal forms are equal, hardness: the reference's}.
 
   `hardness` is left out if the reference cannot be parsed.
   """
   form = normal_form(query, names)
-  row = {'exact': form is not None and form == normal_form(reference, names)}
-  level = hardness(reference)
-  return row | {'hardness': level} if level else row
+  row = {'exact': form is not None and form == normal_form(reference, names),
+         'hardness': hardness(reference)}
+  return {name: value for name, value in row.items() if value is not None}
 
 
 def hardness(query: str) -> str | None:
@@ -191,63 +184,57 @@ def hardness(query: str) -> str | None:
   Its oddities (NOT counts as an aggregate, aggregates in HAVING do not count,
   and of a set operation only the first SELECT does) stay, so that the classes
   are those of published results (github.com/taoyds/spider, eval_hardness).
-  Returns None if the query cannot be parsed.
   """
-  tree = parse(query)
+  tree = _parse(query)
   if tree is None:
     return None
-  first, n_nested = tree, 0
+  first, n_nested = tree, 0  # Of a set operation.
   while isinstance(first, (exp.SetOperation, exp.Subquery)):
     n_nested = n_nested or isinstance(first, exp.SetOperation)
     first = first.this
   if not isinstance(first, exp.Select):
     return None
-  where, having, on = (
-      _conditions(expression) for expression in (
-          [first.args['where'].this] if first.args.get('where') else [],
-          [first.args['having'].this] if first.args.get('having') else [],
-          [j.args['on'] for j in first.args.get('joins') or ()
-           if j.args.get('on')]))
-  conditions = where[0] + having[0] + on[0]
-  order, group = first.args.get('order'), first.args.get('group')
-  clauses = (bool(where[0]) + bool(group) + bool(order)
-             + bool(first.args.get('limit'))
-             + max(0, len(_tables(first)) - 1)
-             + where[1] + having[1] + on[1]
+  args = first.args
+  where, where_or = _conditions(args.get('where'))
+  having, having_or = _conditions(args.get('having'))
+  on, on_or = _conditions(*(j.args.get('on') for j in args.get('joins') or ()))
+  conditions = where + having + on
+  order, group = args.get('order'), args.get('group')
+  clauses = (bool(where) + bool(group) + bool(order) + bool(args.get('limit'))
+             + max(0, len(_tables(first)) - 1) + where_or + having_or + on_or
              + sum(isinstance(_plain(c), exp.Like) for c in conditions))
   n_nested += sum(_subqueries(_plain(c)) for c in conditions)
   aggregates = sum(
       item.find(exp.AggFunc) is not None for item in first.expressions)
-  aggregates += sum(_is_negated(c) for c in where[0] + having[0])
+  aggregates += sum(_is_negated(c) for c in where + having)
   if order:
     aggregates += sum(1 for _ in order.find_all(exp.AggFunc))
-  others = ((aggregates > 1) + (len(first.expressions) > 1)
-            + (len(where[0]) > 1)
+  others = ((aggregates > 1) + (len(first.expressions) > 1) + (len(where) > 1)
             + bool(group and len(group.expressions) > 1))
   return _level(clauses, int(n_nested), others)
 
 
 def _level(clauses, n_nested, others):
-  if not n_nested:
-    if clauses <= 1 and not others:
-      return 'easy'
-    if clauses <= 1 and others <= 2 or clauses <= 2 and others < 2:
-      return 'medium'
-    if clauses <= 2 and others > 2 or clauses == 3 and others <= 2:
-      return 'hard'
+  if clauses <= 1 and not others and n_nested <= 1:
+    return 'hard' if n_nested else 'easy'
+  if n_nested:
     return 'extra'
-  return 'hard' if clauses <= 1 and not others and n_nested == 1 else 'extra'
+  if clauses <= 1 and others <= 2 or clauses <= 2 and others < 2:
+    return 'medium'
+  if clauses <= 2 and others > 2 or clauses == 3 and others <= 2:
+    return 'hard'
+  return 'extra'
 
 
-def _conditions(expressions):
+def _conditions(*clauses):
   """Returns the conditions that AND and OR join, and the number of ORs."""
-  found, n_or, left = [], 0, list(expressions)
+  found, n_or, left = [], 0, [c for c in clauses if c is not None]
   while left:
     part = left.pop()
     if isinstance(part, (exp.And, exp.Or)):
       n_or += isinstance(part, exp.Or)
       left += [part.this, part.expression]
-    elif isinstance(part, exp.Paren):
+    elif isinstance(part, (exp.Where, exp.Having, exp.Paren)):
       left.append(part.this)
     else:
       found.append(part)
