@@ -37,29 +37,22 @@ def _rows(*fields, start=1):
   return [table.TableRow(f'f:{i}', f) for i, f in enumerate(fields, start)]
 
 
-# Characters -------------------------------------------------------------------
+def _cleaned_twice(text):
+  # The second pass may find a tag or an entity that an invisible character
+  # divided (&am\u200bp;), a third never has work.
+  for step in _STEPS * 2:
+    text = step(text)
+  return text
 
 
 @_FEW
 @hypothesis.given(text=_TEXTS | _MARKUP)
-@pytest.mark.parametrize('step', _STEPS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    'step', (*_STEPS, _cleaned_twice), ids=lambda f: f.__name__)
 def test_a_clean_text_stays_as_it_is(step, text):
   once = step(text)
-  assert step(once) == once
-
-
-@_FEW
-@hypothesis.given(text=_TEXTS | _MARKUP)
-def test_the_steps_together_leave_a_clean_text(text):
-  def clean(text):
-    for step in _STEPS:
-      text = step(text)
-    return text
-
-  # A second pass may find a tag or an entity that an invisible character
-  # divided (&am\u200bp;), a third never has work.
-  twice = clean(clean(text))
-  assert clean(twice) == twice
+  for check in _STEPS if step is _cleaned_twice else (step,):
+    assert check(once) == once
 
 
 @pytest.mark.parametrize('step', _STEPS[:-1], ids=lambda f: f.__name__)
@@ -140,9 +133,6 @@ def test_nukta_letters_are_one_character():
     assert characters.compose_nukta(letter) == letter
 
 
-# Words ------------------------------------------------------------------------
-
-
 def test_shingles_ignore_case_punctuation_and_lines():
   same = words.shingles('Abc, d\nE!', 2)
   assert same == {'ab', 'bc', 'cd', 'de'} == words.shingles('abcde', 2)
@@ -172,9 +162,6 @@ def test_lists(tmp_path):
     assert len(words.load_list(name)) > 10
 
 
-# Romanisation -----------------------------------------------------------------
-
-
 @pytest.mark.parametrize('native, latin', (
     ('क\u093cदम', 'qadama'), ('\u0958दम', 'qadama'), ('कॉफ़ी', 'kôfī'),
     ('ऑफ', 'ôpha'), ('हँसी', 'ham̐sī'), ('पढ़ना', 'par̤hanā'),
@@ -201,9 +188,6 @@ def test_romanised_nukta_letters_come_back():
     latin = romanise.romanise(native, 'iso')
     back = sanscript.transliterate(latin, sanscript.ISO, name)
     assert characters.compose_nukta(back) == characters.compose_nukta(native)
-
-
-# Rows -------------------------------------------------------------------------
 
 
 def test_lists_of_lines_stay_lists():
@@ -285,8 +269,6 @@ def test_a_text_gets_the_mark_of_the_column():
   assert not _punctuated(*whole, 'It is two', 'a', 'b', share=0.8)[1].changes
 
 
-# Duplicates -------------------------------------------------------------------
-
 _VERSE = 'the river carries every lamp that we forgot to light'
 
 
@@ -334,18 +316,14 @@ def test_what_a_row_duplicates_is_kept(texts, threshold, n, kept, why):
   assert all('f:2' in removal.why for removal in log.removals)
 
 
-# Splits -----------------------------------------------------------------------
-
-
-def test_groups_join_over_all_columns_and_openings():
-  rows = _rows(
-      {'song': 'A', 'poet': 'p'}, {'song': 'a ', 'poet': 'q'},
-      {'song': 'B', 'poet': 'Q'}, {'song': 'C', 'poet': ''},
-      {'song': 'D', 'poet': ''}, {'song': 'E', 'poet': 'r'})
-  assert splits.groups(rows, ['song', 'poet']) == [[0, 1, 2], [3], [4], [5]]
-  assert splits.groups(rows, ['song'], [(3, 5, 1.0)]) == [
-      [0, 1], [2], [3, 5], [4]]
-  assert splits.groups(rows, []) == [[i] for i in range(6)]
+@pytest.mark.parametrize('columns, openings, groups', (
+    (['song', 'poet'], (), [[0, 1, 2], [3], [4], [5]]),
+    (['song'], [(3, 5, 1.0)], [[0, 1], [2], [3, 5], [4]]),
+    ([], (), [[i] for i in range(6)])))
+def test_groups_join_over_all_columns_and_openings(columns, openings, groups):
+  rows = _rows(*({'song': song, 'poet': poet} for song, poet in zip(
+      ('A', 'a ', 'B', 'C', 'D', 'E'), ('p', 'q', 'Q', '', '', 'r'))))
+  assert splits.groups(rows, columns, openings) == groups
 
 
 @_FEW
@@ -394,18 +372,15 @@ def test_leaks_are_found():
   assert (found[0].split, found[0].other_split) == ('train', 'test')
 
 
-def test_openings():
-  row, prose, short = _rows(
-      {'text': 'one long line\nsecond long line\nthird'},
-      {'text': ' '.join(f'word{i}' for i in range(20))},
-      {'text': 'oh my\nlove'})
-  assert splits.opening(row, ['text'], 2) == 'one long line\nsecond long line'
-  assert splits.opening(prose, ['text'], 1).split() == [
-      f'word{i}' for i in range(6)]
-  assert splits.opening(short, ['text'], 2) == ''
+@pytest.mark.parametrize('text, num_lines, opening', (
+    ('one long line\nsecond long line\nthird', 2,
+     'one long line\nsecond long line'),
+    ('a long line of prose with many more words', 1,
+     'a long line of prose with'), ('oh my\nlove', 2, '')))
+def test_openings(text, num_lines, opening):
+  row, = _rows({'text': text})
+  assert splits.opening(row, ['text'], num_lines) == opening
 
-
-# Augmentation -----------------------------------------------------------------
 
 _SONG = [f'line {i}' for i in range(10)]
 
@@ -480,9 +455,6 @@ def test_what_cannot_be_augmented_is_noted():
   log = table.ChangeLog()
   assert _augmented('line_order', [{'text': 'a\nb\nc'}], log) == []
   assert log.notes == ['augment: line_order could not change 1 of 1 rows']
-
-
-# Report -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('before, after, shown', (

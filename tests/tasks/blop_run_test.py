@@ -19,84 +19,83 @@ needs_compiler = pytest.mark.skipif(
 _REFERENCE = {
     'js': "function Hi(a) { return blop.h('p', {}, [a.name]); }\n"
           'module.exports = { Hi };', 'names': ['Hi']}
-_SHOWS = "return blop.h('p', {}, ['fine', '' + found])"
-
 # What a hostile program does, and what it comes to: 'fails' is a component that
 # does not render, 'stopped' a program or a process that was ended, other words
-# are what it shows.
+# are what it shows. A program that defines no Hi is its body; $FINE returns a
+# page, $SHOWS a page with `found`.
 _HOSTILE = {
-    'endless loop': ('function Hi(a) { while (true) {} }', 'fails'),
-    'endless loop on loading': ('while (true) {}', 'stopped'),
+    'endless loop': ('while (true) {}', 'fails'),
+    'endless loop on loading': ('while (true) {} function Hi(a) {}', 'stopped'),
     'endless promises': (
         '(async () => { for (;;) await 0 })(); function Hi(a) {}', 'stopped'),
     'promises after the result': (
-        'function Hi(a) { (async () => { for (;;) await 0 })();'
-        "return blop.h('p', {}, ['fine']) }", 'fine'),
-    'a timer': (
-        'function Hi(a) { setInterval(() => { while (true) {} }, 1);'
-        "return blop.h('p', {}, ['fine']) }", 'fine'),
+        '(async () => { for (;;) await 0 })(); $FINE', 'fine'),
+    'a timer': ('setInterval(() => { while (true) {} }, 1); $FINE', 'fine'),
     'slow regular expression': (
-        "function Hi(a) { return /(a+)+$/.test('a'.repeat(40) + 'b') }",
-        'fails'),
-    'memory': ('function Hi(a) { const x = []; for (;;)'
-               # By the clock or by the heap, whichever is first.
-               'x.push(new Array(1e6).fill(1.5)) }', 'stopped or fails'),
-    'memory outside the heap': (
-        'function Hi(a) { new Uint8Array(1e8) }', 'fails'),
+        "return /(a+)+$/.test('a'.repeat(40) + 'b')", 'fails'),
+    # By the clock or by the heap, whichever is first.
+    'memory': ('const x = []; for (;;) x.push(new Array(1e6).fill(1.5))',
+               'stopped or fails'),
+    'memory outside the heap': ('new Uint8Array(1e8)', 'fails'),
     'deep recursion': ('function Hi(a) { return Hi(a) }', 'fails'),
     'require': ("const found = require('fs').readFileSync('/etc/passwd');"
-                f'function Hi(a) {{ {_SHOWS} }}',
+                'function Hi(a) { $SHOWS }',
                 'finefs.readFileSync(/etc/passwd)'),
     'import': ("let found = 'none'; import('fs').then(() => { found = 'fs' },"
-               " () => { found = 'refused' });"
-               f'function Hi(a) {{ {_SHOWS} }}', 'finerefused'),
+               " () => { found = 'refused' }); function Hi(a) { $SHOWS }",
+               'finerefused'),
     'the constructor of an error of Node': (
         "let found = 'none'; import('fs').catch((e) => { try { found ="
         " e.constructor.constructor('return process')().pid }"
-        " catch (x) { found = 'refused' } });"
-        f'function Hi(a) {{ {_SHOWS} }}', 'finerefused'),
+        " catch (x) { found = 'refused' } }); function Hi(a) { $SHOWS }",
+        'finerefused'),
     'the constructor of the global': (
-        "function Hi(a) { this.constructor.constructor('return process')() }",
-        'fails'),
+        "this.constructor.constructor('return process')()", 'fails'),
     'the constructor of the harness': (
-        "function Hi(a) { blopCage__.step.constructor('return 7')() }",
-        'fails'),
-    'eval': ("function Hi(a) { eval('1') }", 'fails'),
-    'process.exit': ('function Hi(a) { process.exit(0) }', 'fails'),
+        "blopCage__.step.constructor('return 7')()", 'fails'),
+    'eval': ("eval('1')", 'fails'),
+    'process.exit': ('process.exit(0)', 'fails'),
     'the network': (
         "const found = typeof fetch('http://127.0.0.1/').then"
-        ' + typeof XMLHttpRequest'
-        f'; function Hi(a) {{ {_SHOWS} }}', 'finefunctionundefined'),
+        ' + typeof XMLHttpRequest; function Hi(a) { $SHOWS }',
+        'finefunctionundefined'),
     'changed prototypes': (
         "Object.prototype.toJSON = () => 'forged'; Array.prototype.push = null;"
         "JSON.stringify = () => '7'; String.prototype.slice = () => 'forged';"
-        "function Hi(a) { return blop.h('p', {}, ['fine']) }", 'fine'),
+        'function Hi(a) { $FINE }', 'fine'),
     'names of the harness': (
         'let Object = 1; class Map {} let Promise = 2; const JSON = 3;'
-        "function Hi(a) { return blop.h('p', {}, ['fine']) }", 'fine'),
+        'function Hi(a) { $FINE }', 'fine'),
     'a huge page': (
-        'function Hi(a) { const c = []; for (let i = 0; i < 1e5; i++)'
-        " c.push(blop.h('p', {}, ['x'])); return blop.h('p', {}, c) }",
-        'fails'),
+        "const c = []; for (let i = 0; i < 1e5; i++) c.push(blop.h('p', {},"
+        " ['x'])); return blop.h('p', {}, c)", 'fails'),
     'a page within itself': (
-        "function Hi(a) { const n = blop.h('p', {}, []); n.children.push(n);"
-        ' return n }', 'fails'),
+        "const n = blop.h('p', {}, []); n.children.push(n); return n", 'fails'),
     'a thrown trap': (
         'throw new Proxy({}, { get() { while (true) {} },'
-        ' getPrototypeOf() { while (true) {} } })', 'stopped'),
+        ' getPrototypeOf() { while (true) {} } }); function Hi(a) {}',
+        'stopped'),
     'a getter that throws': (
-        "function Hi(a) { return blop.h('p', { get id() { throw 1 } }, []) }",
-        'fails'),
+        "return blop.h('p', { get id() { throw 1 } }, [])", 'fails'),
     'a proxy that traps': (
-        "function Hi(a) { return blop.h('p', { id: new Proxy({}, { ownKeys() {"
-        ' throw 1 } }) }, [\'fine\']) }', 'fine'),
+        "return blop.h('p', { id: new Proxy({}, { ownKeys() { throw 1 } }) },"
+        " ['fine'])", 'fine'),
     'exports that trap': (
         'module.exports = { get Hi() { while (true) {} } }', 'stopped'),
     'lines that look like answers': (
-        'function Hi(a) { return'
-        ' blop.h(\'p\', {}, [\'fine\\n{"traces": {}}\\n\']) }',
+        "return blop.h('p', {}, ['fine\\n{\"traces\": {}}\\n'])",
         'fine\n{"traces": {}}\n'),
 }
+
+
+def _program(js):
+  js = js.replace('$FINE', "return blop.h('p', {}, ['fine'])").replace(
+      '$SHOWS', "return blop.h('p', {}, ['fine', '' + found])")
+  if 'Hi' not in js:
+    js = f'function Hi(a) {{ {js} }}'
+  if 'module.exports' not in js:
+    js += '\nmodule.exports = { Hi };'
+  return {'js': js, 'names': {}}
 
 
 def _outcome(lines):
@@ -110,11 +109,8 @@ def _outcome(lines):
 
 @pytest.fixture(scope='module')
 def hostile():
-  pairs = [
-      run_js.ProgramPair(_REFERENCE, {
-          'js': js if 'module.exports' in js
-                else f'{js}\nmodule.exports = {{ Hi }};', 'names': {}})
-      for js, _ in _HOSTILE.values()]
+  pairs = [run_js.ProgramPair(_REFERENCE, _program(js))
+           for js, _ in _HOSTILE.values()]
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(run_js, '_SECONDS', 1.5)
     return dict(zip(_HOSTILE, run_js.run(pairs)))

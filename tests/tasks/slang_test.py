@@ -37,9 +37,6 @@ def _judge(answer, row=_ROW, training=_TRAINING):
   return judged.rows[0]
 
 
-# Prompts ---------------------------------------------------------------------
-
-
 def test_prompt_has_tag_context_and_condition():
   question, answer = task.to_messages(_record(**_ROW))
   tag, context, condition = question.content.split('\n\n')
@@ -90,9 +87,6 @@ def test_rows_without_term_or_description_are_refused(fields):
     task.to_messages(_record(**fields))
 
 
-# Format ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize('text, right', [
     ('Slang: a b\nDescription: c\nExample: d', True),
     ('\n slang:a b\n\nDESCRIPTION : c\nExample: d: e\n', True),
@@ -129,9 +123,6 @@ def test_markdown_is_wrong_but_read():
       'slang': 'a', 'description': '', 'example': 'c'}
 
 
-# The term in its example -----------------------------------------------------
-
-
 _OCCURRING = [
     ('bop', 'What a BOP!'), ('bop', 'two bops'), ('bop', 'she was bopping'),
     ('vibe', 'we were vibing'), ('vibe', 'She vibed.'),
@@ -155,9 +146,6 @@ _ABSENT = [
 @pytest.mark.parametrize('term, text', _OCCURRING + _ABSENT)
 def test_a_term_occurs(term, text):
   assert terms.occurs(term, text) == ((term, text) in _OCCURRING)
-
-
-# Novelty and copies ----------------------------------------------------------
 
 
 @pytest.mark.parametrize('a, b, close', [
@@ -218,9 +206,6 @@ def test_good_needs_the_term_in_its_example():
   assert _judge('Slang: Toastalgiaa')['like'] == 'toastalgia'
 
 
-# Acronyms --------------------------------------------------------------------
-
-
 @pytest.mark.parametrize('term, description, acronym', [
     ('FOMO', '', True), ('G.O.A.T', '', True), ('ELI5', '', True),
     ('W', '', False), ('Fomo', '', False), ('OH NO', '', False),
@@ -244,9 +229,6 @@ def test_totals_of_acronyms():
                           [_answer(_ROW)] * 2, [_answer(_OTHER)] * 2)]
   assert gaps == [0, 0.5, 0.5]
   assert 'acronym_gap' in task.LOWER_IS_BETTER
-
-
-# Totals ----------------------------------------------------------------------
 
 
 def test_real_answers_score_1():

@@ -197,8 +197,6 @@ def test_two_statements_are_refused(answer):
       False, False, 'several statements')
 
 
-# --- Normal form and hardness.
-
 _NAMES = frozenset('singer song id name age fee singer_id title'.split())
 
 
@@ -385,8 +383,6 @@ def test_check_answers_names_the_place():
       _record('SELECT count(*) FROM song', where='a.jsonl:3')])
   assert bad == 'a.jsonl:2: the query does not run: no such column: nope'
 
-
-# --- The cage.
 
 _ENDLESS = ('WITH RECURSIVE a(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM a)'
             ' SELECT {} FROM a')
