@@ -42,6 +42,8 @@ _INPUT = re.compile(r'[A-Za-z]+_\d+$|[A-Za-z]+key_\d+$')
 _QUOTED = re.compile(r"""'([^'\n]{1,60})'(?!\w)|"([^"\n]{1,60})"|`([^`\n]+)`"""
                      '|“([^”]+)”|‘([^’]+)’')
 
+Trace = dict[str, Any]  # Of a program, by `run_js`.
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
@@ -78,11 +80,8 @@ def read_prompt(text: str) -> Prompt:
   return Prompt(text, words, frozenset(spelled), tuple(quoted), tags)
 
 
-def defined(reference: dict[str, Any], answer: dict[str, Any]) -> bool | None:
-  """Whether the answer's trace defines what was asked for and it works.
-
-  None if the reference itself has nothing that can be tried.
-  """
+def defined(reference: Trace, answer: Trace) -> bool | None:
+  """Whether what was asked for is defined and works; None if nothing can be."""
   verdicts = []
   for name, trace in reference['traces'].items():
     worked = [run['k'] for run in trace['runs'] if _works(run)]
@@ -101,12 +100,8 @@ def _works(run):
   return bool(run) and not run.get('failed') and not run.get('threw')
 
 
-def same_tags(
-    reference: dict[str, Any], answer: dict[str, Any]) -> bool | None:
-  """Whether the trees of tags are equal, wrappers and all.
-
-  None if the reference renders nothing.
-  """
+def same_tags(reference: Trace, answer: Trace) -> bool | None:
+  """Whether the trees of tags are equal; None if there are none."""
   verdicts = [
       _shape(page['tree']) == _shape(other.get('tree'))
       for name, trace in reference['traces'].items()
@@ -124,8 +119,8 @@ def _shape(tree):
   return tree and [tree[0], [_shape(c) for c in tree[3] if isinstance(c, list)]]
 
 
-def same_behaviour(reference: dict[str, Any], answer: dict[str, Any],
-                   prompt: Prompt) -> tuple[bool | None, str]:
+def same_behaviour(
+    reference: Trace, answer: Trace, prompt: Prompt) -> tuple[bool | None, str]:
   """Whether the answer does what the reference does, and the first difference.
 
   None if the reference does nothing that can be seen.
@@ -175,13 +170,11 @@ def _groups(runs):
 
   An answer may choose its wording, but its text must depend on the same inputs.
   """
-  texts = [_text(run['tree']) if run.get('tree') else None for run in runs]
+  texts = [
+      ' '.join(child for node in _nodes(run['tree']) for child in node[3]
+               if isinstance(child, str)) if run.get('tree') else None
+      for run in runs]
   return [texts.index(text) for text in texts]
-
-
-def _text(tree):
-  return ' '.join(child for node in _nodes(tree) for child in node[3]
-                  if isinstance(child, str))
 
 
 def _difference(expected, got):
@@ -227,15 +220,14 @@ def _behaviour(run, model, prompt):
 
 
 def _page_behaviour(run, prompt):
-  events = run.get('events', [])
+  later = _seen(run.get('later') or run['tree'], prompt)
+  outcomes = [_outcome(event, prompt) for event in run.get('events', [])]
   return {
       **_seen(run['tree'], prompt),
-      **{f'{kind} after a while': counts for kind, counts in _seen(
-          run.get('later') or run['tree'], prompt).items()},
-      'events': collections.Counter(
-          _SAME_EVENT.get(e['type'], e['type']) for e in events),
+      **{f'{kind} after a while': counts for kind, counts in later.items()},
+      'events': collections.Counter(kind for kind, *_ in outcomes),
       'reactions': collections.Counter(
-          json.dumps(_outcome(e, prompt), sort_keys=True) for e in events),
+          json.dumps(outcome, sort_keys=True) for outcome in outcomes),
       'effects': _calls(
           run.get('mounted', []) + run.get('unmounted', []), prompt)}
 
@@ -314,8 +306,7 @@ def _marks(name, value, prompt, typed):
   text = value if isinstance(value, str) else json.dumps(value)
   found = []
   for word in _WORD.findall(text):
-    counts = word in prompt.spelled or (
-        name != 'class' and _INPUT.match(word))
+    counts = word in prompt.spelled or name != 'class' and _INPUT.match(word)
     if name == 'class' and 'class' in prompt.words or (
         name == 'style' and not word.isdigit()):
       counts = counts or word.lower() in prompt.words
@@ -324,13 +315,12 @@ def _marks(name, value, prompt, typed):
   return found
 
 
-def open_names(reference: dict[str, Any], answer: dict[str, Any],
+def open_names(reference: Trace, answer: Trace,
                prompt: Prompt) -> dict[str, dict[str, str]]:
   """Returns the answer's names for fields that the prompt does not name.
 
-  "shows the movies with their director" does not say whether a movie has `name`
-  or `title`. The fields that the answer reads and does not find stand, in
-  order, for those that only the reference reads and the prompt does not name.
+  The fields that the answer reads and does not find (a movie's `name`) stand,
+  in order, for those that only the reference reads (its `title`).
   """
   aliases = {}
   for path, reads in answer['reads'].items():

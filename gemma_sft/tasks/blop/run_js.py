@@ -6,6 +6,7 @@ a context without Node's objects (cage.js).
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import json
@@ -83,13 +84,11 @@ def _run(pair, flags):
     except OSError as error:
       raise CageError(f'the cage for Blop failed: {error}') from error
   lines = []
-  for line in output.decode('utf-8', 'replace').split('\n')[:4]:
-    try:
+  with contextlib.suppress(ValueError):  # The process was ended.
+    for line in output.decode('utf-8', 'replace').split('\n')[:4]:
       found = json.loads(line)
-    except ValueError:
-      break
-    lines.append(found if isinstance(found, dict)
-                 else {'problem': 'the program breaks its harness'})
+      lines.append(found if isinstance(found, dict)
+                   else {'problem': 'the program breaks its harness'})
   if not lines or 'cage' not in lines[0]:
     raise CageError('the cage for Blop failed: '
                     f'{message.decode("utf-8", "replace")[-500:]}')
@@ -129,10 +128,7 @@ def permission_flags() -> tuple[str, ...]:
 
 
 def literals(js: str) -> dict[str, list]:
-  """Returns the values that a program compares its inputs with.
-
-  They become inputs; otherwise `kind == 'sun'` would hold for none of them.
-  """
+  """Returns the values that a program compares its inputs with, as inputs."""
   texts = re.findall(r"[=!]== '([^'\n]{0,40})'", js)
   if re.search(r'\w\[[a-z]\w*(?:\.\w+)*\]', js):  # Looks up a table.
     texts += re.findall(r"[{,]\s*'?(\w+)'?: ['\d]", js)[:3]
