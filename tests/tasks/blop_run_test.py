@@ -219,60 +219,50 @@ _MARK = """def Mark(attributes) {
   { points } = attributes
   <li class=if points > 50 => 'passed' else 'failed'>points</li>
 }"""
-_LIST_PROMPT = 'Write UserList in Blop: a list item with the name of each user.'
-_LIKE_PROMPT = 'Write LikeButton: takes `song` and `onLike`, shows the title.'
-_MARK_PROMPT = "Write Mark: class 'passed' above 50 points, else 'failed'."
-
-# prompt, reference, answer, (component, right, same_tags).
-_PAIRS = {
-    'the same': (_LIST_PROMPT, _LIST, _LIST, (True, True, True)),
-    'another wrapper, class and variable': (
-        _LIST_PROMPT, _LIST, _LIST.replace("<ul class='users'>", '<div><ul>')
-        .replace('</ul>', '</ul></div>').replace('for user', 'for one')
-        .replace('user.name', 'one.name'), (True, True, False)),
-    'another name': (
-        _LIST_PROMPT, _LIST, _LIST.replace('UserList', 'Users'),
-        (False, False, False)),
-    'a name that the prompt leaves open': (
-        'Write a Blop component with a list item for the name of each user.',
-        _LIST, _LIST.replace('UserList', 'Users'), (True, True, True)),
-    'another tag': (
-        _LIST_PROMPT, _LIST, _LIST.replace('li>', 'td>'), (True, False, False)),
-    'a field that the prompt names': (
-        _LIST_PROMPT, _LIST, _LIST.replace('user.name', 'user.email'),
-        (True, False, True)),
-    'a field that it leaves open': (
-        'Write UserList in Blop: a list item for each user.', _LIST,
-        _LIST.replace('user.name', 'user.email'), (True, True, True)),
-    'only the first': (
-        _LIST_PROMPT, _LIST, 'def UserList(attributes) {\n  <ul>\n    '
-        '<li>attributes.users[0].name</li>\n  </ul>\n}', (True, False, False)),
-    'does not compile': (_LIST_PROMPT, _LIST, _LIST + ';', (False,) * 3),
-    'throws': (
-        _LIST_PROMPT, _LIST,
-        _LIST.replace('attributes.users', 'attributes.a.b'),
-        (False, False, False)),
-    'the same call': (
-        _LIKE_PROMPT, _BUTTON, _BUTTON.replace(
-            'on={ click: () => onLike(song.id) }', 'on={ click }').replace(
-                '  <button', '  click = () => {\n    onLike(song.id)\n  }\n'
-                            '  <button'), (True, True, True)),
-    'a call with something else': (
-        _LIKE_PROMPT, _BUTTON, _BUTTON.replace('song.id', 'song.title'),
-        (True, False, True)),
-    'no handler': (
-        _LIKE_PROMPT, _BUTTON,
-        _BUTTON.replace(' on={ click: () => onLike(song.id) }', '').replace(
-            ', onLike', ''), (True, False, True)),
-    'another event': (
-        _LIKE_PROMPT, _BUTTON, _BUTTON.replace('click', 'mouseenter'),
-        (True, False, True)),
-    'state that counts by two': (
-        'Write Steps: a number, and a button More that adds one.', _STEPS,
-        _STEPS.replace('count + 1', 'count + 2'), (True, False, True)),
-    'state in a class': (
-        'Write Steps: a number, and a button More that adds one.', _STEPS,
-        """import { Component } from 'blop'
+_YES, _WRAPPED, _WRONG = (True, True, True), (True, True, False), (
+    True, False, True)
+_NONE = (False, False, False)
+# {prompt: (reference, {what it is: (answer, (component, right, same_tags))})}.
+_ANSWERS = {
+    'Write UserList in Blop: a list item with the name of each user.': (_LIST, {
+        'the same': (_LIST, _YES),
+        'another wrapper, class and variable': (
+            _LIST.replace("<ul class='users'>", '<div><ul>')
+            .replace('</ul>', '</ul></div>').replace('for user', 'for one')
+            .replace('user.name', 'one.name'), _WRAPPED),
+        'another name': (_LIST.replace('UserList', 'Users'), _NONE),
+        'another tag': (_LIST.replace('li>', 'td>'), (True, False, False)),
+        'a field that the prompt names': (
+            _LIST.replace('user.name', 'user.email'), _WRONG),
+        'only the first': (
+            'def UserList(attributes) {\n  <ul>\n'
+            '    <li>attributes.users[0].name</li>\n  </ul>\n}',
+            (True, False, False)),
+        'does not compile': (_LIST + ';', _NONE),
+        'throws': (_LIST.replace('attributes.users', 'attributes.a.b'), _NONE),
+    }),
+    'Write a Blop component with a list item for the name of each user.': (
+        _LIST, {'a name that the prompt leaves open': (
+            _LIST.replace('UserList', 'Users'), _YES)}),
+    'Write UserList in Blop: a list item for each user.': (
+        _LIST, {'a field that it leaves open': (
+            _LIST.replace('user.name', 'user.email'), _YES)}),
+    'Write LikeButton: takes `song` and `onLike`, shows the title.': (_BUTTON, {
+        'the same call': (
+            _BUTTON.replace(': () => onLike(song.id)', '').replace(
+                '  <', '  click = () => {\n    onLike(song.id)\n  }\n  <'),
+            _YES),
+        'a call with something else': (
+            _BUTTON.replace('song.id', 'song.title'), _WRONG),
+        'no handler': (
+            _BUTTON.replace(' on={ click: () => onLike(song.id) }', '')
+            .replace(', onLike', ''), _WRONG),
+        'another event': (_BUTTON.replace('click', 'mouseenter'), _WRONG),
+    }),
+    'Write Steps: a number, and a button More that adds one.': (_STEPS, {
+        'state that counts by two': (
+            _STEPS.replace('count + 1', 'count + 2'), _WRONG),
+        'state in a class': ("""import { Component } from 'blop'
 
 class Steps extends Component {
   def render() {
@@ -286,54 +276,55 @@ class Steps extends Component {
       <button on={ click: more }>'More'</button>
     </p>
   }
-}""", (True, True, False)),
-    'a class the other way round': (
-        _MARK_PROMPT, _MARK, _MARK.replace('> 50', '<= 50'),
-        (True, False, True)),
-    'a limit off by one': (
-        _MARK_PROMPT, _MARK, _MARK.replace('> 50', '>= 50'),
-        (True, False, True)),
-    'another way to the same result': (
-        'Write total(prices) in Blop.', _SUM,
-        'def total(prices) {\n  return prices.reduce((a, b) => a + b, 0)\n}',
-        (True, True, None)),
-    'a wrong start': (
-        'Write total(prices) in Blop.', _SUM,
-        _SUM.replace('sum = 0', 'sum = 1'),
-        (True, False, None)),
-    'a class': (
-        'Write the class Account with deposit(amount).', _ACCOUNT,
-        _ACCOUNT.replace('this.balance', 'this.money'), (True, True, None)),
-    'a class that forgets': (
-        'Write the class Account with deposit(amount).', _ACCOUNT,
-        _ACCOUNT.replace('this.balance = this.balance + amount\n    ', ''),
-        (True, False, None)),
-    'a promise': (
-        'Write the async function later(x).',
-        'async def later(x) {\n  return x * 2\n}',
-        'def later(x) {\n  return new Promise((done) => done(x + x))\n}',
-        (True, True, None)),
-    'output': ('Log hello in Blop.', "x = 1\nconsole.log('hello')",
-               "x = 1\nconsole.log('bye')", (None, False, None)),
+}""", _WRAPPED),
+    }),
+    "Write Mark: class 'passed' above 50 points, else 'failed'.": (_MARK, {
+        'a class the other way round': (_MARK.replace('> 50', '<= 50'), _WRONG),
+        'a limit off by one': (_MARK.replace('> 50', '>= 50'), _WRONG),
+    }),
+    'Write total(prices) in Blop.': (_SUM, {
+        'another way to the same result': (
+            'def total(prices) {\n  return prices.reduce('
+            '(a, b) => a + b, 0)\n}', (True, True, None)),
+        'a wrong start': (
+            _SUM.replace('sum = 0', 'sum = 1'), (True, False, None)),
+    }),
+    'Write the class Account with deposit(amount).': (_ACCOUNT, {
+        'a class': (
+            _ACCOUNT.replace('this.balance', 'this.money'), (True, True, None)),
+        'a class that forgets': (
+            _ACCOUNT.replace('this.balance = this.balance + amount\n    ', ''),
+            (True, False, None)),
+    }),
+    'Write the async function later(x).': (
+        'async def later(x) {\n  return x * 2\n}', {'a promise': (
+            'def later(x) {\n  return new Promise((done) => done(x + x))\n}',
+            (True, True, None))}),
+    'Log hello in Blop.': ("x = 1\nconsole.log('hello')", {
+        'output': ("x = 1\nconsole.log('bye')", (None, False, None))}),
     # Nothing to compare: its words are the author's choice.
-    'a static page': (
-        'Write Empty, a friendly message.', "def Empty() {\n  <p>'None'</p>\n}",
-        "def Empty() {\n  <p>'Nothing here'</p>\n}", (True, None, True)),
+    'Write Empty, a friendly message.': ("def Empty() {\n  <p>'None'</p>\n}", {
+        'a static page': ("def Empty() {\n  <p>'Nothing here'</p>\n}",
+                          (True, None, True))}),
 }
+_PAIRS = {
+    name: (records.Record({'prompt': prompt, 'completion': reference}, 'x:1'),
+           answer, verdict)
+    for prompt, (reference, answers) in _ANSWERS.items()
+    for name, (answer, verdict) in answers.items()}
 
 
 @pytest.fixture(scope='module')
 def judged():
-  rows = [records.Record({'prompt': prompt, 'completion': reference}, 'x:1')
-          for prompt, reference, _, _ in _PAIRS.values()]
-  return task.judge(rows, [answer for _, _, answer, _ in _PAIRS.values()])
+  rows, answers, _ = zip(*_PAIRS.values())
+  return task.judge(rows, answers)
 
 
 @needs_compiler
 @pytest.mark.parametrize('name', _PAIRS)
 def test_the_verdict_on_an_answer(judged, name):
   row = judged.rows[list(_PAIRS).index(name)]
-  expected = _PAIRS[name][3]
+  expected = _PAIRS[name][2]
   assert tuple(row.get(k) for k in ('component', 'right', 'same_tags')) == (
       expected), row.get('why')
   assert bool(row['why']) == (expected[1] is False)
@@ -407,10 +398,11 @@ def test_free_prompts():
   assert judged.rows[2]['habits'] == 'semicolons'
   assert judged.rows[2]['strict'] is False
   # They leave the rates over records alone.
-  row = records.Record({'prompt': _LIST_PROMPT, 'completion': _LIST}, 'x:1')
+  row, _, _ = _PAIRS['the same']
+  prompt = row.fields['prompt']
   judged = judge.judge_answers(
       task, [row] * 4, [_LIST, 'def', 'def', 'def'],
-      prompts=[_LIST_PROMPT, 'What is Blop?'], free=[_LIST, _GOOD_ANSWER],
+      prompts=[prompt, 'What is Blop?'], free=[_LIST, _GOOD_ANSWER],
       training=())
   assert judged.metrics['strict'] == judged.metrics['component'] == 0.25
   assert judged.metrics['knows'] == 1 and len(judged.free_rows) == 2
