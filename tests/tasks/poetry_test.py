@@ -41,18 +41,16 @@ def _verdict(completion, form='5x4'):
   return row['form'], row['rhyme'], row['tone']
 
 
-@pytest.mark.parametrize('character, level, oblique', [
-    ('東', True, False), ('董', False, True), ('送', False, True),
-    ('屋', False, True), ('先', True, True), ('看', True, True),
-    # Level in Mandarin, but of the entering tone.
-    ('白', False, True), ('竹', False, True), ('一', False, True),
-    # A variant and a character newer than the book.
-    ('峯', True, False), ('她', True, False),
-    ('x', False, False), ('，', False, False)])
-def test_tones(character, level, oblique):
-  assert pingshui.can_be(character, '平') == level
-  assert pingshui.can_be(character, '仄') == oblique
-  assert pingshui.can_be(character, '中')
+# The last of the oblique ones are level in Mandarin, but of the entering tone;
+# the last of the level ones are a variant and newer than the book.
+@pytest.mark.parametrize('characters, level, oblique', [
+    ('東峯她', True, False), ('董送屋白竹一', False, True),
+    ('先看', True, True), ('x，', False, False)])
+def test_tones(characters, level, oblique):
+  for character in characters:
+    assert pingshui.can_be(character, '平') == level, character
+    assert pingshui.can_be(character, '仄') == oblique, character
+    assert pingshui.can_be(character, '中'), character
 
 
 def test_rhymes_of_the_book():
@@ -63,10 +61,6 @@ def test_rhymes_of_the_book():
   assert not any(pingshui.is_known(c) for c in 'Publicdomainfalse')
 
 
-def _ends(*characters):
-  return [c if i % 2 else '仄' for c in characters for i in range(2)]
-
-
 @pytest.mark.parametrize('ends, rhyme', [
     ('流樓', '下平十一尤'), ('東風', '上平一東'),
     ('東冬', ''),  # The same to an ear of today.
@@ -75,7 +69,8 @@ def _ends(*characters):
     ('東風空同', '上平一東'), ('東風空冬', ''), ('東風空東', ''),
     ('看難', '上平十四寒'), ('流x', '')])
 def test_rhyme_of(ends, rhyme):
-  assert pingshui.rhyme_of(_ends(*ends)) == rhyme
+  lines = [line for end in ends for line in ('仄', end)]
+  assert pingshui.rhyme_of(lines) == rhyme
 
 
 @pytest.mark.parametrize('text, form', [
@@ -136,13 +131,13 @@ def test_other_shapes_have_no_form_and_so_no_rhyme(completion, form, verdict):
   assert _verdict(completion, form) == verdict
 
 
-def test_simplified_and_mixed_script_are_converted():
-  # A converter would make 鬆 and 裏 of 松 and 里, which are other words.
-  for text in (_STORKS, '一松獨釣玉虹蟠', '萬里無聲去'):
-    assert task.to_traditional(text) == text
-  assert task.to_traditional(_STORKS_SIMPLIFIED) == _STORKS
-  mixed = _STORKS.replace('樓', '楼').replace('層', '层')
-  assert task.to_traditional(mixed) == _STORKS
+@pytest.mark.parametrize('text, traditional', [
+    # A converter would make 鬆 and 裏 of 松 and 里, which are other words.
+    *((text, text) for text in (_STORKS, '一松獨釣玉虹蟠', '萬里無聲去')),
+    (_STORKS_SIMPLIFIED, _STORKS),
+    (_STORKS.replace('樓', '楼').replace('層', '层'), _STORKS)])
+def test_simplified_and_mixed_script_are_converted(text, traditional):
+  assert task.to_traditional(text) == traditional
 
 
 def test_rates_are_relative_to_real_poems():
@@ -238,14 +233,12 @@ def test_prompts():
 
 
 @pytest.mark.parametrize('form, asked', [
-    ({}, '七言絕句'), ({'form': None}, '七言絕句'),
-    ({'form': '5x8'}, '五言律詩'), ({'form': '七言律詩'}, '七言律詩'),
-    ({'form': ' 五絕 '}, '五言絕句'),
-    ({'form': '5X4'}, '五言絕句'), ({'form': '7×8'}, '七言律詩'),
-    ({'form': '五言律诗'}, '五言律诗')])
+    (None, '七言絕句'), ('5x8', '五言律詩'), ('七言律詩', '七言律詩'),
+    (' 五絕 ', '五言絕句'), ('5X4', '五言絕句'), ('7×8', '七言律詩'),
+    ('五言律诗', '五言律诗')])
 def test_a_title_is_a_question(form, asked):
-  record = records.Record({'title': '春雨'} | form, 'x')
-  user, model = task.to_messages(record)
+  user, model = task.to_messages(
+      records.Record({'title': '春雨', 'form': form}, 'x'))
   assert asked in user.content and '《春雨》' in user.content
   assert (model.role, model.content) == ('model', '')
 

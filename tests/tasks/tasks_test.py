@@ -107,9 +107,9 @@ def test_each_domain_is_a_task_a_config_and_a_folder():
 
 
 def test_an_unknown_task_names_the_nearest():
-  with pytest.raises(errors.UserError, match="'slnag'") as error:
+  with pytest.raises(
+      errors.UserError, match="'slnag'(.*\n)*.*Did you mean 'slang'?"):
     tasks.load('slnag')
-  assert "Did you mean 'slang'?" in error.value.fix
 
 
 @pytest.mark.parametrize('name, variant', [
@@ -124,16 +124,6 @@ def test_variants(name, variant):
   if variant not in ('hindi', 'bengali') and name != 'tiny':
     with pytest.raises(ValueError, match='use :'):
       _config(name, variant + 'x')
-
-
-@pytest.mark.parametrize('name', _DOMAINS)
-def test_a_form_filled_in_from_a_record_words_the_same_prompt(name):
-  task = tasks.load(name)
-  for record in _split(name, 'test')[:20]:
-    form = task.to_form(record)
-    assert set(form) <= set(task.FIELDS) and form[task.FIELDS[0]]
-    filled = records_lib.Record(form, 'form')
-    assert task.to_messages(filled)[:-1] == task.to_messages(record)[:-1]
 
 
 @pytest.mark.parametrize('name', _DOMAINS)
@@ -163,16 +153,20 @@ def test_own_answers_are_good_and_empty_ones_are_not(name):
   if hasattr(task, 'judge_prompts'):
     named |= task.judge_prompts(['What is Blop?'], ['A fish.']).metrics.keys()
   assert task.LOWER_IS_BETTER <= named
-  assert not task.check_answers(training)
 
 
 @pytest.mark.parametrize('name', _DOMAINS)
-def test_splits_share_no_prompt(name):
+def test_splits_share_no_prompt_and_forms_word_the_same(name):
   task = tasks.load(name)
   prompts = {}
   for split in ('train', 'validation', 'test'):
-    for record in _split(name, split):
+    for i, record in enumerate(_split(name, split)):
       messages = task.to_messages(record)
       assert all(isinstance(m, chat.Message) for m in messages)
       text = audit.normalise('\n'.join(m.content for m in messages[:-1]))
       assert prompts.setdefault(text, split) == split, record.where
+      if i < 20:  # A form filled in from a record words the same prompt.
+        form = task.to_form(record)
+        assert set(form) <= set(task.FIELDS) and form[task.FIELDS[0]]
+        filled = records_lib.Record(form, 'form')
+        assert task.to_messages(filled)[:-1] == messages[:-1]
