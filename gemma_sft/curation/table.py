@@ -20,7 +20,7 @@ _PLAIN, _COMMAS = frozenset('.।॥。۔'), frozenset(',;，、；،؛')
 # Quotes and brackets that may close after a mark.
 _CLOSING = '["\'”’»)\\]」』）]*$'
 _ENDS = regex.compile('[.!?…।॥。！？۔؟,;，、；،؛]' + _CLOSING)
-# A line end without a mark. After a dash or a colon the sentence goes on.
+# A line end without a mark. After a dash or a colon the sentence continues.
 _BARE = regex.compile(r'[\p{L}\p{M}\p{N}]' + _CLOSING)
 
 
