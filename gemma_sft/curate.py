@@ -31,6 +31,8 @@ import os
 import pathlib
 from typing import Any
 
+import regex
+
 from gemma_sft import config as config_lib
 from gemma_sft import errors
 from gemma_sft import pages
@@ -141,8 +143,8 @@ def _clean_characters(rows, log, config, text, known) -> None:
   steps = (
       ('html', config.html, characters.strip_html,
        'markup is not part of a text'),
-      ('symbols', config.symbols, functools.partial(
-          characters.remove_symbols, pattern=config.symbols),
+      ('symbols', config.symbols,
+       functools.partial(regex.sub, config.symbols, ''),
        'symbols that stand for no sound'),
       ('encoding', config.unicode, characters.repair_encoding,
        'wrongly decoded'),
@@ -219,18 +221,16 @@ def _split(rows, log, config, text) -> dict[str, list[table.TableRow]]:
 
 def _romanise(rows, log, names, scheme) -> None:
   unknown: set[str] = set()
-  for row in rows:
-    for name in names:
-      value, column = row.fields.get(name), f'{name}_{scheme}'
-      if column in row.read:
-        raise errors.UserError(
-            f'config.romanise: {row.where} has a column {column!r}',
-            'an unused name',
-            f"rename it: --config.rename='{column}_original={column}'")
-      if table.is_text(value):
-        latin = table.applied(romanise.romanise, value, scheme)
-        unknown.update(romanise.leftover(table.as_text(latin)))
-        log.change(row, column, 'romanise', latin, f'{name} in {scheme}')
+  for row, name, cell in table.text_cells(rows, names):
+    column = f'{name}_{scheme}'
+    if column in row.read:
+      raise errors.UserError(
+          f'config.romanise: {row.where} has a column {column!r}',
+          'an unused name',
+          f"rename it: --config.rename='{column}_original={column}'")
+    latin = table.applied(romanise.romanise, cell, scheme)
+    unknown.update(romanise.leftover(table.as_text(latin)))
+    log.change(row, column, 'romanise', latin, f'{name} in {scheme}')
   if unknown:
     log.notes.append(
         f'romanise: {scheme} has no letter for {" ".join(sorted(unknown))}')
@@ -238,11 +238,9 @@ def _romanise(rows, log, names, scheme) -> None:
 
 def _add_tokens(rows, log, text, kind) -> None:
   function = words.words if kind == 'words' else words.aksharas
-  for row in rows:
-    for name in text:
-      if table.is_text(row.fields.get(name)):
-        found = function(table.as_text(row.fields[name]))
-        log.change(row, f'{name}_{kind}', 'tokens', found, f'{kind} of {name}')
+  for row, name, cell in table.text_cells(rows, text):
+    log.change(row, f'{name}_{kind}', 'tokens', function(table.as_text(cell)),
+               f'{kind} of {name}')
 
 
 def _flags(rows, split, text, entries) -> Iterable[dict[str, Any]]:

@@ -112,11 +112,6 @@ def _escape(prose: str) -> str:
   return prose.replace('<', '&lt;')
 
 
-def remove_symbols(text: str, pattern: str) -> str:
-  """Returns the text without the matches of a pattern."""
-  return regex.sub(pattern, '', text)
-
-
 def repair_encoding(text: str) -> str:
   """Undoes mojibake and removes control characters (ftfy)."""
   return ftfy.fix_text(text, _FTFY)

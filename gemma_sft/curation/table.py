@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import copy
@@ -122,6 +123,15 @@ def columns(rows: Rows) -> list[str]:
   return list(dict.fromkeys(name for row in rows for name in row.fields))
 
 
+def text_cells(
+    rows: Rows, names: Sequence[str]) -> Iterator[tuple[TableRow, str, Any]]:
+  """Yields (row, column, cell) of each text or list of lines."""
+  for row in rows:
+    for name in names:
+      if is_text(row.fields.get(name)):
+        yield row, name, row.fields[name]
+
+
 def applied(function: Callable[..., str], value: Any, *arguments: Any) -> Any:
   """Returns function(text, *arguments) of a cell; a list of lines stays one."""
   text = function(as_text(value), *arguments)
@@ -142,12 +152,11 @@ def apply_text(
     rows: Rows, log: ChangeLog, step: str, names: Sequence[str],
     function: Callable[[str], str], why: str) -> None:
   """Applies a function to the texts of columns; lists of lines stay lists."""
-  for row in rows:
-    for name in filter(lambda name: is_text(row.fields.get(name)), names):
-      after = applied(function, row.fields[name])
-      # Lines that were joined in a list do not count as a change.
-      if as_text(after) != as_text(row.fields[name]):
-        log.change(row, name, step, after, why)
+  for row, name, cell in text_cells(rows, names):
+    after = applied(function, cell)
+    # Lines that were joined in a list do not count as a change.
+    if as_text(after) != as_text(cell):
+      log.change(row, name, step, after, why)
 
 
 def fill_missing(
@@ -216,13 +225,12 @@ def repair_punctuation(
   """
   for name in names:
     cells, everywhere = [], collections.defaultdict(list)
-    for row in rows:
-      if is_text(row.fields.get(name)):
-        lines = as_text(row.fields[name]).split('\n')
-        kinds = _kinds(lines)
-        cells.append((row, lines, kinds))
-        for line, kind in zip(lines, kinds):
-          everywhere[kind].append(line)
+    for row, _, cell in text_cells(rows, [name]):
+      lines = as_text(cell).split('\n')
+      kinds = _kinds(lines)
+      cells.append((row, lines, kinds))
+      for line, kind in zip(lines, kinds):
+        everywhere[kind].append(line)
     rules = {kind: _common_mark(lines, kind[0], share, at_least=10)
              for kind, lines in everywhere.items()}
     for row, lines, kinds in cells:
