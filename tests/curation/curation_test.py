@@ -37,22 +37,22 @@ def _rows(*fields, start=1):
   return [table.TableRow(f'f:{i}', f) for i, f in enumerate(fields, start)]
 
 
-def _cleaned_twice(text):
-  # The second pass may find a tag or an entity that an invisible character
-  # divided (&am\u200bp;), a third never has work.
-  for step in _STEPS * 2:
+def _clean(text):
+  for step in _STEPS:
     text = step(text)
   return text
 
 
 @_FEW
 @hypothesis.given(text=_TEXTS | _MARKUP)
-@pytest.mark.parametrize(
-    'step', (*_STEPS, _cleaned_twice), ids=lambda f: f.__name__)
+@pytest.mark.parametrize('step', (*_STEPS, _clean), ids=lambda f: f.__name__)
 def test_a_clean_text_stays_as_it_is(step, text):
   once = step(text)
-  for check in _STEPS if step is _cleaned_twice else (step,):
-    assert check(once) == once
+  # A second pass of all steps may find a tag or an entity that an invisible
+  # character divided (&am\u200bp;), a third never has work.
+  if step is _clean:
+    once = step(once)
+  assert step(once) == once
 
 
 @pytest.mark.parametrize('step', _STEPS[:-1], ids=lambda f: f.__name__)
