@@ -201,7 +201,9 @@ def check_answers(records: tasks.Records) -> list[str]:
           f' {script.title()}')
     if any(markup in text for markup in ('</', '&#', '&nbsp;', '<br')):
       problems.append(f'{record.where}: HTML is left in the lines')
-    place = first.setdefault(tuple(map(verse.key, opening)), record.where)
-    if place != record.where:
-      problems.append(f'{record.where}: opens with the same lines as {place}')
+    song = tuple(map(verse.key, opening))
+    if song in first:
+      problems.append(
+          f'{record.where}: opens with the same lines as {first[song]}')
+    first.setdefault(song, record.where)
   return problems
