@@ -36,23 +36,18 @@ def main(workdirs: Sequence[str], out: str | None = None) -> int:
         f'compare was given {len(paths)} runs: {", ".join(workdirs) or "none"}',
         'two or more different ones',
         'python -m gemma_sft.compare workdirs/a workdirs/b')
-  if out is not None:
-    _check_out(out)
+  if out is not None and not (
+      out.endswith('.html') and os.path.isdir(os.path.dirname(out) or '.')):
+    raise errors.UserError(
+        f'--out={out}', 'a file NAME.html in an existing folder',
+        'for example --out=page.html')
   defaults = dict(config_lib.leaves(default.get_config()))
   runs = [compare_runs.load(workdir, name, defaults)
           for workdir, name in zip(workdirs, compare_runs.names(workdirs))]
   comparison = compare_runs.compare(runs)
   print(compare_page.text(comparison))
   if out is not None:
-    pages.write(out, compare_page.page(
-        comparison, compare_page.picture(runs)))
+    pages.write(
+        out, compare_page.page(comparison, compare_page.picture(runs)))
     print(f'page: {out}')
   return 0
-
-
-def _check_out(out):
-  folder = os.path.dirname(out) or '.'
-  if not out.endswith('.html') or not os.path.isdir(folder):
-    raise errors.UserError(
-        f'--out={out}', 'a file NAME.html in an existing folder',
-        'for example --out=page.html')

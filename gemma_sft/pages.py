@@ -32,11 +32,9 @@ def table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
 def render(template: str, **values: Any) -> str:
   """Returns a self-contained HTML page; all values are escaped.
 
-  Args:
-    template: Path of a Jinja template below `gemma_sft`. It extends `page.html`
-      and has the filter `data_uri`, which makes a PNG's bytes the source of an
-      <img>.
-    **values: All names that the template uses; a missing one is an error.
+  The Jinja template, a path below `gemma_sft`, extends `page.html` and has the
+  filter `data_uri`, which makes a PNG's bytes the source of an <img>. A missing
+  value is an error.
   """
   import jinja2
 
@@ -53,10 +51,7 @@ def make_figure(n_axes: int = 1, width: float = 5, height: float = 3.5
                 ) -> tuple[Any, list[Any]]:
   """Returns a matplotlib figure and its axes, which stand side by side.
 
-  Args:
-    n_axes: Number of axes.
-    width: Of each of the axes, in inches.
-    height: Of the figure, in inches.
+  The width is that of each of the axes; both sizes are in inches.
   """
   # Not through pyplot, which would choose a window system and keep figures.
   from matplotlib import figure as figure_lib
@@ -78,7 +73,7 @@ def to_png(figure: Any) -> bytes:
 
 
 def write(path: str | os.PathLike, content: str | bytes) -> None:
-  """Writes a whole file, text in UTF-8, in place of the one there may be."""
+  """Writes a file, text in UTF-8; replaces an existing one."""
   if isinstance(content, str):
     content = content.encode()
   with cache.replacing(path) as partial:

@@ -24,6 +24,7 @@ if __name__ == '__main__':
           ' them: four to eight compilations.'))
 
 import dataclasses
+import functools
 from typing import Any
 
 from gemma_sft import config as config_lib
@@ -32,7 +33,6 @@ from gemma_sft import sharding
 from gemma_sft import tasks
 from gemma_sft import train
 from gemma_sft.inputs import splits
-from gemma_sft.monitor import metrics
 from gemma_sft.planning import compile_step
 from gemma_sft.planning import estimate
 from gemma_sft.planning import hardware
@@ -47,43 +47,27 @@ _TRAINED_SHARE = 0.25
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """How much work the data make.
+  """The size of the training, counted from the data."""
 
-  Attributes:
-    max_trained: Bound on the trained tokens of a device's microbatch.
-    n_tokens: Of a step, on average, without padding.
-    n_trained: Trained tokens among them.
-    steps: Of the whole run; 0 if unknown.
-    lines: Describes it to the user.
-  """
-
-  max_trained: int
-  n_tokens: float
-  n_trained: float
-  steps: int
-  lines: list[str]
+  max_trained: int  # Of a device's microbatch.
+  n_tokens: float  # Of a step, on average, without padding.
+  n_trained: float  # Trained tokens among them.
+  steps: int  # Of the whole run; 0 if unknown.
+  lines: list[str]  # Describes it to the user.
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Everything that is known about a run before it starts.
-
-  Attributes:
-    counted_flops: Of a step's program, with padding and recomputation.
-    needed_flops: Of a step, by arithmetic.
-    largest: The largest batch and length; None if the step does not fit.
-    proposal: Changes with which it fits; None if it fits, or nothing helps.
-  """
+  """Everything that is known about a run before it starts."""
 
   program: compile_step.Program
   target: hardware.Slice
   work: Work
   memory: estimate.Memory
-  counted_flops: float
-  needed_flops: float
-  seconds: estimate.Seconds
-  largest: suggest.Largest | None
-  proposal: suggest.Proposal | None
+  flops: float  # Of a step's program, with padding and recomputation.
+  seconds: estimate.Seconds  # Of a step.
+  largest: suggest.Largest | None  # None if the step does not fit.
+  proposal: suggest.Proposal | None  # None if it fits, or nothing helps.
 
 
 def main(config: Any, topology: str, analytic: bool, largest: bool) -> int:
@@ -106,15 +90,14 @@ def make_plan(
 ) -> Plan:
   """Returns the plan of a validated config on a slice.
 
-  Args:
-    analytic: Compile nothing.
-    search: Compile to find the largest batch and length.
+  With `analytic` nothing is compiled; with `search` the largest batch and
+  length are found by compiling them.
 
   Raises:
     UserError: for what `train` would refuse too, and a missing compiler.
   """
   devices = hardware.devices_of(target, analytic=analytic)
-  mesh = compile_step.make_mesh(config, devices)
+  mesh = sharding.make_mesh(**config.mesh, devices=devices)
   work = count_work(config, mesh)
   limit = target.chip.memory if target.chip else hardware.local_memory()
   parts = (sharding.batch_groups(mesh)
@@ -134,53 +117,41 @@ def make_plan(
     return compile_step.cached(
         train.train_step, program, target, compiled=not analytic)
 
-  def compiled(config):
-    program = program_of(config)
-    return estimate.memory(program, limit, *results_of(program))
-
-  def estimated(config):
-    return estimate.memory(program_of(config), limit)
+  def measure(config, *, compiled):
+    """Returns a config's memory, or None if it cannot run on the devices."""
+    try:
+      program = program_of(config)
+      return estimate.memory(
+          program, limit, *(results_of(program) if compiled else ()))
+    except errors.UserError:
+      return None
 
   program = program_of(config)
   traced, result = results_of(program)
   memory = estimate.memory(program, limit, traced, result)
   limit = memory.limit
-  confirm = None if analytic else suggest.measuring(compiled)
+  confirm = None if analytic else functools.partial(measure, compiled=True)
   proposal = largest = None
   if not memory.fits:
     proposal = suggest.propose(
-        config, len(devices), program.rows, suggest.measuring(estimated),
-        confirm)
+        config, len(devices), program.rows,
+        functools.partial(measure, compiled=False), confirm)
   elif limit:
     largest = suggest.largest(program, memory, confirm if search else None)
   return Plan(
       program=program, target=target, work=work, memory=memory,
-      counted_flops=traced.flops,
-      needed_flops=estimate.needed_flops(
-          program, n_tokens=work.n_tokens, n_trained=work.n_trained),
-      seconds=estimate.step_seconds(program, target, traced.flops),
-      largest=largest, proposal=proposal)
+      flops=traced.flops, largest=largest, proposal=proposal,
+      seconds=estimate.step_seconds(program, target, traced.flops))
 
 
-def training_seconds(
-    config: Any, target: hardware.Slice) -> estimate.Seconds:
-  """Returns the range of a whole training's time, from its FLOPs.
-
-  Loading, compiling, evaluations and checkpoints come on top.
-  """
-  devices = hardware.devices_of(target, analytic=True)
-  work = count_work(config, compile_step.make_mesh(config, devices))
-  program = compile_step.make_program(
-      config, devices, max_trained=work.max_trained)
-  traced, _ = compile_step.cached(
-      train.train_step, program, target, compiled=False)
-  step = estimate.step_seconds(program, target, traced.flops)
-  return dataclasses.replace(
-      step, quick=step.quick * work.steps, slow=step.slow * work.steps)
+def training_seconds(config: Any, target: hardware.Slice) -> estimate.Seconds:
+  """Returns the range of the time of all updates, from their FLOPs."""
+  plan = make_plan(config, target, analytic=True, search=False)
+  return plan.seconds.times(plan.work.steps)
 
 
 def count_work(config: Any, mesh: Any) -> Work:
-  """Returns how much work the data make, or what is assumed without them."""
+  """Returns the size of the training; without data it is assumed."""
   layout = build.make_layout(config, mesh)
   model = base.load_model(config.model)
   try:
@@ -292,21 +263,20 @@ def verdict(plan: Plan) -> list[str]:
               f' --config.data.max_length={plan.program.length // 2}, a smaller'
               ' model or larger devices']
   if plan.work.steps and target.hours:
-    quick, slow = (plan.work.steps * s / 3600 for s in (
-        plan.seconds.quick, plan.seconds.slow))
-    word = ('fits' if slow < target.hours else
-            'UNCERTAIN' if quick < target.hours else 'DOES NOT FIT')
-    lines.append(f'TIME    {word}: {_range(plan, plan.work.steps)} of'
-                 f' {target.hours:g} h, without evaluations')
+    total = plan.seconds.times(plan.work.steps)
+    word = ('fits' if total.slow < target.hours * 3600 else
+            'UNCERTAIN' if total.quick < target.hours * 3600 else
+            'DOES NOT FIT')
+    lines.append(f'TIME    {word}: {total.show()} of {target.hours:g} h,'
+                 ' without evaluations')
   if target.disk:
-    n_bytes = _disk_bytes(plan)
+    each, sizes = _file_bytes(plan)
+    n_bytes = (each * (plan.program.config.checkpoint.keep + 1)
+               + sizes.get('gguf-q8_0', 0))
     word = 'fits' if n_bytes < target.disk else 'DOES NOT FIT'
     lines.append(f'DISK    {word}: {_gb(n_bytes)} of {_gb(target.disk)} GB,'
                  ' with one export (gguf-q8_0)')
   return lines
-
-
-_BAR = 30
 
 
 def _memory_table(memory):
@@ -318,14 +288,14 @@ def _memory_table(memory):
       'logits': 'of one chunk of the loss',
       'rest': ('gradients and compiler' if memory.compiler else
                'gradients and one block, estimated')}
-  scale = _BAR / max(memory.peak, memory.limit, 1.0)
+  scale = 30 / max(memory.peak, memory.limit, 1.0)
   source = (f'compiled by {memory.compiler}' if memory.compiler else
             f'estimated, +-{estimate.MARGIN:.0%}; nothing was compiled')
   lines = [f'GB on each device ({source})']
   for name, meaning in rows.items():
     n_bytes = getattr(memory, name)
     bar = '#' * round(scale * n_bytes)
-    lines.append(f'  {name:12s} {n_bytes / 1e9:9.3f}  {bar:{_BAR}s}  {meaning}')
+    lines.append(f'  {name:12s} {n_bytes / 1e9:9.3f}  {bar:30s}  {meaning}')
   lines.append(f'  {"peak":12s} {memory.peak / 1e9:9.3f}  of '
                f'{memory.limit / 1e9:.3f}; a step needs'
                f' {memory.added / 1e9:.3f} GB above resident memory')
@@ -333,28 +303,30 @@ def _memory_table(memory):
 
 
 def _time(plan):
-  program, seconds = plan.program, plan.seconds
+  program, seconds, work = plan.program, plan.seconds, plan.work
+  needed = estimate.needed_flops(
+      program, n_tokens=work.n_tokens, n_trained=work.n_trained)
   lines = [
-      f'FLOPs of a step: {plan.counted_flops / 1e12:.4g} T counted in the'
-      ' program (with padding and recomputation),'
-      f' {plan.needed_flops / 1e12:.4g} T needed by arithmetic',
+      f'FLOPs of a step: {plan.flops / 1e12:.4g} T counted in the program (with'
+      f' padding and recomputation), {needed / 1e12:.4g} T needed by'
+      ' arithmetic',
       f'a step: {_seconds(seconds.quick)} to {_seconds(seconds.slow)}, at'
       f' {seconds.assumption}']
-  if plan.work.steps:
-    lines.append(f'{plan.work.steps:,} updates: {_range(plan, plan.work.steps)}'
-                 '; loading, compiling and evaluations come on top')
-  judged = program.config.eval.judged
-  if judged:
-    count = 'all validation records' if judged < 0 else f'{judged} records'
+  if work.steps:
+    lines.append(f'{work.steps:,} updates: {seconds.times(work.steps).show()};'
+                 ' loading, compiling and evaluations come on top')
+  section = program.config.eval
+  if section.judged:
+    count = ('all validation records' if section.judged < 0
+             else f'{section.judged} records')
     lines.append(f'  each evaluation answers {count}, at most'
-                 f' {program.config.eval.max_new_tokens} tokens each')
+                 f' {section.max_new_tokens} tokens each')
   return lines
 
 
 def _disk(plan):
   keep = plan.program.config.checkpoint.keep
-  each = estimate.checkpoint_bytes(plan.program)
-  sizes = estimate.export_bytes(plan.program)
+  each, sizes = _file_bytes(plan)
   return [
       f'checkpoints: {keep + 1} x {each / 1e9:.3f} GB (the newest {keep} and'
       ' the best)',
@@ -362,10 +334,9 @@ def _disk(plan):
           f'{name} {size / 1e9:.2f}' for name, size in sizes.items())]
 
 
-def _disk_bytes(plan):
-  checkpoints = plan.program.config.checkpoint.keep + 1
-  return (estimate.checkpoint_bytes(plan.program) * checkpoints
-          + estimate.export_bytes(plan.program).get('gguf-q8_0', 0))
+def _file_bytes(plan):
+  return (estimate.checkpoint_bytes(plan.program),
+          estimate.export_bytes(plan.program))
 
 
 def _rows(program):
@@ -373,12 +344,6 @@ def _rows(program):
   parts = f' in {A} microbatches' if A > 1 else ''
   return (f'{program.config.data.batch_size} rows of {program.length}'
           f' tokens{parts}, {program.rows} at a time on a device')
-
-
-def _range(plan, steps):
-  quick, slow = (metrics.duration(steps * s) for s in (
-      plan.seconds.quick, plan.seconds.slow))
-  return f'{quick} to {slow}'
 
 
 def _seconds(s):

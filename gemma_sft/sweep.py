@@ -58,9 +58,9 @@ if __name__ == '__main__':
           'trials', 20, 'Trials of --search, including those of earlier'
           ' calls.'))
 
+import functools
 import os
 from typing import Any
-from typing import Mapping
 from typing import Sequence
 
 import jax
@@ -80,23 +80,12 @@ from gemma_sft.sweeping import search as search_lib
 from gemma_sft.sweeping import source as source_lib
 from gemma_sft.sweeping import wording
 
-_HERE = hardware.parse('cpu')
-
 
 def main(
-    config: Any,
-    workdir: str,
-    grid: str = '',
-    seeds: int = 0,
-    baseline_cell: str = '',
-    evaluate: str = 'auto',
-    parallel: int = 1,
-    shard: str = '',
-    dry_run: bool = False,
-    search: str = '',
-    trials: int = 20,
-    topology: str = 'cpu',
-) -> int:
+    config: Any, workdir: str, topology: str = 'cpu', grid: str = '',
+    seeds: int = 0, baseline_cell: str = '', evaluate: str = 'auto',
+    parallel: int = 1, shard: str = '', dry_run: bool = False, search: str = '',
+    trials: int = 20) -> int:
   """Runs the sweep; see the module's docstring."""
   cli.require('config', config, '--config=configs/slang.py')
   cli.require('workdir', workdir, '--workdir=sweeps/slang')
@@ -108,73 +97,35 @@ def main(
         f'--seeds={seeds}', 'at least 1', 'for example --seeds=3')
   slots = processes.make_slots(parallel, os.environ)
   if search:
-    _refuse_with_search(
+    for name, is_set in dict(
         grid=grid, seeds=seeds, baseline_cell=baseline_cell, shard=shard,
-        evaluate=evaluate if evaluate != 'auto' else '')
+        evaluate=evaluate != 'auto').items():
+      if is_set:
+        raise errors.UserError(
+            f'--{name} with --search', 'a search or a grid: a trial is one run'
+            ' with config.seed, scored on validation',
+            'search first, then compare the best with --grid and --seeds')
     return search_lib.run(
         source, config, search, trials=trials, workdir=workdir, slots=slots,
         dry_run=dry_run)
-  return compare(
-      source, config, workdir, grid=grid, seeds=seeds, baseline=baseline_cell,
-      evaluate=evaluate, slots=slots, shard=shard, dry_run=dry_run,
-      target=hardware.parse(topology))
-
-
-def compare(
-    source: source_lib.SweepSource,
-    config: Any,
-    workdir: str,
-    *,
-    grid: str = '',
-    seeds: int = 0,
-    baseline: str = '',
-    evaluate: str = 'auto',
-    slots: Sequence[Mapping[str, str]],
-    shard: str = '',
-    dry_run: bool = False,
-    target: hardware.Slice = _HERE,
-) -> int:
-  """Runs what is missing of a grid and compares; returns the exit status.
-
-  Args:
-    seeds: --seeds; 0 for the file's.
-    baseline: --baseline_cell; '' for the file's.
-    shard: --shard; '' for all runs.
-    dry_run: List the runs, and stop.
-    target: For the time estimates of a dry run, where no run is finished.
-  """
+  target = hardware.parse(topology)
   part, n_parts = parse_shard(shard)
   sweep = grid_lib.make_sweep(
-      source, config, grid=grid, seeds=seeds, baseline=baseline)
+      source, config, grid=grid, seeds=seeds, baseline=baseline_cell)
   planned = runs_lib.Planner(source, workdir, evaluate).plan(
       sweep.cells, sweep.seeds)
+  mine = Schedule(planned[part::n_parts], parallel)
   if dry_run:
-    _list(source, planned[part::n_parts], len(slots), target)
+    _list(source, mine, target)
     return 0
   with workdir_lib.lock_workdir(workdir if not shard else os.path.join(
       workdir, 'shards', f'{part}-of-{n_parts}')):
-    return _run(
-        sweep, planned, planned[part::n_parts], slots, workdir, source.path)
-
-
-def _refuse_with_search(**flags: Any) -> None:
-  for name, value in flags.items():
-    if value:
-      raise errors.UserError(
-          f'--{name} with --search', 'a search or a grid: a trial is one run'
-          ' with config.seed, scored on validation',
-          'search first, then compare the best with --grid and --seeds')
+    return _run(sweep, planned, mine, slots, workdir, source.path)
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-  """Returns (0, 2) of '0/2', and (0, 1) of ''.
-
-  Raises:
-    UserError: for anything else.
-  """
-  if not text:
-    return 0, 1
-  part, _, n_parts = text.partition('/')
+  """Returns (0, 2) of '0/2', and (0, 1) of ''."""
+  part, _, n_parts = (text or '0/1').partition('/')
   if not (part.isdecimal() and n_parts.isdecimal()
           and int(part) < int(n_parts)):
     raise errors.UserError(
@@ -188,128 +139,115 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 def _run(sweep, planned, mine, slots, workdir, config) -> int:
   """Runs this host's part, then compares all finished runs."""
-  progress = Progress(mine, len(slots))
+  _say(mine.summary())
   with processes.Stop() as stop:
-    outcomes = processes.run_all(
-        mine, slots, stop, on_start=progress.start, on_end=progress.end)
-  messages = {w: o.message for w, o in outcomes.items()
-              if o.state != 'finished'}
-  summary = page.write(sweep, planned, messages, workdir, config)
-  print()
-  for sentence in summary['sentences']:
-    print(sentence)
+    processes.run_all(slots, stop, start=mine.start, on_end=mine.end)
+  summary = page.write(sweep, planned, mine.messages, workdir, config)
   print(f'comparison: {os.path.join(workdir, "sweep.html")}')
-  for run in mine:
-    if run.workdir in messages:
+  for run in mine.runs:
+    if run.workdir in mine.messages:
       log = os.path.join(run.workdir, 'log.txt')
       print(f'not finished: {run.cell.name}, seed {run.seed}:'
-            f' {messages[run.workdir]} ({log})')
-  if stop.signal:
-    print(f'stopped by {stop.signal.name}; the same command goes on from here')
-    return 128 + stop.signal
-  if not summary['complete'] and not messages:
+            f' {mine.messages[run.workdir]} ({log})')
+  if not (stop.signal or summary['complete'] or mine.messages):
     print('other hosts are still running; the last one to end, or the same'
           ' command again, completes the comparison')
-  return 1 if messages else 0
+  return stop.exit_status(bool(mine.messages))
 
 
-class Progress:
-  """Prints a line at the start and the end of each run."""
+class Schedule:
+  """The runs of this host, in order; says how each starts and ends."""
 
   def __init__(self, runs: Sequence[runs_lib.PlannedRun], parallel: int):
-    """Prints how many are finished already."""
-    self._runs, self._parallel = list(runs), parallel
-    self._finished = _finished(runs)
-    self._open = _unfinished(runs)
-    _say(f'{len(runs)} runs: {len(self._finished)} finished,'
-         f' {len(self._open)} to go' + self._time_left())
+    self.runs = list(runs)
+    self.finished = [r for run in runs if (r := results_lib.read(run))]
+    self.unfinished = [r for r in runs if r.state() != runs_lib.FINISHED]
+    self.messages: dict[str, str] = {}  # {workdir: why a run did not finish}.
+    self.parallel = parallel
+    self._waiting = list(self.unfinished)
 
-  def start(self, run: runs_lib.PlannedRun) -> None:
-    """Prints that a run starts or continues."""
+  def summary(self, left: str = '') -> str:
+    """Returns how many runs are finished, and the time that is left."""
+    return (f'{len(self.runs)} runs: {len(self.finished)} finished,'
+            f' {len(self.unfinished)} to go{left or self._time_left()}')
+
+  def seconds(self, run: runs_lib.PlannedRun) -> float | None:
+    """Returns what a run still takes, judging by finished ones, if known."""
+    return results_lib.estimate_seconds(run, self.finished)
+
+  def start(
+      self, environment: processes.Environment) -> processes.Process | None:
+    """Starts or continues the next run; returns None if there is no more."""
+    if not self._waiting:
+      return None
+    run = self._waiting.pop(0)
     state = {
         runs_lib.TO_CONTINUE: f'continues after {run.step()} updates',
         runs_lib.TO_EVALUATE: 'is trained; evaluation'}
     _say(f'{self._name(run)} | {state.get(run.state(), "starts")}')
+    return processes.Process(run, environment)
 
-  def end(self, run: runs_lib.PlannedRun, outcome: processes.Outcome) -> None:
-    """Prints how a run ended, and what is left."""
+  def end(
+      self, process: processes.Process, outcome: processes.Outcome) -> None:
+    """Notes how a run ended."""
+    run = process.run
     text = f'{outcome.state} after {metrics.duration(outcome.seconds)}'
-    self._open.remove(run)
+    self.unfinished.remove(run)
     result = results_lib.read(run)
-    if outcome.state == 'finished' and result is not None:
-      self._finished.append(result)
+    if outcome.state != 'finished':
+      self.messages[run.workdir] = outcome.message
+      text += f' | {outcome.message}'
+    elif result is not None:
+      self.finished.append(result)
       for name in dict.fromkeys((result.headline, 'loss')):
         text += (f' | {wording.label(name)}'
                  f' {wording.show(name, result.scores.get(name))}')
-    if outcome.message:
-      text += f' | {outcome.message}'
-    _say(f'{self._name(run)} | {text} | {len(self._open)} left'
+    _say(f'{self._name(run)} | {text} | {len(self.unfinished)} left'
          + self._time_left())
 
   def _name(self, run):
-    number, n_runs = self._runs.index(run) + 1, len(self._runs)
+    number, n_runs = self.runs.index(run) + 1, len(self.runs)
     return (f'run {number:{len(str(n_runs))}d}/{n_runs} | {run.cell.name} |'
             f' seed {run.seed}')
 
   def _time_left(self):
-    return _time_left(self._open, self._finished, self._parallel)
+    seconds = list(map(self.seconds, self.unfinished))
+    if None in seconds:
+      return ', time unknown' + (
+          '' if self.finished else ' until one is finished')
+    left = metrics.duration(sum(seconds) / self.parallel)
+    return f', about {left}' if seconds else ''
 
 
-def _say(text):
-  print(text, flush=True)
+_say = functools.partial(print, flush=True)
 
 
-def _finished(runs):
-  return [r for run in runs if (r := results_lib.read(run))]
-
-
-def _unfinished(runs):
-  return [run for run in runs if run.state() != runs_lib.FINISHED]
-
-
-def _time_left(runs, finished, parallel):
-  """Returns ', about 2 h 05 m', or '' if no run is left."""
-  if not runs:
-    return ''
-  seconds = [results_lib.estimate_seconds(run, finished) for run in runs]
-  if None in seconds:
-    return ', time unknown' + ('' if finished else ' until one is finished')
-  return f', about {metrics.duration(sum(seconds) / parallel)}'
-
-
-def _list(source, runs, parallel, target) -> None:
+def _list(source, schedule, target) -> None:
   """Prints the runs, and how long those that are not finished take."""
-  finished, unfinished = _finished(runs), _unfinished(runs)
   by_flops = {}  # {cell: estimate}, for cells of which no finished run says.
-  for run in runs:
+  for run in schedule.runs:
     time = ''
-    if run in unfinished:
-      seconds = results_lib.estimate_seconds(run, finished)
+    if run in schedule.unfinished:
+      seconds = schedule.seconds(run)
+      name = run.cell.name
       if seconds is not None:
         time = f' | about {metrics.duration(seconds)}'
       else:
-        name = run.cell.name
         if name not in by_flops:
           by_flops[name] = plan_entry.training_seconds(
               grid_lib.load_cell(source, run.cell), target)
-        time = f' | training {_range(by_flops[name])}'
+        time = f' | training {by_flops[name].show()}'
     _say(f'{run.state():11} | {run.cell.name} | seed {run.seed}{time} |'
          f' {run.workdir}')
-  left = _time_left(unfinished, finished, parallel)
+  left = ''
   if by_flops:
-    ranges = [by_flops.get(run.cell.name) for run in unfinished]
+    ranges = [by_flops.get(run.cell.name) for run in schedule.unfinished]
     if all(ranges):
-      left = ', training ' + _range(estimate.Seconds(
-          sum(r.quick for r in ranges) / parallel,
-          sum(r.slow for r in ranges) / parallel, ''))
+      total = estimate.Seconds(
+          sum(r.quick for r in ranges), sum(r.slow for r in ranges), '')
+      left = f', training {total.times(1 / schedule.parallel).show()}'
     assumption = next(iter(by_flops.values())).assumption
     _say(f'training time from the FLOPs of a step on {target.name}, at'
          f' {assumption}; answering the judged split comes on top')
-  _say(f'{len(runs)} runs: {len(finished)} finished,'
-       f' {len(unfinished)} to go' + left)
+  _say(schedule.summary(left))
   _say('dry run: nothing was started')
-
-
-def _range(seconds):
-  return (f'{metrics.duration(seconds.quick)} to'
-          f' {metrics.duration(seconds.slow)}')

@@ -9,16 +9,16 @@ import pytest
 from gemma_sft import pages
 
 
-def test_table_is_padded_and_a_cell_cannot_end_early():
-  assert pages.table(['a', 'metric'], [['x|y', 1], ['two\nlines', None]]) == (
-      '| a         | metric |\n'
-      '| --------- | ------ |\n'
-      '| x\\|y      | 1      |\n'
-      '| two lines | None   |')
-
-
-def test_table_of_the_head_alone():
-  assert pages.table(['a', 'bcde'], []) == '| a   | bcde |\n| --- | ---- |'
+@pytest.mark.parametrize('header, rows, text', [
+    (['a', 'metric'], [['x|y', 1], ['two\nlines', None]],
+     '| a         | metric |\n'
+     '| --------- | ------ |\n'
+     '| x\\|y      | 1      |\n'
+     '| two lines | None   |'),
+    (['a', 'bcde'], [], '| a   | bcde |\n| --- | ---- |'),
+], ids=['padded', 'header alone'])
+def test_table(header, rows, text):
+  assert pages.table(header, rows) == text
 
 
 def test_a_long_cell_does_not_widen_the_other_rows():
@@ -31,22 +31,17 @@ def test_table_needs_a_cell_for_each_column():
     pages.table(['a', 'b'], [['one']])
 
 
-def _render(tmp_path, monkeypatch, text, **values):
-  (tmp_path / 't.html').write_text(text)
-  (tmp_path / 'page.html').write_text('<!doctype html>{% block body %}'
-                                      '{% endblock %}')
-  monkeypatch.setattr(pages, '__file__', str(tmp_path / 'pages.py'))
-  return pages.render('t.html', **values)
-
-
 def test_render_escapes_embeds_and_insists_on_all_values(tmp_path, monkeypatch):
-  text = ('{% extends "page.html" %}{% block body %}{{ name }}'
-          '<img src="{{ png | data_uri }}">{% endblock %}')
-  page = _render(tmp_path, monkeypatch, text, name='<b>', png=b'abc')
-  assert page == ('<!doctype html>&lt;b&gt;'
-                  '<img src="data:image/png;base64,YWJj">')
+  (tmp_path / 'page.html').write_text(
+      '<!doctype html>{% block body %}{% endblock %}')
+  (tmp_path / 't.html').write_text(
+      '{% extends "page.html" %}{% block body %}{{ name }}'
+      '<img src="{{ png | data_uri }}">{% endblock %}')
+  monkeypatch.setattr(pages, '__file__', str(tmp_path / 'pages.py'))
+  assert pages.render('t.html', name='<b>', png=b'abc') == (
+      '<!doctype html>&lt;b&gt;<img src="data:image/png;base64,YWJj">')
   with pytest.raises(jinja2.UndefinedError, match='name'):
-    _render(tmp_path, monkeypatch, text, png=b'')
+    pages.render('t.html', png=b'')
 
 
 def _figure():

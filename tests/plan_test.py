@@ -1,8 +1,8 @@
 """What `plan` prints."""
 
-import conftest
 import pytest
 
+from gemma_sft import errors
 from gemma_sft import plan
 from gemma_sft.planning import hardware
 
@@ -12,10 +12,9 @@ def _own_cache(tmp_path, monkeypatch):
   monkeypatch.setenv('GEMMA_SFT_CACHE', str(tmp_path / 'cache'))
 
 
-def _lines(config, topology='kaggle-tpu', **options):
-  target = hardware.parse(topology)
-  options = {'analytic': True, 'search': False, **options}
-  return '\n'.join(plan.render(plan.make_plan(config, target, **options)))
+def _lines(config, topology='kaggle-tpu', analytic=True):
+  return '\n'.join(plan.render(plan.make_plan(
+      config, hardware.parse(topology), analytic=analytic, search=False)))
 
 
 def test_verdict_first_then_memory_by_kind_time_and_disk(config):
@@ -33,44 +32,29 @@ def test_verdict_first_then_memory_by_kind_time_and_disk(config):
   assert max(map(len, text.splitlines())) <= 140
 
 
-def test_a_model_that_does_not_fit_gets_a_proposal(config):
-  config.model.update(name='gemma3_12b', weights='random', tokenizer='byte')
-  config.data.update(batch_size=16, max_length=2048)
-  text = _lines(config)
-  assert 'DOES NOT FIT' in text
-  assert '--config.mesh.fsdp=8' in text
-  assert 'GB too much' in text
+@pytest.mark.parametrize('topology, changes, expected', [
+    ('kaggle-tpu',
+     {'model.name': 'gemma3_12b', 'model.weights': 'random',
+      'model.tokenizer': 'byte', 'data.batch_size': 16,
+      'data.max_length': 2048},
+     ('DOES NOT FIT', '--config.mesh.fsdp=8', 'GB too much')),
+    ('kaggle-tpu', {'data.train': 'nowhere.jsonl'},
+     ('not counted, because', 'nowhere.jsonl',
+      'assumed instead: full rows, 25%')),
+    # The T4 has no bfloat16, and no compiler here.
+    ('kaggle-t4x2', {'data.batch_size': 8}, ('float16', '2 x Tesla T4')),
+    ('cpu', {'data.batch_size': 8}, ('compiled by XLA', 'plain products')),
+], ids=['too large', 'no data', 'T4', 'CPU'])
+def test_what_a_plan_says(config, topology, changes, expected):
+  config.update_from_flattened_dict(changes)
+  text = _lines(config, topology, analytic=topology != 'cpu')
+  for part in expected:
+    assert part in text
 
 
-def test_missing_data_are_assumed_and_the_plan_says_so(config):
-  config.data.train = 'nowhere.jsonl'
-  text = _lines(config)
-  assert 'not counted, because' in text and 'nowhere.jsonl' in text
-  assert 'assumed instead: full rows, 25%' in text
-
-
-def test_a_card_without_a_compiler_is_estimated(config):
-  config.data.batch_size = 8
-  text = _lines(config, 'kaggle-t4x2', analytic=True)
-  # The T4 has no bfloat16.
-  assert 'float16' in text and '2 x Tesla T4' in text
-
-
-def test_this_machine_is_compiled_for(config):
-  config.data.update(batch_size=8)
-  text = _lines(config, 'cpu', analytic=False)
-  assert 'compiled by XLA' in text
-  assert 'plain products' in text
-
-
-def test_mistakes_are_one_message():
-  status, _, err = conftest.run_module(
-      'plan', '--config=configs/tiny.py', '--topology=v5e-9')
-  assert status == 2 and "Did you mean 'v5e-" in err
-  assert 'Traceback' not in err
-
-
-def test_what_train_would_refuse_is_refused(config):
-  config.data.batch_size = 3
-  with pytest.raises(ValueError, match='a multiple of 8'):
+def test_mistakes_are_refused(config):
+  with pytest.raises(errors.UserError, match="Did you mean 'v5e-"):
+    plan.main(config, 'v5e-9', analytic=True, largest=False)
+  config.data.batch_size = 3  # As `train` would.
+  with pytest.raises(errors.UserError, match='a multiple of 8'):
     _lines(config)

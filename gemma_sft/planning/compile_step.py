@@ -1,9 +1,7 @@
 """The training step, traced and compiled without weights, data or devices.
 
 Shapes, dtypes and shardings come from the functions that build a real run
-(`run.build`, `sharding`, `model`), so the program traced and compiled here is
-the program that would run. No weights are read and no arrays are allocated.
-libtpu compiles for TPUs on a machine without one.
+(`run.build`, `sharding`, `model`), so the program is the one that would run.
 """
 
 import dataclasses
@@ -37,23 +35,16 @@ from gemma_sft.run import devices as devices_lib
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A step that can be traced and compiled.
-
-  Attributes:
-    base: Shapes and shardings of the frozen weights; None if all are trained.
-    state: Shapes and shardings of the state, in the form that steps run on.
-    batch: Shapes and shardings of a batch.
-    max_trained: Bound on the trained tokens of a device, see `head.masked_nll`.
-  """
+  """A step on shapes with shardings, which can be traced and compiled."""
 
   config: Any
   model: model_lib.Model
   settings: state_lib.StepSettings
   optimizer: Any
-  base: Any
-  state: state_lib.TrainState
+  base: Any  # The frozen weights; None if all are trained.
+  state: state_lib.TrainState  # In the form that steps run on.
   batch: dict[str, jax.ShapeDtypeStruct]
-  max_trained: int
+  max_trained: int  # Of a device; see `head.masked_nll`.
 
   @property
   def mesh(self) -> jax.sharding.Mesh:
@@ -85,25 +76,14 @@ def row_length(config: Any) -> int:
   return max((config.data.max_length, *config.data.buckets))
 
 
-def make_mesh(config: Any, devices: Sequence[Any]) -> jax.sharding.Mesh:
-  """Returns the mesh of a config on devices, which need not exist."""
-  return sharding.make_mesh(
-      data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor,
-      devices=devices)
-
-
 def make_program(
     config: Any, devices: Sequence[Any], *, max_trained: int) -> Program:
   """Returns the step of a validated config on devices, which need not exist.
 
-  Args:
-    devices: JAX's, those of a topology, or `hardware.AbsentDevice`s.
-    max_trained: Bound on the trained tokens of a device, see `batches.Batches`.
-
   Raises:
     UserError: for a mesh, batch or kernel that the devices do not support.
   """
-  mesh = make_mesh(config, devices)
+  mesh = sharding.make_mesh(**config.mesh, devices=devices)
   layout = build.make_layout(config, mesh)
   model = base_lib.load_model(config.model)
   base_lib.check_length(config.data.max_length, model)
@@ -127,10 +107,10 @@ def make_program(
   A, B, T = layout.microbatches, layout.batch_size, row_length(config)
   rows = sharding.batch_sharding(mesh)
   batch = {
-      name: jax.ShapeDtypeStruct((A, B // A, T), kind, sharding=rows)
-      for name, kind in (('tokens', jnp.int32), ('targets', jnp.int32),
-                         ('positions', jnp.int32), ('segment_ids', jnp.int32),
-                         ('loss_mask', jnp.bool))}
+      name: jax.ShapeDtypeStruct(
+          (A, B // A, T), jnp.bool if name == 'loss_mask' else jnp.int32,
+          sharding=rows) for name in (
+              'tokens', 'targets', 'positions', 'segment_ids', 'loss_mask')}
   batch['rows'] = jax.ShapeDtypeStruct((A, B // A), jnp.int32, sharding=rows)
   return Program(
       config=config, model=model,
@@ -155,10 +135,7 @@ def _base_shapes(model, dtype, quantization, stacked):
 
 
 def _quantized_shape(shape, kind):
-  """Returns a `quantize.Quantized` of shapes.
-
-  Blocks lie along the last axis, so quantising one row of zeros gives them.
-  """
+  # Blocks lie along the last axis, so quantising a row of zeros gives shapes.
   row = quantize.quantize(np.zeros(shape[-1:], np.float32), kind)
   return jax.tree.map(
       lambda x: jax.ShapeDtypeStruct((*shape[:-1], *x.shape), x.dtype), row)
@@ -183,40 +160,23 @@ def local_bytes(tree: Any) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
-  """What the trace of a step shows, over all devices.
+  """What the trace of a step shows, over all devices."""
 
-  Attributes:
-    flops: Of the matrix products of a step, recomputed ones counted again.
-    residuals: Bytes that the forward pass of a microbatch saves for the
-      backward pass; 0 where layers are not scanned.
-  """
-
-  flops: float
-  residuals: int
+  flops: float  # `flops.product_flops`.
+  residuals: int  # `flops.residual_bytes` of a microbatch.
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """What the compiler says of a step, in bytes on one device.
+  """What the compiler says of a step, in bytes on one device."""
 
-  Attributes:
-    arguments: State, base and batch.
-    temporaries: Allocated while the step runs.
-    peak: The most in use at any time; what a step that does not fit would need.
-    added: The most in use above the arguments.
-    available: The compiler's limit; 0 if it has none.
-    fits: Whether the compiler accepted the program.
-    seconds: CPU time of the compilation.
-    compiler: Its name and version.
-  """
-
-  arguments: int
+  arguments: int  # State, base and batch.
   temporaries: int
-  peak: int
-  added: int
-  available: int
-  fits: bool
-  seconds: float
+  peak: int  # Or what a step that does not fit would need.
+  added: int  # The most in use above the arguments.
+  available: int  # The compiler's limit; 0 if it has none.
+  fits: bool  # Whether the compiler accepted the program.
+  seconds: float  # CPU time of the compilation.
   compiler: str
 
 
@@ -237,9 +197,6 @@ def trace(step_fn: Any, program: Program) -> tuple[Any, Traced]:
 
 def compile_step(lowered: Any, compiler: str) -> Compiled:
   """Compiles a lowered step; a step that does not fit is a result, no error.
-
-  Args:
-    lowered: `trace(...)[0].lower()`.
 
   Raises:
     UserError: if the compiler refuses the step for another reason than memory.
@@ -262,9 +219,6 @@ def compile_step(lowered: Any, compiler: str) -> Compiled:
       True, time.process_time() - start, compiler)
 
 
-_UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
-
-
 def _overflow(message: str) -> tuple[int, int]:
   """Returns (needed, available) bytes from a compiler's message."""
   found = re.search(
@@ -277,9 +231,11 @@ def _overflow(message: str) -> tuple[int, int]:
         'a step that compiles for these devices',
         'try --config.model.attention=chunked; if that helps, an attention'
         ' kernel does not work there')
-  needed, unit, available, unit_2 = found.groups()
-  return (int(float(needed) * _UNITS[unit]),
-          int(float(available) * _UNITS[unit_2]))
+  sizes = found.groups()
+  needed, available = (
+      int(float(size) * 1024 ** ' KMGT'.index(unit or ' '))
+      for size, unit in zip(sizes[::2], sizes[1::2]))
+  return needed, available
 
 
 # The cache of results --------------------------------------------------------
@@ -301,27 +257,20 @@ def cached(
   A result is stored under a hash of config, devices, versions and the step's
   modules. A compilation is also stored under a hash of the program itself, so
   that an edit of those modules that leaves the program as it is costs none.
-
-  Args:
-    compiled: False to trace only.
   """
   compiler = hardware.compiler_name(target) if compiled else ''
   key = _key(program, target, compiler)
   if known := _read(key):
-    return Traced(**known['traced']), (
-        known['compiled'] and Compiled(**known['compiled']))
+    return known
   traced, counts = trace(step_fn, program)
-  if not compiled:
-    _write(key, counts, None)
-    return counts, None
-  lowered = traced.lower()
-  by_program = hashlib.sha256(
-      f'{target.topology} {program.mesh.size} {compiler}\n'.encode()
-      + lowered.as_text().encode()).hexdigest()
-  if known := _read(by_program):
-    result = Compiled(**known['compiled'])
-  else:
-    result = compile_step(lowered, compiler)
+  result = None
+  if compiled:
+    lowered = traced.lower()
+    by_program = hashlib.sha256(
+        f'{target.topology} {program.mesh.size} {compiler}\n'.encode()
+        + lowered.as_text().encode()).hexdigest()
+    known = _read(by_program)
+    result = known[1] if known else compile_step(lowered, compiler)
     _write(by_program, counts, result)
   _write(key, counts, result)
   return counts, result
@@ -329,8 +278,8 @@ def cached(
 
 def is_cached(program: Program, target: hardware.Slice) -> bool:
   """Returns whether `cached` would return a compilation at once."""
-  compiler = hardware.compiler_name(target)
-  return _read(_key(program, target, compiler)) is not None
+  key = _key(program, target, hardware.compiler_name(target))
+  return _read(key) is not None
 
 
 def _source_files() -> list[pathlib.Path]:
@@ -360,9 +309,11 @@ def _key(program, target, compiler):
 
 def _read(key):
   try:
-    return json.loads(_path(key).read_text('utf-8'))
+    known = json.loads(_path(key).read_text('utf-8'))
   except (OSError, json.JSONDecodeError):
     return None
+  return Traced(**known['traced']), (
+      known['compiled'] and Compiled(**known['compiled']))
 
 
 def _write(key, traced, compiled):

@@ -7,6 +7,7 @@ are computed, is a model with the constants below; a test holds it within 15 %
 of five steps that were compiled for TPUs (tests/planning/estimate_test.py).
 """
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -36,33 +37,19 @@ _OF_MLP_WIDTH, _OF_MODEL_WIDTH = 6, 4
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes on one device while a step runs, by kind.
+  """Bytes on one device while a step runs, by kind."""
 
-  Attributes:
-    base: The frozen weights.
-    adapters: What is trained: all weights, without LoRA.
-    optimizer: Its moments.
-    batch: Tokens, targets, masks.
-    activations: What the forward pass saves for the backward pass.
-    logits: Of one chunk of the loss.
-    rest: Gradients, and what the compiler needs besides.
-    limit: What the device leaves to programs; 0 if unknown.
-    fits: Whether the compiler accepted it, or the sum is below the limit.
-    compiler: That found the peak; '' if the peak is the estimate.
-    added: What the step needs above resident memory.
-  """
-
-  base: float
-  adapters: float
-  optimizer: float
-  batch: float
-  activations: float
-  logits: float
-  rest: float
-  limit: float
-  fits: bool
-  compiler: str
-  added: float
+  base: float  # The frozen weights.
+  adapters: float  # What is trained: all weights, without LoRA.
+  optimizer: float  # Its moments.
+  batch: float  # Tokens, targets, masks.
+  activations: float  # What the forward pass saves for the backward pass.
+  logits: float  # Of one chunk of the loss.
+  rest: float  # Gradients, and what the compiler needs besides.
+  limit: float  # What the device leaves to programs; 0 if unknown.
+  fits: bool  # By the compiler, or by the limit.
+  compiler: str  # That found the peak; '' if the peak is the estimate.
+  added: float  # What the step needs above resident memory.
 
   @property
   def resident(self) -> float:
@@ -75,18 +62,12 @@ class Memory:
 
 
 def memory(
-    program: compile_step.Program,
-    limit: float,
+    program: compile_step.Program, limit: float,
     traced: compile_step.Traced | None = None,
-    compiled: compile_step.Compiled | None = None,
-) -> Memory:
-  """Returns a step's memory.
+    compiled: compile_step.Compiled | None = None) -> Memory:
+  """Returns a step's memory; estimates what was not traced or compiled.
 
-  Args:
-    limit: Bytes of a device; 0 if unknown. A limit that the compiler names
-      replaces it.
-    traced: None to estimate the activations too.
-    compiled: None to estimate the rest too.
+  A limit that the compiler names replaces `limit`.
   """
   resident = dict(
       base=compile_step.local_bytes(program.base),
@@ -229,15 +210,18 @@ class Seconds:
   slow: float
   assumption: str
 
+  def times(self, n: float) -> 'Seconds':
+    return Seconds(n * self.quick, n * self.slow, self.assumption)
+
+  def show(self) -> str:
+    """Returns '3 m 20 s to 2 h 05 m'."""
+    return f'{metrics.duration(self.quick)} to {metrics.duration(self.slow)}'
+
 
 def step_seconds(
     program: compile_step.Program, target: hardware.Slice, flops: float
 ) -> Seconds:
-  """Returns the range of a step's time.
-
-  Args:
-    flops: `Traced.flops`, over all devices.
-  """
+  """Returns the range of a step's time; its FLOPs are over all devices."""
   flops /= program.mesh.size
   if target.chip is None:
     slow, quick = CPU_SHARES
@@ -279,9 +263,6 @@ def product_rate(dtype: Any, size: int = 1024) -> float:
 
 # Disk ------------------------------------------------------------------------
 
-FORMATS = ('hf', 'peft', 'gguf-f16', 'gguf-q8_0', 'gguf-q4_k_m')
-
-
 def checkpoint_bytes(program: compile_step.Program) -> int:
   """Returns the size of one checkpoint."""
   return sum(leaf.size * leaf.dtype.itemsize
@@ -289,23 +270,15 @@ def checkpoint_bytes(program: compile_step.Program) -> int:
 
 
 def export_bytes(program: compile_step.Program) -> dict[str, int]:
-  """Returns {format: size of what `export` writes}."""
+  """Returns {format: size of what `export` writes} of the usual formats."""
   layout = load.weight_layout(program.model)
-  n_layers = names.n_layers(layout)
-  sizes = {}
-  for name in FORMATS:
-    if name == 'hf':
-      shapes = names.file_shapes(layout, 'hf')
-      sizes[name] = sum(
-          safetensors_file.n_bytes(s, 'bfloat16') for s in shapes.values())
-    elif name == 'peft':
-      if program.settings.lora_enabled:
-        sizes[name] = 4 * model_lib.count_params(program.state.trainable)
-    else:
-      try:
-        sizes[name] = gguf_writer.n_bytes(
-            names.file_shapes(layout, 'gguf'), name.removeprefix('gguf-'),
-            n_layers)
-      except errors.UserError:
-        pass  # This model has no such file; `export` says why.
+  sizes = {'hf': sum(safetensors_file.n_bytes(shape, 'bfloat16') for shape in
+                     names.file_shapes(layout, 'hf').values())}
+  if program.settings.lora_enabled:
+    sizes['peft'] = 4 * model_lib.count_params(program.state.trainable)
+  for kind in ('f16', 'q8_0', 'q4_k_m'):
+    # Not every model has such a file; `export` says why.
+    with contextlib.suppress(errors.UserError):
+      sizes[f'gguf-{kind}'] = gguf_writer.n_bytes(
+          names.file_shapes(layout, 'gguf'), kind, names.n_layers(layout))
   return sizes

@@ -21,10 +21,8 @@ def product_flops(jaxpr: Any, *, branch_shares: tuple[float, ...] = ()
   `while` loop counts once, because its length is not known; the training step
   has none. A Pallas kernel counts all blocks of its grid, masked ones too.
 
-  Args:
-    jaxpr: From `jax.jit(...).trace(...)`.
-    branch_shares: How often each branch of a `cond` is taken, for every `cond`
-      with that many branches; the others count their most expensive branch.
+  `branch_shares` says how often each branch of a `cond` with that many branches
+  is taken. Of any other `cond` the most expensive branch counts.
   """
   total = 0.0
   for eqn in _open(jaxpr).eqns:

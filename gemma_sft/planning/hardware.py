@@ -30,41 +30,31 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One device of an accelerator.
-
-  Attributes:
-    name: As people call it.
-    device_kind: As JAX calls it.
-    platform: 'tpu' or 'gpu'.
-    memory: Bytes that programs may use.
-    peak_flops: Dense FLOP/s in the dtype that a run computes in there.
-    bandwidth: Bytes per second of its memory, from the vendor's data sheet.
-    compute_capability: Of an NVIDIA GPU, else 0.
-  """
+  """One device of an accelerator."""
 
   name: str
-  device_kind: str
-  platform: str
-  memory: float
-  peak_flops: float
-  bandwidth: float
-  compute_capability: float = 0.0
+  device_kind: str  # As JAX calls it.
+  platform: str  # 'tpu' or 'gpu'.
+  memory: float  # Bytes that programs may use.
+  bandwidth: float  # Bytes per second of its memory.
+  compute_capability: float = 0.0  # Of an NVIDIA GPU.
+
+  @property
+  def peak_flops(self) -> float:
+    """Dense FLOP/s in the dtype that a run computes in there."""
+    return metrics.PEAK_FLOPS[self.name]
 
 
 CHIPS = {
     # cloud.google.com/tpu/docs/v5e: 16 GB, 819 GB/s.
-    'v5e': Chip('TPU v5e', 'TPU v5 lite', 'tpu', 15.75 * _GIB,
-                metrics.PEAK_FLOPS['TPU v5e'], 819e9),
+    'v5e': Chip('TPU v5e', 'TPU v5 lite', 'tpu', 15.75 * _GIB, 819e9),
     # cloud.google.com/tpu/docs/v5p: 95 GB, 2,765 GB/s. Two cores, one device.
-    'v5p': Chip('TPU v5p', 'TPU v5', 'tpu', 95.73 * _GIB,
-                metrics.PEAK_FLOPS['TPU v5p'], 2765e9),
+    'v5p': Chip('TPU v5p', 'TPU v5', 'tpu', 95.73 * _GIB, 2765e9),
     # cloud.google.com/tpu/docs/v6e: 32 GB, 1,640 GB/s.
-    'v6e': Chip('TPU v6e', 'TPU v6 lite', 'tpu', 31.24 * _GIB,
-                metrics.PEAK_FLOPS['TPU v6e'], 1640e9),
+    'v6e': Chip('TPU v6e', 'TPU v6 lite', 'tpu', 31.24 * _GIB, 1640e9),
     # NVIDIA's data sheet: 320 GB/s, 65 TFLOP/s in float16, the dtype of
     # products there: the card has no bfloat16 (`devices.choose_dtype`).
-    't4': Chip('Tesla T4', 'Tesla T4', 'gpu', 0.75 * 15 * _GIB,
-               metrics.PEAK_FLOPS['Tesla T4'], 320e9, 7.5),
+    't4': Chip('Tesla T4', 'Tesla T4', 'gpu', 0.75 * 15 * _GIB, 320e9, 7.5),
 }
 
 
@@ -73,28 +63,16 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-  """Devices that are rented together, or those of this machine.
-
-  Attributes:
-    name: As people call it.
-    chip: One of `CHIPS`; None for this machine.
-    topology: libtpu's name, such as 'v5e:2x4'; 'cpu' or 'gpu' for this machine;
-      '' where no compiler is available.
-    n_devices: 0 for this machine, whose devices are counted when needed.
-    hours: Longest session; 0 for no limit.
-    disk: Bytes of the disk that outlives a session; 0 for no limit.
-  """
+  """Devices that are rented together, or those of this machine."""
 
   name: str
-  chip: Chip | None
+  chip: Chip | None  # None for this machine.
+  # libtpu's name, such as 'v5e:2x4'; 'cpu' or 'gpu' for this machine; '' where
+  # no compiler is available.
   topology: str
-  n_devices: int
-  hours: float = 0.0
-  disk: float = 0.0
-
-  @property
-  def is_tpu(self) -> bool:
-    return self.chip is not None and self.chip.platform == 'tpu'
+  n_devices: int  # 0 for this machine, whose devices are counted when needed.
+  hours: float = 0.0  # Longest session; 0 for no limit.
+  disk: float = 0.0  # Bytes that outlive a session; 0 for no limit.
 
 
 # Cloud TPU counts chips in the names of v5e and v6e, cores (two a chip) in v5p.
@@ -115,7 +93,8 @@ _CLOUD = {name: Slice(f'Cloud TPU {name}', CHIPS[chip], f'{chip}:{shape}', n)
 # request 8439).
 _KAGGLE = dict(hours=9.0, disk=19.5e9)
 
-_SLICES = {
+# By the names that `parse` takes, besides topologies like v5e:2x4.
+SLICES = {
     'kaggle-tpu': Slice(
         'Kaggle TPU v5e-8', CHIPS['v5e'], 'v5e:2x4', 8, **_KAGGLE),
     'kaggle-t4x2': Slice('Kaggle T4 x2', CHIPS['t4'], '', 2, **_KAGGLE),
@@ -126,11 +105,6 @@ _SLICES = {
 _BY_TOPOLOGY = {target.topology: target for target in _CLOUD.values()}
 
 
-def known() -> tuple[str, ...]:
-  """Returns the names that `parse` takes, besides topologies like v5e:2x4."""
-  return tuple(_SLICES)
-
-
 def parse(name: str) -> Slice:
   """Returns the slice of a name: v5e-8, v5e:2x4, kaggle-tpu, cpu, gpu.
 
@@ -138,12 +112,12 @@ def parse(name: str) -> Slice:
     UserError: for an unknown name, with the nearest and all known ones.
   """
   plain = re.sub('^v5litepod-', 'v5e-', name.strip().lower())
-  names = _SLICES | _BY_TOPOLOGY
+  names = SLICES | _BY_TOPOLOGY
   if plain in names:
     return names[plain]
   raise errors.UserError(
       f'--topology={name}',
-      ', '.join(known()) + '; a slice also by its shape: v5e:2x4, v5p:2x2x1',
+      ', '.join(SLICES) + '; a slice also by its shape: v5e:2x4, v5p:2x2x1',
       errors.nearest(plain, tuple(names)) + 'Set --topology.')
 
 
@@ -172,10 +146,8 @@ def absent_devices(target: Slice) -> list[AbsentDevice]:
 def devices_of(target: Slice, *, analytic: bool) -> list[Any]:
   """Returns the devices of a slice, for a mesh or a compiler.
 
-  Call it before anything else has made JAX look for devices.
-
-  Args:
-    analytic: Nothing will be compiled, so stand-ins are enough.
+  Call it before anything else has made JAX look for devices. With `analytic`
+  nothing will be compiled, so stand-ins are enough.
 
   Raises:
     UserError: if libtpu is missing, or there is no GPU here.
@@ -192,7 +164,7 @@ def devices_of(target: Slice, *, analytic: bool) -> list[Any]:
           ' you want to rent, such as --topology=kaggle-tpu')
     return list(found)
   if analytic or not target.topology:
-    return list(absent_devices(target))
+    return absent_devices(target)
   return _tpu_devices(target.topology)
 
 
@@ -216,10 +188,9 @@ def local_memory() -> float:
   device = jax.local_devices()[0]
   if device.platform != 'cpu':
     return (device.memory_stats() or {}).get('bytes_limit', 0)
-  lines = pathlib.Path('/proc/meminfo').read_text().splitlines()
-  n_bytes = {line.partition(':')[0]: int(line.split()[1]) * 1024
-             for line in lines}
-  return n_bytes['MemAvailable'] / jax.local_device_count()
+  found = re.search(
+      r'MemAvailable: *(\d+)', pathlib.Path('/proc/meminfo').read_text())
+  return int(found[1]) * 1024 / jax.local_device_count()
 
 
 # Compilers -------------------------------------------------------------------
@@ -231,11 +202,7 @@ LIBTPU = 'libtpu==0.0.50.*'
 
 
 def find_libtpu() -> str:
-  """Returns the path of libtpu.so.
-
-  Raises:
-    UserError: if it is not installed.
-  """
+  """Returns the path of libtpu.so; a UserError says how to install it."""
   cached = str(cache.folder('libtpu', 'libtpu', 'libtpu.so'))
   candidates = [os.environ.get('TPU_LIBRARY_PATH', ''), cached]
   spec = importlib.util.find_spec('libtpu')
@@ -253,9 +220,8 @@ def find_libtpu() -> str:
 
 def compiler_name(target: Slice) -> str:
   """Returns the name and version of the compiler for a slice."""
-  if not target.is_tpu:
+  if target.chip is None:
     return f'XLA of jaxlib {importlib.metadata.version("jaxlib")}'
   folder = pathlib.Path(find_libtpu()).parent.parent
-  found = sorted(folder.glob('libtpu-*.dist-info'))
-  version = found[-1].name.split('-')[1].removesuffix('.dist') if found else ''
-  return f'libtpu {version}'.strip()
+  found = ['', *sorted(p.name for p in folder.glob('libtpu-*.dist-info'))]
+  return ' '.join(found[-1].removesuffix('.dist-info').split('-')) or 'libtpu'

@@ -12,7 +12,6 @@ from typing import Mapping
 
 import jax
 
-from gemma_sft import errors
 from gemma_sft.planning import compile_step
 from gemma_sft.planning import estimate
 from gemma_sft.weights import architecture
@@ -20,17 +19,11 @@ from gemma_sft.weights import architecture
 
 @dataclasses.dataclass(frozen=True)
 class Largest:
-  """The most that fits.
+  """The largest batch that fits, and the longest rows."""
 
-  Attributes:
-    batch_size: Rows of a global batch, the rest of the config unchanged.
-    length: Tokens of a row, the rest of the config unchanged.
-    confirmed: Whether the compiler accepted both.
-  """
-
-  batch_size: int
-  length: int
-  confirmed: bool
+  batch_size: int  # Rows of a global batch, the rest of the config unchanged.
+  length: int  # Tokens of a row, the rest of the config unchanged.
+  confirmed: bool  # Whether the compiler accepted both.
 
 
 # (config) -> the memory of its step, or None if it cannot run at all.
@@ -44,27 +37,14 @@ def changed(config: Any, changes: Mapping[str, Any]) -> Any:
   return copy.lock()
 
 
-def measuring(measure: Callable[[Any], estimate.Memory]) -> Measure:
-  """Returns a `Measure`: None for a config that cannot run on the devices."""
-  def measured(config):
-    try:
-      return measure(config)
-    except errors.UserError:
-      return None
-  return measured
-
-
 def largest(
-    program: compile_step.Program,
-    memory: estimate.Memory,
-    measure: Measure | None,
-) -> Largest:
+    program: compile_step.Program, memory: estimate.Memory,
+    measure: Measure | None) -> Largest:
   """Returns the largest batch and length that fit.
 
-  Args:
-    memory: Of `program`, with a limit.
-    measure: Compiles other sizes, to draw a line through two points and to
-      confirm where it meets the limit; None extrapolates from `memory` alone.
+  `measure` compiles other sizes, to draw a line through two points and to
+  confirm where it meets the limit; None extrapolates from `memory` alone, which
+  is that of `program`.
   """
   config, rows, T = program.config, program.rows, program.length
   # Microbatches times devices.
@@ -76,28 +56,20 @@ def largest(
   growing = (memory.peak - memory.resident) * _growing_share(program)
   factor = max(0.0, 1 + (memory.limit - memory.peak) / max(1.0, growing))
 
-  def with_rows(n):
-    return {'data.batch_size': max(0, n) * n_parts}
-
-  def with_length(n):
-    return {'data.max_length': n, 'data.buckets': ()}
-
   def round_length(n):
     return min(context, int(n) // 128 * 128 if n >= 128 else int(n))
 
   n_rows, length = int(rows * factor), round_length(T * factor)
   if measure is not None:
-    n_rows = _search(config, memory, rows, n_rows, with_rows, measure)
-    length = _search(
-        config, memory, T, length, with_length, measure, round_length)
+    n_rows = _search(memory, rows, n_rows, lambda n: measure(changed(
+        config, {'data.batch_size': n * n_parts})))
+    length = _search(memory, T, length, lambda n: measure(changed(
+        config, {'data.max_length': n, 'data.buckets': ()})), round_length)
   return Largest(n_rows * n_parts, length, measure is not None)
 
 
 def _growing_share(program):
-  """Returns the share of a step's temporary memory that grows with its rows.
-
-  Estimated from twice the rows.
-  """
+  """Estimates the share of a step's temporary memory that grows with rows."""
   doubled = dataclasses.replace(
       program, max_trained=2 * program.max_trained, batch={
           name: jax.ShapeDtypeStruct(
@@ -108,22 +80,15 @@ def _growing_share(program):
   return (two.peak - one.peak) / max(1.0, one.peak - one.resident)
 
 
-def _search(config, memory, size, guess, changes, measure, rounded=int):
+def _search(memory, size, guess, measure, rounded=int):
   """Returns the largest size that the compiler accepts.
 
-  A second point gives the line. The size where it meets the limit is tried,
-  then a tenth less while that does not fit.
-
-  Args:
-    memory: At `size`.
-    size: As configured.
-    guess: Where the estimate meets the limit.
-    changes: size -> changes of the config.
-    measure: Compiles a config.
-    rounded: Rounds a size down.
+  The memory at the configured size and that at the guess, where the estimate
+  meets the limit, give a line. The size where the line meets the limit is
+  tried, then a tenth less while that does not fit. `rounded` rounds down.
   """
   if guess != size and guess > 0:
-    second = measure(changed(config, changes(guess)))
+    second = measure(guess)
     if second is not None and second.peak != memory.peak:
       slope = (second.peak - memory.peak) / (guess - size)
       if slope > 0:
@@ -133,7 +98,7 @@ def _search(config, memory, size, guess, changes, measure, rounded=int):
       return 0
     if guess == size:
       return size if memory.fits else 0
-    tried = measure(changed(config, changes(guess)))
+    tried = measure(guess)
     if tried is not None and tried.fits:
       return guess
     guess = rounded(min(guess - 1, guess * 0.9))
@@ -142,15 +107,9 @@ def _search(config, memory, size, guess, changes, measure, rounded=int):
 
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-  """Changes with which a step fits.
+  """Changes with which a step fits, what they cost, and its memory then."""
 
-  Attributes:
-    changes: {key of the config: value}.
-    cost: What they cost, in words.
-    memory: With the changes.
-  """
-
-  changes: dict[str, Any]
+  changes: dict[str, Any]  # {key of the config: value}.
   cost: str
   memory: estimate.Memory
 
@@ -160,18 +119,11 @@ class Proposal:
 
 
 def propose(
-    config: Any,
-    n_devices: int,
-    rows: int,
-    measure: Measure,
-    confirm: Measure | None,
-    tries: int = 3,
-) -> Proposal | None:
+    config: Any, n_devices: int, rows: int, measure: Measure,
+    confirm: Measure | None, tries: int = 3) -> Proposal | None:
   """Returns the cheapest changes with which the step fits, or None.
 
   Args:
-    config: Of a step that does not fit.
-    n_devices: Of the slice.
     rows: Of a microbatch on one device.
     measure: Estimates a config's memory.
     confirm: Compiles a config; None trusts the estimate.
@@ -195,9 +147,10 @@ def propose(
   return None
 
 
+_SMALLER = 'the same updates from smaller microbatches: no more arithmetic'
 _COSTS = {
-    'half': 'the same updates from smaller microbatches: no more arithmetic',
-    'split': 'the same updates from smaller microbatches: no more arithmetic',
+    'half': _SMALLER,
+    'split': _SMALLER,
     'shard': 'each device holds a part of the weights, which are gathered layer'
              ' by layer: some communication',
     'light': 'norms and activations are computed twice: a few per cent',
@@ -215,10 +168,9 @@ def candidates(config: Any, n_devices: int, rows: int
 
   The order follows the arithmetic of LoRA, 2 FLOPs per weight and token forward
   and 2 backward: smaller microbatches repeat nothing; sharded weights are
-  gathered while the layer before computes; recomputing a block is its forward
-  pass once more, half of its work; a quantised base is dequantised for each
-  product and changes the numbers; adapters instead of all weights are another
-  method.
+  gathered while the layer before computes; recomputing a block is half of its
+  work again; a quantised base changes the numbers; adapters instead of all
+  weights are another method.
   """
   A, remat = config.train.gradient_accumulation_steps, config.train.remat
   accumulation = 'train.gradient_accumulation_steps'

@@ -1,15 +1,17 @@
 """The cells of a sweep, from the command line or the config file.
 
-A cell is one setting of the factors. It is run once for each seed. A factor is
-a key of configs/default.py, or `config`: the argument of the config file (the
-part after the colon in configs/slang.py:attempt1).
+A cell is one setting of the factors and is run once for each seed. A factor is
+a key of configs/default.py, or `config`: the argument of the config file, after
+the colon in configs/slang.py:attempt1.
 """
 
 import ast
+import contextlib
 import dataclasses
 import itertools
 import re
 from typing import Any
+from typing import Iterator
 from typing import Mapping
 
 from gemma_sft import cli
@@ -18,37 +20,24 @@ from gemma_sft import errors
 from gemma_sft.sweeping import source as source_lib
 
 _EXAMPLE = "for example --grid='lora.rank=4,8;train.epochs=1,5'"
-_SWEEP_KEYS = {'grid', 'cells', 'seeds', 'baseline'}
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One setting of the factors.
+  """One setting of the factors: {factor: value}."""
 
-  Attributes:
-    name: To print, such as 'rank=4, epochs=1'.
-    changes: {factor: value}.
-  """
-
-  name: str
+  name: str  # Such as 'rank=4, epochs=1'.
   changes: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-  """What a sweep compares.
-
-  Attributes:
-    cells: In order, all with different changes.
-    factors: Keys that differ between cells, in order.
-    seeds: config.seed of the runs of each cell.
-    baseline: Name of the cell that the others are compared with.
-  """
+  """What a sweep compares: each cell with the baseline, seed by seed."""
 
   cells: tuple[Cell, ...]
-  factors: tuple[str, ...]
+  factors: tuple[str, ...]  # Keys that differ between cells.
   seeds: tuple[int, ...]
-  baseline: str
+  baseline: str  # The name of a cell.
 
 
 def make_sweep(
@@ -62,11 +51,6 @@ def make_sweep(
       cells      {'small': {'lora.rank': 4, ...}, ...}: these cells, by name;
       seeds      a number of seeds, or the seeds themselves (default 1);
       baseline   the name of a cell (default: the first).
-
-  Args:
-    grid: --grid; '' for the file's.
-    seeds: --seeds; 0 for the file's, or 1.
-    baseline: --baseline_cell; '' for the file's, or the first.
 
   Raises:
     UserError: for an unknown key, a value of the wrong type, or no cells.
@@ -82,11 +66,9 @@ def make_sweep(
       raise errors.UserError(
           f'no --grid, and no sweep() in {source.path}',
           'what to compare', _EXAMPLE)
-    if isinstance(values, str):
-      values = parse_grid(values, config)
-    else:
-      values = {k: [_check_types({k: v}, config)[k] for v in vs]
-                for k, vs in values.items()}
+    values = parse_grid(values, config) if isinstance(values, str) else {
+        k: [_check_types({k: v}, config)[k] for v in vs]
+        for k, vs in values.items()}
     factors = list(values)
     cells = [make_cell(dict(zip(factors, combination)))
              for combination in itertools.product(*values.values())]
@@ -109,12 +91,10 @@ def make_cell(changes: Mapping[str, Any]) -> Cell:
   if list(changes) == [source_lib.ARGUMENT]:
     return Cell(show_value(changes[source_lib.ARGUMENT]), changes)
   last = [key.rpartition('.')[2] for key in changes]
-  # The whole key where two keys end alike.
-  names = [name if last.count(name) == 1 else key
-           for key, name in zip(changes, last)]
   return Cell(', '.join(
-      f'{name}={show_value(value)}'
-      for name, value in zip(names, changes.values())), changes)
+      # The whole key where two keys end alike.
+      f'{name if last.count(name) == 1 else key}={show_value(value)}'
+      for (key, value), name in zip(changes.items(), last)), changes)
 
 
 def _file_options(source) -> dict[str, Any]:
@@ -123,8 +103,9 @@ def _file_options(source) -> dict[str, Any]:
   if not hasattr(module, 'sweep'):
     return {}
   options = module.sweep()
-  if not isinstance(options, Mapping) or set(options) - _SWEEP_KEYS or (
-      'grid' in options) == ('cells' in options):
+  if not isinstance(options, Mapping) or set(options) - {
+      'grid', 'cells', 'seeds', 'baseline'} or (
+          'grid' in options) == ('cells' in options):
     got = sorted(options) if isinstance(options, Mapping) else options
     raise errors.UserError(
         f'sweep() of {source.path} returns {got!r}',
@@ -142,14 +123,12 @@ def _check_types(changes, config) -> dict[str, Any]:
       checked[key] = str(value)
       continue
     default = source_lib.get_value(config, key)
-    same_type = isinstance(value, type(default)) and (
-        isinstance(value, bool) == isinstance(default, bool))
-    if not same_type and not (
-        isinstance(default, float) and type(value) is int):
+    if type(value) is not type(default) and (
+        type(value), type(default)) != (int, float):
       raise errors.UserError(
           f'sweep(): {key}={value!r}',
           f'a value like its default {default!r}', 'correct sweep()')
-    checked[key] = float(value) if isinstance(default, float) else value
+    checked[key] = type(default)(value)
   return checked
 
 
@@ -184,12 +163,9 @@ def parse_grid(text: str, config: Any) -> dict[str, list[Any]]:
 
   A comma inside brackets or quotes belongs to the value:
   `data.buckets=(128,256),(512,)`, `lora.targets='attn/','q,v'`.
-
-  Raises:
-    UserError: see `make_sweep`.
   """
   values = {}
-  for key, rest in split_factors(text):
+  for key, rest in split_factors(text).items():
     parts = split_outside(rest, ',')
     if not all(parts):
       raise errors.UserError(
@@ -202,12 +178,8 @@ def parse_grid(text: str, config: Any) -> dict[str, list[Any]]:
   return values
 
 
-def split_factors(text: str) -> list[tuple[str, str]]:
-  """Returns [(key, rest)] of 'key=rest;key=rest'.
-
-  Raises:
-    UserError: for a part without a key, or an unknown or repeated key.
-  """
+def split_factors(text: str) -> dict[str, str]:
+  """Returns {key: rest} of 'key=rest;key=rest'; a key comes once."""
   found = {}
   for part in filter(None, split_outside(text, ';')):
     key, equals, rest = map(str.strip, part.partition('='))
@@ -221,7 +193,7 @@ def split_factors(text: str) -> list[tuple[str, str]]:
     found[key] = rest
   if not found:
     raise errors.UserError(f'{text!r}', 'key=value,value', _EXAMPLE)
-  return list(found.items())
+  return found
 
 
 def _check_key(key):
@@ -234,11 +206,7 @@ def _check_key(key):
 
 
 def parse_value(key: str, text: str, config: Any) -> Any:
-  """Returns a text as a value of the key's type.
-
-  Raises:
-    UserError: if it is not of that type.
-  """
+  """Returns a text as a value of the key's type."""
   text = text.strip()
   default = ('' if key == source_lib.ARGUMENT
              else source_lib.get_value(config, key))
@@ -285,21 +253,20 @@ def split_outside(text: str, separator: str) -> list[str]:
 # Checks ----------------------------------------------------------------------
 
 
-def load_cell(source: source_lib.SweepSource, cell: Cell) -> Any:
-  """Returns the validated config of a cell.
-
-  Raises:
-    UserError: naming the cell.
-  """
+@contextlib.contextmanager
+def naming(cell: Cell) -> Iterator[None]:
+  """Puts the cell's name in front of a user's mistake."""
   try:
+    yield
+  except errors.UserError as error:
+    raise errors.UserError(
+        f'cell {cell.name}: {error.got}', error.expected, error.fix
+    ) from error
+
+
+def load_cell(source: source_lib.SweepSource, cell: Cell) -> Any:
+  """Returns the validated config of a cell; a mistake names the cell."""
+  with naming(cell):
     config = source.load(cell.changes)
     config_lib.validate(config)
-  except errors.UserError as error:
-    raise with_cell(cell, error) from error
   return config
-
-
-def with_cell(cell: Cell, error: errors.UserError) -> errors.UserError:
-  """Returns the error with the cell's name in front."""
-  return errors.UserError(
-      f'cell {cell.name}: {error.got}', error.expected, error.fix)

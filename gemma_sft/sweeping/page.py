@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 from typing import Any
 from typing import Mapping
@@ -32,56 +31,48 @@ _TEST_SPLIT = (
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-  """A part of the page: a table or pictures.
-
-  Attributes:
-    rows: Of the table, texts.
-    marks: One per row: '', best or failed.
-    pictures: Titles and PNGs.
-  """
+  """A part of the page: a table or pictures, titles and PNGs."""
 
   title: str
   header: Sequence[str] = ()
   rows: Sequence[Sequence[str]] = ()
-  marks: Sequence[str] = ()
+  # {index of a row: best or failed}.
+  marks: Mapping[int, str] = dataclasses.field(default_factory=dict)
   pictures: Sequence[tuple[str, bytes]] = ()
   note: str = ''
 
 
-def summarise(
-    sweep: grid.Sweep,
-    planned: Sequence[runs.PlannedRun],
-    finished: Sequence[results_lib.RunResult],
-    messages: Mapping[str, str],
-    workdir: str,
-) -> dict[str, Any]:
-  """Returns the content of sweep.json.
+def write(
+    sweep: grid.Sweep, planned: Sequence[runs.PlannedRun],
+    messages: Mapping[str, str], workdir: str, config: str) -> dict[str, Any]:
+  """Writes and prints a comparison; returns the content of sweep.json.
 
   Args:
-    planned: All of its runs, those of other hosts too.
-    finished: The results of those that are finished.
+    planned: All runs of the sweep, those of other hosts too.
     messages: {workdir: why a run is not finished}.
+    config: The config file, for the subtitle.
   """
+  results = {run.workdir: results_lib.read(run) for run in planned}
+  finished = [r for r in results.values() if r]
   grouped = significance.by_cell(finished, sweep.cells)
-  headline = finished[0].headline if finished else 'loss'
+  metric = finished[0].headline if finished else 'loss'
   lower = finished[0].lower if finished else results_lib.LOSSES
-  names = dict.fromkeys((headline, 'loss', *(
+  names = dict.fromkeys((metric, 'loss', *(
       name for r in finished for name in r.scores if name != 'judge/n')))
   tables = {name: significance.compare(grouped, name, sweep.baseline)
             for name in names}
-  costs = significance.costs(grouped, headline, headline in lower)
+  costs = significance.costs(grouped, metric, metric in lower)
   effects = significance.effects(
-      grouped, sweep.cells, sweep.factors, headline, sweep.baseline)
+      grouped, sweep.cells, sweep.factors, metric, sweep.baseline)
   sentences = wording.sentences(
-      grouped, tables[headline], headline, headline in lower, sweep.baseline,
-      costs) + wording.effects(effects, headline)
+      grouped, tables[metric], metric, metric in lower, sweep.baseline, costs
+  ) + wording.effects(effects, metric)
   missing = len(planned) - len(finished)
   if missing:
     sentences.insert(
         0, f'Unfinished: {missing} of {len(planned)} runs are missing.')
-  by_workdir = {r.run.workdir: r for r in finished}
-  return {
-      'complete': not missing, 'sentences': sentences, 'headline': headline,
+  summary = {
+      'complete': not missing, 'sentences': sentences, 'headline': metric,
       'lower_is_better': sorted(set(lower) & set(names)),
       'split': planned[0].split or 'validation', 'baseline': sweep.baseline,
       'factors': list(sweep.factors), 'seeds': list(sweep.seeds),
@@ -89,68 +80,49 @@ def summarise(
       'metrics': {name: [significance.to_json(scores) for scores in table]
                   for name, table in tables.items()},
       'effects': [dataclasses.asdict(e) for e in effects], 'costs': costs,
-      'runs': [_run_summary(run, by_workdir.get(run.workdir), messages, workdir)
+      'runs': [_run_summary(run, results[run.workdir], messages, workdir)
                for run in planned]}
-
-
-def _run_summary(run, result, messages, workdir):
-  state, message = run.state(), messages.get(run.workdir, '')
-  if message and state != runs.FINISHED:
-    state = 'failed'
-  summary = {
-      'cell': run.cell.name, 'seed': run.seed, 'identity': run.identity,
-      'folder': os.path.relpath(run.workdir, workdir), 'state': state,
-      'message': message}
-  if result is not None:
-    summary |= {'scores': dict(result.scores)} | {
-        name: getattr(result, name) for name in (
-            'steps', 'seconds', 'evaluating', 'peak_bytes', 'starts',
-            'tokens_per_second')}
-  return summary
-
-
-def write(
-    sweep: grid.Sweep,
-    planned: Sequence[runs.PlannedRun],
-    messages: Mapping[str, str],
-    workdir: str,
-    config: str,
-) -> dict[str, Any]:
-  """Writes sweep.json, report.md and sweep.html; returns the first's content.
-
-  Args:
-    messages: {workdir: why a run is not finished}.
-    config: The config file, for the subtitle.
-  """
-  finished = [r for run in planned if (r := results_lib.read(run))]
-  summary = summarise(sweep, planned, finished, messages, workdir)
-  grouped = significance.by_cell(finished, sweep.cells)
-  metric = summary['headline']
-  lower = metric in summary['lower_is_better']
-  tables = {name: significance.compare(grouped, name, sweep.baseline)
-            for name in (metric, 'loss')}
+  shown = {name: tables.pop(name) for name in dict.fromkeys((metric, 'loss'))}
   blocks = [
-      _comparison(tables, summary, lower),
+      _comparison(shown, summary, metric in lower),
       Block('Quality against cost',
-            pictures=pictures.fronts(summary['costs'], metric, lower),
+            pictures=pictures.fronts(costs, metric, metric in lower),
             note='Filled: no other cell is both better and cheaper. Numbers'
             ' are those of the comparison. Time is that of training and'
             ' answering; memory is the most of a device, or of the process on a'
             ' CPU. Both are means over the seeds.'),
-      _effects(significance.effects(
-          grouped, sweep.cells, sweep.factors, metric, sweep.baseline), metric),
+      _effects(effects, metric),
       Block('Metric against factor', pictures=[
-          picture for name in tables
-          for picture in pictures.factors(grouped, sweep.factors, name)],
+          picture for name in shown for picture in pictures.factors(
+              [(r.run.cell.changes, r.scores[name]) for r in finished
+               if name in r.scores], sweep.factors, name)],
             note='A dot is a run; a line is one setting of the other factors.'),
       Block('Loss curves', pictures=pictures.curves(grouped),
             note='Mean over the seeds, and their range.'),
-      _other_metrics(summary), _runs(summary)]
+      Block('Other metrics', ['cell', *map(wording.label, tables)],
+            [[cells[0].cell, *(wording.show(name, cell.mean)
+                               for name, cell in zip(tables, cells))]
+             for cells in zip(*tables.values())]),
+      _runs(summary['runs'], metric)]
   n_seeds = len(sweep.seeds)
   write_files(
       workdir, subtitle=f'{config}: {len(sweep.cells)} cells, {n_seeds}'
       f' seed{"s" if n_seeds > 1 else ""}, judged on the {summary["split"]}'
       ' split', blocks=blocks, summary=summary)
+  return summary
+
+
+def _run_summary(run, result, messages, workdir):
+  state, message = run.state(), messages.get(run.workdir, '')
+  summary = {
+      'cell': run.cell.name, 'seed': run.seed, 'identity': run.identity,
+      'folder': os.path.relpath(run.workdir, workdir), 'message': message,
+      'state': 'failed' if message and state != runs.FINISHED else state}
+  if result is not None:
+    summary |= {'scores': dict(result.scores)} | {
+        name: getattr(result, name) for name in (
+            'steps', 'seconds', 'evaluating', 'peak_bytes', 'starts',
+            'tokens_per_second')}
   return summary
 
 
@@ -163,7 +135,7 @@ def _comparison(tables, summary, lower):
   costs = {c['cell']: c for c in summary['costs']}
   headline, *_ = tables.values()
   best = significance.best_cell(headline, lower)
-  rows, marks = [], []
+  rows = []
   for i, cells in enumerate(zip(*tables.values()), 1):
     cell = cells[0].cell
     baseline = ' (baseline)' if cell == summary['baseline'] else ''
@@ -173,8 +145,7 @@ def _comparison(tables, summary, lower):
               wording.show(name, scores.spread, 2),
               wording.show_gain(name, scores.difference),
               wording.show_p(scores.difference)]
-    if cell in costs:
-      cost = costs[cell]
+    if cost := costs.get(cell):
       row += [metrics.duration(cost['seconds'])
               + (' (front)' if cost['on_time'] else ''),
               f'{cost["gigabytes"]:.2f} GB'
@@ -183,7 +154,7 @@ def _comparison(tables, summary, lower):
     else:
       row += ['-'] * 3
     rows.append(row)
-    marks.append('best' if best and cell == best.cell else '')
+  marks = {headline.index(best): 'best'} if best else {}
   note = _METHOD + (_TEST_SPLIT if summary['split'] == 'test' else '')
   return Block('Comparison', header, rows, marks, note=note)
 
@@ -195,24 +166,13 @@ def _effects(effects, metric):
   return Block(
       'Effects of the factors',
       ['factor', 'value', 'against', f'gain in {wording.label(metric)}',
-       'p (Holm)'], rows, [''] * len(rows),
+       'p (Holm)'], rows,
       note='Each effect is the mean over all settings of the other factors, and'
       ' therefore more precise than the difference of two cells. p is adjusted'
       ' for the number of effects in this table.')
 
 
-def _other_metrics(summary):
-  others = {name: table for name, table in summary['metrics'].items()
-            if name not in (summary['headline'], 'loss')}
-  rows = [[cells[0]['cell'], *(wording.show(name, cell['mean'])
-                               for name, cell in zip(others, cells))]
-          for cells in zip(*others.values())]
-  return Block('Other metrics', ['cell', *map(wording.label, others)], rows,
-               [''] * len(rows))
-
-
-def _runs(summary):
-  metric = summary['headline']
+def _runs(summaries, metric):
   rows = [[
       run['cell'], str(run['seed']), run['state'],
       wording.show(metric, run.get('scores', {}).get(metric)),
@@ -220,12 +180,12 @@ def _runs(summary):
       metrics.duration(run['seconds'] + run['evaluating'])
       if 'seconds' in run else '-',
       str(run.get('starts', '-')), run['folder'], run['message']]
-          for run in summary['runs']]
+          for run in summaries]
   return Block(
       'Runs', ['cell', 'seed', 'state', wording.label(metric), 'updates',
                'time', 'starts', 'folder', ''],
-      rows, ['failed' if run['state'] == 'failed' else ''
-             for run in summary['runs']])
+      rows, {i: 'failed' for i, run in enumerate(summaries)
+             if run['state'] == 'failed'})
 
 
 # Files -----------------------------------------------------------------------
@@ -234,17 +194,15 @@ def _runs(summary):
 def write_files(
     workdir: str, *, subtitle: str, blocks: Sequence[Block],
     summary: Mapping[str, Any]) -> None:
-  """Writes the three files; several hosts may do so at the same time.
+  """Writes the three files, and prints the sentences of the summary.
 
-  Args:
-    workdir: Of the sweep; its name is the title.
-    subtitle: Below the title.
-    blocks: Tables and pictures.
-    summary: For sweep.json; its sentences stand on top of the page.
+  Several hosts may do so at the same time.
   """
   name = os.path.basename(os.path.abspath(workdir))
-  pages.write(os.path.join(workdir, 'sweep.json'), json.dumps(
-      _without_nan(summary), indent=1, ensure_ascii=False))
+  # JSON has no NaN.
+  plain = json.loads(json.dumps(summary), parse_constant=lambda _: None)
+  pages.write(os.path.join(workdir, 'sweep.json'),
+              json.dumps(plain, indent=1, ensure_ascii=False))
   lines = [f'# {name}', '', subtitle, '']
   for sentence in summary['sentences']:
     lines += [sentence, '']
@@ -258,14 +216,4 @@ def write_files(
       'sweeping/sweep_page.html', name=name, subtitle=subtitle,
       sentences=summary['sentences'],
       blocks=[b for b in blocks if b.rows or b.pictures]))
-
-
-def _without_nan(value):
-  """Returns a value with None for NaN, which JSON does not have."""
-  if isinstance(value, float) and not math.isfinite(value):
-    return None
-  if isinstance(value, Mapping):
-    return {k: _without_nan(v) for k, v in value.items()}
-  if isinstance(value, (list, tuple)):
-    return [_without_nan(v) for v in value]
-  return value
+  print('', *summary['sentences'], sep='\n')

@@ -86,15 +86,13 @@ def curves(grouped: significance.Grouped) -> list[Picture]:
 
 
 def factors(
-    grouped: significance.Grouped, names: Sequence[str], metric: str
-) -> list[Picture]:
+    scored: Sequence[tuple[Mapping[str, Any], float]], names: Sequence[str],
+    metric: str) -> list[Picture]:
   """Draws a metric against each factor that has more than one value.
 
-  A dot is a run; a line joins the cells that differ in this factor alone.
+  A dot is a run, by its {factor: value} and its score; a line joins the runs
+  that differ in this factor alone.
   """
-  scored = [(r.run.cell.changes, _scaled(metric, r.scores[metric]))
-            for results in grouped.values() for r in results
-            if metric in r.scores]
   pictures = []
   for factor in names:
     # By their texts, because a value may be unhashable.
@@ -111,9 +109,11 @@ def factors(
     for changes, score in scored:
       if factor in changes:
         others = {k: v for k, v in changes.items() if k != factor}
-        lines[repr(others)][repr(changes[factor])].append(score)
+        lines[repr(others)][repr(changes[factor])].append(
+            _scaled(metric, score))
     figure, (axis,) = pages.make_figure()
-    colors = _colors(list(lines)) if len(lines) <= 10 else {}
+    few = len(lines) <= 10 and len(lines) < len(scored)
+    colors = _colors(list(lines)) if few else {}
     for others, points in lines.items():
       color = colors.get(others, _BLUE)
       keys = [key for key in values if key in points]
@@ -127,10 +127,14 @@ def factors(
       axis.set_xscale('log')
     elif not numbers or len(values) <= 6:
       axis.set_xticks(list(x.values()), map(grid.show_value, values.values()))
-    axis.set(xlabel=factor, ylabel=_axis_label(metric))
-    pictures.append((f'{wording.label(metric)} against {factor}',
-                     pages.to_png(figure)))
+    pictures.append(_against(metric, factor, axis, figure))
   return pictures
+
+
+def _against(metric, name, axis, figure, note=''):
+  """Labels the axes, and returns the picture of a metric against a name."""
+  axis.set(xlabel=name, ylabel=_axis_label(metric) + note)
+  return f'{wording.label(metric)} against {name}', pages.to_png(figure)
 
 
 def fronts(
@@ -162,10 +166,9 @@ def fronts(
               color='#777777', linewidth=1, linestyle='--', zorder=0)
     axis.margins(0.2, 0.12)
     axis.ticklabel_format(useOffset=False)
-    axis.set(xlabel=title, ylabel=_axis_label(metric) + (
+    pictures.append(_against(
+        metric, title, axis, figure,
         ', lower is better' if lower_is_better else ''))
-    pictures.append((f'{wording.label(metric)} against {title}',
-                     pages.to_png(figure)))
   return pictures
 
 
@@ -189,23 +192,3 @@ def trials(
   axis.legend(frameon=False, fontsize='small')
   axis.set(xlabel='trial (grey: pruned)', ylabel=_axis_label(metric))
   return [('trials', pages.to_png(figure))]
-
-
-def parameters(
-    rows: Sequence[Mapping[str, Any]], metric: str) -> list[Picture]:
-  """Draws the value of each complete trial against each parameter."""
-  done = [r for r in rows if r['state'] == 'complete']
-  pictures = []
-  for name in (done[0]['parameters'] if done else ()):
-    values = [r['parameters'][name] for r in done]
-    numbers = _are_numbers(values)
-    figure, (axis,) = pages.make_figure()
-    axis.plot([v if numbers else grid.show_value(v) for v in values],
-              [_scaled(metric, r['value']) for r in done], 'o', color=_BLUE,
-              markersize=5)
-    if numbers and _use_log_scale(values):
-      axis.set_xscale('log')
-    axis.set(xlabel=name, ylabel=_axis_label(metric))
-    pictures.append((f'{wording.label(metric)} against {name}',
-                     pages.to_png(figure)))
-  return pictures

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from typing import Any
 from typing import Callable
 from typing import Mapping
 from typing import Sequence
@@ -18,28 +17,17 @@ from gemma_sft.monitor import stop as stop_lib
 from gemma_sft.run import workdir
 from gemma_sft.sweeping import runs
 
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.5
+Environment = Mapping[str, str]
 
 
-class Stop:
-  """Notes SIGINT and SIGTERM: the first stops the runs, a second kills them.
-
-  A context manager: signals are handled between enter and exit.
-  """
+class Stop(stop_lib.StopRequest):
+  """Notes SIGINT and SIGTERM: the first stops the runs, a second kills them."""
 
   def __init__(self):
+    super().__init__(deadline_minutes=0)
     self.signal: signal.Signals | None = None
     self.killed = False
-    self._before: dict[int, Any] = {}
-
-  def __enter__(self) -> 'Stop':
-    for number in (signal.SIGTERM, signal.SIGINT):
-      self._before[number] = signal.signal(number, self._on_signal)
-    return self
-
-  def __exit__(self, *exception: Any) -> None:
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
 
   def _on_signal(self, number, frame):
     del frame
@@ -53,29 +41,31 @@ class Stop:
     if self.killed:
       process.kill()
 
+  def exit_status(self, failed: bool) -> int:
+    """Returns the command's exit status, and prints that a signal came."""
+    if not self.signal:
+      return int(failed)
+    print(f'stopped by {self.signal.name}; the same command continues from'
+          ' here')
+    return 128 + self.signal
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """How a run ended.
+  """How a run ended, after how many seconds, and why it is not finished."""
 
-  Attributes:
-    state: finished, stopped or failed.
-    seconds: Since this process started it.
-    message: Why it is not finished.
-  """
-
-  state: str
+  state: str  # finished, stopped or failed.
   seconds: float
-  message: str = ''
+  message: str
 
 
 class Process:
   """One run: training, then evaluation, each in its own process."""
 
-  def __init__(self, run: runs.PlannedRun, environment: Mapping[str, str]):
+  def __init__(self, run: runs.PlannedRun, environment: Environment):
     """Prepares an unfinished run; `poll` starts its processes."""
     self.run = run
-    self._environment = dict(environment)
+    self._environment = environment
     self._process: subprocess.Popen | None = None
     self._stages = ['train', *(['evaluate'] if run.split else [])]
     self._stopping = ''
@@ -91,10 +81,7 @@ class Process:
       # A sweep that was killed leaves its child running: wait for it.
       if not self._is_free():
         return None
-      if not self._stages:
-        return self._outcome('finished', '')
-      self._start_stage()
-      return None
+      return self._start_next()
     status = self._process.poll()
     if status is None:
       return None
@@ -115,10 +102,7 @@ class Process:
           f' {end.get("step", self.run.step())} updates'))
     if self._stopping and self._stages or status:
       return self._outcome('stopped', self._stopping)
-    if self._stages:
-      self._start_stage()
-      return None
-    return self._outcome('finished', '')
+    return self._start_next()
 
   def stop(self, reason: str) -> None:
     """Makes the run save and end; `poll` returns the outcome."""
@@ -144,7 +128,9 @@ class Process:
       self._stages = [s for s in self._stages if s != 'train']
     return True
 
-  def _start_stage(self):
+  def _start_next(self):
+    if not self._stages:
+      return self._outcome('finished', '')
     module = self._stages[0]
     command = [sys.executable, '-u', '-m', f'gemma_sft.{module}',
                *self.run.arguments, f'--workdir={self.run.workdir}']
@@ -159,40 +145,35 @@ class Process:
           command, stdout=log, stderr=subprocess.STDOUT,
           stdin=subprocess.DEVNULL,
           # A run is not one of several hosts, even if the sweep is.
-          env=self._environment | {'JAX_NUM_PROCESSES': '1'},
+          env={**self._environment, 'JAX_NUM_PROCESSES': '1'},
           start_new_session=True)
+    return None
 
 
 def last_error(path: str, status: int) -> str:
   """Returns why a process failed: the last error in its log."""
+  if status < 0:
+    name = signal.Signals(-status).name
+    return f'ended by {name}' + (
+        ', perhaps out of memory' if status == -signal.SIGKILL else '')
   with open(path, encoding='utf-8', errors='replace') as file:
     lines = [line.strip() for line in file.read().splitlines() if line.strip()]
   start = max((i for i, line in enumerate(lines) if line.startswith('$ ')),
               default=0)
   lines = lines[start + 1:]
-  if status < 0:
-    name = signal.Signals(-status).name
-    return f'ended by {name}' + (
-        ', perhaps out of memory' if status == -signal.SIGKILL else '')
   reported = [line for line in lines if line.startswith('error: ')]
   return (reported or lines or [f'exit status {status}'])[-1].removeprefix(
       'error: ')
 
 
-# Devices ---------------------------------------------------------------------
-
-
 def make_slots(
-    parallel: int, environment: Mapping[str, str], dev: str = '/dev'
-) -> list[dict[str, str]]:
+    parallel: int, environment: Environment, dev: str = '/dev'
+) -> list[Environment]:
   """Returns one environment for each of the runs at a time.
 
   A single run at a time has all devices. Several runs get a GPU or a TPU chip
   each, by the variables that JAX's multi-process tests set; on a CPU they share
   the cores.
-
-  Args:
-    dev: Folder of the devices.
 
   Raises:
     UserError: for more runs than devices.
@@ -200,61 +181,53 @@ def make_slots(
   if parallel < 1:
     raise errors.UserError(
         f'--parallel={parallel}', 'at least 1', 'leave it out for 1')
-  if parallel == 1:
-    return [dict(environment)]
   gpus = [os.path.basename(p)[len('nvidia'):]
           for p in sorted(glob.glob(os.path.join(dev, 'nvidia[0-9]*')))]
   if 'CUDA_VISIBLE_DEVICES' in environment:
     gpus = [g for g in environment['CUDA_VISIBLE_DEVICES'].split(',') if g]
-  chips = [str(i) for i in range(len(
-      glob.glob(os.path.join(dev, 'accel[0-9]*'))
-      or glob.glob(os.path.join(dev, 'vfio', '[0-9]*'))))]
-  if environment.get('JAX_PLATFORMS') == 'cpu' or not (gpus or chips):
-    return [dict(environment) for _ in range(parallel)]
-  found = gpus or chips
-  if parallel > len(found):
+  chips = (glob.glob(os.path.join(dev, 'accel[0-9]*'))
+           or glob.glob(os.path.join(dev, 'vfio', '[0-9]*')))
+  devices = [{'CUDA_VISIBLE_DEVICES': gpu} for gpu in gpus] or [
+      {'TPU_VISIBLE_CHIPS': str(i), 'TPU_PROCESS_BOUNDS': '1,1,1',
+       'TPU_CHIPS_PER_PROCESS_BOUNDS': '1,1,1',
+       'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'} for i in range(len(chips))]
+  if (parallel == 1 or environment.get('JAX_PLATFORMS') == 'cpu'
+      or not devices):
+    return [environment] * parallel
+  if parallel > len(devices):
     raise errors.UserError(
         f'--parallel={parallel}',
-        f'at most {len(found)}, the {"GPUs" if gpus else "TPU chips"} here',
-        f'--parallel={len(found)}')
-  if gpus:
-    return [{**environment, 'CUDA_VISIBLE_DEVICES': g} for g in gpus[:parallel]]
-  return [{**environment, 'TPU_VISIBLE_CHIPS': chip, 'TPU_PROCESS_BOUNDS':
-           '1,1,1', 'TPU_CHIPS_PER_PROCESS_BOUNDS': '1,1,1',
-           'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'} for chip in chips[:parallel]]
+        f'at most {len(devices)}, the {"GPUs" if gpus else "TPU chips"} here',
+        f'--parallel={len(devices)}')
+  return [{**environment, **device} for device in devices[:parallel]]
 
 
 def run_all(
-    planned: Sequence[runs.PlannedRun],
-    slots: Sequence[Mapping[str, str]],
+    slots: Sequence[Environment],
     stop: Stop,
     *,
-    on_start: Callable[[runs.PlannedRun], None],
-    on_end: Callable[[runs.PlannedRun, Outcome], None],
-) -> dict[str, Outcome]:
-  """Runs what is not finished; returns {workdir: outcome} of what was started.
-
-  A run that fails does not end the others.
+    start: Callable[[Environment], Process | None],
+    on_end: Callable[[Process, Outcome], None],
+    watch: Callable[[Process], None] = lambda process: None,
+) -> None:
+  """Runs a process in each slot until there is no more to run.
 
   Args:
     stop: Entered; a signal makes running processes save and end.
-    on_start: Called with each run before it starts.
-    on_end: Called with each run and its outcome.
+    start: Returns the next run in an environment; None if there is no more.
+    watch: Called again and again with each running process.
   """
-  waiting = [r for r in planned if r.state() != runs.FINISHED]
-  free, running, outcomes = list(range(len(slots))), {}, {}
-  while running or waiting and not stop.signal:
-    while free and waiting and not stop.signal:
-      slot, run = free.pop(0), waiting.pop(0)
-      on_start(run)
-      running[slot] = Process(run, slots[slot])
-    for slot, process in list(running.items()):
+  free, running = list(slots), {}
+  while True:
+    while free and not stop.signal and (process := start(free[0])):
+      running[process] = free.pop(0)
+    if not running:
+      return
+    for process in list(running):
       stop.pass_on(process)
+      watch(process)
       outcome = process.poll()
       if outcome is not None:
-        outcomes[process.run.workdir] = outcome
-        on_end(process.run, outcome)
-        del running[slot]
-        free.append(slot)
+        on_end(process, outcome)
+        free.append(running.pop(process))
     time.sleep(_POLL_SECONDS)
-  return outcomes

@@ -14,42 +14,28 @@ from gemma_sft.sweeping import runs
 
 LOSSES = frozenset(
     {'loss', 'perplexity', 'bits_per_byte', 'bits_per_character'})
+Lines = list[dict[str, Any]]  # Of a metrics.jsonl.
 
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-  """The result of a finished run.
-
-  Attributes:
-    scores: {'loss': 2.1, 'judge/good': 0.4, ...} of the best checkpoint.
-    rows: {'judge/good': {record: value}} of metrics that are means of records.
-    headline: The metric that says how good the run is.
-    lower: Metrics that are better when lower.
-    train: [(step, loss)].
-    validation: [(step, loss)].
-    steps: Updates.
-    seconds: Of training, over all starts.
-    evaluating: Seconds of answering afterwards.
-    peak_bytes: The most memory of a device, or of the process on a CPU.
-    tokens_per_second: Median; None for a run too short to have one.
-    trained_weights: Their number.
-    starts: How often training was started.
-  """
+  """The result of a finished run: that of its best checkpoint."""
 
   run: runs.PlannedRun
-  scores: Mapping[str, float]
+  scores: Mapping[str, float]  # {'loss': 2.1, 'judge/good': 0.4, ...}.
+  # {'judge/good': {record: value}} of metrics that are means of records.
   rows: Mapping[str, Mapping[str, float]]
-  headline: str
-  lower: frozenset[str]
-  train: list[tuple[int, float]]
+  headline: str  # The metric that says how good the run is.
+  lower: frozenset[str]  # Metrics that are better when lower.
+  train: list[tuple[int, float]]  # Step and loss.
   validation: list[tuple[int, float]]
   steps: int
-  seconds: float
-  evaluating: float
-  peak_bytes: int
-  tokens_per_second: float | None
+  seconds: float  # Of training, over all starts.
+  evaluating: float  # Seconds of answering afterwards.
+  peak_bytes: int  # Of a device, or of the process on a CPU.
+  tokens_per_second: float | None  # Median; a short run has none.
   trained_weights: int
-  starts: int
+  starts: int  # How often training was started.
 
   @property
   def total_seconds(self) -> float:
@@ -63,7 +49,7 @@ def read(run: runs.PlannedRun) -> RunResult | None:
     return None
   record = record_lib.read(run.workdir)
   lines = metrics.read_jsonl(os.path.join(run.workdir, 'metrics.jsonl'))
-  rows, evaluating, lower = {}, 0.0, set(LOSSES)
+  rows, evaluating, lower, end = {}, 0.0, set(LOSSES), record['end']
   if run.split:
     with open(run.evaluation, encoding='utf-8') as file:
       evaluation = json.load(file)
@@ -78,7 +64,6 @@ def read(run: runs.PlannedRun) -> RunResult | None:
     scores = best_scores(lines, headline, run.leaves['eval.mode'])
     if run.leaves['eval.mode'] == 'min':
       lower.add(headline)
-  end = record['end']
   return RunResult(
       run=run, scores=scores, rows=rows,
       headline=headline if headline in scores else 'loss',
@@ -86,29 +71,21 @@ def read(run: runs.PlannedRun) -> RunResult | None:
       train=[(r['step'], r['loss']) for r in lines if 'loss' in r],
       validation=evaluations(lines, 'loss'),
       steps=end['step'], seconds=end['seconds'], evaluating=evaluating,
-      peak_bytes=end['peak_bytes'],
-      tokens_per_second=end['tokens_per_second'],
+      peak_bytes=end['peak_bytes'], tokens_per_second=end['tokens_per_second'],
       trained_weights=record['trained_weights'], starts=len(record['starts']))
 
 
-def evaluations(
-    lines: list[dict[str, Any]], metric: str) -> list[tuple[int, float]]:
+def evaluations(lines: Lines, metric: str) -> list[tuple[int, float]]:
   """Returns [(step, value)] of the evaluations in a metrics.jsonl."""
   key = f'eval/{metric}'
   return [(line['step'], line[key]) for line in lines if key in line]
 
 
-def best_scores(
-    lines: list[dict[str, Any]], metric: str, mode: str) -> dict[str, float]:
+def best_scores(lines: Lines, metric: str, mode: str) -> dict[str, float]:
   """Returns the validation scores of the best checkpoint of a metrics.jsonl.
 
   As in `log.Tracker`, step 0 does not count, because the untouched weights are
   no checkpoint, and ties go to the later step.
-
-  Args:
-    lines: Of metrics.jsonl.
-    metric: config.eval.metric.
-    mode: min or max.
   """
   key = f'eval/{metric}'
   found = [line for line in reversed(lines) if line['step'] and key in line]
@@ -125,9 +102,9 @@ def estimate_seconds(
     run: runs.PlannedRun, finished: Sequence[RunResult]) -> float | None:
   """Returns the time that an unfinished run still takes; None if unknown.
 
-  A finished run of the same cell takes as long. Any other one is scaled by the
-  updates, if their number is known: from config.train.steps, or as many per
-  epoch as another run had on the same batches.
+  A finished run of the same cell takes as long. The time of others is scaled by
+  the number of updates, if known: config.train.steps, or as many per epoch as
+  another run had on the same batches.
   """
   known = [(r.total_seconds, r.steps) for r in finished
            if r.run.cell.name == run.cell.name]

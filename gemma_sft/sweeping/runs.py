@@ -1,6 +1,8 @@
 """The runs of a sweep, and how far each of them is."""
 
 import dataclasses
+import glob
+import itertools
 import os
 import re
 from typing import Any
@@ -19,27 +21,19 @@ from gemma_sft.sweeping import source as source_lib
 
 FINISHED, TO_EVALUATE, TO_CONTINUE, TO_DO = (
     'finished', 'to evaluate', 'to continue', 'to do')
-# Characters of a cell's name in the name of a folder, of 255 bytes at most.
-_NAME_LENGTH = 60
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedRun:
-  """One run of a sweep: a cell with a seed.
-
-  Attributes:
-    identity: See `record.identity`.
-    arguments: The command line of its config.
-    split: To be answered and judged after training; '' for none.
-  """
+  """One run of a sweep: a cell with a seed."""
 
   cell: grid.Cell
   seed: int
-  identity: str
+  identity: str  # See `record.identity`.
   workdir: str
-  arguments: tuple[str, ...]
+  arguments: tuple[str, ...]  # The command line of its config.
   leaves: Mapping[str, Any]
-  split: str
+  split: str  # To be answered and judged after training; '' for none.
 
   @property
   def evaluation(self) -> str:
@@ -73,95 +67,73 @@ class Planner:
 
   def __init__(
       self, source: source_lib.SweepSource, workdir: str, evaluate: str):
-    """Reads nothing yet."""
-    self._source, self._workdir = source, workdir
-    self._evaluate = evaluate
-    self._weights: dict[Any, Any] = {}
-    self._data: dict[Any, str] = {}
+    self._source, self._workdir, self._evaluate = source, workdir, evaluate
+    self._known: dict[Any, Any] = {}
 
   def plan(
       self, cells: Sequence[grid.Cell], seeds: Sequence[int]
   ) -> list[PlannedRun]:
     """Returns the runs, all cells of the first seed first.
 
-    In this order the runs that are finished when a sweep is killed are
-    complete comparisons.
+    So the seeds that are finished when a sweep is killed can be compared.
 
     Raises:
-      UserError: for an invalid config, naming the cell; for two cells that are
-        the same run.
+      UserError: for an invalid config, missing data or weights, naming the
+        cell; for two cells that are the same run.
     """
     configs = {c.name: grid.load_cell(self._source, c) for c in cells}
-    runs, cell_of = [], {}
-    for seed in seeds:
-      for cell in cells:
-        run = self.run(cell, configs[cell.name], seed)
-        if run.identity in cell_of:
-          raise errors.UserError(
-              f'cell {cell.name} and cell {cell_of[run.identity].name} are the'
-              ' same run',
-              'cells that differ in what decides the result: meshes, kernels,'
-              ' remat and names of files do not',
-              'remove one of them')
-        cell_of[run.identity] = cell
-        runs.append(run)
-    return runs
+    runs: dict[str, PlannedRun] = {}
+    for seed, cell in itertools.product(seeds, cells):
+      run = self.run(cell, configs[cell.name], seed)
+      if other := runs.get(run.identity):
+        raise errors.UserError(
+            f'cell {cell.name} and cell {other.cell.name} are the same run',
+            'cells that differ in what decides the result: meshes, kernels,'
+            ' remat and names of files do not', 'remove one of them')
+      runs[run.identity] = run
+    return list(runs.values())
 
   def run(self, cell: grid.Cell, config: Any, seed: int) -> PlannedRun:
-    """Returns the run of a cell, its validated config and a seed.
-
-    Raises:
-      UserError: naming the cell, for missing data or weights.
-    """
+    """Returns the run of a cell, its validated config and a seed."""
     leaves = dict(config_lib.leaves(config)) | {'seed': seed}
-    try:
-      data = self._data_hashes(config)
+    with grid.naming(cell):
       identity = record_lib.identity(
-          leaves, self._base_hash(config, seed), data)
+          leaves, self._base_hash(config, seed), self._data_hashes(config))
       split = choose_split(config, self._evaluate)
-    except errors.UserError as error:
-      raise grid.with_cell(cell, error) from error
-    name = re.sub(r'[^A-Za-z0-9.]+', '-', cell.name).strip('-')[:_NAME_LENGTH]
+    name = re.sub(r'[^A-Za-z0-9.]+', '-', cell.name).strip('-')
     return PlannedRun(
         cell=cell, seed=seed, identity=identity, split=split, leaves=leaves,
-        workdir=self._folder(identity, f'{name}-seed-{seed}'),
+        # A folder's name has at most 255 bytes.
+        workdir=self._folder(identity, f'{name[:60]}-seed-{seed}'),
         arguments=tuple(
             self._source.arguments({**cell.changes, 'seed': seed})))
 
   def _folder(self, identity, name):
-    """Returns the run's folder: the one of its identity, or else a new one."""
+    """Returns the folder of this identity, or else a new one."""
     folder = os.path.join(self._workdir, 'runs')
-    for found in sorted(os.listdir(folder) if os.path.isdir(folder) else ()):
-      if found.endswith(f'-{identity}'):
-        return os.path.join(folder, found)
-    return os.path.join(folder, f'{name}-{identity}')
+    found = sorted(glob.glob(f'*-{identity}', root_dir=folder))
+    return os.path.join(folder, *found[:1] or [f'{name}-{identity}'])
 
   def _base_hash(self, config, seed):
     key = config.model.weights, config.model.weights_sha256
-    if key not in self._weights:
-      self._weights[key] = base.resolve_weights(config.model)
-    return base.base_hash(self._weights[key], seed)
+    if key not in self._known:
+      self._known[key] = base.resolve_weights(config.model)
+    return base.base_hash(self._known[key], seed)
 
   def _data_hashes(self, config):
     task, section, hashes = tasks.load(config.task), config.data, {}
-    for name in ('train', 'validation', 'test'):
-      if not section[name]:
-        continue
+    for name in filter(section.__getitem__, ('train', 'validation', 'test')):
       key = (name, config.task, section[name], section.format, section.columns,
              section.limit, tuple(section.fields))
-      if key not in self._data:
-        self._data[key] = splits.data_hash(
+      if key not in self._known:
+        self._known[key] = splits.data_hash(
             splits.read_split(section, name), task)
-      hashes[name] = self._data[key]
+      hashes[name] = self._known[key]
     return hashes
 
 
 def choose_split(config: Any, evaluate: str) -> str:
-  """Returns the split to be judged after training, '' for none.
-
-  Raises:
-    UserError: if the config has no such split.
-  """
+  """Returns the split to be judged after training, '' for none."""
   known = [s for s in ('test', 'validation') if config.data[s]]
   if evaluate == 'none' and 'validation' in known:
     return ''

@@ -9,7 +9,6 @@ rule). All trials are kept in W/search.db, so the same command continues.
 """
 
 import os
-import time
 from typing import Any
 from typing import Mapping
 from typing import Sequence
@@ -27,9 +26,7 @@ from gemma_sft.sweeping import runs
 from gemma_sft.sweeping import source as source_lib
 from gemma_sft.sweeping import wording
 
-_STUDY = 'search'
 _STARTUP_TRIALS = 5
-_POLL_SECONDS = 0.5
 _EXAMPLE = ("for example --search='optimizer.learning_rate=1e-5..1e-3:log;"
             "lora.rank=4,8,16'")
 # Attributes of the study: what is searched; numbers of interrupted trials,
@@ -48,13 +45,13 @@ def parse_space(text: str, config: Any) -> dict[str, Any]:
   """
   optuna = _import_optuna()
   space = {}
-  for key, rest in grid.split_factors(text):
-    parts = grid.split_outside(rest, ',')
+  for key, rest in grid.split_factors(text).items():
     bounds, colon, scale = rest.partition(':')
     low, dots, high = bounds.partition('..')
     got = f'--search: {key}={rest}'
     if not dots:
-      values = [grid.parse_value(key, part, config) for part in parts]
+      values = [grid.parse_value(key, part, config)
+                for part in grid.split_outside(rest, ',')]
       if len(values) < 2:
         raise errors.UserError(
             got, 'a range or at least two values', _EXAMPLE)
@@ -88,20 +85,11 @@ def _import_optuna() -> Any:
 
 
 def run(
-    source: source_lib.SweepSource,
-    config: Any,
-    text: str,
-    *,
-    trials: int,
-    workdir: str,
-    slots: Sequence[Mapping[str, str]],
-    dry_run: bool,
-) -> int:
-  """Searches until there are `trials`; returns the exit status.
+    source: source_lib.SweepSource, config: Any, text: str, *, trials: int,
+    workdir: str, slots: Sequence[processes.Environment], dry_run: bool) -> int:
+  """Searches until there are `trials`, with those of earlier calls.
 
-  Args:
-    trials: Their number, including those of earlier calls.
-    dry_run: Print the space and the trials so far, and stop.
+  Returns the exit status. A dry run prints the space and the trials so far.
   """
   if trials < 1:
     raise errors.UserError(
@@ -124,15 +112,9 @@ def run(
   search = Search(source, config, space, workdir)
   with workdir_lib.lock_workdir(workdir), processes.Stop() as stop:
     failed = search.run(trials, slots, stop)
-    summary = search.write(trials)
-  print()
-  for sentence in summary['sentences']:
-    print(sentence)
+    search.write(trials)
   print(f'trials: {os.path.join(workdir, "sweep.html")}')
-  if stop.signal:
-    print(f'stopped by {stop.signal.name}; the same command goes on from here')
-    return 128 + stop.signal
-  return 1 if failed else 0
+  return stop.exit_status(failed > 0)
 
 
 def _database(workdir):
@@ -163,11 +145,7 @@ class Search:
   def __init__(
       self, source: source_lib.SweepSource, config: Any,
       space: Mapping[str, Any], workdir: str):
-    """Opens or creates the storage.
-
-    Raises:
-      UserError: if it holds trials of another space, metric or direction.
-    """
+    """Opens the storage; refuses one of another space, metric or mode."""
     optuna = _import_optuna()
     self._source, self._config, self._space = source, config, space
     self._workdir = workdir
@@ -178,7 +156,7 @@ class Search:
     os.makedirs(workdir, exist_ok=True)
     path = _database(workdir)
     self.study = optuna.create_study(
-        storage=f'sqlite:///{path}', study_name=_STUDY, load_if_exists=True,
+        storage=f'sqlite:///{path}', study_name='search', load_if_exists=True,
         direction='minimize' if self.lower else 'maximize')
     about = {'metric': self.metric, 'mode': mode,
              'space': {k: str(d) for k, d in space.items()}}
@@ -218,32 +196,44 @@ class Search:
     return rows
 
   def run(
-      self, trials: int, slots: Sequence[Mapping[str, str]],
+      self, trials: int, slots: Sequence[processes.Environment],
       stop: processes.Stop) -> int:
     """Runs trials up to this number; returns how many failed in this call."""
     for trial in self.study.get_trials(deepcopy=False):
       if trial.state == self._states.RUNNING:  # When the search was killed.
         self._requeue(trial)
-    free, running, failed = list(range(len(slots))), {}, 0
-    while True:
-      while free and not stop.signal and len(self.rows()) < trials:
-        process, trial = self._start(slots[free[0]])
-        if process is None:
-          failed += 1
-        else:
-          running[free.pop(0)] = trial, process, set()
-      if not running:
-        return failed
-      for slot, (trial, process, seen) in list(running.items()):
-        stop.pass_on(process)
-        self._report(trial, process, seen)
-        outcome = process.poll()
-        if outcome is not None:
-          self._report(trial, process, seen)
-          failed += self._end(trial, process, outcome, stop)
-          del running[slot]
-          free.append(slot)
-      time.sleep(_POLL_SECONDS)
+    running, failures = {}, []
+
+    def start(environment):
+      while len(self.rows()) < trials:
+        trial = self.study.ask(self._space)
+        cell = _cell(trial.params, self._config)
+        try:
+          planned = self._planner.run(
+              cell, grid.load_cell(self._source, cell), self._config.seed)
+        except errors.UserError as error:
+          failures.append(self._fail(trial, error.got))
+          continue
+        trial.set_user_attr(
+            'folder', os.path.relpath(planned.workdir, self._workdir))
+        print(f'trial {trial.number} | {cell.name} | {planned.state()}',
+              flush=True)
+        process = processes.Process(planned, environment)
+        running[process] = trial, set()
+        return process
+      return None
+
+    def watch(process):
+      self._report(process, *running[process])
+
+    def on_end(process, outcome):
+      watch(process)
+      trial, _ = running.pop(process)
+      if message := self._end(trial, process, outcome, stop):
+        failures.append(self._fail(trial, f'{message} ({process.log})'))
+
+    processes.run_all(slots, stop, start=start, on_end=on_end, watch=watch)
+    return len(failures)
 
   def _requeue(self, trial):
     """Queues the parameters of a trial again, which continues its run."""
@@ -252,28 +242,12 @@ class Search:
     self.study.tell(trial.number, state=self._states.FAIL)
     self.study.enqueue_trial(trial.params)
 
-  def _start(self, environment):
-    """Returns (process, trial) of the next trial; no process if it is invalid.
-    """
-    trial = self.study.ask(self._space)
-    cell = _cell(trial.params, self._config)
-    try:
-      planned = self._planner.run(
-          cell, grid.load_cell(self._source, cell), self._config.seed)
-    except errors.UserError as error:
-      self._fail(trial, error.got)
-      return None, trial
-    trial.set_user_attr(
-        'folder', os.path.relpath(planned.workdir, self._workdir))
-    print(f'trial {trial.number} | {cell.name} | {planned.state()}', flush=True)
-    return processes.Process(planned, environment), trial
-
   def _fail(self, trial, message):
     trial.set_user_attr('message', message)
     self.study.tell(trial, state=self._states.FAIL)
     print(f'trial {trial.number} | failed: {message}', flush=True)
 
-  def _report(self, trial, process, seen):
+  def _report(self, process, trial, seen):
     """Reports new evaluations to Optuna, and prunes a hopeless run."""
     lines = metrics.read_jsonl(
         os.path.join(process.run.workdir, 'metrics.jsonl'))
@@ -285,9 +259,10 @@ class Search:
         if trial.should_prune():
           process.stop(f'pruned after {step} updates')
 
-  def _end(self, trial, process, outcome, stop) -> bool:
-    """Reports to Optuna how a trial ended; returns whether it failed."""
+  def _end(self, trial, process, outcome, stop):
+    """Tells Optuna how a trial ended; returns why it failed, or ''."""
     result = results_lib.read(process.run)
+    text = outcome.message
     if result is not None and self.metric in result.scores:
       value = result.scores[self.metric]
       self.study.tell(trial, value)
@@ -296,20 +271,16 @@ class Search:
               f' {metrics.duration(outcome.seconds)}')
     elif outcome.message.startswith('pruned'):
       self.study.tell(trial, state=self._states.PRUNED)
-      text = outcome.message
     elif stop.signal:
       self._requeue(trial)
-      text = outcome.message
     else:
-      message = outcome.message or f'no {self.metric} among its scores'
-      self._fail(trial, f'{message} ({process.log})')
-      return True
+      return text or f'no {self.metric} among its scores'
     print(f'trial {trial.number} | {process.run.cell.name} | {text}',
           flush=True)
-    return False
+    return ''
 
-  def write(self, trials: int) -> dict[str, Any]:
-    """Writes the page of the search; returns the content of sweep.json."""
+  def write(self, trials: int) -> None:
+    """Writes the page of the search, and prints its sentences."""
     rows = self.rows()
     done = [r for r in rows if r['state'] == 'complete']
     best = (min if self.lower else max)(
@@ -320,8 +291,8 @@ class Search:
                   for k, v in best['parameters'].items())
         + f', with {wording.label(self.metric)}'
         f' {wording.show(self.metric, best["value"])} on the validation split.',
-        'Being the best of several, its value is too good, and it is from one'
-        ' seed: compare it with your present setting by --grid and --seeds=3.']
+        'As the best of several it is too optimistic, and it is from one seed:'
+        ' compare it with your present setting by --grid and --seeds=3.']
     ranked = sorted(rows, key=lambda r: (
         r['state'] != 'complete',
         (1 if self.lower else -1) * (r['value'] or 0)))
@@ -332,18 +303,17 @@ class Search:
           *(grid.show_value(r['parameters'].get(k, '-')) for k in self._space),
           str(r['updates']), metrics.duration(r['seconds']), r['folder'],
           r['message']] for r in ranked],
-        ['best' if i == 0 and best else '' for i in range(len(rows))],
+        marks={0: 'best'} if best else {},
         note='Pruned: ended early because it was below the median of earlier'
         ' trials after as many updates; its value is from its last evaluation.')
     values = page.Block('Values', pictures=[
         *pictures.trials(rows, self.metric, self.lower),
-        *pictures.parameters(rows, self.metric)])
-    summary = {'sentences': sentences, 'metric': self.metric,
-               'lower_is_better': self.lower, 'trials': rows, 'best': best,
-               'complete': len(rows) >= trials}
+        *pictures.factors([(r['parameters'], r['value']) for r in done],
+                          list(self._space), self.metric)])
     page.write_files(
         self._workdir,
         subtitle=f'{self._source.path}: search, {len(rows)} of {trials} trials,'
         ' scored on the validation split', blocks=[table, values],
-        summary=summary)
-    return summary
+        summary={'sentences': sentences, 'metric': self.metric,
+                 'lower_is_better': self.lower, 'trials': rows, 'best': best,
+                 'complete': len(rows) >= trials})

@@ -11,14 +11,13 @@ independent and crossed, the variance of the mean over S seeds and R records is
 estimated by var(means of the seeds) / S + var(means of the records) / R -
 var(residual) / (S R), the last because both of the others contain it. It has
 Satterthwaite's degrees of freedom (Biometrics Bulletin 2, 1946; the two-way
-random model, Searle, Casella and McCulloch, Variance Components, 1992). A t
-interval over three seeds alone would ignore that other questions give other
-answers, and a bootstrap over records alone that other seeds do; a bootstrap of
+random model, Searle, Casella and McCulloch, Variance Components, 1992).
+Intervals over seeds or records alone would ignore the other, and a bootstrap of
 three seeds underestimates the variance by a third. Losses, of which only totals
 are kept, get the t interval of the seeds' differences.
 
-Comparing several cells with one baseline gives several chances to be lucky: p
-values are adjusted by Holm (Scandinavian Journal of Statistics 6, 1979),
+With several cells there are several chances to beat the baseline by luck, so p
+values are adjusted by Holm (Scandinavian Journal of Statistics 6, 1979);
 intervals are not.
 """
 
@@ -38,26 +37,16 @@ ALPHA = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-  """How much better one cell is than another on the same seeds.
+  """How much better one cell is than another on the same seeds."""
 
-  Attributes:
-    mean: Above 0 is better, also where a lower metric is better.
-    low: Lower end of the 95 % interval; None without one.
-    high: Its upper end.
-    p: Two-sided; None without an interval.
-    n_seeds: Seeds that both have.
-    n_records: Records that all of these runs answered; 0 if the metric is not a
-      mean over records.
-    adjusted: p adjusted by Holm; None until `adjust`.
-  """
-
-  mean: float
-  low: float | None
+  mean: float  # Above 0 is better, also where a lower metric is better.
+  low: float | None  # Of the 95 % interval.
   high: float | None
-  p: float | None
-  n_seeds: int
+  p: float | None  # Two-sided; None without an interval.
+  n_seeds: int  # That both have.
+  # That all of these runs answered; 0 if the metric is no mean over records.
   n_records: int
-  adjusted: float | None = None
+  adjusted: float | None = None  # p, by `adjust`.
 
   @property
   def beyond_chance(self) -> bool:
@@ -73,9 +62,8 @@ def difference(
     pairs: Sequence[tuple[Results, Results]], metric: str) -> Difference | None:
   """Returns by how much a metric differs; None if no seed is shared.
 
-  Args:
-    pairs: Finished runs of a cell and of the one that it is compared with.
-      Several pairs are averaged, seed by seed and record by record.
+  A pair holds the finished runs of a cell and of the one that it is compared
+  with. Several pairs are averaged, seed by seed and record by record.
   """
   runs = [tuple({r.run.seed: r for r in found if metric in r.scores}
                 for found in pair) for pair in pairs]
@@ -160,16 +148,11 @@ def adjust(differences: Sequence[Difference | None]) -> list[Difference | None]:
 
 @dataclasses.dataclass(frozen=True)
 class CellScores:
-  """One metric of a cell.
-
-  Attributes:
-    values: {seed: value} of finished runs.
-    difference: From the baseline; None for the baseline itself.
-  """
+  """One metric of a cell."""
 
   cell: str
-  values: Mapping[int, float]
-  difference: Difference | None
+  values: Mapping[int, float]  # {seed: value} of finished runs.
+  difference: Difference | None  # From the baseline.
 
   @property
   def mean(self) -> float:
@@ -179,26 +162,18 @@ class CellScores:
   @property
   def spread(self) -> float | None:
     """The standard deviation over seeds; None for fewer than two."""
-    if len(self.values) < 2:
-      return None
-    return float(np.std(list(self.values.values()), ddof=1))
+    values = list(self.values.values())
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def by_cell(
-    found: Results, cells: Sequence[grid.Cell]
-) -> dict[str, list[results_lib.RunResult]]:
+def by_cell(found: Results, cells: Sequence[grid.Cell]) -> dict[str, Results]:
   """Returns {cell: its finished runs}, in the order of the cells."""
-  grouped = {cell.name: [] for cell in cells}
-  for result in found:
-    grouped[result.run.cell.name].append(result)
-  return grouped
+  return {cell.name: [r for r in found if r.run.cell.name == cell.name]
+          for cell in cells}
 
 
 def compare(
-    grouped: Grouped,
-    metric: str,
-    baseline: str,
-) -> list[CellScores]:
+    grouped: Grouped, metric: str, baseline: str) -> list[CellScores]:
   """Returns the scores of each cell, p values adjusted for their number."""
   differences = adjust([
       None if name == baseline else difference(
@@ -212,12 +187,7 @@ def compare(
 
 @dataclasses.dataclass(frozen=True)
 class Effect:
-  """The main effect of one value of a factor.
-
-  Attributes:
-    than: The baseline's value, with which it is compared.
-    difference: The mean over all settings of the other factors.
-  """
+  """The main effect of one value of a factor against the baseline's."""
 
   factor: str
   value: Any
@@ -226,8 +196,8 @@ class Effect:
 
 
 def effects(
-    grouped: Grouped, cells: Sequence[grid.Cell],
-    factors: Sequence[str], metric: str, baseline: str) -> list[Effect]:
+    grouped: Grouped, cells: Sequence[grid.Cell], factors: Sequence[str],
+    metric: str, baseline: str) -> list[Effect]:
   """Returns the main effects of a grid, p values adjusted for their number.
 
   Each is the mean over all settings of the other factors, and therefore more
@@ -254,9 +224,7 @@ def effects(
       found, adjust([e.difference for e in found]))]
 
 
-def alike(
-    grouped: Grouped, metric: str, best: str
-) -> list[str]:
+def alike(grouped: Grouped, metric: str, best: str) -> list[str]:
   """Returns the cells that do not differ from the best beyond chance.
 
   Each is compared with the best on the same seeds, p adjusted by Holm. A cell
@@ -270,12 +238,7 @@ def alike(
 
 
 def pareto(costs: Sequence[float], qualities: Sequence[float]) -> list[bool]:
-  """Returns whether each point is on the Pareto front.
-
-  Args:
-    costs: Lower is better.
-    qualities: Of the same points; higher is better.
-  """
+  """Returns whether each point is on the front of low cost, high quality."""
   points = list(zip(costs, qualities))
   return [not any(
       c <= cost and q >= quality and (c < cost or q > quality)
@@ -283,14 +246,13 @@ def pareto(costs: Sequence[float], qualities: Sequence[float]) -> list[bool]:
 
 
 def costs(
-    grouped: Grouped,
-    metric: str,
-    lower_is_better: bool,
+    grouped: Grouped, metric: str, lower_is_better: bool
 ) -> list[dict[str, Any]]:
   """Returns quality, time and memory of each cell, and which are on a front."""
   rows = []
   for number, (name, found) in enumerate(grouped.items(), 1):
     known = [r for r in found if metric in r.scores]
+    speeds = [r.tokens_per_second for r in known if r.tokens_per_second]
     if known:
       rows.append({
           'cell': name, 'number': number,
@@ -298,19 +260,12 @@ def costs(
           'seconds': float(np.mean([r.total_seconds for r in known])),
           'gigabytes': float(np.mean([r.peak_bytes for r in known])) / 1e9,
           'trained_weights': known[0].trained_weights,
-          'tokens_per_second': _mean(
-              [r.tokens_per_second for r in known])})
+          'tokens_per_second': float(np.mean(speeds)) if speeds else None})
   quality = [(-1 if lower_is_better else 1) * row['quality'] for row in rows]
   for cost, front in (('seconds', 'on_time'), ('gigabytes', 'on_memory')):
-    for row, best in zip(rows, pareto(
-        [row[cost] for row in rows], quality)):
+    for row, best in zip(rows, pareto([row[cost] for row in rows], quality)):
       row[front] = best
   return rows
-
-
-def _mean(values):
-  known = [v for v in values if v is not None]
-  return float(np.mean(known)) if known else None
 
 
 def best_cell(

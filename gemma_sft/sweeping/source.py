@@ -1,7 +1,9 @@
 """A config file: its configs under changes, and their command lines."""
 
 import dataclasses
+import functools
 import importlib.util
+import operator
 import os
 import types
 from typing import Any
@@ -33,11 +35,7 @@ class SweepSource:
     return cls(path, argument if colon else None, dict(overrides))
 
   def load(self, changes: Mapping[str, Any]) -> Any:
-    """Returns the locked config with {factor: value} changed.
-
-    Raises:
-      UserError: if the file refuses its argument, or a key its value.
-    """
+    """Returns the locked config with {factor: value} changed."""
     argument = changes.get(ARGUMENT, self.argument)
     module = load_module(self.path)
     try:
@@ -48,7 +46,13 @@ class SweepSource:
           'correct the value after the colon, or of the factor config'
       ) from error
     for key, value in self._values(changes).items():
-      set_value(config, key, value)
+      try:
+        config.update_from_flattened_dict({key: value})
+      except (TypeError, ValueError) as error:
+        raise errors.UserError(
+            f'{key}={value!r}',
+            f'a value like its default {get_value(config, key)!r}',
+            'correct the value') from error
     return config
 
   def arguments(self, changes: Mapping[str, Any]) -> list[str]:
@@ -65,11 +69,7 @@ class SweepSource:
 
 
 def load_module(path: str) -> types.ModuleType:
-  """Returns a config file as a module.
-
-  Raises:
-    UserError: if there is none, or it cannot be imported.
-  """
+  """Returns a config file as a module."""
   if not os.path.isfile(path):
     raise errors.UserError(
         f'--config={path}: no such file', 'a config file',
@@ -85,27 +85,9 @@ def load_module(path: str) -> types.ModuleType:
   return module
 
 
-def set_value(config: Any, key: str, value: Any) -> None:
-  """Sets a dotted key of a locked config.
-
-  Raises:
-    UserError: if the value's type differs from the key's.
-  """
-  parent, _, name = key.rpartition('.')
-  section = get_value(config, parent) if parent else config
-  try:
-    section[name] = value
-  except (TypeError, ValueError) as error:
-    raise errors.UserError(
-        f'{key}={value!r}', f'a value like its default {section[name]!r}',
-        'correct the value') from error
-
-
 def get_value(config: Any, key: str) -> Any:
   """Returns the value of a dotted key."""
-  for part in key.split('.'):
-    config = config[part]
-  return config
+  return functools.reduce(operator.getitem, key.split('.'), config)
 
 
 def as_text(value: Any) -> str:

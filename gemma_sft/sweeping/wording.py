@@ -54,13 +54,9 @@ def _unit(metric):
 
 
 def sentences(
-    grouped: significance.Grouped,
-    scores: Sequence[significance.CellScores],
-    metric: str,
-    lower_is_better: bool,
-    baseline: str,
-    costs: Sequence[Mapping[str, Any]],
-) -> list[str]:
+    grouped: significance.Grouped, scores: Sequence[significance.CellScores],
+    metric: str, lower_is_better: bool, baseline: str,
+    costs: Sequence[Mapping[str, Any]]) -> list[str]:
   """Says which cell is best, and whether that is beyond chance."""
   best = significance.best_cell(scores, lower_is_better)
   if best is None:

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from gemma_sft.planning import flops
@@ -44,24 +43,17 @@ def test_what_is_made_again_counts_again():
   def loss(x, w):
     return jnp.sum(jnp.tanh(jnp.tanh(x @ w) @ w))
 
-  def again(x, w):
-    return jax.grad(jax.checkpoint(loss))(x, w)
-
-  plain = _flops(jax.grad(loss), (3, 5), (5, 5))
-  assert plain == 4 * 2 * 3 * 5 * 5
-  assert _flops(again, (3, 5), (5, 5)) > plain
+  plain, again = (_flops(jax.grad(fn), (3, 5), (5, 5))
+                  for fn in (loss, jax.checkpoint(loss)))
+  assert again > plain == 4 * 2 * 3 * 5 * 5
 
 
 def test_work_on_each_device_adds_up():
   mesh = jax.make_mesh(
       (8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
-  rows = jax.sharding.PartitionSpec('data')
-
-  def fn(x, w):
-    return jax.shard_map(
-        jnp.matmul, mesh=mesh, in_specs=(rows, jax.sharding.PartitionSpec()),
-        out_specs=rows)(x, w)
-
+  rows, whole = map(jax.sharding.PartitionSpec, ('data', None))
+  fn = jax.shard_map(
+      jnp.matmul, mesh=mesh, in_specs=(rows, whole), out_specs=rows)
   assert _flops(fn, (16, 5), (5, 7)) == 2 * 16 * 5 * 7
 
 
@@ -73,8 +65,6 @@ def test_kept_bytes_are_those_that_the_backward_scan_reads():
     return jax.lax.scan(body, x, w_LDD)[0].sum()
 
   trace = jax.jit(jax.grad(loss)).trace(jnp.ones((4, 8)), jnp.ones((5, 8, 8)))
-  kept = flops.residual_bytes(trace.jaxpr, 5)
   # For the gradient of x alone, the cosine is enough.
-  assert kept == 5 * 4 * 8 * 4
+  assert flops.residual_bytes(trace.jaxpr, 5) == 5 * 4 * 8 * 4
   assert flops.residual_bytes(trace.jaxpr, 7) == 0
-  assert np.isfinite(kept)

@@ -24,8 +24,8 @@ def _config(**changes):
 
 
 def _program(config):
-  return compile_step.make_program(
-      config, hardware.absent_devices(hardware.parse('v5e-8')), max_trained=64)
+  devices = hardware.absent_devices(hardware.parse('v5e-8'))
+  return compile_step.make_program(config, devices, max_trained=64)
 
 
 def test_the_line_through_two_compilations_is_confirmed():
@@ -37,8 +37,8 @@ def test_the_line_through_two_compilations_is_confirmed():
     rows = changed.data.batch_size // 8
     asked.append((rows, changed.data.max_length))
     # 1 GB a row besides 2.5 GB, and 6 MB a token of length.
-    return _memory(2.5e9 + 1e9 * rows + 6e6 * (
-        changed.data.max_length - 256))
+    return _memory(
+        2.5e9 + 1e9 * rows + 6e6 * (changed.data.max_length - 256))
 
   found = suggest.largest(program, measure(config), measure)
   assert found.confirmed

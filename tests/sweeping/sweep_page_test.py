@@ -2,9 +2,10 @@
 
 import json
 import math
-import os
+import pathlib
 import re
 
+import compare_test
 import numpy as np
 import pytest
 from scipy import stats
@@ -19,26 +20,20 @@ from gemma_sft.sweeping import significance
 # Statistics ------------------------------------------------------------------
 
 
-def test_differences_by_seed_are_students_t():
-  a, b = np.array([2.1, 2.4, 2.2, 2.9]), np.array([2.0, 2.1, 2.2, 2.3])
-  d = significance.paired(a - b)
-  expected = stats.ttest_rel(a, b)
+_A, _B = np.array([2.1, 2.4, 2.2, 2.9]), np.array([2.0, 2.1, 2.2, 2.3])
+_D_R = np.array([1, 0, 0, 1, -1, 0, 1, 1.0])
+
+
+@pytest.mark.parametrize('d, expected, n', [
+    (significance.paired(_A - _B), stats.ttest_rel(_A, _B), (4, 0)),
+    (significance.crossed(_D_R[None]), stats.ttest_1samp(_D_R, 0), (1, 8)),
+], ids=['several seeds', 'records of one seed'])
+def test_one_dimension_is_students_t(d, expected, n):
   low, high = expected.confidence_interval(0.95)
   np.testing.assert_allclose(
       [d.mean, d.p, d.low, d.high],
-      [np.mean(a - b), expected.pvalue, low, high], rtol=1e-12)
-  assert (d.n_seeds, d.n_records) == (4, 0)
-
-
-def test_one_seed_is_students_t_over_the_records():
-  d_R = np.array([1, 0, 0, 1, -1, 0, 1, 1.0])
-  d = significance.crossed(d_R[None])
-  expected = stats.ttest_1samp(d_R, 0)
-  low, high = expected.confidence_interval(0.95)
-  np.testing.assert_allclose([d.p, d.low, d.high],
-                             [expected.pvalue, low, high], rtol=1e-12)
-  one = significance.paired(np.array([0.3]))
-  assert one.p is None and one.low is None and not one.beyond_chance
+      [(low + high) / 2, expected.pvalue, low, high], rtol=1e-12)
+  assert (d.n_seeds, d.n_records) == n
 
 
 def test_seeds_and_records_both_add_to_the_variance():
@@ -69,7 +64,9 @@ def test_seeds_and_records_both_add_to_the_variance():
       stats.t.ppf(0.975, freedom) * math.sqrt(variance), rtol=1e-9)
 
 
-def test_alike_differences_have_no_spread_to_go_by():
+def test_differences_without_spread():
+  one = significance.paired(np.array([0.3]))
+  assert one.p is None and one.low is None and not one.beyond_chance
   assert significance.paired(np.zeros(3)).p == 1.0
   # Three seeds of one sign: 2 of 2^3 ways.
   assert significance.paired(np.full(3, 0.1)).p == 0.25
@@ -105,40 +102,25 @@ def _write_run(run, *, share, loss, seconds=60.0, gigabytes=2.0, seed=0):
   rng = np.random.default_rng(1000 * run.seed + seed)
   # The same questions are hard for all.
   hard = np.random.default_rng(7).random(_RECORDS)
-  verdicts = [bool(v) for v in
-              hard + rng.normal(0, 0.08, _RECORDS) < share]
-  os.makedirs(os.path.join(run.workdir, 'evaluation'))
-
-  def dump(name, value):
-    with open(os.path.join(run.workdir, name), 'w', encoding='utf-8') as file:
-      json.dump(value, file)
-
-  dump('run.json', {
-      'identity': run.identity, 'config': dict(run.leaves), 'seed': run.seed,
-      'base': '', 'data': {}, 'total_steps': 20, 'trained_weights': 1000,
-      'base_weights': 5000, 'starts': [{'time': '', 'step': 0}],
-      'end': {'time': '', 'step': 20, 'reason': 'finished', 'finished': True,
-              'seconds': seconds, 'tokens_per_second': 100.0,
-              'peak_bytes': int(gigabytes * 1e9)}})
-  with open(os.path.join(run.workdir, 'metrics.jsonl'), 'w') as file:
-    for step in range(21):
-      line = {'step': step, 'time': 0.0, 'loss': 5 * 0.9 ** step + loss}
-      if step % 5 == 0:
-        line |= {'eval/loss': 4 * 0.9 ** step + loss}
-      file.write(json.dumps(line) + '\n')
-  dump(f'evaluation/{run.split}-tuned.json', {
-      'identity': '', 'name': 'tuned', 'headline': 'strict',
-      'lower_is_better': ['fallback'], 'records': _RECORDS,
-      'scores': {'loss': loss, 'judge/strict': float(np.mean(verdicts)),
-                 'judge/fallback': 0.1, 'judge/n': _RECORDS},
-      'generation_seconds': 10.0, 'samples': [],
-      'answers': [{'where': f'q:{i}', 'verdict': {'strict': v}}
-                  for i, v in enumerate(verdicts)]})
+  verdicts = hard + rng.normal(0, 0.08, _RECORDS) < share
+  folder = pathlib.Path(run.workdir)
+  compare_test.write_run(
+      folder, dict(run.leaves), [
+          {'step': step, 'loss': 5 * 0.9 ** step + loss} | (
+              {} if step % 5 else {'eval/loss': 4 * 0.9 ** step + loss})
+          for step in range(21)], identity=run.identity,
+      end={'step': 20, 'finished': True, 'seconds': seconds,
+           'tokens_per_second': 100.0, 'peak_bytes': int(gigabytes * 1e9)})
+  compare_test.write_scores(
+      folder, verdicts, split=run.split, lower_is_better=['fallback'],
+      generation_seconds=10.0, scores={
+          'loss': loss, 'judge/strict': float(verdicts.mean()),
+          'judge/fallback': 0.1, 'judge/n': _RECORDS})
 
 
 @pytest.fixture
 def make_sweep(tmp_path):
-  """Returns a function of cells and shares: (sweep, plan), written."""
+  """Returns a function of {cell: (changes, share)}: (sweep, plan), written."""
   def make(cells, seeds=3):
     sweep = grid.Sweep(
         tuple(grid.Cell(name, changes) for name, (changes, _) in
@@ -148,17 +130,33 @@ def make_sweep(tmp_path):
     for seed in range(seeds):
       for i, (cell, (_, share)) in enumerate(
           zip(sweep.cells, cells.values())):
-        run = runs.PlannedRun(
+        plan.append(runs.PlannedRun(
             cell, seed, f'{seed}{i}'.zfill(16),
             str(tmp_path / 'w/runs' / f'{i}-{seed}'), (),
-            {'seed': seed, 'train.steps': 20}, 'test')
-        plan.append(run)
+            {'seed': seed, 'train.steps': 20}, 'test'))
         if share is not None:
-          _write_run(run, share=share, loss=2.5 - share + 0.01 * seed,
+          _write_run(plan[-1], share=share, loss=2.5 - share + 0.01 * seed,
                      seconds=60.0 + 30 * i, gigabytes=2.0 + 0.1 * (i % 2),
                      seed=i)
     return sweep, plan
   return make
+
+
+@pytest.fixture
+def write(make_sweep, tmp_path):
+  """Returns a function that writes the page of cells with these shares."""
+  def write(seeds=3, n_runs=None, messages=(), **shares):
+    sweep, plan = make_sweep({
+        name: ({'lora.rank': 2 ** i, 'train.epochs': 1}, share)
+        for i, (name, share) in enumerate(shares.items())}, seeds)
+    return page.write(
+        sweep, plan[:n_runs], {plan[i].workdir: text for i, text in messages},
+        str(tmp_path / 'w'), 'configs/<i>.py')
+  return write
+
+
+def _kept(tmp_path, name):
+  return (tmp_path / 'w' / name).read_text('utf-8')
 
 
 def test_effects_are_means_over_the_other_factors(make_sweep, tmp_path):
@@ -188,30 +186,21 @@ def test_effects_are_means_over_the_other_factors(make_sweep, tmp_path):
   assert summary['sentences'][-1] == (
       'Over all settings of the other factors: train.epochs 5 instead of 1'
       f' gains {100 * epochs.difference.mean:.1f} points (each beyond chance).')
-  html = (tmp_path / 'w/sweep.html').read_text('utf-8')
-  assert 'Effects of the factors' in html
+  assert 'Effects of the factors' in _kept(tmp_path, 'sweep.html')
 
 
-def _cells(**shares):
-  return {name: ({'lora.rank': 2 ** i, 'train.epochs': 1}, share)
-          for i, (name, share) in enumerate(shares.items())}
-
-
-def test_the_page_says_which_cell_is_best(make_sweep, tmp_path):
-  workdir = str(tmp_path / 'w')
-  sweep, plan = make_sweep(_cells(base=0.4, close=0.42, good=0.75))
-  summary = page.write(sweep, plan, {}, workdir, 'configs/tiny.py')
+def test_the_page_says_which_cell_is_best(write, tmp_path):
+  summary = write(base=0.4, close=0.42, good=0.75)
   assert summary['complete'] and summary['headline'] == 'judge/strict'
   said = ' '.join(summary['sentences'])
   assert said.startswith('The best cell is good: strict')
   assert 'This is beyond chance (p' in said
   assert 'adjusted for 2 comparisons' in said
   assert 'Not different' not in said
-  with open(os.path.join(workdir, 'sweep.json'), encoding='utf-8') as file:
-    kept = json.load(file)
+  kept = json.loads(_kept(tmp_path, 'sweep.json'))
   values = [r['scores']['judge/strict'] for r in kept['runs']
             if r['cell'] == 'good']
-  row = kept['metrics']['judge/strict'][2]
+  base, close, row = kept['metrics']['judge/strict']
   np.testing.assert_allclose(
       [row['mean'], row['sd']], [np.mean(values), np.std(values, ddof=1)])
   assert row['difference']['n_records'] == _RECORDS
@@ -219,50 +208,38 @@ def test_the_page_says_which_cell_is_best(make_sweep, tmp_path):
   loss = kept['metrics']['loss'][2]['difference']
   assert loss['n_records'] == 0 and loss['mean'] > 0.3
   assert [c['on_time'] for c in kept['costs']] == [
-      True, kept['metrics']['judge/strict'][1]['mean'] > kept['metrics'][
-          'judge/strict'][0]['mean'], True]
-  with open(os.path.join(workdir, 'report.md'), encoding='utf-8') as file:
-    text = file.read()
+      True, close['mean'] > base['mean'], True]
+  text = _kept(tmp_path, 'report.md')
   assert f'{100 * row["mean"]:.1f} %' in text and 'base (baseline)' in text
 
 
-def test_a_gain_that_may_be_chance_is_called_so(make_sweep, tmp_path):
-  sweep, plan = make_sweep(_cells(base=0.5, other=0.51, third=0.5))
-  summary = page.write(sweep, plan, {}, str(tmp_path / 'w'), 'c')
-  said = ' '.join(summary['sentences'])
+def test_chance_and_a_single_seed_are_called_so(write):
+  said = ' '.join(write(base=0.5, other=0.51, third=0.5)['sentences'])
   assert 'This is not beyond chance' in said or 'baseline, base, is' in said
   assert 'Not different from the best beyond chance: ' in said
   assert 'The fastest of them' in said
+  said = ' '.join(write(base=0.3, good=0.8, seeds=1)['sentences'])
+  assert 'not other seeds' in said
 
 
-def test_one_seed_is_said_to_be_one(make_sweep, tmp_path):
-  sweep, plan = make_sweep(_cells(base=0.3, good=0.8), seeds=1)
-  summary = page.write(sweep, plan, {}, str(tmp_path / 'w'), 'c')
-  assert 'not other seeds' in ' '.join(summary['sentences'])
-
-
-def test_an_unfinished_sweep_shows_what_failed(make_sweep, tmp_path):
-  sweep, plan = make_sweep(_cells(base=None, other=0.5))
-  message = 'config.lora.targets <b>matches</b> nothing'
-  summary = page.write(
-      sweep, plan, {plan[0].workdir: message}, str(tmp_path / 'w'), 'c')
+def test_an_unfinished_sweep_shows_what_failed(write, tmp_path):
+  summary = write(
+      base=None, other=0.5,
+      messages=[(0, 'config.lora.targets <b>matches</b> nothing')])
   assert not summary['complete']
   assert summary['sentences'][0] == 'Unfinished: 3 of 6 runs are missing.'
   assert [r['state'] for r in summary['runs'][:2]] == ['failed', 'finished']
-  html = (tmp_path / 'w/sweep.html').read_text('utf-8')
+  html = _kept(tmp_path, 'sweep.html')
   assert '&lt;b&gt;matches&lt;/b&gt;' in html and '<b>matches' not in html
-  json.loads((tmp_path / 'w/sweep.json').read_text('utf-8'),
-             parse_constant=lambda name: pytest.fail(name))
+  json.loads(_kept(tmp_path, 'sweep.json'), parse_constant=pytest.fail)
   # Nothing at all.
-  empty = page.write(sweep, plan[:1], {}, str(tmp_path / 'w'), 'c')
+  empty = write(base=None, other=None, n_runs=1)
   assert empty['sentences'][1] == 'No run is finished.'
 
 
-def test_the_page_is_whole_and_escaped(make_sweep, tmp_path):
-  sweep, plan = make_sweep(_cells(
-      **{'<script>alert(1)</script> & "x"': 0.4, 'b|c $x_2$': 0.6}))
-  page.write(sweep, plan, {}, str(tmp_path / 'w'), 'configs/<i>.py')
-  html = (tmp_path / 'w/sweep.html').read_text('utf-8')
+def test_the_page_is_whole_and_escaped(write, tmp_path):
+  write(**{'<script>alert(1)</script> & "x"': 0.4, 'b|c $x_2$': 0.6})
+  html = _kept(tmp_path, 'sweep.html')
   assert '<script' not in html and '&lt;script&gt;' in html
   assert '<i>' not in html
   # No outside parts: every source is in the page.
@@ -271,7 +248,7 @@ def test_the_page_is_whole_and_escaped(make_sweep, tmp_path):
   assert all(s.startswith('data:image/png;base64,') for s in sources)
   assert 'url(' not in html and '@import' not in html
   assert 'name="viewport"' in html
-  assert r'b\|c' in (tmp_path / 'w/report.md').read_text('utf-8')
+  assert r'b\|c' in _kept(tmp_path, 'report.md')
 
 
 def test_runs_without_a_judge_are_compared_by_training_scores(tmp_path):
@@ -294,7 +271,6 @@ def test_trials_are_drawn_whatever_they_hold():
            'parameters': {'lr': 1e-2, 'rank': 8, 'kind': 'b'}},
           {'number': 2, 'state': 'failed', 'value': None, 'parameters': {}}]
   assert len(pictures.trials(rows, 'judge/x', lower_is_better=False)) == 1
-  assert len(pictures.parameters(rows, 'judge/x')) == 3
+  assert len(pictures.factors([(r['parameters'], r['value']) for r in rows[:2]],
+                              ['lr', 'rank', 'kind'], 'judge/x')) == 3
   assert pictures.trials(rows[2:], 'loss', lower_is_better=True) == []
-
-
