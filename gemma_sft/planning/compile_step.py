@@ -240,23 +240,14 @@ def _overflow(message: str) -> tuple[int, int]:
 
 # The cache of results --------------------------------------------------------
 
-# The modules that decide what a step's program is; a test compares them with
-# those that `train_step` and `make_program` reach.
-_SOURCES = (
-    'adapters/*.py', 'batches.py', 'loss.py', 'model.py', 'nn/*.py',
-    'optimizer.py', 'planning/compile_step.py', 'planning/flops.py',
-    'run/base.py', 'run/build.py', 'run/devices.py', 'sharding.py', 'state.py',
-    'train.py', 'weights/*.py')
-
-
 def cached(
     step_fn: Any, program: Program, target: hardware.Slice, *, compiled: bool
 ) -> tuple[Traced, Compiled | None]:
   """Returns the results of tracing and compiling, from the cache if possible.
 
-  A result is stored under a hash of config, devices, versions and the step's
-  modules. A compilation is also stored under a hash of the program itself, so
-  that an edit of those modules that leaves the program as it is costs none.
+  A result is stored under a hash of config, devices, versions and this package.
+  A compilation is also stored under a hash of the program itself, so that an
+  edit of the package that leaves the program as it is costs none.
   """
   compiler = hardware.compiler_name(target) if compiled else ''
   key = _key(program, target, compiler)
@@ -283,9 +274,7 @@ def is_cached(program: Program, target: hardware.Slice) -> bool:
 
 
 def _source_files() -> list[pathlib.Path]:
-  package = pathlib.Path(__file__).parents[1]
-  return [path for pattern in _SOURCES
-          for path in sorted(package.glob(pattern))]
+  return sorted(pathlib.Path(__file__).parents[1].rglob('*.py'))
 
 
 def _key(program, target, compiler):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from gemma_sft import pages
 from gemma_sft.sweeping import grid
 from gemma_sft.sweeping import page
 from gemma_sft.sweeping import pictures
@@ -143,9 +144,11 @@ def make_sweep(tmp_path):
 
 
 @pytest.fixture
-def write(make_sweep, tmp_path):
+def write(make_sweep, tmp_path, monkeypatch):
   """Returns a function that writes the page of cells with these shares."""
-  def write(seeds=3, n_runs=None, messages=(), **shares):
+  def write(seeds=3, n_runs=None, messages=(), draw=False, **shares):
+    if not draw:
+      monkeypatch.setattr(pages, 'to_png', lambda figure: b'')
     sweep, plan = make_sweep({
         name: ({'lora.rank': 2 ** i, 'train.epochs': 1}, share)
         for i, (name, share) in enumerate(shares.items())}, seeds)
@@ -238,7 +241,7 @@ def test_an_unfinished_sweep_shows_what_failed(write, tmp_path):
 
 
 def test_the_page_is_whole_and_escaped(write, tmp_path):
-  write(**{'<script>alert(1)</script> & "x"': 0.4, 'b|c $x_2$': 0.6})
+  write(draw=True, **{'<script>alert(1)</script> & "x"': 0.4, 'b|c $x_2$': 0.6})
   html = _kept(tmp_path, 'sweep.html')
   assert '<script' not in html and '&lt;script&gt;' in html
   assert '<i>' not in html
