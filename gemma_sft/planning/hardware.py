@@ -195,14 +195,13 @@ def local_memory() -> float:
 
 # Compilers -------------------------------------------------------------------
 
-# The compiler for TPUs. The package does not require it: on a machine without a
-# TPU, if libtpu is on the import path, every start of JAX looks for a TPU and
-# prints a warning. launch/libtpu.sh puts it into the cache instead.
-LIBTPU = 'libtpu==0.0.50.*'
-
 
 def find_libtpu() -> str:
-  """Returns the path of libtpu.so; a UserError says how to install it."""
+  """Returns the path of libtpu.so; a UserError says how to install it.
+
+  launch/libtpu.sh puts it into the cache. If it were on the import path of a
+  machine without a TPU, JAX would look for one at each start and warn.
+  """
   cached = str(cache.folder('libtpu', 'libtpu', 'libtpu.so'))
   candidates = [os.environ.get('TPU_LIBRARY_PATH', ''), cached]
   spec = importlib.util.find_spec('libtpu')

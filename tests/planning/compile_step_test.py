@@ -2,7 +2,6 @@
 
 import pathlib
 
-import conftest
 import jax
 import pytest
 
@@ -112,8 +111,3 @@ def test_a_refusal_is_a_result():
   assert compile_step._overflow(message) == (18 * 2**30, int(15.75 * 2**30))
   with pytest.raises(errors.UserError, match='refuses the step'):
     compile_step._overflow('INTERNAL: Mosaic failed to compile TPU kernel')
-
-
-def test_the_pin_of_libtpu_stands_once():
-  setup = (conftest.ROOT / 'setup.py').read_text()
-  assert f"PLAN = ['{hardware.LIBTPU}']" in setup

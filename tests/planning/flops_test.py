@@ -1,4 +1,4 @@
-"""FLOPs and kept bytes of traces, against arithmetic."""
+"""FLOPs and saved bytes of traces, against arithmetic."""
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def test_branches():
       0.25 * more + 0.75 * one)
 
 
-def test_what_is_made_again_counts_again():
+def test_what_is_recomputed_counts_again():
   def loss(x, w):
     return jnp.sum(jnp.tanh(jnp.tanh(x @ w) @ w))
 
@@ -57,7 +57,7 @@ def test_work_on_each_device_adds_up():
   assert _flops(fn, (16, 5), (5, 7)) == 2 * 16 * 5 * 7
 
 
-def test_kept_bytes_are_those_that_the_backward_scan_reads():
+def test_saved_bytes_are_those_that_the_backward_scan_reads():
   def loss(x, w_LDD):
     def body(x, w):
       return jnp.sin(x @ w), None  # Keeps x and x @ w: 2 (4, 8) a layer.

@@ -1,8 +1,7 @@
-"""What is for TPUs alone compiles for TPUs, on a machine without one.
+"""The training step compiles for TPUs, on a machine without one.
 
-The whole training step at small shapes, for a slice of eight v5e, through the
-compiler that PyPI ships. Nothing runs: that the kernel computes what it should
-is `attention_test`'s, where it is interpreted.
+At small shapes, for a slice of eight v5e, with libtpu. Nothing runs: what the
+kernel computes is tested in `attention_test`, by interpreting it.
 """
 
 import jax
@@ -39,6 +38,10 @@ def _program(devices, generation, **changes):
   return compile_step.make_program(config, devices, max_trained=128)
 
 
+def _compile(lowered):
+  return compile_step.compile_step(lowered, hardware.compiler_name(_PLACE))
+
+
 @pytest.mark.parametrize('generation, changes', [
     (1, {'train.remat': 'none'}),
     (2, {'mesh.fsdp': 8, 'mesh.data': 1}),  # Its logits are capped.
@@ -53,14 +56,13 @@ def test_the_step_compiles_with_splash_attention(devices, generation, changes):
   lowered = traced.lower()
   # Forward, and backward for queries and for keys: else it was not the kernel.
   assert lowered.as_text().count('tpu_custom_call') >= 3
-  compiled = compile_step.compile_step(
-      lowered, hardware.compiler_name(_PLACE))
+  compiled = _compile(lowered)
   assert compiled.fits and compiled.peak > 0
   assert facts.flops > 0 and facts.residuals > 0
 
 
 def test_a_broken_kernel_is_seen(devices, monkeypatch):
-  # A kernel that traces, and computes where it is interpreted; a TPU's compiler
+  # The kernel traces, and computes where it is interpreted; a TPU's compiler
   # has no sort.
   def sorts(x_ref, out_ref):
     out_ref[...] = jnp.sort(x_ref[...])
@@ -68,29 +70,21 @@ def test_a_broken_kernel_is_seen(devices, monkeypatch):
   make = attention._splash_kernel
 
   def broken(*args):
-    kernel = make(*args)
-
-    def run(q, k, v, segment_ids):
-      unsorted = jax.lax.stop_gradient(q)
-      return kernel(q, k, v, segment_ids) + jax.lax.stop_gradient(
-          pallas.pallas_call(sorts, jax.ShapeDtypeStruct(q.shape, q.dtype))(
-              unsorted))
-    return run
+    return lambda q, *rest: make(*args)(q, *rest) + jax.lax.stop_gradient(
+        pallas.pallas_call(sorts, jax.ShapeDtypeStruct(q.shape, q.dtype))(
+            jax.lax.stop_gradient(q)))
 
   monkeypatch.setattr(attention, '_splash_kernel', broken)
   traced, _ = compile_step.trace(train.train_step, _program(devices, 3, **{
       'lora.rank': 3}))
   with pytest.raises(NotImplementedError, match='sort'):
-    compile_step.compile_step(
-        traced.lower(), hardware.compiler_name(_PLACE))
+    _compile(traced.lower())
 
 
 def test_what_cannot_fit_is_a_result(devices):
   place = jax.sharding.SingleDeviceSharding(devices[0])
   x = jax.ShapeDtypeStruct((2**16, 2**18), jax.numpy.float32, sharding=place)
-  lowered = jax.jit(lambda x: x * 2).lower(x)
-  compiled = compile_step.compile_step(
-      lowered, hardware.compiler_name(_PLACE))
+  compiled = _compile(jax.jit(lambda x: x * 2).lower(x))
   assert not compiled.fits
   assert compiled.available == _PLACE.chip.memory
   assert compiled.peak >= 2 * 2**36
