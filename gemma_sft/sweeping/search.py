@@ -202,7 +202,7 @@ class Search:
     for trial in self.study.get_trials(deepcopy=False):
       if trial.state == self._states.RUNNING:  # When the search was killed.
         self._requeue(trial)
-    running, failures = {}, []
+    running, self._n_failed = {}, 0
 
     def start(environment):
       while len(self.rows()) < trials:
@@ -212,7 +212,7 @@ class Search:
           planned = self._planner.run(
               cell, grid.load_cell(self._source, cell), self._config.seed)
         except errors.UserError as error:
-          failures.append(self._fail(trial, error.got))
+          self._fail(trial, error.got)
           continue
         trial.set_user_attr(
             'folder', os.path.relpath(planned.workdir, self._workdir))
@@ -230,10 +230,10 @@ class Search:
       watch(process)
       trial, _ = running.pop(process)
       if message := self._end(trial, process, outcome, stop):
-        failures.append(self._fail(trial, f'{message} ({process.log})'))
+        self._fail(trial, f'{message} ({process.log})')
 
     processes.run_all(slots, stop, start=start, on_end=on_end, watch=watch)
-    return len(failures)
+    return self._n_failed
 
   def _requeue(self, trial):
     """Queues the parameters of a trial again, which continues its run."""
@@ -243,6 +243,7 @@ class Search:
     self.study.enqueue_trial(trial.params)
 
   def _fail(self, trial, message):
+    self._n_failed += 1
     trial.set_user_attr('message', message)
     self.study.tell(trial, state=self._states.FAIL)
     print(f'trial {trial.number} | failed: {message}', flush=True)
