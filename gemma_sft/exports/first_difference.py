@@ -31,7 +31,7 @@ def first_wrong_in_gguf(
 
   def bound(name):
     kind = opened.type_of(name)
-    return kind.name, gguf_writer.max_relative_error(kind)
+    return kind.name, gguf_writer.MAX_RELATIVE_ERROR[kind]
 
   return _first_wrong(opened, source, 'gguf', bound)
 

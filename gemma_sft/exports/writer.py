@@ -193,20 +193,14 @@ def write_lora(path: pathlib.Path, source: ExportSource) -> None:
   kind, _ = _gguf_metadata(source)
   gguf_writer.write_adapter(
       path, architecture=kind, alpha=source.lora_scale * source.lora.rank,
-      tensors=_lora_tensors(source))
+      adapters=adapters_lib.to_file(
+          source.layout, source.arrays.adapters, 'gguf'))
 
 
 def _gguf_metadata(source):
   return architecture.gguf_metadata(
       source.model.config, source.model.generation, name=source.name,
       context_length=source.context_length)
-
-
-def _lora_tensors(source):
-  for adapter in adapters_lib.to_file(
-      source.layout, source.arrays.adapters, 'gguf'):
-    yield f'{adapter.name}.lora_a', adapter.a
-    yield f'{adapter.name}.lora_b', adapter.b
 
 
 def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:

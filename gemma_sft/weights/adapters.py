@@ -21,30 +21,18 @@ from gemma_sft.weights import names
 
 @dataclasses.dataclass(frozen=True)
 class TensorAdapter:
-  """The adapter of one file tensor, in f32.
-
-  Attributes:
-    name: The adapted tensor.
-    a: A (R, in).
-    b: B (out, R).
-    magnitude: DoRA's magnitudes (out,), or None.
-  """
+  """The adapter of the file tensor `name`, in f32."""
 
   name: str
-  a: np.ndarray
-  b: np.ndarray
-  magnitude: np.ndarray | None
+  a: np.ndarray  # (R, in)
+  b: np.ndarray  # (out, R)
+  magnitude: np.ndarray | None  # (out,), of DoRA.
 
 
 def to_file(
     layout: names.WeightLayout, adapters: Mapping[str, Any], form: str
 ) -> Iterator[TensorAdapter]:
-  """Yields the adapters in the order of the file's tensors.
-
-  Args:
-    layout: The model.
-    adapters: A tree as `lora.init_adapters` makes it.
-    form: 'hf' or 'gguf'.
+  """Yields the adapters in the order of the tensors in 'hf' or 'gguf'.
 
   Raises:
     UserError: An adapter belongs to no weight of the model.
@@ -101,16 +89,7 @@ def peft_config(
   """Returns PEFT's adapter_config.json.
 
   A projection that only some layers adapt is listed in `target_modules` by the
-  full names of its modules.
-
-  Args:
-    layout: The model.
-    adapters: The trained tree.
-    base: The model to load the adapter onto: a hub name or a folder.
-    rank: R.
-    alpha: See `lora.scale`.
-    use_rslora: See `lora.scale`.
-    dropout: The rate of the training run.
+  full names of its modules. `base` is a hub name or a folder.
   """
   found = list(to_file(layout, adapters, 'hf'))
   modules = [adapter.name.removesuffix('.weight') for adapter in found]

@@ -18,21 +18,12 @@ from gemma_sft.weights import expressible
 from gemma_sft.weights import gemma4_architecture
 from gemma_sft.weights import names
 
-_ACTIVATION = 'gelu_pytorch_tanh'  # The library's approximate GELU.
-_EPSILON = 1e-6  # Fixed in the library's RMSNorm.
-# llama.cpp's default for Gemma 3.
-_GEMMA3_PERIOD = 6
+_GEMMA3_PERIOD = 6  # llama.cpp's default for Gemma 3.
 
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-  """A generation in `transformers`.
-
-  Attributes:
-    model_type: As in `config.json`.
-    class_name: The model's class.
-    defaults: Its defaults for keys that `config.json` lacks.
-  """
+  """A generation in `transformers`: its names and defaults of `config.json`."""
 
   model_type: str
   class_name: str
@@ -45,7 +36,7 @@ _COMMON_DEFAULTS = {
     'tie_word_embeddings': True,
     'attention_bias': False,
     'use_bidirectional_attention': False,
-    'hidden_activation': _ACTIVATION,
+    'hidden_activation': expressible.ACTIVATION,
     'rope_theta': 10_000.0,
 }
 _GEMMA2_DEFAULTS = _COMMON_DEFAULTS | {
@@ -60,7 +51,15 @@ _GEMMA2_DEFAULTS = _COMMON_DEFAULTS | {
     'final_logit_softcapping': 30.0,
     'attn_logit_softcapping': 50.0,
 }
-# transformers, configuration_gemma{,2,3}.py, the same in 4.57 and 5.23.
+_GEMMA3_DEFAULTS = _GEMMA2_DEFAULTS | {
+    'sliding_window_pattern': 6,
+    'final_logit_softcapping': None,
+    'attn_logit_softcapping': None,
+    'rope_theta': 1_000_000.0,
+    'rope_local_base_freq': 10_000.0,
+}
+# transformers, configuration_gemma{,2,3,4}.py, the same in 4.57 and 5.23 where
+# both have the generation.
 _KINDS = {
     1: _Kind('gemma', 'GemmaForCausalLM', _COMMON_DEFAULTS | {
         'hidden_size': 3072,
@@ -70,12 +69,16 @@ _KINDS = {
         'num_key_value_heads': 16,
     }),
     2: _Kind('gemma2', 'Gemma2ForCausalLM', _GEMMA2_DEFAULTS),
-    3: _Kind('gemma3_text', 'Gemma3ForCausalLM', _GEMMA2_DEFAULTS | {
-        'sliding_window_pattern': 6,
-        'final_logit_softcapping': None,
-        'attn_logit_softcapping': None,
-        'rope_theta': 1_000_000.0,
-        'rope_local_base_freq': 10_000.0,
+    3: _Kind('gemma3_text', 'Gemma3ForCausalLM', _GEMMA3_DEFAULTS),
+    4: _Kind('gemma4_text', 'Gemma4ForCausalLM', _GEMMA3_DEFAULTS | {
+        'num_hidden_layers': 30,
+        'global_head_dim': 512,
+        'sliding_window': 512,
+        'hidden_size_per_layer_input': 256,
+        'attention_k_eq_v': False,
+        'num_kv_shared_layers': 0,
+        'use_double_wide_mlp': False,
+        'enable_moe_block': False,
     }),
 }
 
@@ -112,42 +115,27 @@ def hf_config(
   """Returns `config.json` for transformers 5, and 4 if it knows the model.
 
   The two versions have different keys for rope and dtype; both are written.
-
-  Args:
-    config: The library's `TransformerConfig`.
-    generation: 1 to 4.
-    vocab_size: Rows of the embedding in the file.
-    dtype: Of the tensors in the file, such as 'bfloat16'.
-    eos_ids: Ids that end an answer.
-    bos_id: Id of BOS.
-    pad_id: Id of the padding token.
+  `vocab_size` is the number of rows of the embedding in the file.
 
   Raises:
     UserError: transformers cannot express the model.
   """
-  positions = {'max_position_embeddings': context_length(config, generation)}
-  if generation == 4:
-    gemma4_architecture.check_hf(config)
-    class_name, model_type = 'Gemma4ForCausalLM', 'gemma4_text'
-    fields = {
-        'vocab_size_per_layer_input': vocab_size,
-        **positions,
-        **gemma4_architecture.hf_config_fields(config),
-    }
-  else:
-    expressible.check_hf(config, generation)
-    kind = _KINDS[generation]
-    class_name, model_type = kind.class_name, kind.model_type
-    fields = {
-        **positions,
-        **_hf_fields(config, generation),
-        **_hf_rope(config, generation),
-    }
+  expressible.check_hf(config, generation)
+  kind = _KINDS[generation]
   values = {
-      'architectures': [class_name],
-      'model_type': model_type,
+      'architectures': [kind.class_name],
+      'model_type': kind.model_type,
       'vocab_size': vocab_size,
-      **fields,
+  }
+  if generation == 4:
+    values['vocab_size_per_layer_input'] = vocab_size
+    rest = gemma4_architecture.hf_heads_and_rope(config)
+  else:
+    rest = _hf_rope(config, generation)
+  values |= {
+      'max_position_embeddings': context_length(config, generation),
+      **_hf_fields(config, generation),
+      **rest,
       'attention_dropout': 0.0,
       'bos_token_id': bos_id,
       'eos_token_id': list(eos_ids),
@@ -167,15 +155,10 @@ def generation_config(
     bos_id: int,
     pad_id: int,
 ) -> dict[str, Any]:
-  """Returns `generation_config.json`.
+  """Returns `generation_config.json`; a temperature of 0 decodes greedily.
 
-  Args:
-    temperature: Of sampling; 0 for greedy decoding.
-    repetition_penalty: 1 for none.
-    eos_ids: Ids that end an answer. Without the end of turn among them the
-      model goes on with a turn of the user.
-    bos_id: Id of BOS.
-    pad_id: Id of the padding token.
+  Without the end of turn in `eos_ids` the model would continue with a turn of
+  the user.
   """
   values = {
       'bos_token_id': bos_id,
@@ -208,29 +191,29 @@ def check_hf_config(
     UserError: Names the first key that contradicts the config.
   """
   expressible.check_objects(hf, where)
-  if generation == 4:
-    gemma4_architecture.check_hf_config(hf, config, where)
-    return
   expressible.check_hf(config, generation)
   kind, prefix, text = _KINDS[generation], '', hf
 
   def compare(key, got, want):
     expressible.check_same(where, f'{prefix}{key}', got, want)
 
-  if hf.get('model_type') == 'gemma3' and generation == 3:
-    prefix, text = 'text_config.', hf.get('text_config') or {}
-    if hf.get('tie_word_embeddings') is False:
+  if generation > 2 and (
+      hf.get('model_type') == kind.model_type.removesuffix('_text')):
+    tied = hf.get('tie_word_embeddings', True)
+    if not tied:
       raise errors.UserError(
-          f'{where}: tie_word_embeddings is False',
+          f'{where}: tie_word_embeddings is {tied}',
           'an output head that is the embedding', 'use other weights')
+    prefix, text = 'text_config.', hf.get('text_config') or {}
   else:
     compare('model_type', hf.get('model_type'), kind.model_type)
   if hf.get('quantization_config'):
     raise errors.UserError(
         f'{where}: quantization_config is set', 'weights in f32, bf16 or f16',
         'use the folder of the unquantised model')
+  values = {**kind.defaults, **text}
   for key, want in _hf_fields(config, generation).items():
-    got = text.get(key)
+    got = values.get(key)
     if key == 'layer_types' and got is None:
       period = (text.get('sliding_window_pattern')
                 or kind.defaults['sliding_window_pattern'])
@@ -238,21 +221,29 @@ def check_hf_config(
         raise expressible.contradiction(
             where, f'{prefix}sliding_window_pattern', period,
             'a number of layers')
-      got = expressible.periodic_types(len(want), period)
-    elif got is None and key not in text:
-      got = kind.defaults.get(key)
+      values[key] = got = expressible.periodic_types(len(want), period)
     if key in ('hidden_act', 'hidden_activation') and generation == 1:
       # Files of Gemma 1 have one of these keys. Early files say 'gelu',
       # although the weights were trained with the approximation.
-      got = _ACTIVATION if got in (None, 'gelu') else got
+      got = expressible.ACTIVATION if got in (None, 'gelu') else got
+    if generation == 4:  # Null, 0 and false mean the same.
+      got, want = got or None, want or None
     compare(key, got, want)
-  compare('use_bidirectional_attention',
-          bool(text.get('use_bidirectional_attention')), False)
-  _check_hf_rope(text, config, kind.defaults, compare)
+  bidirectional = values['use_bidirectional_attention']
+  if generation == 4:
+    # 'vision' is for image tokens, and a text has none.
+    bidirectional = bidirectional == 'all' and bidirectional
+  compare('use_bidirectional_attention', bidirectional or False, False)
+  if generation == 4:
+    gemma4_architecture.check_hf_heads_and_rope(values, config, compare)
+  else:
+    _check_hf_rope(text, config, kind.defaults, compare)
 
 
 def _hf_fields(config: Any, generation: int) -> dict[str, Any]:
   """Returns the keys that follow from the config, except those of rope."""
+  if generation == 4:
+    return gemma4_architecture.hf_fields(config)
   fields = {
       'hidden_size': config.embed_dim,
       'intermediate_size': config.hidden_dim,
@@ -260,14 +251,13 @@ def _hf_fields(config: Any, generation: int) -> dict[str, Any]:
       'num_attention_heads': config.num_heads,
       'num_key_value_heads': config.num_kv_heads,
       'head_dim': config.head_dim,
-      'rms_norm_eps': _EPSILON,
-      'hidden_activation': _ACTIVATION,
+      'rms_norm_eps': expressible.EPSILON,
+      'hidden_activation': expressible.ACTIVATION,
       'attention_bias': False,
       'tie_word_embeddings': True,
   }
-  if generation == 1:
-    fields['hidden_act'] = _ACTIVATION  # The key that transformers 5 reads.
-    return fields
+  if generation == 1:  # The key that transformers 5 reads.
+    return fields | {'hidden_act': expressible.ACTIVATION}
   return fields | {
       'query_pre_attn_scalar': round(config.query_pre_attn_scalar() ** -2),
       'sliding_window': config.sliding_window_size,
@@ -315,7 +305,7 @@ def _check_hf_rope(
   Args:
     text: The parsed file, or its `text_config`.
     config: The library's `TransformerConfig`.
-    defaults: The defaults of transformers.
+    defaults: Those of transformers.
     compare: Raises unless the file's value of a key is the config's.
   """
   bases = {'rope_theta': config.global_base_frequency}
@@ -372,21 +362,15 @@ def gguf_metadata(
   bool or int32. The caller adds `general.architecture`, which is the first
   value returned, and the keys of tensor types and tokenizer.
 
-  Args:
-    config: The library's `TransformerConfig`.
-    generation: 1 to 4.
-    name: `general.name`, for people.
-    context_length: The number of positions that the model supports.
-
   Raises:
     UserError: llama.cpp cannot express the model.
   """
+  expressible.check_gguf(config, generation)
   if generation == 4:
-    architecture = 'gemma4'
-    fields = gemma4_architecture.gguf_fields(config)
+    architecture, fields = 'gemma4', gemma4_architecture.gguf_fields(config)
   else:
-    fields = _gguf_fields(config, generation)
     architecture = {g: a for a, g in names.ARCHITECTURES.items()}[generation]
+    fields = _gguf_fields(config, generation)
   return architecture, {
       'general.type': 'model',
       'general.name': name,
@@ -404,13 +388,12 @@ def _gguf_dimensions(config: Any) -> dict[str, Any]:
       'attention.head_count_kv': config.num_kv_heads,
       'attention.key_length': config.head_dim,
       'attention.value_length': config.head_dim,
-      'attention.layer_norm_rms_epsilon': _EPSILON,
+      'attention.layer_norm_rms_epsilon': expressible.EPSILON,
       'rope.freq_base': float(config.global_base_frequency),
   }
 
 
 def _gguf_fields(config: Any, generation: int) -> dict[str, Any]:
-  expressible.check_gguf(config, generation)
   values = _gguf_dimensions(config)
   if generation > 1:
     values['attention.sliding_window'] = config.sliding_window_size
@@ -430,31 +413,28 @@ def _gguf_fields(config: Any, generation: int) -> dict[str, Any]:
 
 
 def check_gguf_metadata(
-    metadata: Mapping[str, Any], config: Any, where: str
+    metadata: Mapping[str, Any], config: Any, generation: int, where: str
 ) -> None:
-  """Compares a GGUF's metadata with the config of a Gemma 1, 2 or 3.
+  """Compares the metadata of a GGUF of Gemma 1, 2 or 3 with the config.
 
   Shapes do not show the sliding window, the rope base or a softcap. A missing
   key has its default in llama.cpp.
 
   Args:
-    metadata: The GGUF's metadata; arrays are not needed.
+    metadata: Arrays are not needed.
     config: The library's `TransformerConfig`.
+    generation: Of the configured model, 1 to 4.
     where: The file, for the message.
 
   Raises:
     UserError: Names the first key that contradicts the config.
   """
   architecture = metadata['general.architecture']
-  generation = names.ARCHITECTURES[architecture]
-  if config.use_qk_norm != (generation == 3) or (
-      config.use_post_attn_norm != (generation > 1)
-  ):
+  if names.ARCHITECTURES[architecture] != generation:
     raise errors.UserError(
         f'{where}: general.architecture is {architecture}',
         'the generation of the configured model',
-        'choose the model that these weights belong to, or other weights',
-    )
+        'choose the model that these weights belong to, or other weights')
   want = _gguf_dimensions(config) | {
       'rope.scaling.factor': config.global_scale_factor,
       'attn_logit_softcapping': config.attn_logits_soft_cap,
@@ -463,11 +443,9 @@ def check_gguf_metadata(
   }
   defaults = {'rope.freq_base': 1e4, 'rope.scaling.factor': 1.0}
   if generation == 2:
-    defaults |= {
-        'attn_logit_softcapping': 50.0,
-        'final_logit_softcapping': 30.0,
-        'attention.sliding_window': 4096,
-    }
+    defaults |= {'attn_logit_softcapping': 50.0,
+                 'final_logit_softcapping': 30.0,
+                 'attention.sliding_window': 4096}
   if generation == 3:
     want['rope.freq_base_swa'] = config.local_base_frequency
     defaults['rope.freq_base_swa'] = 1e4

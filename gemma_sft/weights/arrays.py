@@ -4,7 +4,6 @@ A model larger than the host's memory can thus be quantised, sharded and
 exported.
 """
 
-from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 import hashlib
@@ -23,14 +22,8 @@ from gemma_sft.weights import names
 from gemma_sft.weights import safetensors_file
 
 # Parts of a checkpoint that the library skips when it restores a text model.
-_MULTIMODAL = (
-    'vision_encoder/',
-    'embedder/mm_input_projection/',
-    'embedder/mm_soft_embedding_norm/',
-)
-
-Read = Callable[[str], np.ndarray]
-
+_MULTIMODAL = ('vision_encoder/', 'embedder/mm_input_projection/',
+               'embedder/mm_soft_embedding_norm/')
 
 def open_arrays(
     resolved: Any,
@@ -38,7 +31,7 @@ def open_arrays(
     *,
     layout: names.WeightLayout | None = None,
     seed: int = 0,
-) -> Read:
+) -> names.Read:
   """Returns a function from a library path to the array, in its own dtype.
 
   Args:
@@ -61,26 +54,18 @@ def open_arrays(
 
 def _open_hf(path, layout):
   folder = safetensors_file.open_folder(path)
-  names.check_shapes(
-      folder.shapes,
-      names.file_shapes(layout, 'hf'),
-      str(path),
-      embedding=names.tensor_of(layout, names.EMBEDDING, 'hf'),
-  )
+  names.check_shapes(folder.shapes, names.file_shapes(layout, 'hf'), str(path),
+                     embedding=names.HF_EMBEDDING)
   return lambda wanted: names.read_library_array(
-      layout, 'hf', folder.read, wanted
-  )
+      layout, 'hf', folder.read, wanted)
 
 
 def open_checkpoint(
     path: str, shapes: Mapping[str, names.Shape], prefix: tuple[str, ...] = ()
-) -> Read:
+) -> names.Read:
   """Opens an Orbax checkpoint (NESTED or FLAT) as `open_arrays` does.
 
-  Args:
-    path: The checkpoint.
-    shapes: Library path -> shape.
-    prefix: Keys of the checkpoint's tree that lead to the parameters.
+  `prefix` are the keys of the checkpoint's tree that lead to the parameters.
   """
   from orbax import checkpoint as ocp
 
@@ -97,12 +82,8 @@ def open_checkpoint(
     for key in reversed(keys):
       item, restore_args = {key: item}, {key: restore_args}
     with ocp.PyTreeCheckpointer() as checkpointer:
-      array = checkpointer.restore(
-          path,
-          args=ocp.args.PyTreeRestore(
-              item=item, restore_args=restore_args, partial_restore=True
-          ),
-      )
+      array = checkpointer.restore(path, args=ocp.args.PyTreeRestore(
+          item=item, restore_args=restore_args, partial_restore=True))
     for key in keys:
       array = array[key]
     if name == names.EMBEDDING:
@@ -116,20 +97,16 @@ def log_padding(found: int, wanted: int) -> None:
   """Logs which rows of a checkpoint's embedding are cut or added."""
   if found != wanted:
     logging.warning(
-        'The checkpoint has %d embedding rows, the model %d: %s.',
-        found,
+        'The checkpoint has %d embedding rows, the model %d: %s.', found,
         wanted,
-        'the rows beyond the vocabulary are cut'
-        if wanted < found
-        else 'the missing rows are zero, so their logits are 0, not -inf',
-    )
+        'the rows beyond the vocabulary are cut' if wanted < found else
+        'the missing rows are zero, so their logits are 0, not -inf')
 
 
 def checkpoint_shapes(path: str) -> dict[str, names.Shape]:
   """Returns path -> shape in a NESTED or FLAT checkpoint, by NESTED names."""
-  return {
-      name: tuple(leaf.shape) for name, (_, leaf) in _entries(path).items()
-  }
+  return {name: tuple(leaf.shape)
+          for name, (_, leaf) in _entries(path).items()}
 
 
 def _entries(path, prefix=()) -> dict[str, tuple[tuple[str, ...], Any]]:
@@ -142,8 +119,7 @@ def _entries(path, prefix=()) -> dict[str, tuple[tuple[str, ...], Any]]:
     raise errors.UserError(
         f'checkpoint {path}: no metadata of its arrays',
         'a checkpoint of parameters, saved by Orbax (NESTED or FLAT)',
-        'give the folder that holds _METADATA',
-    )
+        'give the folder that holds _METADATA')
   entries = {}
   for keys, leaf in traverse_util.flatten_dict(metadata.tree).items():
     if keys[: len(prefix)] != prefix:
@@ -166,7 +142,7 @@ def _entries(path, prefix=()) -> dict[str, tuple[tuple[str, ...], Any]]:
 
 
 def load_arrays(
-    read: Read,
+    read: names.Read,
     wanted: Mapping[str, jax.ShapeDtypeStruct],
     *,
     stacked: bool,
@@ -201,10 +177,8 @@ def load_arrays(
     if path not in grouped:
       loaded[path] = _place(read_placeable(path), leaf.sharding)
   for name, paths in groups.items():
-    loaded[name] = _place(
-        _read_stack(read_placeable, paths),
-        _with_layers(wanted[paths[0]].sharding),
-    )
+    loaded[name] = _place(_read_stack(read_placeable, paths),
+                          _with_layers(wanted[paths[0]].sharding))
   return loaded
 
 
@@ -216,10 +190,8 @@ def _layers_by_name(paths: Iterable[str]) -> dict[str, list[str]]:
     if match:
       layers = groups.setdefault(f'layers/{match[2]}', {})
       layers[int(match[1])] = path
-  return {
-      name: [layers[i] for i in range(len(layers))]
-      for name, layers in groups.items()
-  }
+  return {name: [layers[i] for i in range(len(layers))]
+          for name, layers in groups.items()}
 
 
 def _read_stack(read, paths):
@@ -246,11 +218,9 @@ def _place(array, sharding):
   """Shards an array, or the values and scales of a quantised weight."""
   if isinstance(array, quantize.Quantized):
     return jax.tree.map(
-        lambda leaf: _place(leaf, _fitting(sharding, leaf.shape)), array
-    )
+        lambda leaf: _place(leaf, _fitting(sharding, leaf.shape)), array)
   return jax.make_array_from_callback(
-      array.shape, sharding, lambda index: array[index]
-  )
+      array.shape, sharding, lambda index: array[index])
 
 
 def _fitting(sharding, shape):
@@ -272,9 +242,7 @@ def _fitting(sharding, shape):
 # Random weights --------------------------------------------------------------
 
 
-def _draw(
-    path: str, shape: names.Shape, seed: int, norm: float
-) -> np.ndarray:
+def _draw(path: str, shape: names.Shape, seed: int, norm: float) -> np.ndarray:
   """Draws an array from its own generator, which seed and path determine."""
   if len(shape) == 1:
     return np.full(shape, norm, np.float32)

@@ -27,27 +27,14 @@ _VERSION = 2
 # Reading holds a decoded chunk and the whole array. If the embedding were one
 # chunk, it would be in memory twice.
 _CHUNK_BYTES = 1 << 26
-_CHILD = (
-    'import sys; from gemma_sft.weights import convert;'
-    ' convert.save_arrays(*sys.argv[1:])'
-)
+_CHILD = ('import sys; from gemma_sft.weights import convert;'
+          ' convert.save_arrays(*sys.argv[1:])')
 
 
 def file_sha256(path: str | os.PathLike) -> str:
   """Returns the hex SHA-256 of a file."""
   with open(path, 'rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
-def params_sha256(params: Mapping[str, Any]) -> str:
-  """Returns the hex SHA-256 of a tree: names, dtypes, shapes and bytes."""
-  digest = hashlib.sha256()
-  for path, array in sorted(
-      traverse_util.flatten_dict(params, sep='/').items()):
-    array = np.ascontiguousarray(array)
-    digest.update(f'{path} {array.dtype} {array.shape}\n'.encode())
-    digest.update(array.view(np.uint8).data)
-  return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -95,13 +82,8 @@ def convert_gguf(
 
   The folder appears when it is complete and replaces a damaged one. Peak memory
   is about three times the model in f32. Call it under `locked`.
-
-  Args:
-    source: The GGUF.
-    sha256: Its hash, for meta.json.
-    target: The folder to make.
   """
-  # Left by killed processes: because of the lock no other one is writing.
+  # Left by killed processes: under the lock nobody else writes.
   for leftover in target.parent.glob('*.partial'):
     logging.warning('Removing the unfinished conversion %s.', leftover)
     if leftover.is_dir():
@@ -119,13 +101,9 @@ def convert_gguf(
   meta = {
       'source': str(source),
       'source_sha256': sha256,
-      'n_tensors': file.n_tensors,
-      'tree_sha256': params_sha256(params),
-      'metadata': {
-          key: value
-          for key, value in file.metadata.items()
-          if not isinstance(value, list)
-      },
+      'n_tensors': len(file.shapes),
+      'metadata': {key: value for key, value in file.metadata.items()
+                   if not isinstance(value, list)},
   }
   del file  # The parsed vocabulary takes hundreds of MB.
   _save(params, partial / 'params')
@@ -137,11 +115,9 @@ def convert_gguf(
 
 
 def _sizes(path: pathlib.Path) -> dict[str, int]:
-  return {
-      str(file.relative_to(path)): file.stat().st_size
-      for file in sorted(path.rglob('*'))
-      if file.is_file() and file.name != 'meta.json'
-  }
+  return {str(file.relative_to(path)): file.stat().st_size
+          for file in sorted(path.rglob('*'))
+          if file.is_file() and file.name != 'meta.json'}
 
 
 def _save(params: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -154,9 +130,7 @@ def _save(params: Mapping[str, Any], path: pathlib.Path) -> None:
     np.savez(arrays, **traverse_util.flatten_dict(params, sep='/'))
     subprocess.run(
         [sys.executable, '-c', _CHILD, arrays, path],
-        env=os.environ | {'JAX_PLATFORMS': 'cpu'},
-        check=True,
-    )
+        env=os.environ | {'JAX_PLATFORMS': 'cpu'}, check=True)
     arrays.unlink()
     return
   with ocp.StandardCheckpointer() as checkpointer:

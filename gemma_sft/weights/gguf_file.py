@@ -16,8 +16,7 @@ from gemma_sft.weights import names
 
 # Elements that are dequantised together: a bound on gguf's scratch memory.
 _CHUNK_ELEMENTS = 1 << 22
-# Tells which pairs of a head Gemma 4 rotates.
-_NO_WEIGHTS = ('rope_freqs.weight',)
+_ROPE_FREQS = 'rope_freqs.weight'  # Which pairs of a head Gemma 4 rotates.
 # Value types of the format and their bytes.
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY = 8, 9
@@ -30,20 +29,14 @@ class GgufFile:
 
   Attributes:
     path: The file.
-    architecture: A key of `names.ARCHITECTURES`.
     metadata: All keys and values of the header, arrays as lists.
     layout: The library's paths and shapes of this model.
   """
 
   path: pathlib.Path
-  architecture: str
   metadata: Mapping[str, Any]
   layout: names.WeightLayout
   _tensors: Mapping[str, Any]
-
-  @property
-  def n_tensors(self) -> int:
-    return len(self._tensors)
 
   @property
   def shapes(self) -> dict[str, names.Shape]:
@@ -68,13 +61,12 @@ class GgufFile:
       chunk = data[start : start + n_rows]
       try:
         array[start : start + n_rows] = quants.dequantize(
-            chunk, tensor.tensor_type
-        )
+            chunk, tensor.tensor_type)
       except NotImplementedError as error:
         raise errors.UserError(
             f'{self.path}: tensor {name} has type {tensor.tensor_type.name}',
             'a type that the gguf package can dequantise',
-            'use a Q8_0, Q4_K_M, F16, BF16 or F32 file of this model',
+            'use a Q8_0, Q4_K_M, F16, BF16 or F32 file of this model'
         ) from error
     return array.reshape(shape)
 
@@ -86,10 +78,8 @@ def open_gguf(
 
   Reading the header of a 262144-token vocabulary takes about 15 seconds.
 
-  Args:
-    path: The file.
-    layout: The weights that the file must have. None: those that its metadata
-      announce, for Gemma 1 to 3 only.
+  Without a `layout` the file must have the weights that its metadata announce,
+  which works for Gemma 1 to 3 only.
 
   Raises:
     UserError: The file is not a GGUF, is cut short, has another architecture,
@@ -100,39 +90,25 @@ def open_gguf(
   path = pathlib.Path(path)
   if not path.is_file():
     raise errors.UserError(
-        f'{path}: no such file', 'a GGUF file', 'correct the path'
-    )
+        f'{path}: no such file', 'a GGUF file', 'correct the path')
   try:
     check_header(path)
     reader = gguf.GGUFReader(path)
-    metadata = {
-        key: field.contents()
-        for key, field in reader.fields.items()
-        if not key.startswith('GGUF.')
-    }
+    metadata = {key: field.contents() for key, field in reader.fields.items()
+                if not key.startswith('GGUF.')}
   except Exception as error:  # The reader raises whatever numpy raises.
     raise errors.UserError(
         f'{path}: cannot be read as GGUF ({error}); it has'
         f' {path.stat().st_size} bytes',
         'a complete GGUF file',
-        'download or copy it again: it is cut short, damaged or another format',
+        'download or copy it again: it is cut short, damaged or another format'
     ) from error
   tensors = {tensor.name: tensor for tensor in reader.tensors}
-  architecture = metadata.get('general.architecture')
-  if layout is not None:
-    tensors = {name: tensor for name, tensor in tensors.items()
-               if name not in _NO_WEIGHTS}
+  if layout is None:
+    layout = _announced_layout(path, metadata, len(tensors))
   else:
-    if not isinstance(architecture, str) or (
-        architecture not in names.ARCHITECTURES
-    ):
-      raise errors.UserError(
-          f'{path}: general.architecture is {architecture!r}',
-          f'one of {", ".join(names.ARCHITECTURES)}',
-          'use a GGUF of Gemma 1, 2 or 3 (text)',
-      )
-    layout = _announced_layout(path, architecture, metadata, len(tensors))
-  file = GgufFile(path, architecture, metadata, layout, tensors)
+    tensors.pop(_ROPE_FREQS, None)
+  file = GgufFile(path, metadata, layout, tensors)
   names.check_shapes(
       file.shapes, names.file_shapes(layout, 'gguf'), str(path))
   return file
@@ -143,29 +119,31 @@ def _shape(tensor) -> tuple[int, ...]:
 
 
 def _announced_layout(
-    path: pathlib.Path,
-    architecture: str,
-    metadata: Mapping[str, Any],
-    n_tensors: int,
+    path: pathlib.Path, metadata: Mapping[str, Any], n_tensors: int
 ) -> names.WeightLayout:
+  architecture = metadata.get('general.architecture')
+  if not isinstance(architecture, str) or (
+      architecture not in names.ARCHITECTURES):
+    raise errors.UserError(
+        f'{path}: general.architecture is {architecture!r}',
+        f'one of {", ".join(names.ARCHITECTURES)}',
+        'use a GGUF of Gemma 1, 2 or 3 (text)')
+
   def value(key, kind=int):
     if not isinstance(metadata.get(key), kind):
       got = repr(metadata[key])[:40] if key in metadata else 'missing'
       raise errors.UserError(
           f'{path}: metadata key {key} is {got}',
           'the keys that llama.cpp writes for Gemma',
-          'use a GGUF made by llama.cpp or by this project',
-      )
+          'use a GGUF made by llama.cpp or by this project')
     return metadata[key]
 
   layers = value(f'{architecture}.block_count')
   if not 0 < layers <= n_tensors:  # A layer has at least one tensor.
     raise errors.UserError(
         f'{path}: {architecture}.block_count is {layers}, with {n_tensors}'
-        ' tensors',
-        'the number of its layers',
-        'use a GGUF made by llama.cpp or by this project',
-    )
+        ' tensors', 'the number of its layers',
+        'use a GGUF made by llama.cpp or by this project')
   generation = names.ARCHITECTURES[architecture]
   return names.make_weight_layout(
       generation=generation,
@@ -212,9 +190,8 @@ class _HeaderReader:
     self._byte_order = '<'
 
   def check(self):
-    if self._data[:4] != b'GGUF':
+    if self._take(4) != b'GGUF':
       raise ValueError('it does not begin with GGUF')
-    self._position = 4
     # In the other byte order the version's low half is 0.
     if not self._number('I') & 0xFFFF:
       self._byte_order = '>'
@@ -238,39 +215,35 @@ class _HeaderReader:
           f' {len(self._data)}')
     self._position += n
 
-  def _number(self, kind):
-    start = self._position
-    self._skip(4 if kind == 'I' else 8)
-    return struct.unpack_from(self._byte_order + kind, self._data, start)[0]
-
-  def _text(self):
-    n = self._number('Q')
+  def _take(self, n):
     start = self._position
     self._skip(n)
     return self._data[start:start + n]
 
-  def _skip_value(self, kind):
-    if kind == _STRING:
-      self._skip(self._number('Q'))
-    elif kind == _ARRAY:
-      self._skip_array()
-    else:
-      self._skip(_n_bytes(kind))
+  def _number(self, kind):
+    data = self._take(4 if kind == 'I' else 8)
+    return struct.unpack(self._byte_order + kind, data)[0]
 
-  def _skip_array(self):
-    kind, n = self._number('I'), self._number('Q')
-    if kind != _STRING:  # No model has arrays of arrays.
-      self._skip(n * _n_bytes(kind))
-      return
-    for _ in range(n):
-      self._skip(self._number('Q'))
+  def _text(self):
+    return self._take(self._number('Q'))
+
+  def _skip_value(self, kind):
+    n = 1
+    if kind == _ARRAY:  # No model has arrays of arrays.
+      kind, n = self._number('I'), self._number('Q')
+    if kind == _STRING:
+      for _ in range(n):
+        self._skip(self._number('Q'))
+    elif kind in _SCALARS:
+      self._skip(n * _SCALARS[kind])
+    else:
+      raise ValueError(f'its header has a value of type {kind}')
 
   def _tensor(self):
     """Returns (name, start, bytes); the first tensor starts at 0."""
     import gguf
 
-    name = self._text()
-    n_dimensions = self._number('I')
+    name, n_dimensions = self._text(), self._number('I')
     if not 0 < n_dimensions <= _MAX_DIMENSIONS:
       raise ValueError(f'tensor {name!r} has {n_dimensions} dimensions')
     shape = [self._number('Q') for _ in range(n_dimensions)]
@@ -291,9 +264,3 @@ class _HeaderReader:
       if first + end > len(self._data):
         raise ValueError(f'tensor {name!r} ends at byte {first + end} of'
                          f' {len(self._data)}')
-
-
-def _n_bytes(kind):
-  if kind not in _SCALARS:
-    raise ValueError(f'its header has a value of type {kind}')
-  return _SCALARS[kind]

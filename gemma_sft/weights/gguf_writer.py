@@ -19,6 +19,7 @@ from gguf import quants
 import numpy as np
 
 from gemma_sft import errors
+from gemma_sft.weights import adapters as adapters_lib
 from gemma_sft.weights import names
 
 # Elements that are quantised and written together: 4 MiB as f32. gguf's numpy
@@ -37,10 +38,14 @@ _VALUE_TYPES = {
     int: gguf.GGUFValueType.UINT32,
     float: gguf.GGUFValueType.FLOAT32,
 }
-# Half a unit in the last place for the floating-point types. For the others it
-# is 1.5 times the largest error measured on normal, uniform, Laplace and
-# Student-t (4 degrees) draws and on all matrices of Gemma 3 270M.
-_MAX_RELATIVE_ERROR = {
+# Bounds on ||dequantise(quantise(w)) - w|| / ||w|| (Frobenius): half a unit in
+# the last place for the floating-point types, for the others 1.5 times the
+# largest error measured on normal, uniform, Laplace and Student-t (4 degrees)
+# draws and on all matrices of Gemma 3 270M. They hold for bell-shaped weights
+# with a standard deviation of at least 0.001 (Gemma: 0.01 to 0.04); below that,
+# the f16 scales of the blocks lose digits. For a tensor of the wrong layer or
+# axis order the number is about 1.4.
+MAX_RELATIVE_ERROR = {
     _Type.F32: 0.0,
     _Type.F16: 2**-11,
     _Type.BF16: 2**-8,
@@ -57,19 +62,12 @@ _EMBEDDINGS = ('token_embd.weight', 'per_layer_token_embd.weight')
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-  """The types of a file's matrices.
-
-  Attributes:
-    file_type: The value of `general.file_type`.
-    matrix: The type of all matrices but the following.
-    sensitive: The type of attn_v and ffn_down in half of the layers.
-    embedding: The type of the embedding, which is also the output head.
-  """
+  """The value of `general.file_type` and the types of a file's matrices."""
 
   file_type: int
   matrix: _Type
-  sensitive: _Type
-  embedding: _Type
+  sensitive: _Type  # Of attn_v and ffn_down in half of the layers.
+  embedding: _Type  # Of the embedding, which is also the output head.
 
 
 def _plain(file_type, matrix):
@@ -96,15 +94,16 @@ def tensor_types(
   If rows cannot be divided into blocks of 256, Q4_K becomes Q5_0, Q5_K Q5_1 and
   Q6_K Q8_0; if not into blocks of 32 either, F16.
 
-  Args:
-    shapes: GGUF name -> shape in numpy's order (`names.file_shapes`).
-    quantization: A key of `QUANTIZATIONS`.
-    n_layers: The model's number of layers.
-
   Raises:
-    UserError: The quantization is unknown.
+    UserError: The quantization is none of `QUANTIZATIONS`.
   """
-  mix = _quantization(quantization)
+  if quantization not in QUANTIZATIONS:
+    raise errors.UserError(
+        f'quantization {quantization!r}',
+        f'one of {", ".join(QUANTIZATIONS)}',
+        f'{errors.nearest(quantization, tuple(QUANTIZATIONS))}choose one of'
+        ' these')
+  mix = QUANTIZATIONS[quantization]
   # llama.cpp counts only the layers that have an attn_v: not those that use
   # their keys as values.
   values = sorted(map(_layer, filter(_is_value, shapes)))
@@ -125,24 +124,11 @@ def tensor_types(
   return types
 
 
-def _quantization(name: str) -> Quantization:
-  if name not in QUANTIZATIONS:
-    raise errors.UserError(
-        f'quantization {name!r}',
-        f'one of {", ".join(QUANTIZATIONS)}',
-        f'{errors.nearest(name, tuple(QUANTIZATIONS))}choose one of these',
-    )
-  return QUANTIZATIONS[name]
-
-
 def _is_quantized(name: str, shape: names.Shape) -> bool:
-  return (
-      len(shape) > 1
-      and name.endswith('weight')
-      and '_norm.weight' not in name
-      # In Gemma 4: small, and used for the input of every layer.
-      and 'per_layer_model_proj' not in name
-  )
+  # Gemma 4's per_layer_model_proj is small, and every layer's input needs it.
+  return (len(shape) > 1 and name.endswith('weight')
+          and '_norm.weight' not in name
+          and 'per_layer_model_proj' not in name)
 
 
 def _is_value(name: str) -> bool:
@@ -156,11 +142,8 @@ def _layer(name: str) -> int:
 def _is_sensitive(index: int, count: int) -> bool:
   """Whether a layer is in the first or last eighth, or a third of the rest."""
   eighth = count // 8
-  return (
-      index < eighth
-      or index >= 7 * count // 8
-      or (index - eighth) % 3 == 2
-  )
+  return (index < eighth or index >= 7 * count // 8
+          or (index - eighth) % 3 == 2)
 
 
 def _fitting(wanted: _Type, n_columns: int) -> _Type:
@@ -169,19 +152,6 @@ def _fitting(wanted: _Type, n_columns: int) -> _Type:
   if n_columns % gguf.GGML_QUANT_SIZES[wanted][0]:
     return _Type.F16
   return wanted
-
-
-def max_relative_error(kind: _Type) -> float:
-  """Returns a bound on ||dequantise(quantise(w)) - w|| / ||w|| (Frobenius).
-
-  It holds for bell-shaped weights with a standard deviation of at least 0.001
-  (Gemma: 0.01 to 0.04); below that, the f16 scales of the blocks lose digits.
-  For a tensor of the wrong layer or axis order the number is about 1.4.
-
-  Args:
-    kind: A type that `tensor_types` can return.
-  """
-  return _MAX_RELATIVE_ERROR[kind]
 
 
 def n_bytes(
@@ -197,10 +167,8 @@ def n_bytes(
   types = tensor_types(shapes, quantization, n_layers)
   return sum(
       gguf.GGUFWriter.ggml_pad(
-          _tensor_bytes(shape, types[name]), gguf.GGUF_DEFAULT_ALIGNMENT
-      )
-      for name, shape in shapes.items()
-  )
+          _tensor_bytes(shape, types[name]), gguf.GGUF_DEFAULT_ALIGNMENT)
+      for name, shape in shapes.items())
 
 
 def _tensor_bytes(shape: names.Shape, kind: _Type) -> int:
@@ -227,7 +195,7 @@ def write_model(
     shapes: GGUF name -> shape in numpy's order (`names.file_shapes`).
     tensors: (name, array of any float type), in the order of `shapes`.
     quantization: A key of `QUANTIZATIONS`.
-    n_layers: The model's number of layers.
+    n_layers: The number of blocks.
 
   Raises:
     UserError: The quantization is unknown or needs a missing package, or a
@@ -237,8 +205,8 @@ def write_model(
   types = tensor_types(shapes, quantization, n_layers)
   if not set(_K_TYPES).isdisjoint(types.values()):
     _import_libgguf()  # Before the first byte is written.
-  own = {'general.type': 'model'}
-  own['general.file_type'] = QUANTIZATIONS[quantization].file_type
+  own = {'general.type': 'model',
+         'general.file_type': QUANTIZATIONS[quantization].file_type}
   _write(path, architecture, metadata, own, shapes, types, tensors)
 
 
@@ -247,56 +215,27 @@ def write_adapter(
     *,
     architecture: str,
     alpha: float,
-    tensors: Iterable[tuple[str, np.ndarray]],
-    metadata: Mapping[str, Any] | None = None,
+    adapters: Iterable[adapters_lib.TensorAdapter],
 ) -> None:
   """Writes a LoRA adapter for `llama-server --lora`, in f32.
 
   llama.cpp adds alpha / r * b @ a to a weight. For rank-stabilised LoRA pass
   alpha * sqrt(r), because the file has no key for it.
 
-  Args:
-    path: The file to write; it is removed if writing fails.
-    architecture: Of the base model, a key of `names.ARCHITECTURES`.
-    alpha: The numerator of the scale.
-    tensors: (name, array): `<GGUF weight>.lora_a` of (r, in) and `.lora_b` of
-      (out, r). They are all in memory at once.
-    metadata: Further keys, as for `write_model`.
-
   Raises:
     UserError: A weight is not finite.
-    ValueError: There are no pairs, or the shapes of a pair do not match.
   """
-  arrays = {}
-  for name, array in tensors:
-    if name in arrays:
-      raise ValueError(f'two tensors {name}')
-    arrays[name] = np.asarray(array)
-  shapes = {name: array.shape for name, array in arrays.items()}
-  _check_pairs(shapes)
+  tensors = {f'{adapter.name}.lora_{side}': getattr(adapter, side)
+             for adapter in adapters for side in 'ab'}
   own = {
       'general.type': 'adapter',
       'general.file_type': QUANTIZATIONS['f32'].file_type,
       'adapter.type': 'lora',
       'adapter.lora.alpha': float(alpha),
   }
-  types = dict.fromkeys(shapes, _Type.F32)
-  _write(
-      path, architecture, metadata or {}, own, shapes, types, arrays.items()
-  )
-
-
-def _check_pairs(shapes: Mapping[str, names.Shape]) -> None:
-  weights = {name.rpartition('.')[0] for name in shapes}
-  if not weights:
-    raise ValueError('an adapter without tensors')
-  wanted = {f'{weight}.lora_{x}' for weight in weights for x in 'ab'}
-  if odd := wanted ^ shapes.keys():
-    raise ValueError(f'not pairs of lora_a and lora_b: {sorted(odd)}')
-  for weight in weights:
-    a, b = shapes[f'{weight}.lora_a'], shapes[f'{weight}.lora_b']
-    if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
-      raise ValueError(f'{weight}: a is {a}, b is {b}, not (r, in), (out, r)')
+  shapes = {name: tensor.shape for name, tensor in tensors.items()}
+  types = dict.fromkeys(tensors, _Type.F32)
+  _write(path, architecture, {}, own, shapes, types, tensors.items())
 
 
 # The file --------------------------------------------------------------------
@@ -352,8 +291,7 @@ def _write_tensors(writer, shapes, types, tensors) -> None:
     wanted, shape = next(expected, ('no further tensor', ()))
     if name != wanted or array.shape != tuple(shape):
       raise ValueError(
-          f'got {name} of shape {array.shape}, not {wanted} of {tuple(shape)}'
-      )
+          f'got {name} of shape {array.shape}, not {wanted} of {tuple(shape)}')
     _write_rows(file, name, array, types[name])
     writer.write_padding(file, _tensor_bytes(shape, types[name]))
     del array  # Else two tensors are in memory while the next one is made.
@@ -370,22 +308,16 @@ def _write_rows(file, name: str, array: np.ndarray, kind: _Type) -> None:
       raise errors.UserError(
           f'tensor {name} has values that are not finite',
           'weights that are all finite numbers',
-          'export an earlier checkpoint, from before the loss diverged',
-      )
+          'export an earlier checkpoint, from before the loss diverged')
     largest, limit = np.abs(chunk).max(), np.finfo(np.float16).max
     if kind == _Type.F16 and largest > limit:
       raise errors.UserError(
           f'tensor {name} has a value of size {largest:g}',
           f'at most {limit:g}, the largest number of f16',
-          'export bf16 or f32',
-      )
-    _quantize(chunk, kind).tofile(file)
-
-
-def _quantize(chunk: np.ndarray, kind: _Type) -> np.ndarray:
-  if kind in _K_TYPES:
-    return _import_libgguf().quantize_rows(chunk, kind)
-  return quants.quantize(chunk, kind)
+          'export bf16 or f32')
+    quantize = (_import_libgguf().quantize_rows if kind in _K_TYPES
+                else quants.quantize)
+    quantize(chunk, kind).tofile(file)
 
 
 def _import_libgguf() -> Any:
@@ -396,6 +328,6 @@ def _import_libgguf() -> Any:
     raise errors.UserError(
         f'this quantization needs the package libgguf ({error})',
         'libgguf, installed',
-        'pip install gemma_sft[export], or choose f32, f16, bf16 or q8_0',
+        'pip install gemma_sft[export], or choose f32, f16, bf16 or q8_0'
     ) from error
   return libgguf

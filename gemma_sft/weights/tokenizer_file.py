@@ -18,8 +18,7 @@ _NO_SCORE = -1000.0
 # matches them as tags and does not print them. HTML and image tags stay
 # user-defined.
 _TAGS = re.compile(
-    r'<unused\d+>|<mask>|<2mass>|\[@BOS@\]|<(start|end)_of_turn>'
-)
+    r'<unused\d+>|<mask>|<2mass>|\[@BOS@\]|<(start|end)_of_turn>')
 _GEMMA4_TAGS = re.compile(r'<unused\d+>|<mask>|<\|.*>|<.*\|>')
 # Printed, because the chat parser of llama-server looks for them in the text.
 _GEMMA4_VISIBLE = (
@@ -27,9 +26,8 @@ _GEMMA4_VISIBLE = (
     '<|tool_response>', '<tool_response|>', '<|"|>',
 )
 # GGUF key -> field of SentencePiece's trainer_spec.
-_SPECIAL_IDS = {
-    'padding': 'pad_id', 'eos': 'eos_id', 'bos': 'bos_id', 'unknown': 'unk_id'
-}
+_SPECIAL_IDS = {'padding': 'pad_id', 'eos': 'eos_id', 'bos': 'bos_id',
+                'unknown': 'unk_id'}
 
 
 def from_gguf(metadata: Mapping[str, Any], where: str) -> bytes:
@@ -39,31 +37,27 @@ def from_gguf(metadata: Mapping[str, Any], where: str) -> bytes:
   file they are user-defined, which makes each tag one token in a rendered
   prompt; only <pad>, <eos>, <bos> and <unk> are special.
 
-  Args:
-    metadata: The GGUF's metadata with its arrays.
-    where: The file, for the message.
+  Raises:
+    UserError: Something is missing or does not fit together in the metadata of
+      the file `where`.
   """
-  values = {
-      name: metadata.get(f'tokenizer.ggml.{name}')
-      for name in ('tokens', 'scores', 'token_type',
-                   *(f'{name}_token_id' for name in _SPECIAL_IDS))
-  }
-  for name in values:
-    if f'tokenizer.ggml.{name}' not in metadata:
+
+  def value(name):
+    key = f'tokenizer.ggml.{name}'
+    if key not in metadata:
       raise errors.UserError(
-          f'{where}: no metadata key tokenizer.ggml.{name}',
+          f'{where}: no metadata key {key}',
           'a SentencePiece vocabulary, as llama.cpp writes it',
-          'use a GGUF made by llama.cpp or by this project',
-      )
+          'use a GGUF made by llama.cpp or by this project')
+    return metadata[key]
+
+  arrays = [value(name) for name in ('tokens', 'scores', 'token_type')]
+  ids = {name: value(f'{name}_token_id') for name in _SPECIAL_IDS}
   model = metadata.get('tokenizer.ggml.model')
   if model != 'llama':
     raise errors.UserError(
         f'{where}: tokenizer.ggml.model is {model!r}',
-        "'llama', a SentencePiece vocabulary",
-        'use a GGUF of Gemma 1, 2 or 3',
-    )
-  arrays = [values[name] for name in ('tokens', 'scores', 'token_type')]
-  ids = {name: values[f'{name}_token_id'] for name in _SPECIAL_IDS}
+        "'llama', a SentencePiece vocabulary", 'use a GGUF of Gemma 1, 2 or 3')
   _check_arrays(arrays, list(ids.values()), where)
   special = {index: name for name, index in ids.items()}
   pieces = []
@@ -83,21 +77,16 @@ def _check_arrays(arrays: Sequence[Any], ids: Sequence[Any], where: str):
   kinds = (str, (float, int), int)
   n = len(arrays[0]) if isinstance(arrays[0], list) else 0
   if not (
-      all(
-          isinstance(array, list)
-          and len(array) == n
+      all(isinstance(array, list) and len(array) == n
           and all(isinstance(item, kind) for item in array)
-          for array, kind in zip(arrays, kinds)
-      )
+          for array, kind in zip(arrays, kinds))
       and all(kind in range(_NORMAL, _BYTE + 1) for kind in arrays[2])
       and all(isinstance(i, int) and 0 <= i < n for i in ids)
-      and len(set(ids)) == len(ids)
-  ):
+      and len(set(ids)) == len(ids)):
     raise errors.UserError(
         f'{where}: its tokenizer.ggml arrays do not fit together',
         'tokens, scores and types of one length, and special ids among them',
-        'use a GGUF made by llama.cpp or by this project',
-    )
+        'use a GGUF made by llama.cpp or by this project')
 
 
 def to_gguf(proto: bytes, generation: int) -> dict[str, Any]:
@@ -111,10 +100,6 @@ def to_gguf(proto: bytes, generation: int) -> dict[str, Any]:
   written nevertheless. What SentencePiece matches before any merge (new lines,
   runs of spaces, HTML tags) is user-defined here, so that llama.cpp does the
   same; llama.cpp's own converter makes normal tokens of it.
-
-  Args:
-    proto: A serialised SentencePiece model (`tokenizer.model`).
-    generation: 1 to 4.
 
   Raises:
     UserError: A special token or the tag that ends a turn is missing.
@@ -132,8 +117,7 @@ def to_gguf(proto: bytes, generation: int) -> dict[str, Any]:
     raise errors.UserError(
         f'the tokenizer has no {", ".join(missing) or end_of_turn}',
         f'the special tokens of Gemma {generation}',
-        "use the model's own tokenizer.model",
-    )
+        "use the model's own tokenizer.model")
   ids['eot'] = texts.index(end_of_turn)
   is_gemma4 = generation == 4
   if is_gemma4:
@@ -182,10 +166,8 @@ def merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
 
   SentencePiece joins the neighbours whose union has the highest score. Among
   pieces of equal score, and among the splits of one piece, the longer left half
-  comes first, as in the tokenizer.json of Google; this rarely matters.
-
-  Args:
-    scores: Piece -> score, in the order of the vocabulary.
+  comes first, as in the tokenizer.json of Google; this rarely matters. `scores`
+  are in the order of the vocabulary.
   """
   found = []
   for index, (piece, score) in enumerate(scores.items()):
@@ -206,12 +188,8 @@ def byte_tokenizer(generation: int = 3) -> bytes:
   reserved = ('<mask>', '<2mass>', '[@BOS@]')
   if generation >= 3:
     reserved = ('<mask>', '[multimodal]')
-  tags = (
-      *reserved,
-      *(f'<unused{i}>' for i in range(99)),
-      *chat.TURN_TAGS[generation],
-      '\n',
-  )
+  tags = (*reserved, *(f'<unused{i}>' for i in range(99)),
+          *chat.TURN_TAGS[generation], '\n')
   printable = string.digits + string.ascii_letters + string.punctuation
   # Each word joins two earlier pieces; earlier words are merged first.
   words = (
@@ -226,10 +204,8 @@ def byte_tokenizer(generation: int = 3) -> bytes:
       ('<unk>', 0.0, _UNKNOWN),
       *((tag, 0.0, _USER_DEFINED) for tag in tags),
       *((f'<0x{byte:02X}>', 0.0, _BYTE) for byte in range(256)),
-      *(
-          (text, -float(rank), _NORMAL)
-          for rank, text in enumerate((*joined, _SPACE, *printable))
-      ),
+      *((text, -float(rank), _NORMAL)
+        for rank, text in enumerate((*joined, _SPACE, *printable))),
   ]
   return _model(pieces, {'padding': 0, 'eos': 1, 'bos': 2, 'unknown': 3})
 
@@ -248,12 +224,9 @@ def _model(
   trainer.vocab_size = len(pieces)
   trainer.byte_fallback = True
   trainer.treat_whitespace_as_suffix = False
-  trainer.pad_id, trainer.eos_id = ids['padding'], ids['eos']
-  trainer.bos_id, trainer.unk_id = ids['bos'], ids['unknown']
-  trainer.pad_piece = pieces[ids['padding']][0]
-  trainer.eos_piece = pieces[ids['eos']][0]
-  trainer.bos_piece = pieces[ids['bos']][0]
-  trainer.unk_piece = pieces[ids['unknown']][0]
+  for name, field in _SPECIAL_IDS.items():
+    setattr(trainer, field, ids[name])
+    setattr(trainer, field.replace('_id', '_piece'), pieces[ids[name]][0])
   normalizer = model.normalizer_spec
   normalizer.name = 'identity'
   normalizer.add_dummy_prefix = False

@@ -26,9 +26,6 @@ def make_tokenizer_json(proto: bytes) -> dict[str, Any]:
   There is one difference, due to the format: `tokenizers` reads '<bos>' and the
   like in a text as control tokens, SentencePiece as characters.
 
-  Args:
-    proto: Bytes of a `tokenizer.model`.
-
   Raises:
     UserError: The model is not one of Gemma: byte-pair encoding that falls back
       on bytes for unknown characters and does not change the text.
@@ -87,11 +84,6 @@ def make_tokenizer_config(
 
   llama.cpp's converter reads `added_tokens_decoder`: without it the turn tags
   would become ordinary text.
-
-  Args:
-    proto: Bytes of a `tokenizer.model`.
-    chat_template: From `templates.jinja`.
-    model_max_length: The number of positions that the model supports.
   """
   model = _parse(proto)
   trainer = model.trainer_spec

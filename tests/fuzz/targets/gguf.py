@@ -48,7 +48,7 @@ def check(case: bytes, folder: str) -> None:
     tokenizer_file.from_gguf(opened.metadata, str(path))
   with judging.may_refuse('case.gguf'):
     architecture.check_gguf_metadata(
-        opened.metadata, targets.model(num_layers=1).config, str(path))
+        opened.metadata, targets.model(num_layers=1).config, 3, str(path))
 
 
 def _read(data):
