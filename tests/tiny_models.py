@@ -1,15 +1,24 @@
 """Tiny models of each kind with weights, adapters and rows, for tests."""
 
+import dataclasses
 import functools
 
 import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from sentencepiece import sentencepiece_model_pb2
 
+from gemma_sft import errors
 from gemma_sft import model as model_lib
 from gemma_sft.adapters import lora
 from gemma_sft.nn import quantize
+from gemma_sft.weights import architecture as architecture_lib
+from gemma_sft.weights import gguf_writer
+from gemma_sft.weights import load
+from gemma_sft.weights import names
+from gemma_sft.weights import tokenizer_file
 
 # Gemma 1 7B fuses q, k and v; Gemma 4 E2B has inputs per layer and last layers
 # that reuse keys and values.
@@ -29,6 +38,84 @@ def model(kind: str, **dimensions) -> model_lib.Model:
   """A model with `conftest.DIMENSIONS`, changed by `dimensions`."""
   return model_lib.make_model(
       'custom', **conftest.DIMENSIONS | KINDS[kind] | dimensions)
+
+
+def changed(model: model_lib.Model, **changes) -> model_lib.Model:
+  """A model with another config of the library."""
+  config = dataclasses.replace(model.config, **changes)
+  return dataclasses.replace(
+      model, transformer=model.transformer.clone(config=config))
+
+
+def hf_config(model: model_lib.Model) -> dict:
+  """The model's config.json in f32."""
+  return architecture_lib.hf_config(
+      model.config, model.generation, vocab_size=model.config.num_embed,
+      dtype='float32', eos_ids=[1, 106], bos_id=2, pad_id=0)
+
+
+def check_hf_config(model: model_lib.Model, hf, match: str | None = None):
+  """Checks a config.json; `match` is the message if it must be refused."""
+  arguments = hf, model.config, model.generation, 'x/config.json'
+  if match is None:
+    architecture_lib.check_hf_config(*arguments)
+    return
+  with pytest.raises(errors.UserError, match=match):
+    architecture_lib.check_hf_config(*arguments)
+
+
+def gguf_metadata(model: model_lib.Model) -> tuple[str, dict]:
+  """The architecture and the metadata of a model's GGUF."""
+  config, generation = model.config, model.generation
+  return architecture_lib.gguf_metadata(
+      config, generation, name='a model',
+      context_length=architecture_lib.context_length(config, generation))
+
+
+def exact_arrays(layout: names.WeightLayout) -> dict[str, np.ndarray]:
+  """Arrays of multiples of 2^-10 below 4: adding 1 is exact in f32."""
+  rng = np.random.default_rng(0)
+  return {path: (rng.integers(-4096, 4096, shape) / 1024).astype(np.float32)
+          for path, shape in layout.shapes.items()}
+
+
+def write_gguf(
+    path, model, arrays, proto, *, tensors=None, architecture=None, **metadata):
+  """Writes arrays of the library, or these tensors, as a GGUF in f32.
+
+  `metadata` are keys of the architecture; they replace those of the model.
+  """
+  layout = load.weight_layout(model)
+  kind, values = gguf_metadata(model)
+  values |= {f'{kind}.{key}': value for key, value in metadata.items()}
+  if tensors is None:
+    tensors = dict(names.from_library(layout, 'gguf', arrays.__getitem__))
+    tensors |= architecture_lib.extra_gguf_tensors(
+        model.config, model.generation)
+  gguf_writer.write_model(
+      path, architecture=architecture or kind,
+      metadata=values | tokenizer_file.to_gguf(proto, model.generation),
+      shapes={name: tensor.shape for name, tensor in tensors.items()},
+      tensors=iter(tensors.items()), quantization='f32',
+      n_layers=names.n_layers(layout))
+  return path
+
+
+def tokenizer_with(
+    generation: int, pieces=(), *, add=(), **trainer_spec) -> bytes:
+  """The built-in tokenizer with other pieces {id: text} and settings.
+
+  `add` are the (text, score, type) of further pieces.
+  """
+  proto = sentencepiece_model_pb2.ModelProto.FromString(
+      tokenizer_file.byte_tokenizer(generation))
+  for token, piece in dict(pieces).items():
+    proto.pieces[token].piece = piece
+  for piece, score, kind in add:
+    proto.pieces.add(piece=piece, score=score, type=kind)
+  for key, value in trainer_spec.items():
+    setattr(proto.trainer_spec, key, value)
+  return proto.SerializeToString()
 
 
 @functools.cache

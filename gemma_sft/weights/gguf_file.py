@@ -14,7 +14,7 @@ import numpy as np
 from gemma_sft import errors
 from gemma_sft.weights import names
 
-# Elements that are dequantised together: a bound on gguf's scratch memory.
+# Elements that are dequantised together, which limits gguf's scratch memory.
 _CHUNK_ELEMENTS = 1 << 22
 _ROPE_FREQS = 'rope_freqs.weight'  # Which pairs of a head Gemma 4 rotates.
 # Value types of the format and their bytes.
@@ -78,8 +78,8 @@ def open_gguf(
 
   Reading the header of a 262144-token vocabulary takes about 15 seconds.
 
-  Without a `layout` the file must have the weights that its metadata announce,
-  which works for Gemma 1 to 3 only.
+  The file must have the weights of `layout`, or else, if it is a Gemma 1 to 3,
+  those that its metadata announce.
 
   Raises:
     UserError: The file is not a GGUF, is cut short, has another architecture,
@@ -182,7 +182,7 @@ def check_header(path: str | os.PathLike) -> None:
 
 
 class _HeaderReader:
-  """A position in the header that cannot leave the file."""
+  """Reads a header in order and never beyond the end of the file."""
 
   def __init__(self, data):
     self._data = data

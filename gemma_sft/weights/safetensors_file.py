@@ -116,7 +116,7 @@ def _weight_map(path: pathlib.Path) -> dict[str, str]:
 
 
 def _text_name(key: str) -> str | None:
-  """Returns a tensor's name in a text-only model; None for other towers."""
+  """Returns a tensor's name in a text-only model; None if it has none."""
   if key.removeprefix('model.').startswith(_NOT_TEXT):
     return None
   for prefix in _TEXT_PREFIXES:

@@ -12,7 +12,7 @@ from gemma_sft import errors
 _SPACE = '\u2581'
 # Token types of GGUF (llama.cpp, llama_token_type).
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
-# llama.cpp's score of a token that no merge makes.
+# llama.cpp's score of a token that no merge produces.
 _NO_SCORE = -1000.0
 # User-defined pieces that become control tokens in GGUF, so that llama.cpp
 # matches them as tags and does not print them. HTML and image tags stay

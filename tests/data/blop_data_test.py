@@ -1,5 +1,4 @@
-"""The examples in data/blop: the compiler accepts them, splits do not overlap.
-"""
+"""The examples in data/blop compile, are right and in one split each."""
 
 import re
 
@@ -30,8 +29,7 @@ def test_every_code_answer_compiles():
 @needs_compiler
 def test_answers_are_right_by_the_judge():
   # All 578 answers would take a minute (calibrate_blop.py).
-  rows = _HELD_OUT
-  judged = task.judge(rows, [r.fields['completion'] for r in rows])
+  judged = task.judge(_HELD_OUT, [r.fields['completion'] for r in _HELD_OUT])
   assert judged.note == ''
   for name in ('strict', 'component', 'right', 'same_tags', 'knows'):
     assert judged.metrics[name] == 1, name
@@ -56,15 +54,11 @@ def test_sizes():
 def test_no_near_duplicates_across_splits():
   # Jaccard similarity of character 5-grams: above these, two prompts ask the
   # same or two answers differ in names alone.
-  train = [(r, _ngrams(r.fields['prompt']), _ngrams(r.fields['completion']))
-           for r in _SPLITS['train']]
-  for record in _HELD_OUT:
-    prompt = _ngrams(record.fields['prompt'])
-    answer = _ngrams(record.fields['completion'])
-    for other, other_prompt, other_answer in train:
-      places = f'{record.where} and {other.where}'
-      assert reading.jaccard(prompt, other_prompt) < 0.5, places
-      assert reading.jaccard(answer, other_answer) < 0.6, places
+  for field, limit in (('prompt', 0.5), ('completion', 0.6)):
+    train, held_out = (
+        [(r.where, _ngrams(r.fields[field])) for r in records]
+        for records in (_SPLITS['train'], _HELD_OUT))
+    reading.assert_unlike(held_out, train, limit)
 
 
 def test_house_style():
@@ -72,5 +66,4 @@ def test_house_style():
   for record in _CODE:
     code = record.fields['completion']
     assert not text_lib.habits(code), record.where
-    assert not re.search(r';[ \t]*$', code, re.MULTILINE), record.where
-    assert not re.search(r'[ \t]+$', code, re.MULTILINE), record.where
+    assert not re.search(r'[; \t]$', code, re.MULTILINE), record.where

@@ -14,14 +14,13 @@ from gemma_sft.inputs import records
 
 pytest.importorskip('tensorflow_datasets')
 
-# {folder in data/: ({data set: its folder}, suffix)}.
+# Builder in data/ -> suffix of its files, its data sets and their folders.
 _SETS = {
-    'blop': ({'blop': 'blop'}, '.txt'),
-    'lyrics': ({'lyrics/hindi': 'lyrics/hindi',
-                'lyrics/bengali': 'lyrics/bengali'}, '.jsonl'),
-    'poetry': ({'poetry': 'poetry'}, '.jsonl'),
-    'slang': ({'slang': 'slang'}, '.csv'),
-    'sql': ({'sql': 'sql'}, '.jsonl')}
+    'blop': ('.txt', 'blop'),
+    'lyrics': ('.jsonl', 'lyrics/hindi', 'lyrics/bengali'),
+    'poetry': ('.jsonl', 'poetry'),
+    'slang': ('.csv', 'slang'),
+    'sql': ('.jsonl', 'sql')}
 
 
 def _prepare(name, sets, out, source=''):
@@ -34,7 +33,7 @@ sys.argv = ['builder', {f'--out={out}'!r}, *{[source] if source else []!r}]
 runpy.run_path({str(script)!r}, run_name='__main__')
 found = {{name: {{split: [[r.where, r.fields] for r in records.read(
     {str(out)!r} + f'/{{name}}/1.0.0', split=split)]
-    for split in {reading.SPLITS!r}}} for name in {list(sets)!r}}}
+    for split in {reading.SPLITS!r}}} for name in {sets!r}}}
 assert 'tensorflow_datasets' in sys.modules
 assert 'tensorflow' not in sys.modules
 print('FOUND' + json.dumps(found))
@@ -49,10 +48,10 @@ print('FOUND' + json.dumps(found))
 @pytest.mark.parametrize('name', _SETS)
 def test_a_data_set_holds_the_records_of_its_files(name, tmp_path):
   task = tasks.load(name)
-  sets, suffix = _SETS[name]
+  suffix, *sets = _SETS[name]
   found = _prepare(name, sets, tmp_path)
-  for data_set, folder in sets.items():
-    for split, originals in reading.read(folder, suffix).items():
+  for data_set in sets:
+    for split, originals in reading.read(data_set, suffix).items():
       # TFDS writes the records in an order of its own.
       rows = {fields['id']: records.Record(fields, where)
               for where, fields in found[data_set][split]}

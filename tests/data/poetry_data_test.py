@@ -19,8 +19,7 @@ def _pairs(text):
 
 
 def test_every_poem_keeps_form_rhyme_and_tones():
-  assert task.check_answers(_ALL) == []
-  judged = task.judge(_ALL, [r.fields['text'] for r in _ALL])
+  judged = reading.judge(task, _ALL)
   assert [judged.metrics[k] for k in ('form', 'rhyme', 'tone')] == [1, 1, 1]
   assert judged.metrics['repeated'] == 0
   rhymes = collections.Counter(row['rhymes'] for row in judged.rows)
@@ -50,20 +49,17 @@ def test_one_style():
 
 
 def test_no_title_and_no_line_is_there_twice():
-  titles = [r.fields['title'] for r in _ALL]
-  lines = [x for r in _ALL for x in task.split_lines(r.fields['text'])]
-  assert len(set(titles)) == len(titles)
-  assert len(set(lines)) == len(lines)
+  reading.assert_unique(r.fields['title'] for r in _ALL)
+  reading.assert_unique(
+      line for r in _ALL for line in task.split_lines(r.fields['text']))
 
 
 def test_splits_do_not_overlap():
   # Two quatrains of 20 characters with a similarity of 0.15 share five of their
   # 16 pairs of characters.
-  train = [(r.where, _pairs(r.fields['text'])) for r in _SPLITS['train']]
-  for record in _SPLITS['validation'] + _SPLITS['test']:
-    pairs = _pairs(record.fields['text'])
-    for where, other in train:
-      assert reading.jaccard(pairs, other) < 0.15, (record.where, where)
+  train, *held_out = ([(r.where, _pairs(r.fields['text'])) for r in records]
+                      for records in _SPLITS.values())
+  reading.assert_unlike(sum(held_out, []), train, 0.15)
 
 
 def test_broken_poems_do_not_pass():

@@ -1,5 +1,7 @@
 """Reads the data sets in data/ and compares their texts."""
 
+import collections
+
 import conftest
 
 from gemma_sft.inputs import records
@@ -14,11 +16,26 @@ def read(name: str, suffix: str) -> dict[str, list[records.Record]]:
           for split in SPLITS}
 
 
+def judge(task, records, *train):
+  """Judges the answers of the records themselves, which the judge accepts."""
+  assert task.check_answers(records) == []
+  return task.judge(
+      records, [task.to_messages(r)[-1].content for r in records], *train)
+
+
 def ngrams(text: str, n: int = 5) -> set[str]:
   """Returns the character n-grams of a text."""
   return {text[i:i + n] for i in range(max(1, len(text) - n + 1))}
 
 
-def jaccard(a: set[str], b: set[str]) -> float:
-  """Returns the Jaccard similarity of two sets."""
-  return len(a & b) / len(a | b)
+def assert_unlike(found, others, limit: float):
+  """Compares (place, set) pairs by the Jaccard similarity of the sets."""
+  for place, a in found:
+    for other, b in others:
+      assert len(a & b) < limit * len(a | b), f'{place} and {other}'
+
+
+def assert_unique(values):
+  """Checks that no value stands twice."""
+  twice = [v for v, n in collections.Counter(values).items() if n > 1]
+  assert not twice

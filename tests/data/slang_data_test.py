@@ -40,21 +40,20 @@ def test_lengths():
 
 def test_terms_and_contexts_are_unique():
   keys = [terms.key(row['slang']) for _, row in _ROWS]
-  assert len(set(keys)) == len(keys)
+  reading.assert_unique(keys)
   for i, a in enumerate(keys):
     for b in keys[:i]:
       assert len(a) < 5 or len(b) < 5 or not terms.is_close(a, b), (a, b)
   for name in ('context', 'example', 'description'):
-    assert len({row[name].lower() for _, row in _ROWS}) == len(_ROWS), name
+    reading.assert_unique(row[name].lower() for _, row in _ROWS)
 
 
 def test_no_near_duplicates():
   # Two sentences with a higher similarity of character 5-grams say the same.
   for name in ('context', 'example'):
     found = [(where, reading.ngrams(row[name].lower())) for where, row in _ROWS]
-    for i, (where, a) in enumerate(found):
-      for other, b in found[:i]:
-        assert reading.jaccard(a, b) < 0.3, f'{where} and {other}'
+    for i, one in enumerate(found):
+      reading.assert_unlike([one], found[:i], 0.3)
 
 
 def test_acronyms_are_a_fifth_of_each_split_and_spelled():
@@ -69,10 +68,9 @@ def test_acronyms_are_a_fifth_of_each_split_and_spelled():
 
 def test_the_judge_gives_the_answers_full_marks():
   for split in ('validation', 'test'):
-    answers = [task.to_messages(r)[-1].content for r in _SPLITS[split]]
-    judged = task.judge(_SPLITS[split], answers, _SPLITS['train'])
+    judged = reading.judge(task, _SPLITS[split], _SPLITS['train'])
     assert judged.metrics['good'] == 1, [
         row for row in judged.rows if not row['good']]
     # Chance is 0.5; not every answer repeats words of its context.
     assert judged.metrics['on_topic'] > 0.8
-  assert not task.check_answers(_ALL)
+  assert not task.check_answers(_SPLITS['train'])

@@ -5,6 +5,7 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import numpy as safetensors_numpy
 
 from gemma_sft import errors
 from gemma_sft.weights import safetensors_file
@@ -20,12 +21,16 @@ def _arrays(seed=0):
 
 
 def _write(folder, arrays, *, dtype='float32', max_bytes=1_000_000):
-  folder.mkdir()
+  folder.mkdir(parents=True)
   (folder / 'config.json').write_text('{"model_type": "gemma3_text"}')
   safetensors_file.write_model(
       folder, iter(arrays.items()), {n: a.shape for n, a in arrays.items()},
       dtype=dtype, max_bytes=max_bytes)
   return folder
+
+
+def _open(path, arrays, **options):
+  return safetensors_file.open_folder(_write(path / 'm', arrays, **options))
 
 
 @pytest.mark.parametrize('max_bytes, files', [
@@ -52,8 +57,7 @@ def test_round_trip_in_shards(tmp_path, max_bytes, files):
 @pytest.mark.parametrize('dtype', safetensors_file.DTYPES)
 def test_dtypes(tmp_path, dtype):
   arrays = _arrays()
-  opened = safetensors_file.open_folder(
-      _write(tmp_path / 'm', arrays, dtype=dtype))
+  opened = _open(tmp_path, arrays, dtype=dtype)
   for name, array in arrays.items():
     found = opened.read(name)
     assert found.dtype == safetensors_file.DTYPES[dtype]
@@ -64,13 +68,12 @@ def test_dtypes(tmp_path, dtype):
 @pytest.mark.parametrize('prefix', ['language_model.', 'model.language_model.'])
 def test_the_text_model_of_a_multimodal_checkpoint(tmp_path, prefix):
   arrays = _arrays()
-  renamed = {
-      (prefix + n if prefix == 'language_model.'
-       else prefix + n.removeprefix('model.')): a for n, a in arrays.items()}
+  inner = 'model.' if prefix.startswith('model.') else ''
+  renamed = {prefix + n.removeprefix(inner): a for n, a in arrays.items()}
   for tower in ('vision_tower.x.weight', 'model.vision_tower.x.weight',
                 'multi_modal_projector.mm_input_projection_weight'):
     renamed[tower] = np.zeros(3, np.float32)
-  opened = safetensors_file.open_folder(_write(tmp_path / 'm', renamed))
+  opened = _open(tmp_path, renamed)
   assert opened.shapes == _SHAPES
   np.testing.assert_array_equal(
       opened.read('model.norm.weight'), arrays['model.norm.weight'])
@@ -79,26 +82,24 @@ def test_the_text_model_of_a_multimodal_checkpoint(tmp_path, prefix):
 def test_a_tied_head_is_ignored_and_another_one_refused(tmp_path):
   arrays = _arrays()
   arrays['lm_head.weight'] = arrays['model.embed_tokens.weight'].copy()
-  opened = safetensors_file.open_folder(_write(tmp_path / 'a', arrays))
-  assert opened.shapes == _SHAPES
+  assert _open(tmp_path / 'a', arrays).shapes == _SHAPES
   arrays['lm_head.weight'][5, 3] += 1
   with pytest.raises(errors.UserError, match='lm_head.weight is not the emb'):
-    safetensors_file.open_folder(_write(tmp_path / 'b', arrays))
+    _open(tmp_path / 'b', arrays)
 
 
-@pytest.mark.parametrize('keep', [0, 4, 40, 200])
-def test_truncated_file(tmp_path, keep):
+_WHOLE = safetensors_numpy.save(_arrays(), {'format': 'pt'})
+
+
+@pytest.mark.parametrize('data, message', [
+    *((_WHOLE[:keep], f'it has {keep} bytes') for keep in (0, 4, 40, 200)),
+    # A header of an absurd size, which is not allocated.
+    (b'\xff' * 7 + b'\x7f' + b'{}', 'cannot be read'),
+])
+def test_damaged_file(tmp_path, data, message):
   folder = _write(tmp_path / 'm', _arrays())
-  file = folder / 'model.safetensors'
-  file.write_bytes(file.read_bytes()[:keep])
-  with pytest.raises(errors.UserError, match=f'it has {keep} bytes'):
-    safetensors_file.open_folder(folder)
-
-
-def test_header_of_an_absurd_size_is_not_allocated(tmp_path):
-  folder = _write(tmp_path / 'm', _arrays())
-  (folder / 'model.safetensors').write_bytes(b'\xff' * 7 + b'\x7f' + b'{}')
-  with pytest.raises(errors.UserError, match='cannot be read'):
+  (folder / 'model.safetensors').write_bytes(data)
+  with pytest.raises(errors.UserError, match=message):
     safetensors_file.open_folder(folder)
 
 

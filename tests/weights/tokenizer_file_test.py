@@ -7,7 +7,7 @@ import hypothesis
 from hypothesis import strategies as st
 import pytest
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
+import tiny_models
 
 from gemma_sft import errors
 from gemma_sft.weights import load
@@ -50,90 +50,91 @@ def test_byte_tokenizer_merges_words():
       'the', '\u2581and']
 
 
-@pytest.mark.parametrize('generation', [1, 2, 3])
-def test_to_gguf_inverts_from_gguf(generation):
-  proto = tokenizer_file.byte_tokenizer(generation)
+def _to_gguf(proto, generation):
+  """Returns the metadata without the prefix that all of its keys have."""
   metadata = tokenizer_file.to_gguf(proto, generation)
-  assert tokenizer_file.from_gguf(metadata, 'x') == proto
   assert all(key.startswith('tokenizer.ggml.') for key in metadata)
+  return {key.removeprefix('tokenizer.ggml.'): value
+          for key, value in metadata.items()}
 
 
 @pytest.mark.parametrize(
-    'generation, end_of_turn', [(1, 107), (2, 107), (3, 106)])
-def test_pinned_keys(generation, end_of_turn):
-  metadata = tokenizer_file.to_gguf(
-      tokenizer_file.byte_tokenizer(generation), generation)
-  assert {
-      key.removeprefix('tokenizer.ggml.'): value
-      for key, value in metadata.items() if not isinstance(value, list)
-  } == {
-      'model': 'llama', 'pre': 'default', 'padding_token_id': 0,
-      'eos_token_id': 1, 'bos_token_id': 2, 'unknown_token_id': 3,
-      'eot_token_id': end_of_turn, 'add_bos_token': True,
-      'add_eos_token': False, 'add_space_prefix': False}
-  lengths = {len(metadata[f'tokenizer.ggml.{key}']) for key in _ARRAYS}
-  assert len(lengths) == 1
+    'generation, end_of_turn', [(1, 107), (2, 107), (3, 106), (4, 106)])
+def test_keys_and_back(generation, end_of_turn):
+  proto = tokenizer_file.byte_tokenizer(generation)
+  metadata = _to_gguf(proto, generation)
+  kind = {'model': 'gemma4'} if generation == 4 else {
+      'model': 'llama', 'pre': 'default'}
+  assert {key: value for key, value in metadata.items()
+          if not isinstance(value, list)} == kind | {
+              'padding_token_id': 0, 'eos_token_id': 1, 'bos_token_id': 2,
+              'unknown_token_id': 3, 'eot_token_id': end_of_turn,
+              'add_bos_token': True, 'add_eos_token': False,
+              'add_space_prefix': False}
+  assert len({len(metadata[key]) for key in _ARRAYS}) == 1
+  if generation < 4:
+    assert tokenizer_file.from_gguf(
+        tokenizer_file.to_gguf(proto, generation), 'x') == proto
 
 
-def _add(proto, text, kind):
-  model = sentencepiece_model_pb2.ModelProto.FromString(proto)
-  model.pieces.add(piece=text, score=-7.5, type=kind)
-  return model.SerializeToString()
+# Generations, text and type of a piece; its text, score and type in GGUF.
+@pytest.mark.parametrize('generations, text, kind, expected', [
+    ((3, 4), 'plain', 1, ('plain', -7.5, 1)),
+    ((3, 4), '\u2581plain', 1, ('\u2581plain', -7.5, 1)),
+    ((3, 4), '<unk2>', 2, ('<unk2>', -1000.0, 3)),
+    ((3, 4), '<pad2>', 3, ('<pad2>', -1000.0, 3)),
+    ((3, 4), '<0x41>', 6, ('<0x41>', -7.5, 6)),
+    ((3, 4), '<unused6241>', 4, ('<unused6241>', -1000.0, 3)),
+    ((3, 4), '<mask>', 4, ('<mask>', -1000.0, 3)),
+    ((3,), '<2mass>', 4, ('<2mass>', -1000.0, 3)),
+    ((3,), '[@BOS@]', 4, ('[@BOS@]', -1000.0, 3)),
+    ((3,), '<start_of_turn>', 4, ('<start_of_turn>', -1000.0, 3)),
+    ((3,), '<end_of_turn>', 4, ('<end_of_turn>', -1000.0, 3)),
+    ((4,), '<|turn>', 4, ('<|turn>', -1000.0, 3)),
+    ((4,), '<|image|>', 4, ('<|image|>', -1000.0, 3)),
+    # Printed, although they look like tags.
+    ((4,), '<|channel>', 4, ('<|channel>', -1000.0, 4)),
+    ((4,), '<channel|>', 4, ('<channel|>', -1000.0, 4)),
+    ((3,), '<start_of_image>', 4, ('<start_of_image>', -1000.0, 4)),
+    ((3,), '[multimodal]', 4, ('[multimodal]', -1000.0, 4)),
+    ((3, 4), '</table>', 4, ('</table>', -1000.0, 4)),
+    ((3, 4), '<unused>', 4, ('<unused>', -1000.0, 4)),
+    ((3, 4), '<mask>s', 4, ('<mask>s', -1000.0, 4)),
+    ((3, 4), '\u2581\u2581', 4, ('  ', -1000.0, 4)),
+    ((3, 4), '\n\n', 4, ('\n\n', -1000.0, 4)),
+])
+def test_type_and_score_of_a_piece(generations, text, kind, expected):
+  for generation in generations:
+    metadata = _to_gguf(tiny_models.tokenizer_with(
+        generation, add=[(text, -7.5, kind)]), generation)
+    assert tuple(metadata[key][-1] for key in _ARRAYS) == expected
 
 
-@pytest.mark.parametrize(
-    'text, kind, expected',
-    [
-        ('plain', 1, ('plain', -7.5, 1)),
-        ('\u2581plain', 1, ('\u2581plain', -7.5, 1)),
-        ('<unk2>', 2, ('<unk2>', -1000.0, 3)),
-        ('<pad2>', 3, ('<pad2>', -1000.0, 3)),
-        ('<0x41>', 6, ('<0x41>', -7.5, 6)),
-        ('<unused6241>', 4, ('<unused6241>', -1000.0, 3)),
-        ('<mask>', 4, ('<mask>', -1000.0, 3)),
-        ('<2mass>', 4, ('<2mass>', -1000.0, 3)),
-        ('[@BOS@]', 4, ('[@BOS@]', -1000.0, 3)),
-        ('<start_of_turn>', 4, ('<start_of_turn>', -1000.0, 3)),
-        ('<end_of_turn>', 4, ('<end_of_turn>', -1000.0, 3)),
-        # Printed, although they look like tags.
-        ('<start_of_image>', 4, ('<start_of_image>', -1000.0, 4)),
-        ('[multimodal]', 4, ('[multimodal]', -1000.0, 4)),
-        ('</table>', 4, ('</table>', -1000.0, 4)),
-        ('<unused>', 4, ('<unused>', -1000.0, 4)),
-        ('<mask>s', 4, ('<mask>s', -1000.0, 4)),
-        ('\u2581\u2581', 4, ('  ', -1000.0, 4)),
-        ('\n\n', 4, ('\n\n', -1000.0, 4)),
-    ],
-)
-def test_type_and_score_of_a_piece(text, kind, expected):
-  proto = _add(tokenizer_file.byte_tokenizer(), text, kind)
-  metadata = tokenizer_file.to_gguf(proto, 3)
-  assert tuple(
-      metadata[f'tokenizer.ggml.{key}'][-1] for key in _ARRAYS) == expected
+def test_merges_of_gemma4():
+  metadata = _to_gguf(tiny_models.tokenizer_with(
+      4, add=[('the\u2581', -0.5, 1)]), 4)
+  # 'th' scores 0, 'the\u2581' -0.5, 'the' -1; 'he' is a piece, so 'the' has
+  # two ways.
+  assert metadata['merges'][:5] == [
+      't h', 'the \u2581', 'th e', 't he', 'i n']
 
 
 def test_special_ids_are_looked_up():
-  model = sentencepiece_model_pb2.ModelProto.FromString(
-      tokenizer_file.byte_tokenizer())
-  model.trainer_spec.pad_id, model.trainer_spec.eos_id = 1, 0
-  model.pieces[105].piece, model.pieces[50].piece = 'x', '<end_of_turn>'
-  model.pieces[106].piece = 'y'
-  metadata = tokenizer_file.to_gguf(model.SerializeToString(), 3)
-  assert metadata['tokenizer.ggml.padding_token_id'] == 1
-  assert metadata['tokenizer.ggml.eos_token_id'] == 0
-  assert metadata['tokenizer.ggml.eot_token_id'] == 50
+  metadata = _to_gguf(tiny_models.tokenizer_with(
+      3, {105: 'x', 50: '<end_of_turn>', 106: 'y'}, pad_id=1, eos_id=0), 3)
+  assert [metadata[f'{name}_token_id'] for name in (
+      'padding', 'eos', 'eot')] == [1, 0, 50]
 
 
-def test_a_tokenizer_without_its_special_tokens_is_refused():
-  model = sentencepiece_model_pb2.ModelProto.FromString(
-      tokenizer_file.byte_tokenizer())
-  model.trainer_spec.pad_id = -1
-  with pytest.raises(errors.UserError, match='has no padding token'):
-    tokenizer_file.to_gguf(model.SerializeToString(), 3)
-  model.trainer_spec.pad_id = 0
-  model.pieces[106].piece = 'x'
-  with pytest.raises(errors.UserError, match='has no <end_of_turn>'):
-    tokenizer_file.to_gguf(model.SerializeToString(), 3)
+@pytest.mark.parametrize('generation, proto, message', [
+    (3, tiny_models.tokenizer_with(3, pad_id=-1), 'has no padding token'),
+    (3, tiny_models.tokenizer_with(3, {106: 'x'}), 'has no <end_of_turn>'),
+    (4, tokenizer_file.byte_tokenizer(3), r'has no <turn\|>'),
+])
+def test_a_tokenizer_without_its_special_tokens_is_refused(
+    generation, proto, message):
+  with pytest.raises(errors.UserError, match=message):
+    tokenizer_file.to_gguf(proto, generation)
 
 
 @pytest.mark.slow

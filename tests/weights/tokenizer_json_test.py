@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as pb
+import tiny_models
 import tokenizers
 
 from gemma_sft import cache
@@ -58,11 +59,8 @@ def test_any_text(text):
 
 def test_runs_of_spaces_and_new_lines_are_one_piece():
   # As in Google's vocabulary, where such runs are user-defined.
-  model = pb.ModelProto.FromString(tokenizer_file.byte_tokenizer(3))
-  runs = ('\n\n', '\n\n\n', '\u2581\u2581', '\u2581\u2581\u2581')
-  for i, piece in enumerate(runs):
-    model.pieces[10 + i].piece = piece
-  sp, hf = _both(model.SerializeToString())
+  sp, hf = _both(tiny_models.tokenizer_with(3, enumerate(
+      ('\n\n', '\n\n\n', '\u2581\u2581', '\u2581\u2581\u2581'), 10)))
   for text in (*_AWKWARD, 'a  b', '   c', 'd\n\ne', '\n\n\n\n', '       '):
     assert hf.encode(text).ids == [2, *sp.encode(text)], text
   assert sp.encode('a  b')[1] == 12 and sp.encode('d\n\ne')[1] == 10
@@ -82,19 +80,15 @@ def test_a_rendered_conversation_has_one_bos_and_its_tags():
   assert pair.ids.count(2) == 2 and pair.ids[0] == 2
 
 
-def test_merges_come_in_the_order_of_the_scores():
-  merges = tokenizer_json.make_tokenizer_json(
-      tokenizer_file.byte_tokenizer(3))['model']['merges']
+def test_merges_and_added_tokens():
+  built = tokenizer_json.make_tokenizer_json(tokenizer_file.byte_tokenizer(3))
+  merges = built['model']['merges']
   # 'th' scores highest; 'the' splits in two ways, the longer left half first.
   assert merges[:4] == [['t', 'h'], ['th', 'e'], ['t', 'he'], ['i', 'n']]
   assert merges[-1] == ['\u2581', 'or']
   # One split for each of 20 words, two for 'the'; 19 words with a space, and 2
   # more splits.
   assert len(merges) == 20 + 1 + 19 + 2
-
-
-def test_which_tokens_are_special():
-  built = tokenizer_json.make_tokenizer_json(tokenizer_file.byte_tokenizer(3))
   added = {t['content']: t for t in built['added_tokens']}
   assert {c for c, t in added.items() if t['special']} == {
       '<pad>', '<eos>', '<bos>', '<unk>', '<start_of_turn>', '<end_of_turn>'}
