@@ -234,6 +234,9 @@ def test_metadata_has_ggufs_types(tmp_path):
       'a.floats': ((kinds.ARRAY, kinds.FLOAT32), [0.5]),
       'a.large': ((kinds.UINT32,), 2**32 - 1),
   }.items() <= fields.items()
+  assert {name: q.file_type for name, q in gguf_writer.QUANTIZATIONS.items()
+          } == dict(f32=0, f16=1, bf16=32, q8_0=7, q4_0=2, q4_k_m=15,
+                    q5_k_m=17, q6_k=18)
   for key, kind in (('tokens', kinds.STRING), ('scores', kinds.FLOAT32),
                     ('token_type', kinds.INT32)):
     assert fields[f'tokenizer.ggml.{key}'] == (
