@@ -4,8 +4,8 @@ One real run of 6 updates; the other cases start it again from a copy of its
 workdir, with fewer checkpoints or another record.
 """
 
+import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -188,38 +188,34 @@ def _git(folder, *arguments):
       cwd=folder, check=True, capture_output=True)
 
 
-def test_commit_of_a_clone_and_of_no_clone(tmp_path):
+def test_commit_of_a_clone_and_of_no_clone(tmp_path, monkeypatch):
   # The module itself, in a repository of its own.
   folder = tmp_path / 'gemma_sft'
   (folder / 'monitor').mkdir(parents=True)
   (folder / '__init__.py').write_text('')
   shutil.copy(record_lib.__file__, folder / 'monitor')
-  program = (
-      'import importlib.util as u; s = u.spec_from_file_location("p",'
-      f' {str(folder / "monitor" / "record.py")!r}); m = u.module_from_spec(s);'
-      ' s.loader.exec_module(m); print(*m.commit())')
-
-  def commit(**env):
-    return subprocess.run(
-        [sys.executable, '-c', program], cwd=conftest.ROOT, check=True,
-        env=os.environ | env, capture_output=True, text=True).stdout.strip()
-
-  assert commit() == 'False'  # No repository.
+  spec = importlib.util.spec_from_file_location(
+      'copied_record', folder / 'monitor' / 'record.py')
+  copied = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(copied)
+  assert copied.commit() == ('', False)  # No repository.
   _git(tmp_path, 'init')
-  assert commit(PATH='/nowhere') == 'False'  # No git.
+  with monkeypatch.context() as patch:
+    patch.setenv('PATH', '/nowhere')
+    assert copied.commit() == ('', False)  # No git.
   (tmp_path / 'other').write_text('')
   _git(tmp_path, 'add', 'other')
   _git(tmp_path, 'commit', '-m', 'x')
   # Another project's repository, in whose environment this package lies.
-  assert commit() == 'False'
+  assert copied.commit() == ('', False)
   _git(tmp_path, 'add', '.')
   _git(tmp_path, 'commit', '-m', 'x')
-  revision, dirty = commit().split()
-  assert len(revision) == 40 and dirty == 'False'
+  revision, dirty = copied.commit()
+  assert len(revision) == 40 and not dirty
   (tmp_path / 'README').write_text('not the code')
-  assert commit() == f'{revision} False'
+  assert copied.commit() == (revision, False)
   (folder / 'more.py').write_text('')
-  assert commit() == f'{revision} True'
+  assert copied.commit() == (revision, True)
 
 
 def test_packages_that_are_not_installed_are_left_out():

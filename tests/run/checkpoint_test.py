@@ -237,7 +237,7 @@ def test_serving_skips_one_without_meta(copied, caplog, capsys, damage):
 def _train_with_limit(config, workdir, n_bytes):
   """Trains where no file may be larger; returns what it wrote as an error."""
   status, _, err = conftest.run_module(
-      'train', *conftest.flags(config), f'--workdir={workdir}',
+      'train', *conftest.flags(config), f'--workdir={workdir}', devices=1,
       # What a process sees of a full disk: a write that fails with an errno.
       preexec_fn=lambda: resource.setrlimit(
           resource.RLIMIT_FSIZE, (n_bytes, n_bytes)),
