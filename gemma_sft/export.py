@@ -50,7 +50,6 @@ import pathlib
 import shutil
 import time
 from typing import Any
-from typing import Mapping
 from typing import Sequence
 
 from configs import default
@@ -81,23 +80,10 @@ _EXAMPLES = 8
 
 
 def main(
-    config: Any,
-    workdir: str,
-    out: str,
-    formats: Sequence[str],
-    base: bool,
-    step: int,
-    hf_dtype: str,
-    shard_size: float,
-    runtime_python: str | None,
-    llama_server: str | None,
-    allow_unproven: bool,
-    overwrite: bool,
-    push: Sequence[str],
-    push_data: str,
-    private: bool,
-    dry_run: bool,
-) -> int:
+    config: Any, workdir: str, out: str, formats: Sequence[str], base: bool,
+    step: int, hf_dtype: str, shard_size: float, runtime_python: str | None,
+    llama_server: str | None, allow_unproven: bool, overwrite: bool,
+    push: Sequence[str], push_data: str, private: bool, dry_run: bool) -> int:
   """Exports; see the module's docstring."""
   cli.require('workdir', workdir, '--workdir=workdirs/blop')
   cli.require('out', out, '--out=exports/blop')
@@ -124,37 +110,47 @@ def main(
     return 0
 
   source = make_source(chosen, final.name, hf_dtype, shard_size)
-  _print_weights(chosen)
+  print(f'weights: {chosen.description}')
+  if kind := config.model.quantization:
+    print(f'the base is that of training, rounded to {kind}; an adapter on the'
+          ' original base is another model')
   _check_disk(rows, source, final)
   if dry_run:
     return 0
   programs, missing = formats_lib.find_runtimes(
       rows, {'transformers': runtime_python, 'llama.cpp': llama_server},
       allow_unproven)
-  partial = _make_partial(final)
+  # The name of the files until they are proven.
+  partial = final.with_name(final.name + '.partial')
+  if partial.exists():
+    print(f'removing {partial}, which an earlier export left')
+    shutil.rmtree(partial)
+  partial.mkdir(parents=True)
   for row in rows:
     _write(row, source, partial / row.path)
   _write_modelfile(rows, source, partial)
-  reference = (
-      _make_reference(config, workdir, base, step) if programs else None)
+  reference = _make_reference(config, workdir, base, step) if programs else None
   proofs = _prove(rows, source, partial, reference, programs, missing)
+  known = dict(config_lib.leaves(default.get_config()))
   summary = summary_lib.make_summary(
       chosen, source, workdir, partial, rows, proofs, missing,
       identity=identity, repository=push_lib.hub_repository(targets),
-      config_changes=_changes(config))
-  (partial / 'export.json').write_text(
-      card.to_json(summary), encoding='utf-8')
+      config_changes={key: value for key, value in config_lib.leaves(config)
+                      if known[key] != value})
+  (partial / 'export.json').write_text(card.to_json(summary), encoding='utf-8')
   (partial / 'README.md').write_text(card.render(summary), encoding='utf-8')
   _publish(partial, final)
   print(f'exported to {final}/; README.md is the model card')
-  _print_how_to_run(summary, final)
+  commands = [line for snippet in formats_lib.snippets(summary)
+              if snippet.language == 'bash' for line in snippet.lines]
+  if commands:
+    print('\n  '.join([f'  cd {final}', *commands]))
   _push(targets, final, config, push_data, private)
   return 0
 
 
-def _is_done(
-    final: pathlib.Path, identity: str, overwrite: bool, allow_unproven: bool
-) -> bool:
+def _is_done(final: pathlib.Path, identity: str, overwrite: bool,
+             allow_unproven: bool) -> bool:
   """Returns whether this export exists already.
 
   Raises:
@@ -164,8 +160,7 @@ def _is_done(
   if not final.exists():
     return False
   if path.exists():
-    with open(path, encoding='utf-8') as file:
-      earlier = json.load(file)
+    earlier = json.loads(path.read_text(encoding='utf-8'))
     # An unproven export does not count as the proven one asked for now.
     proven = all(row['proven'] for row in earlier['parity'])
     if earlier['identity'] == identity and (proven or allow_unproven):
@@ -178,36 +173,25 @@ def _is_done(
       if path.exists() else 'choose another: that folder is not an export')
 
 
-def make_source(
-    chosen: restore.Chosen, name: str, hf_dtype: str, shard_size: float
-) -> writer.ExportSource:
+def make_source(chosen: restore.Chosen, name: str, hf_dtype: str,
+                shard_size: float) -> writer.ExportSource:
   """Returns what the files are made of; `shard_size` is in GB."""
   config = chosen.config
   return writer.ExportSource(
       chosen.model, chosen.tokenizer, arrays.open_arrays(chosen), name=name,
-      base_name=(summary_lib.hub_name(config.model.name)
-                 or 'PATH_OF_THE_BASE'),
+      base_name=summary_lib.HUB_NAMES.get(
+          config.model.name, 'PATH_OF_THE_BASE'),
       sampling=config.sampling, lora=config.lora,
       lora_scale=build.lora_scale(config), hf_dtype=hf_dtype,
       max_shard_bytes=int(shard_size * 1e9))
 
 
-def _print_weights(chosen):
-  print(f'weights: {chosen.description}')
-  if kind := chosen.config.model.quantization:
-    print(f'the base is that of training, rounded to {kind}; an adapter on the'
-          ' original base is another model')
-
-
-def _check_disk(
-    rows: Sequence[formats_lib.Format], source: writer.ExportSource,
-    final: pathlib.Path,
-) -> None:
+def _check_disk(rows, source, final: pathlib.Path) -> None:
   """Prints the sizes; raises if the files and the proof do not fit."""
-  sizes = {row.path: row.n_bytes(source) for row in rows}
-  for path, n_bytes in sizes.items():
-    print(f'  {path}: {_megabytes(n_bytes)}')
-  total = sum(sizes.values())
+  total = 0
+  for row in rows:
+    print(f'  {row.path}: {_megabytes(row.n_bytes(source))}')
+    total += row.n_bytes(source)
   scratch = max(row.scratch_bytes(source) for row in rows)
   parent = final.absolute().parent
   while not parent.exists():
@@ -215,10 +199,10 @@ def _check_disk(
   free = shutil.disk_usage(parent).free
   print(f'  together {_megabytes(total)}, and {_megabytes(scratch)} more during'
         f' the proof; free: {_megabytes(free)}')
-  if total + scratch + _SPARE_BYTES > free:
+  needed = total + scratch + _SPARE_BYTES
+  if needed > free:
     raise errors.UserError(
-        f'{_megabytes(free)} free in {parent}',
-        f'{_megabytes(total + scratch + _SPARE_BYTES)}',
+        f'{_megabytes(free)} free in {parent}', _megabytes(needed),
         'fewer --formats, another --out, or make room')
 
 
@@ -226,19 +210,7 @@ def _megabytes(n: int) -> str:
   return f'{n / 1e6:,.1f} MB'
 
 
-def _make_partial(final: pathlib.Path) -> pathlib.Path:
-  """Returns a new folder for the files until they are proven."""
-  partial = final.with_name(final.name + '.partial')
-  if partial.exists():
-    print(f'removing {partial}, which an earlier export left')
-    shutil.rmtree(partial)
-  partial.mkdir(parents=True)
-  return partial
-
-
-def _write(
-    row: formats_lib.Format, source: writer.ExportSource, path: pathlib.Path
-) -> None:
+def _write(row, source, path: pathlib.Path) -> None:
   start = time.monotonic()
   try:
     row.write(path, source)
@@ -280,14 +252,8 @@ def _make_reference(config, workdir, base, step) -> reference_lib.Reference:
       served.split(split).examples[:_EXAMPLES])
 
 
-def _prove(
-    rows: Sequence[formats_lib.Format],
-    source: writer.ExportSource,
-    folder: pathlib.Path,
-    reference: reference_lib.Reference | None,
-    programs: Mapping[str, str],
-    missing: Mapping[str, str],
-) -> dict[str, verify.Proof]:
+def _prove(rows, source, folder, reference, programs, missing
+           ) -> dict[str, verify.Proof]:
   """Returns the proofs by format; raises if one has failed."""
   proofs = {}
   for row in rows:
@@ -341,20 +307,11 @@ def _publish(partial: pathlib.Path, final: pathlib.Path) -> None:
     partial.rename(final)
 
 
-def _print_how_to_run(summary: card.CardSummary, final: pathlib.Path) -> None:
-  commands = [
-      line for snippet in formats_lib.snippets(summary)
-      if snippet.language == 'bash' for line in snippet.lines]
-  if commands:
-    print('\n  '.join([f'  cd {final}', *commands]))
-
-
 def _push(targets, final, config, push_data, private) -> None:
   """Uploads a finished export."""
   if not targets:
     return
-  with open(final / 'export.json', encoding='utf-8') as file:
-    summary = json.load(file)
+  summary = json.loads((final / 'export.json').read_text(encoding='utf-8'))
   data_files, data_card = [], ''
   if push_data:
     data_files = [config.data[split] for split in
@@ -363,14 +320,8 @@ def _push(targets, final, config, push_data, private) -> None:
         summary['data'], name=f'{final.name}-data', task=config.task,
         schema=_SCHEMA, licence=push_data)
   for target in targets:
-    address = push_lib.push(
-        final, target, private=private, data_files=data_files,
-        data_card=data_card)
+    address = push_lib.push(final, target, private=private,
+                            data_files=data_files, data_card=data_card)
     print(f'pushed to {address}')
 
 
-def _changes(config) -> dict[str, Any]:
-  """Returns the config where it differs from configs/default.py."""
-  known = dict(config_lib.leaves(default.get_config()))
-  return {key: value for key, value in config_lib.leaves(config)
-          if known[key] != value}

@@ -1,5 +1,6 @@
 """What is exported is what was trained, or it is not exported."""
 
+import functools
 import json
 import os
 import pathlib
@@ -16,13 +17,17 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from configs import tiny as tiny_config
+from gemma_sft import chat
 from gemma_sft import errors
 from gemma_sft import export
 from gemma_sft import model as model_lib
+from gemma_sft import sharding
 from gemma_sft import train
 from gemma_sft.exports import arrays as arrays_lib
 from gemma_sft.exports import formats
+from gemma_sft.exports import llama_runtime
 from gemma_sft.exports import templates
+from gemma_sft.exports import verify
 from gemma_sft.exports import writer
 from gemma_sft.run import base
 from gemma_sft.run import restore
@@ -33,36 +38,57 @@ from gemma_sft.weights import gguf_writer
 from gemma_sft.weights import load
 from gemma_sft.weights import safetensors_file
 
-_PYTHON = conftest.RUNTIME_PYTHON
 needs_transformers = pytest.mark.skipif(
-    not os.path.exists(_PYTHON),
+    not os.path.exists(conftest.RUNTIME_PYTHON),
     reason='no .venv-runtimes: bash launch/runtimes.sh makes it')
 
 _FLAGS = dict(
     config=None, base=False, step=-1, hf_dtype='float32', shard_size=2.0,
-    runtime_python=_PYTHON, llama_server=None, allow_unproven=False,
-    overwrite=False, push=[], push_data='', private=False, dry_run=False)
+    runtime_python=conftest.RUNTIME_PYTHON, llama_server=None,
+    allow_unproven=False, overwrite=False, push=[], push_data='', private=False,
+    dry_run=False)
+_UNPROVEN = dict(
+    allow_unproven=True, runtime_python='/nowhere', llama_server='/nowhere')
 
 
-def _make_config(tmp_path, generation=3):
-  pairs = [(f'What is {i} and {i}?', f'It is {2 * i}.') for i in range(1, 11)]
+@pytest.fixture(autouse=True, scope='module')
+def _once():
+  """Takes one device and thread; the reference and transformers once a run."""
+  make, references = export._make_reference, {}
+
+  def make_once(config, *key):
+    if key not in references:
+      references[key] = make(config, *key)
+    return references[key]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(export, '_make_reference', make_once)
+    patch.setattr(sharding, 'make_mesh', functools.partial(
+        sharding.make_mesh, devices=jax.devices()[:1]))
+    patch.setattr(llama_runtime, 'Server', functools.partial(
+        llama_runtime.Server, threads=1))
+    patch.setitem(formats._RUNTIMES, 'transformers', (
+        functools.cache(verify.find_python), verify.prove_hf))
+    yield
+
+
+def _make_config(tmp_path, generation):
+  pairs = [(f'What is {i} and {i}?', f'It is {2 * i}.') for i in range(1, 9)]
   config = tiny_config.get_config(str(generation))
   config.task = 'chat'
   config.data.update(
-      train=conftest.write_pairs(tmp_path / 'train.txt', pairs[:8]), test='',
+      train=conftest.write_pairs(tmp_path / 'train.txt', pairs), test='',
       validation='', max_length=64)
   # No padding rows: what is exported can be loaded again.
   pieces = conftest.make_tokenizer(generation).vocab_size
   config.model.update(sliding_window=16, vocab_size=pieces)
   if generation == 4:  # Its sixth layer is the first global one.
     config.model.num_layers = 6
-  config.model.update(
-      weights=conftest.save_base(
-          config, tmp_path / 'base', seed=1, change=_loud))
+  config.model.weights = conftest.save_base(
+      config, tmp_path / 'base', seed=1, change=_loud)
   # A rate at which four updates turn the model into another one.
   config.optimizer.update(learning_rate=0.05, schedule='constant')
-  config.lora.update(
-      targets='attn/|mlp/', rank=4, alpha=8.0, use_rslora=True)
+  config.lora.update(targets='attn/|mlp/', rank=4, alpha=8.0, use_rslora=True)
   config.train.steps = 4
   config.eval.update(every=4, judged=0, prompts=())
   return config
@@ -72,43 +98,46 @@ def _loud(params):
   """Norms other than 1, so that leaving out the 1 is seen."""
   rng = np.random.default_rng(0)
   return jax.tree.map(
-      lambda leaf: leaf + jnp.asarray(
-          rng.normal(0, 0.1, leaf.shape), jnp.float32)
+      lambda leaf: leaf + rng.normal(0, 0.1, leaf.shape).astype(np.float32)
       if leaf.ndim == 1 else leaf, params)
 
 
-def _train(tmp_path_factory, generation=3, **changes):
-  """Returns (config, workdir) of a finished tiny run."""
-  folder = tmp_path_factory.mktemp('run')
-  config = _make_config(folder, generation)
-  config.update_from_flattened_dict(changes)
-  train.main(config, str(folder / 'w'), False)
-  return config, str(folder / 'w')
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  """Returns what gives (config, workdir) of a finished tiny run."""
+  @functools.cache
+  def train_once(generation, **changes):
+    folder = tmp_path_factory.mktemp('run')
+    config = _make_config(folder, generation)
+    config.update_from_flattened_dict(changes)
+    train.main(config, str(folder / 'w'), False)
+    return config, str(folder / 'w')
+  return train_once
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory):
-  return _train(tmp_path_factory)
+def run(trained):
+  return trained(3)
 
 
-@pytest.fixture(scope='module', params=[1, 2, 4])
-def other_run(request, tmp_path_factory):
-  return _train(tmp_path_factory, request.param)
+@pytest.fixture(scope='module', params=[3, 1, 2, 4], ids=lambda g: f'gemma{g}')
+def any_run(request, trained):
+  return trained(request.param)
 
 
 @pytest.fixture(scope='module', params=[
     pytest.param((2, ''), id='gemma2'), pytest.param((3, ''), id='gemma3'),
     # Minutes of compilation, for what the others have each for itself.
     pytest.param((4, 'nf4'), id='gemma4_nf4', marks=pytest.mark.drill)])
-def dora_run(request, tmp_path_factory):
+def dora_run(request, trained):
   generation, quantization = request.param
-  return _train(tmp_path_factory, generation, **{
+  return trained(generation, **{
       'lora.use_dora': True, 'model.quantization': quantization})
 
 
 @pytest.fixture(scope='module')
-def rounded_run(tmp_path_factory):
-  return _train(tmp_path_factory, **{'model.quantization': 'nf4'})
+def rounded_run(trained):
+  return trained(3, **{'model.quantization': 'nf4'})
 
 
 def _export(workdir, out, *formats, **changes):
@@ -117,89 +146,79 @@ def _export(workdir, out, *formats, **changes):
       **changes})
 
 
+def _summary(out):
+  return json.loads((out / 'export.json').read_text())
+
+
+def _flat(params):
+  return {path: np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(
+      params, sep='/').items()}
+
+
 def _merged(workdir, config):
   """The tree that evaluation runs, path -> array."""
-  served = restore.load_weights(config, workdir, base=False, step=-1)
-  return {path: np.asarray(leaf)
-          for path, leaf in traverse_util.flatten_dict(
-              served.params, sep='/').items()}
+  return _flat(restore.load_weights(
+      config, workdir, base=False, step=-1).params)
 
 
 def _load(path, config):
   model = base.load_model(config.model)
   resolved = load.resolve(str(path), pathlib.Path(path).parent / 'cache')
   load.check_config(resolved, model)
-  params = load.load_params(
+  return _flat(load.load_params(
       resolved, model_lib.abstract_params(model), dtype=jnp.float32,
-      layout=load.weight_layout(model))
-  return {path: np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(
-      params, sep='/').items()}
+      layout=load.weight_layout(model)))
 
 
 # The whole way ---------------------------------------------------------------
 
 
-def _check_gguf_export(run, out, capsys):
-  config, workdir = run
+def test_gguf_is_proven_and_loads_as_what_was_trained(
+    any_run, tmp_path, capsys):
+  config, workdir = any_run
+  out, generation = tmp_path / 'out', config.model.generation
   _export(workdir, out, 'gguf-f32', 'gguf-f16', 'lora')
   printed = capsys.readouterr().out
   assert printed.count('proven ') == 3 and 'UNPROVEN' not in printed
   assert sorted(p.name for p in out.iterdir()) == [
       'README.md', 'export.json', 'gguf']
-  summary = json.loads((out / 'export.json').read_text())
+  summary = _summary(out)
   assert [row['proven'] for row in summary['parity']] == [True] * 3
   assert all(row['equal'] for row in summary['templates'])
   # llama.cpp's GELU table: 4e-7 was the worst seen on models of this size.
-  assert all(row['kl_max'] < 5e-6 for row in summary['parity']
-             if row['artifact'] != 'gguf/model-f16.gguf')
-
-
-def test_gguf_is_proven_and_loads_as_what_was_trained(run, tmp_path, capsys):
-  config, workdir = run
-  out = tmp_path / 'out'
-  _check_gguf_export(run, out, capsys)
+  assert all(
+      row['kl_max'] < 5e-6 and row['max_difference'] < 0.02
+      for row in summary['parity'] if row['artifact'] != 'gguf/model-f16.gguf')
   modelfile = (out / 'gguf' / 'Modelfile').read_text()
-  commands = [(c.name, c.value) for c in modelfile_parser.check(modelfile)]
-  for command in (('from', './model-f16.gguf'),
-                  ('parameter temperature', '0.2'),
-                  ('parameter repeat_penalty', '1.1'),
-                  ('parameter stop', '<end_of_turn>'),
-                  ('parameter stop', '<eos>'),
-                  ('template', templates.ollama(3))):
-    assert command in commands
-  trained = _merged(workdir, config)
+  assert set(modelfile_parser.parse(modelfile)) >= {
+      ('from', './model-f16.gguf'), ('parameter temperature', '0.2'),
+      ('parameter repeat_penalty', '1.1'), ('parameter stop', '<eos>'),
+      ('parameter stop', chat.TURN_TAGS[generation][1]),
+      ('template', templates.ollama(generation))}
   loaded = _load(out / 'gguf' / 'model-f32.gguf', config)
-  for path, array in trained.items():
-    if 'norm' in path:  # 1 is added and taken off in float32.
-      np.testing.assert_allclose(loaded[path], array, atol=1.2e-7)
-    else:
-      np.testing.assert_array_equal(loaded[path], array, err_msg=path)
-
-
-def test_other_generations(other_run, tmp_path, capsys):
-  _check_gguf_export(other_run, tmp_path / 'out', capsys)
+  for path, array in _merged(workdir, config).items():
+    # For norms, 1 is added and taken off in float32.
+    np.testing.assert_allclose(
+        loaded[path], array, atol=1.2e-7 if 'norm' in path else 0, rtol=0,
+        err_msg=path)
 
 
 @needs_transformers
-def test_hf_and_peft_are_proven(run, tmp_path, capsys):
-  config, workdir = run
+def test_hf_and_peft_are_proven(any_run, tmp_path, capsys):
+  config, workdir = any_run
   out = tmp_path / 'out'
   _export(workdir, out, 'hf', 'peft', shard_size=1e-4)
-  assert 'NOT' not in capsys.readouterr().out
+  printed = capsys.readouterr().out
+  assert printed.count('proven ') == 2 and 'NOT' not in printed
   assert len(list((out / 'hf').glob('model-*.safetensors'))) > 1
-  summary = json.loads((out / 'export.json').read_text())
   # Another order of the same f32 sums.
   assert all(row['proven'] and row['kl_max'] < 1e-9
-             for row in summary['parity'])
+             for row in _summary(out)['parity'])
+  assert re.fullmatch(r'\d[\w.]+, peft \d[\w.]+',
+                      _summary(out)['parity'][1]['version'])
   loaded = _load(out / 'hf', config)
   for path, array in _merged(workdir, config).items():
     np.testing.assert_array_equal(loaded[path], array, err_msg=path)
-
-
-@needs_transformers
-def test_other_generations_in_transformers(other_run, tmp_path, capsys):
-  _export(other_run[1], tmp_path / 'out', 'hf', 'peft')
-  assert capsys.readouterr().out.count('proven ') == 2
 
 
 @needs_transformers
@@ -208,9 +227,8 @@ def test_dora_is_proven(dora_run, tmp_path, capsys):
   _export(dora_run[1], out, 'hf', 'peft')
   printed = capsys.readouterr().out
   assert printed.count('proven ') == 2 and 'NOT' not in printed
-  summary = json.loads((out / 'export.json').read_text())
   # Another order of the same f32 sums.
-  assert all(row['kl_max'] < 1e-9 for row in summary['parity'])
+  assert all(row['kl_max'] < 1e-9 for row in _summary(out)['parity'])
   adapter = json.loads((out / 'peft' / 'adapter_config.json').read_text())
   assert adapter['use_dora'] is True
   found = safetensors_numpy.load_file(
@@ -236,18 +254,15 @@ def test_a_rounded_base_is_exported_as_it_was_trained_on(
   out = tmp_path / 'out'
   _export(rounded_run[1], out, 'gguf-f32', 'lora')
   assert 'rounded to nf4' in capsys.readouterr().out
-  summary = json.loads((out / 'export.json').read_text())
+  summary = _summary(out)
   assert summary['base']['rounded_to'] == 'nf4'
   assert [row['proven'] for row in summary['parity']] == [True, True]
   assert 'rounded to nf4 for training' in (out / 'README.md').read_text()
 
 
-def test_full_fine_tuning_is_exported(tmp_path, capsys):
-  config = _make_config(tmp_path)
-  config.lora.enabled = False
-  config.optimizer.learning_rate = 0.01
-  workdir = str(tmp_path / 'w')
-  train.main(config, workdir, False)
+def test_full_fine_tuning_is_exported(trained, tmp_path, capsys):
+  config, workdir = trained(3, **{
+      'lora.enabled': False, 'optimizer.learning_rate': 0.01})
   with pytest.raises(errors.UserError, match='there is no adapter'):
     _export(workdir, tmp_path / 'out', 'peft')
   _export(workdir, tmp_path / 'out', 'gguf-f32')
@@ -288,31 +303,25 @@ def _transposed_heads(name, array, _):
       array.shape)
 
 
-def _plant(monkeypatch, module, fault):
-  write, held = module.write_model, {}
-
-  def planted(*args, **kwargs):
-    stream = kwargs.get('tensors', args[1] if len(args) > 1 else None)
-    changed = ((n, np.ascontiguousarray(fault(n, a, held))) for n, a in stream)
-    if 'tensors' in kwargs:
-      return write(*args, **{**kwargs, 'tensors': changed})
-    return write(args[0], changed, *args[2:], **kwargs)
-
-  monkeypatch.setattr(module, 'write_model', planted)
-
-
-def _gguf(fault):
-  return lambda monkeypatch: _plant(monkeypatch, gguf_writer, fault)
-
-
-def _hf(fault):
-  return lambda monkeypatch: _plant(monkeypatch, safetensors_file, fault)
-
-
 def _replace(module, name, change):
   """Returns what puts `change(function)` in the place of a function."""
   return lambda monkeypatch: monkeypatch.setattr(
       module, name, change(getattr(module, name)))
+
+
+def _plant(module, fault):
+  """Returns what changes the tensors that `module.write_model` writes."""
+  write, held = module.write_model, {}
+
+  def planted(path, *args, tensors, **kwargs):
+    write(path, *args, **kwargs, tensors=(
+        (n, np.ascontiguousarray(fault(n, a, held))) for n, a in tensors))
+
+  return _replace(module, 'write_model', lambda _: planted)
+
+
+_gguf = functools.partial(_plant, gguf_writer)
+_hf = functools.partial(_plant, safetensors_file)
 
 
 def _untied(write):
@@ -321,14 +330,10 @@ def _untied(write):
     config = json.loads((folder / 'config.json').read_text())
     config['tie_word_embeddings'] = False
     (folder / 'config.json').write_text(json.dumps(config))
-    opened = safetensors_file.open_folder(folder)
-    head = opened.read('model.embed_tokens.weight')[::-1].copy()
-    safetensors_file.write_file(
-        folder / 'head.safetensors', {'lm_head.weight': head})
-    index = {n: 'model.safetensors' for n in opened.shapes}
-    index['lm_head.weight'] = 'head.safetensors'
-    (folder / safetensors_file.INDEX).write_text(json.dumps(
-        {'metadata': {'total_size': 0}, 'weight_map': index}))
+    file = folder / 'model.safetensors'
+    tensors = safetensors_numpy.load_file(file)
+    head = tensors['model.embed_tokens.weight'][::-1].copy()
+    safetensors_file.write_file(file, tensors | {'lm_head.weight': head})
   return changed
 
 
@@ -340,65 +345,66 @@ def _assistant(make):
 def _half_the_window(make):
   def changed(*args, **kwargs):
     kind, metadata = make(*args, **kwargs)
-    key = f'{kind}.attention.sliding_window'
-    return kind, metadata | {key: metadata[key] // 2}
+    return kind, metadata | {'gemma3.attention.sliding_window': 8}
   return changed
 
 
-@pytest.mark.parametrize('name, plant, message', [
-    ('gguf-q8_0', _gguf(_without_plus_one), r'tensor: output_norm\.weight'),
-    ('gguf-q8_0', _gguf(_swapped('attn_k.', 'attn_v.')),
-     r'first wrong tensor: blk\.0\.attn_v\.weight'),
-    ('gguf-q8_0', _gguf(_swapped('ffn_gate.', 'ffn_up.')),
-     r'first wrong tensor: blk\.0\.ffn_up\.weight'),
-    ('gguf-q8_0', _gguf(_transposed_heads),
-     r'first wrong tensor: blk\.0\.attn_q\.weight'),
-    ('gguf-f32', _replace(templates, 'jinja', _assistant),
-     'other tokens for the conversat'),
-    ('gguf-f32', _replace(architecture, 'gguf_metadata', _half_the_window),
-     'every tensor is its source'),
-    ('lora', _replace(gguf_writer, 'write_adapter', lambda write: (
+# Format, fault, message.
+_FAULTS = {
+    'norm': ('gguf-q8_0', _gguf(_without_plus_one),
+             'first wrong tensor: output_norm.weight'),
+    'key_value': ('gguf-q8_0', _gguf(_swapped('attn_k.', 'attn_v.')),
+                  'first wrong tensor: blk.0.attn_v.weight'),
+    'gate_up': ('gguf-q8_0', _gguf(_swapped('ffn_gate.', 'ffn_up.')),
+                'first wrong tensor: blk.0.ffn_up.weight'),
+    'heads': ('gguf-q8_0', _gguf(_transposed_heads),
+              'first wrong tensor: blk.0.attn_q.weight'),
+    'template': ('gguf-f32', _replace(templates, 'jinja', _assistant),
+                 'other tokens for the conversat'),
+    'metadata': ('gguf-f32', _replace(
+        architecture, 'gguf_metadata', _half_the_window),
+                 'every tensor is its source'),
+    'adapter': ('lora', _replace(gguf_writer, 'write_adapter', lambda write: (
         lambda *a, **k: write(*a, **k | {'alpha': 1e-9}))),
-     'is not the model that was'),
-    pytest.param('hf', _hf(_swapped('k_proj', 'v_proj')),
-                 r'tensor: model\.layers\.0\.self_attn\.v_proj',
-                 marks=needs_transformers),
-    pytest.param('hf', _hf(_transposed_heads),
-                 r'tensor: model\.layers\.0\.self_attn\.q_proj',
-                 marks=needs_transformers),
-    pytest.param('hf', _replace(writer, 'write_hf', _untied), 'head',
-                 marks=needs_transformers),
-], ids=['norm', 'key_value', 'gate_up', 'heads', 'template', 'metadata',
-        'adapter', 'hf_key_value', 'hf_heads', 'hf_untied_head'])
-def test_a_wrong_file_is_not_exported(
-    run, tmp_path, monkeypatch, name, plant, message):
+                'is not the model that was'),
+    'hf_key_value': ('hf', _hf(_swapped('k_proj', 'v_proj')),
+                     'first wrong tensor: model.layers.0.self_attn.v_proj'),
+    'hf_heads': ('hf', _hf(_transposed_heads),
+                 'first wrong tensor: model.layers.0.self_attn.q_proj'),
+    'hf_untied_head': ('hf', _replace(writer, 'write_hf', _untied), 'head')}
+
+
+@pytest.mark.parametrize('fault', _FAULTS)
+def test_a_wrong_file_is_not_exported(run, tmp_path, monkeypatch, fault):
+  name, plant, message = _FAULTS[fault]
+  if name == 'hf' and not os.path.exists(conftest.RUNTIME_PYTHON):
+    pytest.skip('no transformers')
   plant(monkeypatch)
-  with pytest.raises(errors.UserError, match=message):
+  with pytest.raises(errors.UserError, match=re.escape(message)):
     _export(run[1], tmp_path / 'out', name)
   assert not (tmp_path / 'out').exists()
   assert (tmp_path / 'out.partial' / formats.FORMATS[name].path).exists()
 
 
-@pytest.mark.parametrize('name', ['gguf-f32', 'lora'])
 def test_a_base_that_is_not_rounded_is_not_exported(
-    rounded_run, tmp_path, monkeypatch, name):
+    rounded_run, tmp_path, monkeypatch):
   monkeypatch.setattr(arrays_lib, '_as_quantized', lambda read, kind: read)
-  with pytest.raises(errors.UserError, match='is not the model that was'):
-    _export(rounded_run[1], tmp_path / 'out', name)
+  with pytest.raises(errors.UserError) as error:
+    _export(rounded_run[1], tmp_path / 'out', 'gguf-f32', 'lora')
+  assert error.value.got.count('is not the model that was') == 2
+
+
+def _swapped_magnitudes(make):
+  return lambda *args: {
+      name: make(*args)[name.replace('v_proj', 'k_proj')
+                        if name.endswith('magnitude_vector') else name]
+      for name in make(*args)}
 
 
 @needs_transformers
 @pytest.mark.parametrize('dora_run', [(3, '')], indirect=True)
 def test_wrong_magnitudes_are_not_exported(dora_run, tmp_path, monkeypatch):
-  make = adapters_lib.peft_tensors
-
-  def swapped(*args):
-    tensors = make(*args)
-    return tensors | {
-        name: tensors[name.replace('v_proj', 'k_proj')]
-        for name in tensors if name.endswith('v_proj.lora_magnitude_vector')}
-
-  monkeypatch.setattr(adapters_lib, 'peft_tensors', swapped)
+  _replace(adapters_lib, 'peft_tensors', _swapped_magnitudes)(monkeypatch)
   with pytest.raises(errors.UserError, match='peft is not the model') as error:
     _export(dora_run[1], tmp_path / 'out', 'peft')
   assert 'tensor' not in error.value.got  # Adapters are not compared by tensor.
@@ -412,14 +418,14 @@ def test_wrong_magnitudes_are_not_exported(dora_run, tmp_path, monkeypatch):
     ('hf', safetensors_file.open_folder), ('gguf-f32', gguf_file.open_gguf)])
 def test_round_trip_is_equal_to_the_bit(run, tmp_path, name, open_file):
   config, workdir = run
-  lax = dict(allow_unproven=True, runtime_python='/no', llama_server='/no')
   path = formats.FORMATS[name].path
-  _export(workdir, tmp_path / 'first', name, **lax)
+  _export(workdir, tmp_path / 'first', name, **_UNPROVEN)
   again = config.copy_and_resolve_references()
   again.model.weights = str(tmp_path / 'first' / path)
   # The built-in tokenizer is in neither of the files.
   again.model.tokenizer = 'byte'
-  _export(workdir, tmp_path / 'second', name, config=again, base=True, **lax)
+  _export(workdir, tmp_path / 'second', name, config=again, base=True,
+          **_UNPROVEN)
   a, b = (open_file(tmp_path / f / path) for f in ('first', 'second'))
   assert set(a.shapes) == set(b.shapes) and len(a.shapes) > 20
   for tensor in a.shapes:
@@ -430,44 +436,30 @@ def test_round_trip_is_equal_to_the_bit(run, tmp_path, name, open_file):
 # Mistakes --------------------------------------------------------------------
 
 
-def test_a_missing_runtime_is_found_before_writing(run, tmp_path):
-  with pytest.raises(errors.UserError, match='not a program') as error:
-    _export(run[1], tmp_path / 'out', 'gguf-f32', llama_server='/nowhere')
-  assert 'gemma_sft[export]' in str(error.value)
-  with pytest.raises(errors.UserError, match='transformers and peft') as error:
-    _export(run[1], tmp_path / 'out', 'hf', runtime_python='/nowhere')
-  assert 'launch/runtimes.sh' in str(error.value)
-  assert list(tmp_path.iterdir()) == []
-
-
-def test_unproven_is_written_on_the_card(run, tmp_path, capsys):
+def test_unproven_and_earlier_exports(run, tmp_path, capsys):
   out = tmp_path / 'out'
-  _export(run[1], out, 'gguf-f32', llama_server='/nowhere',
-          allow_unproven=True)
+  _export(run[1], out, 'gguf-f32', **_UNPROVEN)
   assert 'UNPROVEN gguf/model-f32.gguf' in capsys.readouterr().out
   readme = (out / 'README.md').read_text()
   assert 'gguf/model-f32.gguf' in readme[:readme.index('## Scores')]
-  summary = json.loads((out / 'export.json').read_text())
-  assert not summary['parity'][0]['proven']
-
-
-def test_an_unproven_export_does_not_stand_for_a_proven_one(
-    run, tmp_path, capsys):
-  out = tmp_path / 'out'
-  _export(run[1], out, 'gguf-f32', llama_server='/nowhere',
-          allow_unproven=True)
-  with pytest.raises(errors.UserError, match='--overwrite'):
-    _export(run[1], out, 'gguf-f32')
+  assert not _summary(out)['parity'][0]['proven']
+  before = (out / 'export.json').stat().st_mtime_ns
+  _export(run[1], out, 'gguf-f32', **_UNPROVEN)
+  assert 'is this export already' in capsys.readouterr().out
+  assert (out / 'export.json').stat().st_mtime_ns == before
+  # Other formats, and an unproven export does not count as a proven one.
+  for name, options in (('gguf-f16', _UNPROVEN), ('gguf-f32', {})):
+    with pytest.raises(errors.UserError, match='--overwrite'):
+      _export(run[1], out, name, **options)
+  _export(run[1], out, 'gguf-f16', overwrite=True, **_UNPROVEN)
+  assert [p.name for p in (out / 'gguf').glob('*.gguf')] == ['model-f16.gguf']
   _export(run[1], out, 'gguf-f32', overwrite=True)
   assert 'proven gguf/model-f32.gguf' in capsys.readouterr().out
-  summary = json.loads((out / 'export.json').read_text())
-  assert summary['parity'][0]['proven']
-
-
-def test_dry_run_writes_nothing(run, tmp_path, capsys):
-  _export(run[1], tmp_path / 'out', 'hf', 'gguf-q8_0', dry_run=True)
-  assert 'gguf/model-q8_0.gguf: ' in capsys.readouterr().out
-  assert list(tmp_path.iterdir()) == []
+  assert _summary(out)['parity'][0]['proven']
+  assert [p.name for p in tmp_path.iterdir()] == ['out']
+  # A folder that is no export.
+  with pytest.raises(errors.UserError, match='exists'):
+    _export(run[1], tmp_path, 'gguf-f32', overwrite=True)
 
 
 @pytest.mark.parametrize('changes, message', [
@@ -476,44 +468,30 @@ def test_dry_run_writes_nothing(run, tmp_path, capsys):
     (dict(shard_size=0.0), 'gigabytes'),
     (dict(push=['me']), 'ORGANISATION/NAME'),
     (dict(step=3), 'no checkpoint of step 3'),
+    (dict(llama_server='/nowhere'), r'(?s)not a program.*gemma_sft\[export\]'),
+    (dict(formats=['hf'], runtime_python='/nowhere'),
+     '(?s)transformers and peft.*launch/runtimes.sh'),
 ])
-def test_mistakes(run, tmp_path, changes, message):
+def test_mistakes_are_found_before_writing(run, tmp_path, changes, message):
   with pytest.raises(errors.UserError, match=message):
     export.main(**{**_FLAGS, 'workdir': run[1], 'out': str(tmp_path / 'o'),
                    'formats': ['gguf-f32'], **changes})
   assert list(tmp_path.iterdir()) == []
 
 
-def test_out_must_be_new_or_an_export(run, tmp_path, capsys):
-  with pytest.raises(errors.UserError, match='exists'):
-    _export(run[1], tmp_path, 'gguf-f32', overwrite=True)
-  out, lax = tmp_path / 'out', dict(
-      llama_server='/nowhere', allow_unproven=True)
-  _export(run[1], out, 'gguf-f32', **lax)
-  before = (out / 'export.json').stat().st_mtime_ns
-  _export(run[1], out, 'gguf-f32', **lax)
-  assert 'is this export already' in capsys.readouterr().out
-  assert (out / 'export.json').stat().st_mtime_ns == before
-  with pytest.raises(errors.UserError, match='--overwrite'):
-    _export(run[1], out, 'gguf-f16', **lax)
-  _export(run[1], out, 'gguf-f16', overwrite=True, **lax)
-  assert [p.name for p in (out / 'gguf').glob('*.gguf')] == ['model-f16.gguf']
-  assert [p.name for p in tmp_path.iterdir()] == ['out']
-
-
-def test_no_checkpoints(run, tmp_path):
+def test_no_checkpoints_and_another_base(run, tmp_path):
   with pytest.raises(errors.UserError, match='no checkpoints'):
     _export(str(tmp_path / 'w'), tmp_path / 'o', 'gguf-f32', config=run[0])
-
-
-def test_adapter_of_another_base(run, tmp_path):
   config = run[0].copy_and_resolve_references()
   config.model.weights = conftest.save_base(config, tmp_path / 'b', seed=2)
   with pytest.raises(errors.UserError, match='base weights'):
     _export(run[1], tmp_path / 'o', 'gguf-f32', config=config)
 
 
-def test_a_full_disk_is_found_before_writing(run, tmp_path, monkeypatch):
+def test_a_dry_run_and_a_full_disk_write_nothing(
+    run, tmp_path, monkeypatch, capsys):
+  _export(run[1], tmp_path / 'out', 'hf', 'gguf-q8_0', dry_run=True)
+  assert 'gguf/model-q8_0.gguf: ' in capsys.readouterr().out
   usage = shutil.disk_usage(tmp_path)._replace(free=50_000_000)
   monkeypatch.setattr(shutil, 'disk_usage', lambda _: usage)
   with pytest.raises(errors.UserError, match='50.0 MB free'):
@@ -533,10 +511,9 @@ def test_a_push_without_a_network_leaves_the_files(run, tmp_path, monkeypatch):
   monkeypatch.setenv('HF_TOKEN', 'hf_' + 20 * 'x')
   # Port 1: nobody listens there.
   monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:1')
-  out, lax = tmp_path / 'out', dict(
-      llama_server='/nowhere', allow_unproven=True)
+  out = tmp_path / 'out'
   for _ in range(2):  # Also of an export that is there already.
     with pytest.raises(errors.UserError, match='the files stay in') as error:
-      _export(run[1], out, 'gguf-f32', push=['me/model'], **lax)
+      _export(run[1], out, 'gguf-f32', push=['me/model'], **_UNPROVEN)
     assert 'hf_x' not in str(error.value)
     assert (out / 'gguf' / 'model-f32.gguf').exists()

@@ -22,8 +22,10 @@ import local_server as serving
 import pytest
 
 from gemma_sft import cli
+from gemma_sft import config as config_lib
 from gemma_sft import errors
 from gemma_sft import evaluate
+from gemma_sft import export
 from gemma_sft import train
 from gemma_sft.inputs import readers
 from gemma_sft.inputs import records as records_lib
@@ -38,9 +40,9 @@ from gemma_sft.weights import safetensors_file
 _FILES = sorted(path for folder in ('gemma_sft', 'configs', 'data', 'launch')
                 for path in (conftest.ROOT / folder).rglob('*.py'))
 # Modules that make objects or code from bytes.
-_MODULES = {'pickle', 'cPickle', 'dill', 'cloudpickle', 'joblib', 'marshal',
-            'shelve', 'jsonpickle', 'xmlrpc', 'code', 'codeop', 'tarfile',
-            'zipfile'}
+_MODULES = {
+    'pickle', 'cPickle', 'dill', 'cloudpickle', 'joblib', 'marshal', 'shelve',
+    'jsonpickle', 'xmlrpc', 'code', 'codeop', 'tarfile', 'zipfile'}
 _CALLS = {'eval', 'exec', 'compile', '__import__', 'breakpoint', 'os.system',
           'os.popen', 'tempfile.mktemp', 'yaml.load', 'yaml.unsafe_load',
           'torch.load', 'pandas.read_pickle', 'shutil.unpack_archive',
@@ -87,13 +89,10 @@ def _findings(tree):
 
 def test_no_code_or_object_is_made_of_outside_input():
   assert len(_FILES) > 100
-  found = []
-  for path in _FILES:
-    name = str(path.relative_to(conftest.ROOT))
-    for line, what in _findings(ast.parse(path.read_text(encoding='utf-8'))):
-      if (name, what) not in _ALLOWED:
-        found.append(f'{name}:{line}: {what}')
-  assert not found
+  assert not [
+      (path, line, what) for path in _FILES
+      for line, what in _findings(ast.parse(path.read_text(encoding='utf-8')))
+      if (str(path.relative_to(conftest.ROOT)), what) not in _ALLOWED]
 
 
 @pytest.mark.parametrize('source', [
@@ -111,10 +110,8 @@ def test_bandit_finds_nothing():
       [sys.executable, '-m', 'bandit', '-q', '-c', 'bandit.yaml', '-r',
        'gemma_sft', 'configs', 'launch', '-f', 'json'],
       cwd=conftest.ROOT, capture_output=True, text=True)
-  results = json.loads(done.stdout)
-  assert not results['errors']
-  assert [f'{r["filename"]}:{r["line_number"]}: {r["test_id"]}'
-          for r in results['results']] == []
+  found = json.loads(done.stdout)
+  assert not found['errors'] and not found['results']
 
 
 # Paths in data ---------------------------------------------------------------
@@ -171,7 +168,8 @@ def test_a_database_that_is_none_is_named(tmp_path, ending, data):
 # Cages -----------------------------------------------------------------------
 
 
-def _hostile_database(path):
+def test_the_schema_of_a_database_is_no_way_out(tmp_path):
+  path = tmp_path / 'a.sqlite'
   with contextlib.closing(sqlite3.connect(path)) as connection:
     connection.executescript("""
         CREATE TABLE t (a); INSERT INTO t VALUES (1);
@@ -181,11 +179,6 @@ def _hostile_database(path):
         CREATE TABLE g (a, b AS (hex(zeroblob(2000000))));
         INSERT INTO g (a) VALUES (1);
         CREATE TRIGGER r AFTER INSERT ON t BEGIN DELETE FROM t; END;""")
-
-
-def test_the_schema_of_a_database_is_no_way_out(tmp_path):
-  path = tmp_path / 'a.sqlite'
-  _hostile_database(path)
   before = path.read_bytes()
   queries = {
       'SELECT count(*) FROM endless': 'stopped after',
@@ -223,34 +216,30 @@ def test_a_script_cannot_compare_for_minutes():
   text = 'a' * 400_000
   start = time.process_time()
   with pytest.raises(sqlite3.Error, match='too big'):
-    cage.build(f"CREATE TABLE t (a); INSERT INTO t VALUES "
-                       f"(instr('{text}', '{text[1:]}b'))")
+    cage.build('CREATE TABLE t (a); INSERT INTO t VALUES'
+               f" (instr('{text}', '{text[1:]}b'))")
   assert time.process_time() - start < 1
 
 
 _SHOWS = ("function Hi(a) {{ return blop.h('p', {{}}, ['' + ({})]) }}\n"
           'module.exports = {{ Hi }};')
-# Programs that try to reach the host.
-_PROGRAMS = {
-    'the environment': "typeof process === 'undefined' ? 'none' :"
-                       ' process.env.SECRET_OF_THE_HOST',
-    'the constructor of an async function': '(async () => {}).constructor('
-                                            "'return globalThis')()",
-    'the constructor of a generator': '(function* () {}).constructor('
-                                      "'yield globalThis')().next().value",
-    'a stack of the host': '(() => { Error.prepareStackTrace = (e, s) => s.map('
-                           '(f) => f.getThis() && f.getThis().process); return'
-                           ' new Error().stack })()',
-    'webassembly': 'typeof WebAssembly.compile(new Uint8Array([0, 97, 115, 109,'
-                   ' 1, 0, 0, 0])).then',
-    'waiting': 'Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0,'
-               ' 1e9)',
-    'a flood': "(() => { for (let i = 0; i < 1e7; i++) console.log('x'.repeat("
-               "1000)); return 'done' })()",
-    'internal binding': "process.binding('fs')",
-    'the prototype of the host': "(() => { ({}).constructor.prototype.cage ="
-                                 " 'forged'; return 'fine' })()",
-}
+# Programs that try to reach the host: its environment, constructors of an async
+# function and of a generator, a stack, WebAssembly, waiting, a flood of output,
+# an internal binding, a prototype.
+_PROGRAMS = [
+    "typeof process === 'undefined' ? 'none' : process.env.SECRET_OF_THE_HOST",
+    "(async () => {}).constructor('return globalThis')()",
+    "(function* () {}).constructor('yield globalThis')().next().value",
+    '(() => { Error.prepareStackTrace = (e, s) => s.map((f) => f.getThis() &&'
+    ' f.getThis().process); return new Error().stack })()',
+    'typeof WebAssembly.compile(new Uint8Array([0, 97, 115, 109, 1, 0, 0, 0]))'
+    '.then',
+    'Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 1e9)',
+    "(() => { for (let i = 0; i < 1e7; i++) console.log('x'.repeat(1000));"
+    " return 'done' })()",
+    "process.binding('fs')",
+    "(() => { ({}).constructor.prototype.cage = 'forged'; return 'fine' })()",
+]
 
 
 @pytest.mark.skipif(shutil.which('node') is None, reason='no Node.js')
@@ -262,29 +251,31 @@ def test_programs_that_look_for_the_host(monkeypatch, tmp_path):
   start = time.monotonic()
   outcomes = run_js.run([
       run_js.ProgramPair(reference, {'js': _SHOWS.format(js), 'names': {}})
-      for js in _PROGRAMS.values()])
+      for js in _PROGRAMS])
   # Each program has at most 4 and 10 s of processor time.
   assert time.monotonic() - start < 60 * len(_PROGRAMS)
-  for name, lines in zip(_PROGRAMS, outcomes):
+  for program, lines in zip(_PROGRAMS, outcomes, strict=True):
     text = json.dumps(lines)
-    assert 'SENTINEL' not in text and len(text) < 2_000_000, name
-    assert '[object process]' not in text, name
+    assert 'SENTINEL' not in text and len(text) < 2_000_000, program
+    assert '[object process]' not in text, program
     # The reference was traced first and is unaffected.
     shown = lines[1]['traces']['Hi']['runs'][0]['tree'][3]
-    assert shown == ['name_1'], name
+    assert shown == ['name_1'], program
 
 
 # Pages -----------------------------------------------------------------------
 
 
-def test_no_other_site_is_let_in(tmp_path):
+def test_no_other_site_is_let_in():
   client = serving.make_client(serving.rating_app(None))
+  origin = {'origin': 'http://evil.example'}
   asked = client.options('/api/rate', headers={
-      'origin': 'http://evil.example', 'access-control-request-method': 'POST'})
+      **origin, 'access-control-request-method': 'POST'})
   assert asked.status_code == 405
-  for answer in (asked, client.get('/', headers={
-      'origin': 'http://evil.example'})):
+  for answer in (asked, client.get('/', headers=origin)):
     assert not [h for h in answer.headers if h.startswith('access-control')]
+  source = (conftest.ROOT / 'gemma_sft' / 'serve.py').read_text()
+  assert "'host', '127.0.0.1'" in source  # Loopback is the default.
 
 
 @pytest.mark.parametrize('header, value, status', [
@@ -297,11 +288,6 @@ def test_headers_that_do_not_parse(header, value, status):
       '/api/undo', content=b'{}', headers={
           'content-type': 'application/json', header: value.encode('latin-1')})
   assert answer.status_code == status
-
-
-def test_loopback_is_the_default():
-  source = (conftest.ROOT / 'gemma_sft' / 'serve.py').read_text()
-  assert "'host', '127.0.0.1'" in source
 
 
 # Secrets ---------------------------------------------------------------------
@@ -323,11 +309,12 @@ def test_no_file_of_a_run_holds_a_secret(
   assert train.main(run_config, str(workdir), False) == 0
   assert evaluate.main(
       None, str(workdir), base=False, split='validation', step=-1, limit=2) == 0
-  status, *told = conftest.finish(conftest.start(
-      'export', f'--workdir={workdir}', f'--out={workdir}/out',
-      '--formats=peft', '--allow_unproven', devices=1))
-  assert status == 0, told
-  texts, names = [*capfd.readouterr(), *told], set()
+  assert export.main(
+      None, str(workdir), f'{workdir}/out', ['peft'], base=False, step=-1,
+      hf_dtype='float32', shard_size=2.0, runtime_python='/nowhere',
+      llama_server=None, allow_unproven=True, overwrite=False, push=[],
+      push_data='', private=False, dry_run=False) == 0
+  texts, names = [*capfd.readouterr()], set()
   for path in workdir.rglob('*'):
     if path.is_file():
       names.add(path.name)
@@ -339,8 +326,6 @@ def test_no_file_of_a_run_holds_a_secret(
 
 
 def test_a_key_in_the_config_is_refused_without_being_shown(config):
-  from gemma_sft import config as config_lib
-
   config.track.wandb = 'ab12' * 10
   with pytest.raises(errors.UserError) as error:
     config_lib.validate(config)
@@ -350,19 +335,13 @@ def test_a_key_in_the_config_is_refused_without_being_shown(config):
 # Sizes -----------------------------------------------------------------------
 
 
-def test_a_saved_config_that_is_none_is_named(tmp_path):
+def test_json_that_is_none_is_named(tmp_path):
   for text in ('{"lora', '[]', '[' * 5000, '{"lora": 3}'):
     (tmp_path / 'config.json').write_text(text)
     with pytest.raises(errors.UserError, match='config.json'):
       cli.load_run_config(str(tmp_path))
-
-
-def test_brackets_without_end(tmp_path):
   for name in ('a.json', 'a.jsonl'):
-    path = tmp_path / name
-    path.write_text('[' * 100_000)
+    (tmp_path / name).write_text('[' * 100_000)
     with pytest.raises(errors.UserError, match='too deep'):
-      records_lib.read(str(path))
+      records_lib.read(str(tmp_path / name))
   assert readers.CANONICAL == records_lib.CANONICAL
-
-

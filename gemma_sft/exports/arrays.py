@@ -27,21 +27,15 @@ from gemma_sft.weights import names
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-  """The weights of a model to be written.
+  """The weights of a model to be written."""
 
-  Attributes:
-    layout: Names and shapes; `file_vocab` is that of the tokenizer.
-    read: From a library path to the array as trained: float32 if adapters are
-      merged in or the base is quantised, else in the dtype of its source.
-    read_base: The same of the untouched base; of a quantised base, the
-      dequantised weights.
-    adapters: The trained tree, or None.
-  """
-
-  layout: names.WeightLayout
+  layout: names.WeightLayout  # Its `file_vocab` is that of the tokenizer.
+  # From a library path to the array as trained: float32 if adapters are merged
+  # in or the base is quantised, else in the dtype of its source.
   read: Callable[[str], np.ndarray]
+  # The same of the untouched base, dequantised if it is quantised.
   read_base: Callable[[str], np.ndarray]
-  adapters: Any
+  adapters: Any  # The trained tree, or None.
 
 
 def open_arrays(chosen: restore.Chosen) -> Arrays:
@@ -51,8 +45,7 @@ def open_arrays(chosen: restore.Chosen) -> Arrays:
     UserError: The base or the checkpoint is damaged or has another shape.
   """
   config, model = chosen.config, chosen.model
-  layout = load.weight_layout(
-      model, file_vocab=chosen.tokenizer.vocab_size)
+  layout = load.weight_layout(model, file_vocab=chosen.tokenizer.vocab_size)
   load.check_config(chosen.resolved, model)
   read_base = arrays_lib.open_arrays(
       chosen.resolved, layout.shapes, layout=layout, seed=config.seed)
@@ -108,8 +101,7 @@ def _adapted(layout, adapters):
 
 def _open_trained(chosen, layout):
   read = arrays_lib.open_checkpoint(
-      chosen.checkpoints.state_path(chosen.step), layout.shapes,
-      ('trainable',))
+      chosen.checkpoints.state_path(chosen.step), layout.shapes, ('trainable',))
   tree = traverse_util.unflatten_dict({
       path: lambda path=path: read(path) for path in layout.shapes}, sep='/')
   if checkpoint_lib.tree_digest(tree) != chosen.meta.trainable_digest:

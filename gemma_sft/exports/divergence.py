@@ -1,10 +1,10 @@
 """Compares a runtime's outputs with the JAX model's: prompts and limits."""
 
-from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
 
 import numpy as np
+from scipy import special
 
 from gemma_sft import chat
 
@@ -15,15 +15,8 @@ from gemma_sft import chat
 # formats; q6_k and q5_k_m lie between them, and q4_0 has no more bits than
 # q4_k_m.
 LIMITS = {
-    'f32': 1e-5,
-    'f16': 1e-3,
-    'bf16': 1e-3,
-    'q8_0': 0.02,
-    'q6_k': 0.025,
-    'q5_k_m': 0.03,
-    'q4_k_m': 0.05,
-    'q4_0': 0.05,
-}
+    'f32': 1e-5, 'f16': 1e-3, 'bf16': 1e-3, 'q8_0': 0.02, 'q6_k': 0.025,
+    'q5_k_m': 0.03, 'q4_k_m': 0.05, 'q4_0': 0.05}
 # llama-server sums probabilities in float32, whose smallest number is e^-103.
 # Probabilities below e^-80 do not matter and are compared as e^-80.
 _FLOOR = -80.0
@@ -53,33 +46,31 @@ _PLACES = ('over', 'along', 'across', 'beside', 'against')
 
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-  """How far a runtime is from the JAX model.
+  """How far a runtime is from the JAX model; divergences are in nats."""
 
-  Attributes:
-    kind: A key of `LIMITS`.
-    max_logit_difference: Largest difference of two log-probabilities, which is
-      that of the logits up to a constant for each position.
-    kl_mean: Mean divergence over all compared positions, in nats.
-    kl_max: Largest divergence at one position, in nats.
-    n_positions: Number of compared positions.
-    greedy_equal: Prompts whose greedy answers are the same tokens.
-    greedy_near_ties: Prompts whose answers differ first at a token where the
-      JAX model's two candidates are as close as the rounding.
-    greedy_total: Prompts with a greedy answer.
-    limit: Largest allowed `kl`.
-    passed: Whether the file is close enough.
-  """
-
-  kind: str
+  kind: str  # A key of `LIMITS`.
+  # Of two log-probabilities, which are the logits up to a constant for each
+  # position.
   max_logit_difference: float
-  kl_mean: float
-  kl_max: float
+  kl_mean: float  # Over all compared positions.
+  kl_max: float  # At one position.
   n_positions: int
-  greedy_equal: int
+  greedy_equal: int  # Prompts whose greedy answers are the same tokens.
+  # Prompts whose answers differ first at a token where the JAX model's two
+  # candidates are as close as the rounding.
   greedy_near_ties: int
-  greedy_total: int
-  limit: float
-  passed: bool
+  greedy_total: int  # Prompts with a greedy answer.
+
+  @property
+  def limit(self) -> float:
+    """The largest `kl` of a file that passes."""
+    return LIMITS[self.kind]
+
+  @property
+  def passed(self) -> bool:
+    """Whether the file is close enough; never with a NaN."""
+    same = self.greedy_equal + self.greedy_near_ties == self.greedy_total
+    return self.kl <= self.limit and (same or self.kind != 'f32')
 
   @property
   def kl(self) -> float:
@@ -97,14 +88,10 @@ class Divergence:
 
 
 def compare(
-    reference: Sequence[np.ndarray],
-    other: Sequence[np.ndarray],
+    reference: Sequence[np.ndarray], other: Sequence[np.ndarray],
     reference_greedy: Sequence[Sequence[int]],
-    other_greedy: Sequence[Sequence[int]],
-    *,
-    kind: str,
-    continue_reference: Callable[[int, int], np.ndarray] | None = None,
-) -> Divergence:
+    other_greedy: Sequence[Sequence[int]], *, kind: str,
+    along_greedy: Sequence[np.ndarray] | None = None) -> Divergence:
   """Compares a runtime's distributions and greedy answers with the model's.
 
   Files in f32 are judged by their worst position: one that is far off means a
@@ -118,16 +105,12 @@ def compare(
 
   Args:
     reference: For each prompt, logits or log-probabilities (n, V).
-    other: The same of the runtime; columns beyond V belong to no token and are
-      ignored.
+    other: The same; columns beyond V belong to no token and are ignored.
     reference_greedy: For each prompt, the tokens of the greedy answer.
-    other_greedy: The same of the runtime.
+    other_greedy: The same.
     kind: A key of `LIMITS`.
-    continue_reference: From (index of the prompt, n) to logits (V,) after the
-      prompt and n tokens of its reference answer; called where answers differ.
-      Without it, no answer counts as a near tie.
+    along_greedy: See `Reference`; without it, no answer is a near tie.
   """
-  limit = LIMITS[kind]
   differences, divergences = [], []
   for ours_nV, theirs_nV in zip(reference, other, strict=True):
     n, V = ours_nV.shape
@@ -142,60 +125,45 @@ def compare(
   # Numpy's max, unlike Python's, keeps a NaN.
   difference = float(np.max(differences))
   greedy = [
-      _same_answer(i, ours, theirs, difference, continue_reference)
+      _same_answer(list(ours), list(theirs), difference,
+                   None if along_greedy is None else along_greedy[i])
       for i, (ours, theirs) in enumerate(
           zip(reference_greedy, other_greedy, strict=True))]
-  found = Divergence(
+  return Divergence(
       kind=kind, max_logit_difference=difference,
       kl_mean=float(divergences.mean()), kl_max=float(divergences.max()),
       n_positions=len(divergences), greedy_equal=greedy.count('equal'),
-      greedy_near_ties=greedy.count('tie'), greedy_total=len(greedy),
-      limit=limit, passed=False)
-  # False for a NaN.
-  passed = found.kl <= limit and (
-      kind != 'f32' or 'different' not in greedy)
-  return dataclasses.replace(found, passed=bool(passed))
+      greedy_near_ties=greedy.count('tie'), greedy_total=len(greedy))
 
 
 def _log_softmax(logits_nV: np.ndarray) -> np.ndarray:
   logits_nV = np.asarray(logits_nV, np.float64)
-  shifted_nV = logits_nV - logits_nV.max(axis=1, keepdims=True)
-  sums_n1 = np.log(np.exp(shifted_nV).sum(axis=1, keepdims=True))
-  return np.maximum(shifted_nV - sums_n1, _FLOOR)
+  return np.maximum(special.log_softmax(logits_nV, axis=1), _FLOOR)
 
 
-def _same_answer(number, ours, theirs, difference, continue_reference) -> str:
+def _same_answer(ours, theirs, difference, logits_TV) -> str:
   """Returns 'equal', 'tie' or 'different'."""
-  ours, theirs = list(ours), list(theirs)
   if ours == theirs:
     return 'equal'
   n = next((i for i, pair in enumerate(zip(ours, theirs))
             if pair[0] != pair[1]), None)
   # If one answer is a prefix of the other, the token that ended it is unknown.
-  if n is None or continue_reference is None:
+  if n is None or logits_TV is None:
     return 'different'
-  logits_V = np.asarray(continue_reference(number, n), np.float64)
+  logits_V = np.asarray(logits_TV[n], np.float64)
   gap = logits_V[ours[n]] - logits_V[theirs[n]]
   return 'tie' if gap <= 2 * difference else 'different'
 
 
-def prompts(
-    tokenizer: chat.Tokenizer,
-    window: int | None,
-) -> list[list[int]]:
+def prompts(tokenizer: chat.Tokenizer, window: int | None) -> list[list[int]]:
   """Returns the fixed prompts as token ids, BOS first.
 
-  They are English, code, Hindi, Chinese, a rendered question, BOS alone, and a
-  text that is longer than the sliding window: only that one shows a mask that
-  is off by one, or the RoPE of the other kind of layer.
-
-  Args:
-    tokenizer: The model's tokenizer.
-    window: Tokens that local layers attend to; None without local layers.
+  They are English, code, Hindi, Chinese, a rendered question, BOS alone, and,
+  if local layers attend to a window of tokens, a text that is longer: only that
+  one shows a mask that is off by one, or the RoPE of the other kind of layer.
   """
   found = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in _TEXTS]
-  found.append(chat.render_prompt(
-      [chat.Message('user', _QUESTION)], tokenizer))
+  found.append(chat.render_prompt([chat.Message('user', _QUESTION)], tokenizer))
   found.append([tokenizer.bos_id])
   if window is not None:
     found.append(_long_prompt(tokenizer, window + _BEYOND_WINDOW))

@@ -24,103 +24,68 @@ from gemma_sft.exports import verify
 from gemma_sft.exports import writer
 from gemma_sft.weights import gguf_writer
 
-_PRECISION = {'float32': 'f32', 'float16': 'f16', 'bfloat16': 'bf16'}
-# Name of a runtime -> what finds its program, given that of the flag or None.
-_FIND_RUNTIME = {
-    'transformers': verify.find_python,
-    'llama.cpp': llama_runtime.find_server,
+# Name of a runtime -> what finds its program, given that of the flag or None,
+# and what proves a file in it.
+_RUNTIMES = {
+    'transformers': (verify.find_python, verify.prove_hf),
+    'llama.cpp': (llama_runtime.find_server, verify.prove_gguf),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-  """A format: how to size, write, prove and run it.
+  """A format: how to size, write, prove and run it."""
 
-  Attributes:
-    name: As in --formats.
-    kind: As in export.json; formats of one kind are run the same way.
-    path: The file or folder, relative to the export.
-    runtime: Where it is proven, 'transformers' or 'llama.cpp'.
-    precision: From the source to a key of `divergence.LIMITS`.
-    n_bytes: From the source to the size of the tensors.
-    write: Writes a path from the source.
-    prove: From (path, source, reference, program of the runtime) to a `Proof`.
-    how_to_run: From the card's summary and the artefacts of this kind to
-      snippets.
-    first_wrong: From (path, source) to a line about the first tensor that
-      differs, or None. Adapter files have no such comparison.
-    scratch_bytes: Size of the base that the proof of an adapter writes for the
-      time of the proof.
-    is_adapter: Whether it holds the adapter alone.
-    holds_magnitudes: Whether it can hold the magnitudes of DoRA.
-    for_ollama: Whether Ollama runs it, with a Modelfile.
-  """
-
-  name: str
-  kind: str
-  path: str
-  runtime: str
+  name: str  # As in --formats.
+  kind: str  # As in export.json; formats of one kind are run the same way.
+  path: str  # The file or folder, relative to the export.
+  runtime: str  # Where it is proven, a key of `_RUNTIMES`.
+  # Returns a key of `divergence.LIMITS`.
   precision: Callable[[writer.ExportSource], str]
+  # Returns the size of the tensors.
   n_bytes: Callable[[writer.ExportSource], int]
   write: Callable[[pathlib.Path, writer.ExportSource], None]
-  prove: Callable[
-      [pathlib.Path, writer.ExportSource, reference_lib.Reference, str],
-      verify.Proof]
+  # From the card's summary and the artefacts of this kind.
   how_to_run: Callable[..., list[how_to_run.Snippet]]
+  # Describes the first tensor that differs, or returns None. Adapter files have
+  # no such comparison.
   first_wrong: Callable[
       [pathlib.Path, writer.ExportSource], str | None] | None = None
+  # For adapters: writes the base on which they are proven, in float32.
+  write_base: Callable[[pathlib.Path, writer.ExportSource], None] | None = None
+  # Size of that base.
   scratch_bytes: Callable[[writer.ExportSource], int] = lambda source: 0
-  is_adapter: bool = False
-  holds_magnitudes: bool = True
-  for_ollama: bool = False
+  holds_magnitudes: bool = True  # Whether it can hold those of DoRA.
+  for_ollama: bool = False  # Whether Ollama runs it, with a Modelfile.
 
+  def prove(
+      self, path: pathlib.Path, source: writer.ExportSource,
+      reference: reference_lib.Reference, program: str) -> verify.Proof:
+    """Compares a written file in its runtime with the JAX model.
 
-def _write_hf(path, source):
-  writer.write_hf(path, source, dtype=source.hf_dtype)
-
-
-def _prove_hf(path, source, reference, program):
-  return verify.prove_hf(
-      path, reference, kind=_PRECISION[source.hf_dtype], python=program)
-
-
-# An adapter is proven on the base of its training, which is quantised if that
-# was. The base is written in float32 for the proof alone.
-
-
-def _prove_peft(path, source, reference, program):
-  with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-    base = pathlib.Path(scratch) / 'base'
-    writer.write_hf(base, source, dtype='float32', base=True)
-    return verify.prove_hf(
-        base, reference, kind='f32', python=program, adapter=path)
-
-
-def _prove_lora(path, source, reference, program):
-  with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-    base = pathlib.Path(scratch) / 'base.gguf'
-    writer.write_gguf(base, source, quantization='f32', base=True)
-    return verify.prove_gguf(
-        base, reference, kind='f32', server=program, lora=path)
+    An adapter is proven on the base of its training, which is quantised if that
+    was. The base is written for the proof alone.
+    """
+    _, prove = _RUNTIMES[self.runtime]
+    prove = functools.partial(
+        prove, reference=reference, kind=self.precision(source),
+        program=program)
+    if self.write_base is None:
+      return prove(path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+      base = pathlib.Path(scratch) / 'base'
+      self.write_base(base, source)
+      return prove(base, adapter=path)
 
 
 def _gguf(quantization: str) -> Format:
   """Returns the row of the whole model as a GGUF of one quantisation."""
-
-  def prove(path, source, reference, program):
-    del source
-    return verify.prove_gguf(
-        path, reference, kind=quantization, server=program)
-
   return Format(
-      name=f'gguf-{quantization}',
-      kind='gguf',
-      path=f'gguf/model-{quantization}.gguf',
-      runtime='llama.cpp',
+      name=f'gguf-{quantization}', kind='gguf',
+      path=f'gguf/model-{quantization}.gguf', runtime='llama.cpp',
       precision=lambda source: quantization,
       n_bytes=functools.partial(writer.gguf_bytes, quantization=quantization),
       write=functools.partial(writer.write_gguf, quantization=quantization),
-      prove=prove,
       how_to_run=how_to_run.gguf,
       first_wrong=first_difference.first_wrong_in_gguf,
       for_ollama=True)
@@ -129,41 +94,35 @@ def _gguf(quantization: str) -> Format:
 _ROWS = (
     *map(_gguf, gguf_writer.QUANTIZATIONS),
     Format(
-        name='lora',
-        kind='gguf-lora',
-        path='gguf/adapter.gguf',
+        name='lora', kind='gguf-lora', path='gguf/adapter.gguf',
         runtime='llama.cpp',
         precision=lambda source: 'f32',
         n_bytes=writer.adapter_bytes,
         write=writer.write_lora,
-        prove=_prove_lora,
         how_to_run=how_to_run.lora_gguf,
+        write_base=functools.partial(
+            writer.write_gguf, quantization='f32', base=True),
         scratch_bytes=functools.partial(writer.gguf_bytes, quantization='f32'),
-        is_adapter=True,
         holds_magnitudes=False),
     Format(
-        name='hf',
-        kind='hf',
-        path='hf',
-        runtime='transformers',
-        precision=lambda source: _PRECISION[source.hf_dtype],
+        name='hf', kind='hf', path='hf', runtime='transformers',
+        precision=lambda source: {
+            'float32': 'f32', 'float16': 'f16', 'bfloat16': 'bf16',
+        }[source.hf_dtype],
         n_bytes=lambda source: writer.hf_bytes(source, source.hf_dtype),
-        write=_write_hf,
-        prove=_prove_hf,
+        write=lambda path, source: writer.write_hf(
+            path, source, dtype=source.hf_dtype),
         how_to_run=how_to_run.transformers,
         first_wrong=first_difference.first_wrong_in_hf),
     Format(
-        name='peft',
-        kind='peft',
-        path='peft',
-        runtime='transformers',
+        name='peft', kind='peft', path='peft', runtime='transformers',
         precision=lambda source: 'f32',
         n_bytes=writer.adapter_bytes,
         write=writer.write_peft,
-        prove=_prove_peft,
         how_to_run=how_to_run.peft,
-        scratch_bytes=functools.partial(writer.hf_bytes, dtype='float32'),
-        is_adapter=True),
+        write_base=functools.partial(
+            writer.write_hf, dtype='float32', base=True),
+        scratch_bytes=functools.partial(writer.hf_bytes, dtype='float32')),
 )
 FORMATS: Mapping[str, Format] = {row.name: row for row in _ROWS}
 
@@ -172,11 +131,6 @@ def choose(
     names: Sequence[str], *, has_adapters: bool, has_magnitudes: bool
 ) -> list[Format]:
   """Returns the rows of --formats, or of the default formats.
-
-  Args:
-    names: As asked for; none for the default.
-    has_adapters: Whether adapters are exported.
-    has_magnitudes: Whether they are those of DoRA.
 
   Raises:
     UserError: A format is unknown or cannot be made of this run.
@@ -187,10 +141,9 @@ def choose(
     if name not in FORMATS:
       raise errors.UserError(
           f'--formats: {name!r}', f'some of {", ".join(FORMATS)}',
-          errors.nearest(name, list(FORMATS)).strip()
-          or 'choose from these')
+          errors.nearest(name, list(FORMATS)).strip() or 'choose from these')
     row = FORMATS[name]
-    if row.is_adapter and not has_adapters:
+    if row.write_base is not None and not has_adapters:
       raise errors.UserError(
           f'--formats: {name}, and there is no adapter: all weights were'
           ' trained, or --base was given', 'formats of a whole model',
@@ -205,24 +158,21 @@ def choose(
 
 
 def find_runtimes(
-    rows: Sequence[Format],
-    programs: Mapping[str, str | None],
-    allow_unproven: bool,
-) -> tuple[dict[str, str], dict[str, str]]:
+    rows: Sequence[Format], programs: Mapping[str, str | None],
+    allow_unproven: bool) -> tuple[dict[str, str], dict[str, str]]:
   """Looks for the runtimes that prove the formats.
 
-  Args:
-    rows: The chosen formats.
-    programs: Runtime -> the program to use; None to look for one.
-    allow_unproven: Whether a runtime may be missing.
+  `programs` has a runtime's program, or None to look for one. With
+  `allow_unproven` a runtime may be missing.
 
   Returns:
     {runtime: its program} and {runtime: why it is missing}.
   """
   found, missing = {}, {}
   for runtime in dict.fromkeys(row.runtime for row in rows):
+    find, _ = _RUNTIMES[runtime]
     try:
-      found[runtime] = _FIND_RUNTIME[runtime](programs[runtime])
+      found[runtime] = find(programs[runtime])
     except errors.UserError as error:
       if not allow_unproven:
         raise
@@ -231,11 +181,7 @@ def find_runtimes(
 
 
 def snippets(summary: Mapping[str, Any]) -> list[how_to_run.Snippet]:
-  """Returns how to run what an export holds, in the order of `FORMATS`.
-
-  Args:
-    summary: A `card.CardSummary`.
-  """
+  """Returns how to run what an export holds, from a `card.CardSummary`."""
   found = []
   for kind, row in {row.kind: row for row in _ROWS}.items():
     artifacts = [a for a in summary['artifacts'] if a['kind'] == kind]

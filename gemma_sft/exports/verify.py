@@ -1,7 +1,5 @@
 """Loads each exported file in its own runtime and compares it with JAX."""
 
-from collections.abc import Mapping
-from collections.abc import Sequence
 import dataclasses
 import json
 import os
@@ -23,16 +21,11 @@ _ENVIRONMENT = pathlib.Path('.venv-runtimes/bin/python')
 
 @dataclasses.dataclass(frozen=True)
 class Proof:
-  """The result of running one exported file in its runtime.
+  """The result of running one exported file in its runtime."""
 
-  Attributes:
-    runtime: Name and version of the runtime.
-    divergence: How far its outputs are from those of the JAX model.
-    templates: Conversation -> whether its tokens are those of training.
-  """
-
-  runtime: str
+  runtime: str  # Name and version.
   divergence: divergence_lib.Divergence
+  # Conversation -> whether its tokens are those of training.
   templates: dict[str, bool]
 
   @property
@@ -43,9 +36,7 @@ class Proof:
 def find_python(path: str | None) -> str:
   """Returns an interpreter that has torch, transformers and peft.
 
-  Args:
-    path: The one to use; None for that of .venv-runtimes, which
-      launch/runtimes.sh makes, or else this one.
+  It is the given one, else that of .venv-runtimes, else this one.
 
   Raises:
     UserError: The interpreter lacks one of the packages.
@@ -69,27 +60,17 @@ def find_python(path: str | None) -> str:
 
 
 def prove_hf(
-    folder: pathlib.Path,
-    reference: reference_lib.Reference,
-    *,
-    kind: str,
-    python: str,
-    adapter: pathlib.Path | None = None,
-) -> Proof:
+    folder: pathlib.Path, reference: reference_lib.Reference, *, kind: str,
+    program: str, adapter: pathlib.Path | None = None) -> Proof:
   """Proves a Hugging Face folder, or a PEFT adapter on top of one.
 
-  Args:
-    folder: Weights, config and tokenizer.
-    reference: Outputs of the JAX model.
-    kind: A key of `divergence.LIMITS`.
-    python: From `find_python`.
-    adapter: The PEFT folder.
+  `kind` is a key of `divergence.LIMITS`, `program` is from `find_python`.
 
   Raises:
     UserError: The runtime could not load the folder; the message ends with the
       runtime's last lines.
   """
-  found = _run_transformers(folder, adapter, reference, python)
+  found = _run_transformers(folder, adapter, reference, program)
   n = len(reference.prompts)
   info = json.loads(str(found['info']))
   if not info['tied']:
@@ -100,7 +81,7 @@ def prove_hf(
   divergence = divergence_lib.compare(
       reference.logits, [found[f'logits_{i}'] for i in range(n)],
       reference.greedy, [found[f'greedy_{i}'].tolist() for i in range(n)],
-      kind=kind, continue_reference=reference.logits_along_greedy)
+      kind=kind, along_greedy=reference.along_greedy)
   templates = {} if adapter else {
       name: found[f'template_{i}'].tolist() == ids
       for i, (name, _, ids) in enumerate(reference.conversations)}
@@ -111,18 +92,16 @@ def _run_transformers(folder, adapter, reference, python):
   """Returns the arrays that `transformers_runtime` answers with, by name."""
   with tempfile.TemporaryDirectory() as scratch:
     out = os.path.join(scratch, 'out.npz')
-    request = os.path.join(scratch, 'request.json')
+    request = pathlib.Path(scratch, 'request.json')
     conversations = [messages for _, messages, _ in reference.conversations]
-    with open(request, 'w', encoding='utf-8') as file:
-      json.dump({
-          'folder': str(folder), 'adapter': str(adapter) if adapter else None,
-          'prompts': reference.prompts,
-          'positions': reference_lib.POSITIONS,
-          'greedy_tokens': reference_lib.GREEDY_TOKENS,
-          'conversations': [] if adapter else conversations, 'out': out}, file)
-    # Offline: the proof is of what lies in the folder.
+    request.write_text(json.dumps({
+        'folder': str(folder), 'adapter': str(adapter) if adapter else None,
+        'prompts': reference.prompts, 'positions': reference_lib.POSITIONS,
+        'greedy_tokens': reference_lib.GREEDY_TOKENS,
+        'conversations': [] if adapter else conversations, 'out': out}))
+    # Offline, to prove the files of the folder alone.
     process = subprocess.run(
-        [python, str(_SCRIPT), request], capture_output=True, text=True,
+        [python, str(_SCRIPT), str(request)], capture_output=True, text=True,
         check=False, env={
             **os.environ, 'HF_HUB_OFFLINE': '1', 'TRANSFORMERS_OFFLINE': '1'})
     if process.returncode:
@@ -137,46 +116,32 @@ def _run_transformers(folder, adapter, reference, python):
 
 
 def prove_gguf(
-    path: pathlib.Path,
-    reference: reference_lib.Reference,
-    *,
-    kind: str,
-    server: str,
-    lora: pathlib.Path | None = None,
-) -> Proof:
+    path: pathlib.Path, reference: reference_lib.Reference, *, kind: str,
+    program: str, adapter: pathlib.Path | None = None) -> Proof:
   """Proves a GGUF, or a LoRA GGUF on top of one, in llama-server.
 
   The server gives the distribution after a prompt, not at every position.
-
-  Args:
-    path: The model.
-    reference: Outputs of the JAX model.
-    kind: A key of `divergence.LIMITS`.
-    server: From `llama_runtime.find_server`.
-    lora: The adapter.
+  `kind` is a key of `divergence.LIMITS`, `program` is from
+  `llama_runtime.find_server`.
   """
   longest = max(map(len, reference.prompts))
   with llama_runtime.Server(
-      server, path, lora=lora,
+      program, path, lora=adapter,
       context_length=longest + 2 * reference_lib.GREEDY_TOKENS) as running:
     logprobs = [running.logprobs(ids)[None] for ids in reference.prompts]
     greedy = [running.greedy(ids, reference_lib.GREEDY_TOKENS)
               for ids in reference.prompts]
-    templates = {} if lora else {
+    templates = {} if adapter else {
         name: _served_tokens(running, messages, ids[0]) == ids
         for name, messages, ids in reference.conversations}
     version = running.version
   divergence = divergence_lib.compare(
       [logits[-1:] for logits in reference.logits], logprobs,
-      reference.greedy, greedy, kind=kind,
-      continue_reference=reference.logits_along_greedy)
+      reference.greedy, greedy, kind=kind, along_greedy=reference.along_greedy)
   return Proof(version, divergence, templates)
 
 
-def _served_tokens(
-    running: llama_runtime.Server, messages: Sequence[Mapping[str, str]],
-    bos: int,
-) -> list[int]:
+def _served_tokens(running, messages, bos) -> list[int]:
   """Returns the tokens that the server makes of a conversation."""
   text = running.apply_template(messages)
   return [bos, *running.tokenize(text, parse_special=True)]

@@ -25,32 +25,18 @@ from gemma_sft.weights import tokenizer_json
 
 @dataclasses.dataclass(frozen=True)
 class ExportSource:
-  """The model to be written, and how.
-
-  Attributes:
-    model: The architecture.
-    tokenizer: The model's tokenizer.
-    arrays: The weights.
-    name: What to call the tuned model.
-    base_name: Where PEFT looks for the base: a name on the Hub or a folder.
-    sampling: `config.sampling`; the files carry it as the default.
-    lora: `config.lora`.
-    lora_scale: The factor of the adapters' update.
-    hf_dtype: Type of the merged safetensors, a key of
-      `safetensors_file.DTYPES`.
-    max_shard_bytes: Size of the largest safetensors file.
-  """
+  """The model to be written, and how."""
 
   model: model_lib.Model
   tokenizer: chat.Tokenizer
   arrays: arrays_lib.Arrays
-  name: str
-  base_name: str
-  sampling: Any
-  lora: Any
-  lora_scale: float
-  hf_dtype: str
-  max_shard_bytes: int
+  name: str  # Of the tuned model.
+  base_name: str  # Where PEFT looks for the base: a Hub name or a folder.
+  sampling: Any  # `config.sampling`: the defaults that the files carry.
+  lora: Any  # `config.lora`.
+  lora_scale: float  # The factor of the adapters' update.
+  hf_dtype: str  # Of the merged model, a key of `safetensors_file.DTYPES`.
+  max_shard_bytes: int  # Of a safetensors file.
 
   @property
   def layout(self) -> names.WeightLayout:
@@ -95,26 +81,14 @@ def adapter_bytes(source: ExportSource) -> int:
 
 
 def write_hf(
-    folder: pathlib.Path,
-    source: ExportSource,
-    *,
-    dtype: str,
-    base: bool = False,
-) -> None:
-  """Writes what `transformers` loads: weights, config, tokenizer, template.
-
-  Args:
-    folder: A new folder.
-    source: The model.
-    dtype: Of the weights, a key of `safetensors_file.DTYPES`.
-    base: Whether to write the untouched base instead.
-  """
+    folder: pathlib.Path, source: ExportSource, *, dtype: str,
+    base: bool = False) -> None:
+  """Writes a new folder that `transformers` loads, of the model or its base."""
   folder.mkdir(parents=True)
   model, tokenizer = source.model, source.tokenizer
   safetensors_file.write_model(
-      folder,
-      names.from_library(source.layout, 'hf', source.reader(base)),
-      names.file_shapes(source.layout, 'hf'),
+      folder, shapes=names.file_shapes(source.layout, 'hf'),
+      tensors=names.from_library(source.layout, 'hf', source.reader(base)),
       dtype=dtype, max_bytes=source.max_shard_bytes)
   ids = dict(
       bos_id=tokenizer.bos_id, pad_id=tokenizer.pad_id,
@@ -129,10 +103,10 @@ def write_hf(
   (folder / 'tokenizer.model').write_bytes(tokenizer.proto)
   _write_json(folder / 'tokenizer.json',
               tokenizer_json.make_tokenizer_json(tokenizer.proto))
-  _write_json(folder / 'tokenizer_config.json',
-              tokenizer_json.make_tokenizer_config(
-                  tokenizer.proto, chat_template=template,
-                  model_max_length=source.context_length))
+  _write_json(
+      folder / 'tokenizer_config.json', tokenizer_json.make_tokenizer_config(
+          tokenizer.proto, chat_template=template,
+          model_max_length=source.context_length))
   (folder / 'chat_template.jinja').write_text(template, encoding='utf-8')
 
 
@@ -145,24 +119,13 @@ def write_peft(folder: pathlib.Path, source: ExportSource) -> None:
       adapters_lib.peft_tensors(source.layout, adapters))
   _write_json(folder / 'adapter_config.json', adapters_lib.peft_config(
       source.layout, adapters, base=source.base_name, rank=lora.rank,
-      alpha=lora.alpha, use_rslora=lora.use_rslora,
-      dropout=lora.dropout))
+      alpha=lora.alpha, use_rslora=lora.use_rslora, dropout=lora.dropout))
 
 
 def write_gguf(
-    path: pathlib.Path,
-    source: ExportSource,
-    *,
-    quantization: str,
-    base: bool = False,
-) -> None:
-  """Writes the whole model as a GGUF, for llama.cpp and what builds on it.
-
-  Args:
-    path: The file.
-    source: The model.
-    quantization: A key of `gguf_writer.QUANTIZATIONS`.
-    base: Whether to write the untouched base instead.
+    path: pathlib.Path, source: ExportSource, *, quantization: str,
+    base: bool = False) -> None:
+  """Writes the whole model, or its untouched base, as a GGUF.
 
   Raises:
     UserError: The model cannot be expressed in llama.cpp.

@@ -1,8 +1,8 @@
 """The model card: what it says, what it warns of, what it never contains."""
 
+import copy
 import json
 import math
-import os
 import re
 
 import huggingface_hub
@@ -22,6 +22,16 @@ def _parity(artifact, **changes):
       'limit': 0.02, 'kl_max': 0.0081, 'kl_mean': 0.00123,
       'max_difference': 0.9, 'greedy_equal': True, 'proven': True, 'note': '',
       **changes}
+
+
+def _artifact(path, kind, precision='f32', size=1, sha256=''):
+  return dict(path=path, kind=kind, precision=precision, size=size,
+              sha256=sha256)
+
+
+_F16, _Q8 = 'gguf/model-f16.gguf', 'gguf/model-q8_0.gguf'
+_ADAPTERS = [_artifact('peft', 'peft'),
+             _artifact('gguf/adapter.gguf', 'gguf-lora')]
 
 
 def _summary(**changes):
@@ -47,16 +57,12 @@ def _summary(**changes):
                     'records': 41, 'weights': 'step 120', 'answers': ['x']},
       }, 'test'),
       'artifacts': [
-          {'path': 'hf', 'kind': 'hf', 'precision': 'bf16', 'size': 536_200_000,
-           'sha256': ''},
-          {'path': 'gguf/model-f16.gguf', 'kind': 'gguf', 'precision': 'f16',
-           'size': 542_000_000, 'sha256': 'ab' * 32},
-          {'path': 'gguf/model-q8_0.gguf', 'kind': 'gguf', 'precision': 'q8_0',
-           'size': 292_000_000, 'sha256': 'cd' * 32}],
+          _artifact('hf', 'hf', 'bf16', 536_200_000),
+          _artifact(_F16, 'gguf', 'f16', 542_000_000, 'ab' * 32),
+          _artifact(_Q8, 'gguf', 'q8_0', 292_000_000, 'cd' * 32)],
       'parity': [_parity('hf', runtime='transformers', version='5.23.0',
                          limit=1e-3, kl_max=2.1e-7),
-                 _parity('gguf/model-f16.gguf', limit=1e-3),
-                 _parity('gguf/model-q8_0.gguf')],
+                 _parity(_F16, limit=1e-3), _parity(_Q8)],
       'templates': [{'runtime': 'transformers 5.23.0', 'conversations': 4,
                      'equal': True, 'note': ''}],
       'sampling': {'temperature': 0.2, 'repetition_penalty': 1.1,
@@ -112,18 +118,17 @@ def test_no_scores_no_model_index():
       'test')):
     front = _front(card.render(_summary(metrics=metrics)))
     assert 'model-index' not in front and 'model_name' not in front
+  assert card.metrics_of({}, 'test') is None
+  assert 'Not evaluated' in card.render(_summary(metrics=None))
 
 
-def test_front_matter_claims_nothing_unknown():
+  # Nothing unknown is claimed.
   summary = _summary(languages=(), method='full', artifacts=[], parity=[])
   summary['base']['hugging_face'] = ''
   front = _front(card.render(summary))
   assert 'base_model' not in front and 'language' not in front
   assert front['tags'] == ['gemma', 'gemma_sft', 'blop']
-
-
-def test_any_text_is_yaml():
-  # Norwegian is a language, `no` a boolean of YAML.
+  # Any text is YAML: `no` is Norwegian here, and a boolean of YAML.
   summary = _summary(languages=('no',), task='a: "b"\n---')
   front = _front(card.render(summary))
   assert front['language'] == ['no'] and 'a: "b"\n---' in front['tags']
@@ -140,14 +145,7 @@ def test_scores_with_intervals():
   # A mean over answers, no rate: it has no such interval.
   assert ['reach', '-', '86.4%'] in rows
   assert ['weights', 'as downloaded', 'step 120'] in rows
-
-
-def test_nothing_evaluated_is_said():
-  assert card.metrics_of({}, 'test') is None
-  assert 'Not evaluated' in card.render(_summary(metrics=None))
-
-
-def test_answers_stay_out_of_the_summary():
+  # Answers stay out of the summary.
   kept = _summary()['metrics']['tuned']
   assert set(kept) == {'records', 'weights', 'scores'}
   assert kept['scores']['judge/strict'] == {
@@ -157,36 +155,38 @@ def test_answers_stay_out_of_the_summary():
 
 
 def test_parity_table():
-  rows = _rows(card.render(_summary()))
-  assert ['`gguf/model-q8_0.gguf`', 'llama.cpp 86a2835', '0.02', '0.0081',
+  assert card.unproven(_summary()) == []
+  text = card.render(_summary())
+  assert 'WARNING' not in text
+  rows = _rows(text)
+  assert [f'`{_Q8}`', 'llama.cpp 86a2835', '0.02', '0.0081',
           '0.0012', '0.9', 'yes', 'yes', ''] in rows
   assert ['transformers 5.23.0', '4', 'yes', ''] in rows
+  # What was not measured is no number.
+  row = _parity('hf', kl_max=None, kl_mean=None, max_difference=None,
+                greedy_equal=None, proven=False, note='no torch')
+  rows = _rows(card.render(_summary(parity=[row])))
+  assert ['`hf`', 'llama.cpp 86a2835', '0.02', '-', '-', '-', '-', '**NO**',
+          'no torch'] in rows
 
 
-def test_proven_has_no_warning():
-  assert card.unproven(_summary()) == []
-  assert 'WARNING' not in card.render(_summary())
+def _template(equal):
+  return {'templates': [{'runtime': 'llama.cpp', 'conversations': 4,
+                         'equal': equal, 'note': ''}]}
 
 
 @pytest.mark.parametrize('changes, names', [
     # Over the limit.
-    ({'parity': [_parity('hf'), _parity('gguf/model-f16.gguf'),
-                 _parity('gguf/model-q8_0.gguf', proven=False, kl_max=0.5)]},
-     ['gguf/model-q8_0.gguf']),
+    ({'parity': [_parity('hf'), _parity(_F16),
+                 _parity(_Q8, proven=False, kl_max=0.5)]}, [_Q8]),
     # Proven in one runtime, refuted in another.
-    ({'parity': [_parity('hf'), _parity('hf', proven=False),
-                 _parity('gguf/model-f16.gguf'),
-                 _parity('gguf/model-q8_0.gguf')]}, ['hf']),
+    ({'parity': [_parity('hf'), _parity('hf', proven=False), _parity(_F16),
+                 _parity(_Q8)]}, ['hf']),
     # No row at all.
-    ({'parity': [_parity('hf')]},
-     ['gguf/model-f16.gguf', 'gguf/model-q8_0.gguf']),
-    ({'templates': [{'runtime': 'llama.cpp', 'conversations': 4,
-                     'equal': False, 'note': ''}]},
-     ['the template in llama.cpp']),
+    ({'parity': [_parity('hf')]}, [_F16, _Q8]),
+    (_template(False), ['the template in llama.cpp']),
     # Not compared.
-    ({'templates': [{'runtime': 'llama.cpp', 'conversations': 0,
-                     'equal': None, 'note': 'no llama-server'}]},
-     ['the template in llama.cpp']),
+    (_template(None), ['the template in llama.cpp']),
 ])
 def test_unproven_is_warned_of_on_top(changes, names):
   summary = _summary(**changes)
@@ -198,45 +198,27 @@ def test_unproven_is_warned_of_on_top(changes, names):
   assert all(f'`{name}`' in warning for name in names)
 
 
-def test_what_was_not_measured_is_no_number():
-  row = _parity('hf', kl_max=None, kl_mean=None, max_difference=None,
-                greedy_equal=None, proven=False, note='no torch')
-  rows = _rows(card.render(_summary(parity=[row])))
-  assert ['`hf`', 'llama.cpp 86a2835', '0.02', '-', '-', '-', '-', '**NO**',
-          'no torch'] in rows
-
-
-def test_dequantised_base():
+@pytest.mark.parametrize('changes, texts', [
+    ({'dequantised_from': 'Q4_K_M'}, [
+        '**The base was read from a Q4_K_M GGUF and dequantised**',
+        'is not the model measured here']),
+    ({'rounded_to': 'nf4'}, [
+        '**The base was rounded to nf4 for training.**',
+        'it is not the model measured here',
+        'adapter on a GGUF of the rounded base'])])
+def test_a_base_other_than_the_original(changes, texts):
   summary = _summary()
-  summary['artifacts'].append(
-      {'path': 'peft', 'kind': 'peft', 'precision': 'f32', 'size': 3_000_000,
-       'sha256': ''})
-  assert 'dequantised' not in card.render(summary)
-  assert "from_pretrained('google/gemma-3-270m')" in card.render(summary)
-  summary['base']['dequantised_from'] = 'Q4_K_M'
+  summary['artifacts'] += _ADAPTERS
   text = card.render(summary)
-  assert '**The base was read from a Q4_K_M GGUF and dequantised**' in text
-  assert 'is not the model measured here' in text
+  assert not re.search('dequantised|rounded', re.sub(
+      r'\| base rounded to +\| - +\|', '', text))
+  assert "from_pretrained('google/gemma-3-270m')" in text
+  summary['base'] |= changes
+  text = card.render(summary)
+  assert all(part in text for part in texts)
+  assert ['base rounded to', changes.get('rounded_to', '-')] in _rows(text)
   # The snippet may not put the adapter on the original weights either.
   assert "from_pretrained('google/gemma-3-270m')" not in text
-
-
-def test_rounded_base():
-  summary = _summary()
-  summary['artifacts'] += [
-      {'path': 'peft', 'kind': 'peft', 'precision': 'f32', 'size': 1,
-       'sha256': ''},
-      {'path': 'gguf/adapter.gguf', 'kind': 'gguf-lora', 'precision': 'f32',
-       'size': 1, 'sha256': ''}]
-  text = card.render(summary)
-  assert 'rounded' not in re.sub(r'\| base rounded to +\| - +\|', '', text)
-  summary['base']['rounded_to'] = 'nf4'
-  text = card.render(summary)
-  assert '**The base was rounded to nf4 for training.**' in text
-  assert 'it is not the model measured here' in text
-  assert ['base rounded to', 'nf4'] in _rows(text)
-  assert "from_pretrained('google/gemma-3-270m')" not in text
-  assert 'adapter on a GGUF of the rounded base' in text
 
 
 def test_what_was_trained_is_named():
@@ -250,11 +232,7 @@ def test_what_was_trained_is_named():
 
 def test_commands():
   summary = _summary()
-  summary['artifacts'] += [
-      {'path': 'peft', 'kind': 'peft', 'precision': 'f32', 'size': 1,
-       'sha256': ''},
-      {'path': 'gguf/adapter.gguf', 'kind': 'gguf-lora', 'precision': 'f32',
-       'size': 1, 'sha256': ''}]
+  summary['artifacts'] += _ADAPTERS
   text = card.render(summary)
   for line in (
       'ollama create blop-gemma3-270m -f gguf/Modelfile',
@@ -267,22 +245,14 @@ def test_commands():
       "model = PeftModel.from_pretrained(base, 'peft')"):
     assert line in text.splitlines()
   assert 'hf download' not in text
-  text = card.render({**summary, 'repository': 'org/blop'})
-  assert "name = 'org/blop'\n" in text
-  assert "from_pretrained(base, 'org/blop', subfolder='peft')" in text
-  assert "hf download org/blop --include 'gguf/*' --local-dir ." in text
+  pushed = card.render({**summary, 'repository': 'org/blop'})
+  for code in re.findall(r'```python\n(.*?)```', text + pushed, re.DOTALL):
+    compile(code, 'card', 'exec')
+  assert "name = 'org/blop'\n" in pushed
+  assert "from_pretrained(base, 'org/blop', subfolder='peft')" in pushed
+  assert "hf download org/blop --include 'gguf/*' --local-dir ." in pushed
   text = card.render(_summary(artifacts=[], parity=[]))
   assert 'ollama' not in text and 'from_pretrained' not in text
-
-
-@pytest.mark.parametrize('kind', ['hf', 'peft'])
-def test_snippets_are_python(kind):
-  for repository in ('', 'org/blop'):
-    summary = _summary(repository=repository, artifacts=[
-        {'path': kind, 'kind': kind, 'precision': 'f32', 'size': 1,
-         'sha256': ''}])
-    code = card.render(summary).split('```python\n')[1].split('```')[0]
-    compile(code, 'card', 'exec')
 
 
 def test_how_it_was_made_and_under_which_terms():
@@ -320,14 +290,13 @@ def test_json_is_the_summary():
 def private(monkeypatch, tmp_path):
   """A machine of one alice, with logins; returns her home."""
   home = tmp_path / 'home' / 'alice'
-  work = home / 'work'
-  work.mkdir(parents=True)
-  monkeypatch.setenv('HOME', str(home))
-  monkeypatch.chdir(work)
-  monkeypatch.setenv('HF_TOKEN', 'hf_xxx')
-  monkeypatch.setenv('KAGGLE_KEY', _KAGGLE)
-  monkeypatch.setenv('WANDB_API_KEY', 'another-secret-of-alice')
-  monkeypatch.setenv('SOME_KEY', 'blop')  # A word, not a secret.
+  (home / 'work').mkdir(parents=True)
+  monkeypatch.chdir(home / 'work')
+  for name, value in dict(
+      HOME=str(home), HF_TOKEN='hf_xxx', KAGGLE_KEY=_KAGGLE,
+      WANDB_API_KEY='another-secret-of-alice',
+      SOME_KEY='blop').items():  # The last is a word, not a secret.
+    monkeypatch.setenv(name, value)
   return home
 
 
@@ -345,7 +314,9 @@ def test_nothing_private_in_card_or_json(private):
                          'origin': f'exported with {_TOKEN}'}
   summary['metrics']['tuned']['weights'] = f'step 120 of {private}/work/runs/a'
   summary['parity'][0]['note'] = f'{private}/venv/bin/python: no torch'
+  before = copy.deepcopy(summary)
   for text in (card.render(summary), card.to_json(summary)):
+    assert summary == before
     for secret in ('hf_xxx', _TOKEN, _KAGGLE, 'of-no-known-shape', 'alice',
                    'another-secret', str(private)):
       assert secret not in text
@@ -356,10 +327,8 @@ def test_nothing_private_in_card_or_json(private):
 
 @pytest.mark.parametrize('text, expected', [
     ('HOME/work/data/a.txt', 'data/a.txt'),
-    ('HOME/work', '.'),
-    ('HOME/work/', ''),
-    ('HOME/runs/a', '~/runs/a'),
-    ('HOME', '~'),
+    ('HOME/work', '.'), ('HOME/work/', ''),
+    ('HOME/runs/a', '~/runs/a'), ('HOME', '~'),
     # Another folder whose name only begins like it.
     ('HOME-old/x', '.../x'),
     ('/data/corpora/a.txt', '.../a.txt'),
@@ -373,12 +342,7 @@ def test_nothing_private_in_card_or_json(private):
     ('org/name', 'org/name'), ('attn/|mlp/', 'attn/|mlp/'),
     ('/(q|v)$', '/(q|v)$'), ('layer_3/attn/kv_einsum/v',) * 2,
     ('1 / 2 / 3', '1 / 2 / 3'), ('~/runs/a/b', '~/runs/a/b'),
-])
-def test_paths(private, text, expected):
-  assert scrub.scrub(text.replace('HOME', str(private))) == expected
-
-
-@pytest.mark.parametrize('text, expected', [
+    # Tokens.
     (f'a {_TOKEN} b', 'a [removed] b'),
     ('KGAT_0123456789abcdef', '[removed]'),
     (_KAGGLE, '[removed]'), ('api_org_' + 'x' * 34, '[removed]'),
@@ -387,28 +351,18 @@ def test_paths(private, text, expected):
     ('a5fd3b62' * 8, 'a5fd3b62' * 8), ('8aa415ab' * 5, '8aa415ab' * 5),
     ('hf_xet 1.8', 'hf_xet 1.8'), ('hf_config', 'hf_config'),
 ])
-def test_tokens(text, expected):
-  assert scrub.scrub(text) == expected
+def test_paths_and_tokens(private, text, expected):
+  assert scrub.scrub(text.replace('HOME', str(private))) == expected
 
 
-def test_keys_named_like_secrets():
+def test_keys_named_like_secrets_and_secrets_of_the_caller():
   value = {'token': 'a', 'push.hf_token': 'b', 'password': 'c', 'api_key': '',
            'eos_token': '<eos>', 'tokenizer': 'auto', 'max_new_tokens': 5}
   assert scrub.scrub(value) == value | {
       'token': '[removed]', 'push.hf_token': '[removed]',
       'password': '[removed]'}
-
-
-def test_secrets_that_only_the_caller_knows():
   assert scrub.scrub({'a': ['of alice', 3]}, ['alice']) == {
       'a': ['of [removed]', 3]}
-
-
-def test_the_summary_stays_as_it_was(private):
-  summary = _summary(config={'a': f'{private}/x'})
-  card.render(summary)
-  card.to_json(summary)
-  assert summary == _summary(config={'a': os.path.join(private, 'x')})
 
 
 # Data sets --------------------------------------------------------------------

@@ -19,7 +19,7 @@ def _render(**changes):
 
 
 def _values(text, name):
-  return [c.value for c in modelfile_parser.check(text) if c.name == name]
+  return [v for command, v in modelfile_parser.parse(text) if command == name]
 
 
 def test_pinned_text():
@@ -34,7 +34,7 @@ def test_pinned_text():
       'PARAMETER stop <end_of_turn>\n'
       'PARAMETER stop <eos>\n'
       'LICENSE """Gemma\nterms"""\n')
-  modelfile_parser.check(_render())
+  modelfile_parser.parse(_render())
 
 
 @pytest.mark.parametrize('generation', [1, 2, 3, 4])
@@ -83,48 +83,31 @@ def test_paths_and_numbers():
 
 
 @pytest.mark.parametrize('text', [
-    'FROM x', 'from x\n', '# c\n\n  FROM x y\n', 'FROM x\r\nSYSTEM y\r\n',
-    'FROM "x"\nMESSAGE user hi\nMESSAGE assistant """a\nb"""',
-    'FROM x\nPARAMETER stop "a\nb"\nPARAMETER use_mmap false',
-    'FROM x\nTEMPLATE """{{- if .System }}{{ "}}" }}{{ end }}{{/* { */}}"""',
-    'FROM x\nTEMPLATE {{ range $i, $m := .Messages }}{{ .Content }}{{ end }}',
-    'FROM x\nPARAMETER temperature .5\nPARAMETER seed -1',
+    'FROM x', 'from x\n', '# c\n\n  FROM x y\n', 'FROM x\r\nLICENSE y\r\n',
+    'FROM "x"\nPARAMETER stop "a\nb"\nPARAMETER temperature .5',
 ])
 def test_the_parser_accepts_good_files(text):
-  modelfile_parser.check(text)
+  modelfile_parser.parse(text)
 
 
 @pytest.mark.parametrize('text, message', [
-    ('# FROM x\nSYSTEM y', 'no FROM'),
-    ('FROM x\nTEMPLAT y', 'line 2: no command'),
-    ('FROM x\nSYSTEM', 'line 2: no command with a value'),
-    ('FROM: x', 'line 1: no command'),
-    ('FROM \nSYSTEM y', 'line 1: FROM without a value'),
-    ('FROM x\n\nPARAMETER temprature 1', "line 3: .* 'temprature'"),
-    ('FROM x\nPARAMETER mirostat 1', "line 2: .* 'mirostat'"),
-    ('FROM x\nPARAMETER  top_k 1', "line 2: .* ''"),
-    ('FROM x\nPARAMETER top_k', 'line 2: a name without'),
-    ('FROM x\nPARAMETER top_k many', "line 2: top_k of 'many'"),
-    ('FROM x\nPARAMETER top_k 2.5', "line 2: top_k of '2.5'"),
-    ('FROM x\nPARAMETER num_ctx None', "line 2: num_ctx of 'None'"),
-    ('FROM x\nPARAMETER top_p 1,5', "line 2: top_p of '1,5'"),
-    ('FROM x\nPARAMETER temperature nan', 'line 2: temperature of'),
-    ('FROM x\nPARAMETER use_mmap yes', 'line 2: use_mmap of'),
-    ('FROM x\nPARAMETER stop ""', "line 2: stop of ''"),
-    ('FROM x\nMESSAGE model hi', "line 2: role 'model'"),
-    ('FROM x\nSYSTEM """a\nb\n', 'line 2: quotes do not close'),
-    ('FROM x\nSYSTEM "a\nb', 'line 2: quotes do not close'),
-    ('FROM x\nLICENSE """a\nb"""c', 'line 2: quotes do not close'),
-    ('FROM x\nLICENSE """a\nb\u200dc"""', r'line 3: U\+200D'),
-    ('FROM x\nTEMPLATE """a\n{{ .x """', 'line 3: an action without }}'),
-    ('FROM x\nTEMPLATE """a\n{{ if .x }}\nb"""', 'line 3: a block without'),
-    ('FROM x\nTEMPLATE {{ end }}', 'line 2: .* outside a block'),
-    ('FROM x\nTEMPLATE {{ else }}', 'line 2: .* outside a block'),
-    ('FROM x\nTEMPLATE {{ if (eq .x 1 }}{{ end }}', 'line 2: the action'),
-    ('FROM x\nTEMPLATE {{ if eq .x 1) }}{{ end }}', 'line 2: the action'),
-    ('FROM x\nTEMPLATE {{ eq .x "a }}', 'line 2: the action'),
-    ('FROM x\nTEMPLATE {{ }}', 'line 2: the action'),
+    ('# FROM x\nLICENSE y', 'no FROM'), ('FROM x\nTEMPLAT y', 'no command'),
+    ('FROM x\nLICENSE', 'no command with a value'), ('FROM: x', 'no command'),
+    ('FROM \nLICENSE y', "from of ''"),
+    ('FROM x\n\nPARAMETER temprature 1', 'no command'),
+    ('FROM x\nPARAMETER  top_k 1', 'no command'),
+    ('FROM x\nPARAMETER top_k', 'no command'),
+    ('FROM x\nPARAMETER top_k many', "top_k of 'many'"),
+    ('FROM x\nPARAMETER top_k 2.5', "top_k of '2.5'"),
+    ('FROM x\nPARAMETER num_ctx None', "num_ctx of 'None'"),
+    ('FROM x\nPARAMETER top_p 1,5', "top_p of '1,5'"),
+    ('FROM x\nPARAMETER temperature nan', 'temperature of'),
+    ('FROM x\nPARAMETER stop ""', "stop of ''"),
+    ('FROM x\nLICENSE """a\nb\n', 'quotes do not close'),
+    ('FROM x\nLICENSE "a\nb', 'quotes do not close'),
+    ('FROM x\nLICENSE """a\nb"""c', 'quotes do not close'),
+    ('FROM x\nLICENSE """a\nb\u200dc"""', r'U\+200D'),
 ])
 def test_the_parser_refuses_bad_files(text, message):
   with pytest.raises(modelfile_parser.Malformed, match=message):
-    modelfile_parser.check(text)
+    modelfile_parser.parse(text)

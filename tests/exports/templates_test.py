@@ -1,5 +1,8 @@
 """Other runtimes render the prompts that the model was tuned on."""
 
+import functools
+import itertools
+import operator
 import re
 
 import conftest
@@ -33,12 +36,17 @@ def _raise(message):
   raise jinja2.TemplateError(message)
 
 
-def _jinja(generation, messages, *, trim=True, prompt=False):
+@functools.cache
+def _compiled(generation, trim):
   # transformers compiles with both trims on, others with Jinja's defaults.
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
       trim_blocks=trim, lstrip_blocks=trim)
   environment.globals['raise_exception'] = _raise
-  return environment.from_string(templates.jinja(generation)).render(
+  return environment.from_string(templates.jinja(generation))
+
+
+def _jinja(generation, messages, *, trim=True, prompt=False):
+  return _compiled(generation, trim).render(
       messages=messages, bos_token='<bos>', add_generation_prompt=prompt)
 
 
@@ -47,30 +55,38 @@ def _hf(messages, model='assistant'):
            'content': m.content} for m in messages]
 
 
-def _encode(tokenizer, text):
-  """Text with tags as a runtime encodes it: the tags are single pieces."""
+_tokenizer = functools.cache(conftest.make_tokenizer)
+
+
+@functools.cache
+def _processor(generation):
   processor = sentencepiece.SentencePieceProcessor()
-  processor.LoadFromSerializedProto(tokenizer.proto)
-  return processor.EncodeAsIds(text)
+  processor.LoadFromSerializedProto(_tokenizer(generation).proto)
+  return processor
 
 
-@pytest.mark.parametrize('pad', ['', ' \n\t'])
-@pytest.mark.parametrize('trim', [True, False])
+def _encode(generation, text):
+  """BOS and a text as a runtime encodes it: tags are single pieces."""
+  return [_tokenizer(generation).bos_id,
+          *_processor(generation).EncodeAsIds(text)]
+
+
 @pytest.mark.parametrize('name', _CONVERSATIONS)
 @pytest.mark.parametrize('generation', _GENERATIONS)
-def test_jinja_renders_what_chat_tokenises(generation, name, trim, pad):
-  tokenizer = conftest.make_tokenizer(generation)
-  for role in ('assistant', 'model'):
+def test_jinja_renders_what_chat_tokenises(generation, name):
+  tokenizer = _tokenizer(generation)
+  for role, trim, pad in itertools.product(
+      ('assistant', 'model'), (True, False), ('', ' \n\t')):
     # Training: all of it, to the newline after the last turn.
     messages = _messages(name, 'An answer.', pad)
     text = _jinja(generation, _hf(messages, role), trim=trim)
     assert text.startswith('<bos>') and text.endswith('\n')
-    assert [tokenizer.bos_id, *_encode(tokenizer, text[5:])] == (
+    assert _encode(generation, text[5:]) == (
         chat.render(messages, tokenizer).tokens.tolist())
     # Serving: up to and with the newline after 'model'.
     messages = _messages(name, pad=pad)
     text = _jinja(generation, _hf(messages, role), trim=trim, prompt=True)
-    assert [tokenizer.bos_id, *_encode(tokenizer, text[5:])] == (
+    assert _encode(generation, text[5:]) == (
         chat.render_prompt(messages, tokenizer))
 
 
@@ -85,8 +101,7 @@ def test_pinned_text():
 
 @pytest.mark.parametrize('generation', _GENERATIONS)
 @pytest.mark.parametrize('roles', [
-    '', 's', 'm', 'uu', 'umm', 'su?su', 'us', 'sm', 't', 'ust',
-])
+    '', 's', 'm', 'uu', 'umm', 'su?su', 'us', 'sm', 't', 'ust'])
 def test_jinja_refuses_the_wrong_order(generation, roles):
   prompt = '?' in roles
   names = {'s': 'system', 'u': 'user', 'm': 'assistant', 't': 'tool'}
@@ -118,106 +133,75 @@ def test_unknown_generation(build):
 # Ollama -------------------------------------------------------------------
 
 
-class _Go:
-  """The part of Go's text/template that the templates use."""
+_GO_FUNCTIONS = {
+    'eq': operator.eq, 'ne': operator.ne, 'not': operator.not_, 'len': len,
+    'and': lambda a, b: a and b, 'slice': lambda a, start: a[start:]}
 
-  def __init__(self, text, data):
-    self._data, self._variables = data, {'$': data}
-    # Text and actions in turn; a dash eats the white space on its side.
-    parts = re.split(r'(\s*\{\{-\s|\{\{)(.*?)(\s-\}\}\s*|\}\})', text)
-    assert '{{' not in ''.join(parts[::4])
-    self._parts = [(kind, part) for i in range(0, len(parts), 4)
-                   for kind, part in (('text', parts[i]),
-                                      ('action', parts[i + 2].strip()
-                                       if i + 2 < len(parts) else None))
-                   if part]
-    self._at, self._out = 0, []
 
-  def run(self):
-    self._list(self._data, True)
-    assert self._at == len(self._parts)
-    return ''.join(self._out)
+def _go(template, root):
+  """Renders in the part of Go's text/template that the templates use.
 
-  def _list(self, dot, live):
-    """Runs up to the closing else or end, which it returns."""
-    while self._at < len(self._parts):
-      kind, part = self._parts[self._at]
-      self._at += 1
-      if kind == 'text':
-        self._out.append(part if live else '')
-      elif part == 'end' or part.startswith('else'):
-        return part
-      elif part.startswith('if '):
-        self._if(part, dot, live)
-      elif part.startswith('range '):
-        self._range(part, dot, live)
-      elif match := re.fullmatch(r'(\$\w+) (:?=) (.*)', part):
-        name, sign, value = match.groups()
-        assert sign == ':=' or name in self._variables
-        if live:
-          self._variables[name] = self._value(value, dot)
-      elif live:
-        value = self._value(part, dot)
-        assert isinstance(value, str)
-        self._out.append(value)
+  Each text and action becomes a line of Python. `dots` has the name of the
+  dot in each open block.
+  """
+  code, dots = [], ['root']
 
-  def _if(self, part, dot, live):
-    done = False
-    while True:
-      test = part.removeprefix('else ').removeprefix('if ')
-      now = live and not done and (part == 'else' or self._truth(test, dot))
-      done = done or now
-      part = self._list(dot, now)
-      if part == 'end':
-        return
-
-  def _truth(self, test, dot):
-    return bool(self._value(test, dot))
-
-  def _range(self, part, dot, live):
-    index, element, value = re.fullmatch(
-        r'range (\$\w+), (\$\w+) := (.*)', part).groups()
-    start = self._at
-    for i, item in enumerate(self._value(value, dot)):
-      self._at = start
-      self._variables |= {index: i, element: item}
-      assert self._list(item, live) == 'end'
-
-  def _value(self, text, dot):
-    tokens = re.findall(r'"[^"]*"|[()]|[^\s()]+', text)
-    value = self._call(tokens, dot)
-    assert not tokens
-    return value
-
-  def _call(self, tokens, dot):
-    values = []
-    while tokens and tokens[0] != ')':
-      values.append(self._operand(tokens, dot))
-    function, *arguments = values
-    if not callable(function):
-      assert not arguments
-      return function
-    return function(*arguments)
-
-  def _operand(self, tokens, dot):
-    token = tokens.pop(0)
-    functions = {
-        'eq': lambda a, b: a == b, 'ne': lambda a, b: a != b,
-        'and': lambda a, b: a and b, 'not': lambda a: not a, 'len': len,
-        'slice': lambda a, start: a[start:]}
-    if token == '(':
-      value = self._call(tokens, dot)
-      assert tokens.pop(0) == ')'
-      return value
-    if token in functions:
-      return functions[token]
-    if token.startswith('"'):
-      return token[1:-1]
-    if token.isdigit():
-      return int(token)
+  def operand(token):
+    if token in _GO_FUNCTIONS:
+      return f'functions[{token!r}]'
+    if token[0] in '"0123456789':
+      return token
     name, _, field = token.partition('.')
-    value = self._variables[name] if name else dot
-    return value[field] if field else value
+    value = {'': dots[-1], '$': 'root'}.get(name, name.replace('$', 'var_'))
+    return f'{value}[{field!r}]' if field else value
+
+  def call(tokens):
+    values = []
+    while tokens and (token := tokens.pop(0)) != ')':
+      values.append(call(tokens) if token == '(' else operand(token))
+    function, *arguments = values
+    return f'{function}({", ".join(arguments)})' if arguments else function
+
+  def value(text):
+    return call(re.findall(r'"[^"]*"|[()]|[^\s()]+', text))
+
+  # A dash removes the white space on its side.
+  parts = re.split(r'(?:\s*\{\{-\s|\{\{)(.*?)(?:\s-\}\}\s*|\}\})', template)
+  assert '{{' not in ''.join(parts[::2])
+  for i, part in enumerate(parts):
+    word, _, rest = part.strip().partition(' ')
+    inner = None
+    if i % 2 == 0:
+      line = f'out.append({part!r})'
+    elif word == 'end':
+      dots.pop()
+      line = 'pass'
+    elif word == 'else':
+      dots.pop()
+      test = rest.removeprefix('if ')
+      line, inner = f'elif {value(test)}:' if rest else 'else:', dots[-1]
+    elif word == 'if':
+      line, inner = f'if {value(rest)}:', dots[-1]
+    elif word == 'range':
+      index, element, items = re.fullmatch(
+          r'\$(\w+), \$(\w+) := (.*)', rest).groups()
+      line = f'for var_{index}, var_{element} in enumerate({value(items)}):'
+      inner = f'var_{element}'
+    elif assigned := re.fullmatch(r'\$(\w+) (:?=) (.*)', part.strip()):
+      name, sign, new = assigned.groups()
+      line = f'var_{name} = {value(new)}'
+      if sign == '=':  # The variable must exist.
+        line = f'var_{name}; {line}'
+    else:
+      line = f'out.append({value(part)})'
+    code.append(' ' * (len(dots) - 1) + line)
+    if inner:
+      dots.append(inner)
+  assert dots == ['root']
+  out = []
+  exec('\n'.join(code), {
+      'out': out, 'root': root, 'functions': _GO_FUNCTIONS})
+  return ''.join(out)
 
 
 def _ollama(generation, messages):
@@ -226,23 +210,18 @@ def _ollama(generation, messages):
       'System': '\n\n'.join(m.content for m in messages if m.role == 'system'),
       'Messages': [{'Role': m['role'], 'Content': m['content']}
                    for m in _hf(messages)]}
-  return _Go(templates.ollama(generation), data).run()
+  return _go(templates.ollama(generation), data)
 
 
 @pytest.mark.parametrize('name', _CONVERSATIONS)
 @pytest.mark.parametrize('generation', _GENERATIONS)
 def test_ollama_renders_the_prompt(generation, name):
-  tokenizer = conftest.make_tokenizer(generation)
   messages = _messages(name)
   text = _ollama(generation, messages)
   assert text == _jinja(generation, _hf(messages), prompt=True)[5:]
-  assert [tokenizer.bos_id, *_encode(tokenizer, text)] == chat.render_prompt(
-      messages, tokenizer)
-
-
-@pytest.mark.parametrize('name', _CONVERSATIONS)
-@pytest.mark.parametrize('generation', _GENERATIONS)
-def test_ollama_leaves_a_begun_answer_open(generation, name):
+  assert _encode(generation, text) == chat.render_prompt(
+      messages, _tokenizer(generation))
+  # An answer that has begun stays open.
   messages = _messages(name, 'So far')
   closed = _jinja(generation, _hf(messages))[5:]
   end = chat.TURN_TAGS[generation][1]
