@@ -150,6 +150,16 @@ def _summary(out):
   return json.loads((out / 'export.json').read_text())
 
 
+def _prove(capsys, workdir, out, *formats, **changes):
+  """Exports with proof; returns what was printed and the summary."""
+  _export(workdir, out, *formats, **changes)
+  printed, summary = capsys.readouterr().out, _summary(out)
+  assert printed.count('proven ') == len(formats)
+  assert 'NOT' not in printed and 'UNPROVEN' not in printed
+  assert [row['proven'] for row in summary['parity']] == [True] * len(formats)
+  return printed, summary
+
+
 def _flat(params):
   return {path: np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(
       params, sep='/').items()}
@@ -177,13 +187,9 @@ def test_gguf_is_proven_and_loads_as_what_was_trained(
     any_run, tmp_path, capsys):
   config, workdir = any_run
   out, generation = tmp_path / 'out', config.model.generation
-  _export(workdir, out, 'gguf-f32', 'gguf-f16', 'lora')
-  printed = capsys.readouterr().out
-  assert printed.count('proven ') == 3 and 'UNPROVEN' not in printed
+  _, summary = _prove(capsys, workdir, out, 'gguf-f32', 'gguf-f16', 'lora')
   assert sorted(p.name for p in out.iterdir()) == [
       'README.md', 'export.json', 'gguf']
-  summary = _summary(out)
-  assert [row['proven'] for row in summary['parity']] == [True] * 3
   assert all(row['equal'] for row in summary['templates'])
   # llama.cpp's GELU table: 4e-7 was the worst seen on models of this size.
   assert all(
@@ -198,24 +204,21 @@ def test_gguf_is_proven_and_loads_as_what_was_trained(
   loaded = _load(out / 'gguf' / 'model-f32.gguf', config)
   for path, array in _merged(workdir, config).items():
     # For norms, 1 is added and taken off in float32.
+    tolerance = dict(atol=1.2e-7) if 'norm' in path else dict(rtol=0)
     np.testing.assert_allclose(
-        loaded[path], array, atol=1.2e-7 if 'norm' in path else 0, rtol=0,
-        err_msg=path)
+        loaded[path], array, err_msg=path, **tolerance)
 
 
 @needs_transformers
 def test_hf_and_peft_are_proven(any_run, tmp_path, capsys):
   config, workdir = any_run
   out = tmp_path / 'out'
-  _export(workdir, out, 'hf', 'peft', shard_size=1e-4)
-  printed = capsys.readouterr().out
-  assert printed.count('proven ') == 2 and 'NOT' not in printed
+  _, summary = _prove(capsys, workdir, out, 'hf', 'peft', shard_size=1e-4)
   assert len(list((out / 'hf').glob('model-*.safetensors'))) > 1
   # Another order of the same f32 sums.
-  assert all(row['proven'] and row['kl_max'] < 1e-9
-             for row in _summary(out)['parity'])
-  assert re.fullmatch(r'\d[\w.]+, peft \d[\w.]+',
-                      _summary(out)['parity'][1]['version'])
+  assert all(row['kl_max'] < 1e-9 for row in summary['parity'])
+  assert re.fullmatch(
+      r'\d[\w.]+, peft \d[\w.]+', summary['parity'][1]['version'])
   loaded = _load(out / 'hf', config)
   for path, array in _merged(workdir, config).items():
     np.testing.assert_array_equal(loaded[path], array, err_msg=path)
@@ -224,11 +227,9 @@ def test_hf_and_peft_are_proven(any_run, tmp_path, capsys):
 @needs_transformers
 def test_dora_is_proven(dora_run, tmp_path, capsys):
   out = tmp_path / 'out'
-  _export(dora_run[1], out, 'hf', 'peft')
-  printed = capsys.readouterr().out
-  assert printed.count('proven ') == 2 and 'NOT' not in printed
+  _, summary = _prove(capsys, dora_run[1], out, 'hf', 'peft')
   # Another order of the same f32 sums.
-  assert all(row['kl_max'] < 1e-9 for row in _summary(out)['parity'])
+  assert all(row['kl_max'] < 1e-9 for row in summary['parity'])
   adapter = json.loads((out / 'peft' / 'adapter_config.json').read_text())
   assert adapter['use_dora'] is True
   found = safetensors_numpy.load_file(
@@ -245,18 +246,15 @@ def test_dora_is_merged_into_a_gguf(dora_run, tmp_path, capsys):
     _export(dora_run[1], tmp_path / 'out', 'gguf-f32', 'lora')
   assert '--formats=peft,gguf-q8_0' in str(error.value)
   assert list(tmp_path.iterdir()) == []
-  _export(dora_run[1], tmp_path / 'out', 'gguf-f32')
-  assert 'proven gguf/model-f32.gguf' in capsys.readouterr().out
+  _prove(capsys, dora_run[1], tmp_path / 'out', 'gguf-f32')
 
 
 def test_a_rounded_base_is_exported_as_it_was_trained_on(
     rounded_run, tmp_path, capsys):
   out = tmp_path / 'out'
-  _export(rounded_run[1], out, 'gguf-f32', 'lora')
-  assert 'rounded to nf4' in capsys.readouterr().out
-  summary = _summary(out)
+  printed, summary = _prove(capsys, rounded_run[1], out, 'gguf-f32', 'lora')
+  assert 'rounded to nf4' in printed
   assert summary['base']['rounded_to'] == 'nf4'
-  assert [row['proven'] for row in summary['parity']] == [True, True]
   assert 'rounded to nf4 for training' in (out / 'README.md').read_text()
 
 
@@ -265,8 +263,7 @@ def test_full_fine_tuning_is_exported(trained, tmp_path, capsys):
       'lora.enabled': False, 'optimizer.learning_rate': 0.01})
   with pytest.raises(errors.UserError, match='there is no adapter'):
     _export(workdir, tmp_path / 'out', 'peft')
-  _export(workdir, tmp_path / 'out', 'gguf-f32')
-  assert 'proven gguf/model-f32.gguf' in capsys.readouterr().out
+  _prove(capsys, workdir, tmp_path / 'out', 'gguf-f32')
   arrays = arrays_lib.open_arrays(
       restore.choose_weights(config, workdir, base=False, step=-1))
   for path, array in _merged(workdir, config).items():
@@ -276,8 +273,7 @@ def test_full_fine_tuning_is_exported(trained, tmp_path, capsys):
 
 
 def test_the_untouched_base_is_exported(run, tmp_path, capsys):
-  _export(run[1], tmp_path / 'out', 'gguf-f32', base=True)
-  assert 'proven' in capsys.readouterr().out
+  _prove(capsys, run[1], tmp_path / 'out', 'gguf-f32', base=True)
 
 
 # Planted faults --------------------------------------------------------------
@@ -453,9 +449,9 @@ def test_unproven_and_earlier_exports(run, tmp_path, capsys):
       _export(run[1], out, name, **options)
   _export(run[1], out, 'gguf-f16', overwrite=True, **_UNPROVEN)
   assert [p.name for p in (out / 'gguf').glob('*.gguf')] == ['model-f16.gguf']
-  _export(run[1], out, 'gguf-f32', overwrite=True)
-  assert 'proven gguf/model-f32.gguf' in capsys.readouterr().out
-  assert _summary(out)['parity'][0]['proven']
+  capsys.readouterr()
+  printed, _ = _prove(capsys, run[1], out, 'gguf-f32', overwrite=True)
+  assert 'proven gguf/model-f32.gguf' in printed
   assert [p.name for p in tmp_path.iterdir()] == ['out']
   # A folder that is no export.
   with pytest.raises(errors.UserError, match='exists'):

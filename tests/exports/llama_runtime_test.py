@@ -1,7 +1,4 @@
-"""llama-server on a tiny GGUF, against the JAX model.
-
-export_test has adapters and the other generations.
-"""
+"""llama-server on a tiny Gemma 3, against JAX; export_test has the others."""
 
 import concurrent.futures
 import dataclasses
@@ -208,6 +205,9 @@ def test_parallel_requests_get_their_own_answers(served):
         lambda ids: server.complete(ids, n_predict=8), prompts))
   # Each slot has the whole length for itself; llama.cpp rounds up to 256.
   assert server.greedy([2, *400 * [300]], 1)
+  with pytest.raises(errors.UserError, match='exceed') as info:
+    server.complete([2] * 600, n_predict=1)
+  assert '600' in info.value.got
   assert together == alone
   assert len(set(alone)) > 1
 
@@ -224,12 +224,6 @@ def test_a_damaged_file_is_reported_with_the_log(gguf, tmp_path):
   assert 'llama-server ended with status 1' in info.value.got
   assert 'failed to load model' in info.value.got
   assert server._process.poll() is not None
-
-
-def test_a_prompt_beyond_the_context_is_refused(served):
-  with pytest.raises(errors.UserError, match='exceed') as info:
-    served[1].complete([2] * 600, n_predict=1)
-  assert '600' in info.value.got
 
 
 def test_the_server_ends_with_its_block_and_asks_no_proxy(gguf, monkeypatch):

@@ -82,14 +82,6 @@ def test_paths_and_numbers():
 # The parser itself ------------------------------------------------------------
 
 
-@pytest.mark.parametrize('text', [
-    'FROM x', 'from x\n', '# c\n\n  FROM x y\n', 'FROM x\r\nLICENSE y\r\n',
-    'FROM "x"\nPARAMETER stop "a\nb"\nPARAMETER temperature .5',
-])
-def test_the_parser_accepts_good_files(text):
-  modelfile_parser.parse(text)
-
-
 @pytest.mark.parametrize('text, message', [
     ('# FROM x\nLICENSE y', 'no FROM'), ('FROM x\nTEMPLAT y', 'no command'),
     ('FROM x\nLICENSE', 'no command with a value'), ('FROM: x', 'no command'),
@@ -109,5 +101,8 @@ def test_the_parser_accepts_good_files(text):
     ('FROM x\nLICENSE """a\nb\u200dc"""', r'U\+200D'),
 ])
 def test_the_parser_refuses_bad_files(text, message):
+  for good in ('from x\n', '# c\n\n  FROM x y\n', 'FROM x\r\nLICENSE y\r\n',
+               'FROM "x"\nPARAMETER stop "a\nb"\nPARAMETER temperature .5'):
+    modelfile_parser.parse(good)
   with pytest.raises(modelfile_parser.Malformed, match=message):
     modelfile_parser.parse(text)
