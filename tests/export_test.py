@@ -62,6 +62,7 @@ def _once():
     return references[key]
 
   with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('OMP_NUM_THREADS', '1')  # Of PyTorch.
     patch.setattr(export, '_make_reference', make_once)
     patch.setattr(sharding, 'make_mesh', functools.partial(
         sharding.make_mesh, devices=jax.devices()[:1]))
