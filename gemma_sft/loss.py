@@ -32,8 +32,7 @@ def batch_nll(
     microbatch: Arrays (B, T) of a batch from `batches.Batches`.
     step: int32 (), updates applied before this one; it seeds the dropout.
     settings: What the program is compiled for.
-    max_trained: Static bound on the trained positions of a device's rows; with
-      more than that the sum is NaN.
+    max_trained: Static bound on the trained positions of a device's rows.
   """
   params, adapters = base, trainable
   if not settings.lora_enabled:

@@ -1,12 +1,7 @@
 """The official Gemma models, and the one way this project runs them.
 
-The model is made of the library's public classes. Only this module and
-`nn/blocks.py` use internals of the library:
-
-* its import, which would pull in TensorFlow for two type annotations;
-* Gemma 4's private config classes, for small models;
-* what lies between the embedding and the logits, see `blocks`.
-
+The model is made of the library's public classes. Only this module (for the
+import and for small models of Gemma 4) and `nn/blocks.py` use its internals.
 `tests/model_test.py` compares every generation with the library's own
 `__call__`, so it fails first when the library changes.
 """
@@ -39,10 +34,10 @@ Params = Any  # Nested dicts of arrays, named as the official library does.
 def import_gemma() -> types.ModuleType:
   """Returns `gemma.gm` without importing TensorFlow.
 
-  Two modules need it when they are imported: `gm.ckpts._policy` names a
-  `kd.train.TrainState` in an annotation, and `kauldron.typing` reads
-  `tf.Tensor`. Both get stand-ins. This loses `gm.ckpts.AnchoredPolicyLoader`,
-  `gm.data` and `gm.evals`, which this project does not use.
+  Two modules would import it: `gm.ckpts._policy` names a `kd.train.TrainState`
+  in an annotation, and `kauldron.typing` reads `tf.Tensor`. Both get stand-ins.
+  This loses `gm.ckpts.AnchoredPolicyLoader`, `gm.data` and `gm.evals`, which
+  this project does not use.
   """
   policy = 'gemma.gm.ckpts._policy'
   if policy not in sys.modules:
@@ -57,8 +52,7 @@ def import_gemma() -> types.ModuleType:
     try:
       importlib.import_module('kauldron.typing')
     finally:
-      # etils would take the stand-in for TensorFlow, so it goes after the
-      # import.
+      # Left there, etils would take it for TensorFlow.
       del sys.modules['tensorflow']
   from gemma import gm
 
@@ -67,17 +61,11 @@ def import_gemma() -> types.ModuleType:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A Gemma architecture, without weights.
+  """A Gemma architecture, without weights."""
 
-  Attributes:
-    name: The preset's name, or 'custom'.
-    generation: 1 to 4; decides the chat template and the weights' names.
-    transformer: The official library's linen module.
-  """
-
-  name: str
-  generation: int
-  transformer: nn.Module
+  name: str  # Of `PRESETS`, or 'custom'.
+  generation: int  # 1 to 4; decides the chat template and the weights' names.
+  transformer: nn.Module  # Of the official library.
 
   @property
   def config(self) -> Any:
@@ -118,29 +106,18 @@ def n_shared_layers(config: Any) -> int:
   return n_layers - int(n_layers - shared)
 
 
-# name: (generation, class in gm.nn). The library no longer has a class for
-# Gemma 1, but its Transformer can be configured as one.
-PRESETS = {
-    'gemma1_2b': (1, None),
-    'gemma1_7b': (1, None),
-    'gemma2_2b': (2, 'Gemma2_2B'),
-    'gemma2_9b': (2, 'Gemma2_9B'),
-    'gemma2_27b': (2, 'Gemma2_27B'),
-    'gemma3_270m': (3, 'Gemma3_270M'),
-    'gemma3_1b': (3, 'Gemma3_1B'),
-    'gemma3_4b': (3, 'Gemma3_4B'),
-    'gemma3_12b': (3, 'Gemma3_12B'),
-    'gemma3_27b': (3, 'Gemma3_27B'),
-    'gemma4_e2b': (4, 'Gemma4_E2B'),
-    'gemma4_e4b': (4, 'Gemma4_E4B'),
-    'gemma4_31b': (4, 'Gemma4_31B'),
-}
+# name: generation. 'gemma2_2b' is the library's `gm.nn.Gemma2_2B`, and so on;
+# it has no class for Gemma 1, but its Transformer can be configured as one.
+PRESETS = {name: int(name.removeprefix('gemma')[0]) for name in (
+    'gemma1_2b', 'gemma1_7b', 'gemma2_2b', 'gemma2_9b', 'gemma2_27b',
+    'gemma3_270m', 'gemma3_1b', 'gemma3_4b', 'gemma3_12b', 'gemma3_27b',
+    'gemma4_e2b', 'gemma4_e4b', 'gemma4_31b')}
+_WITH_VISION = ('gemma3_4b', 'gemma3_12b', 'gemma3_27b', 'gemma4_e2b',
+                'gemma4_e4b', 'gemma4_31b')
 
 
 def make_model(name: str, **dimensions: Any) -> Model:
-  """Returns a model of `PRESETS`.
-
-  If `name` is 'custom', a model of other dimensions; see `_make_custom`.
+  """Returns a model of `PRESETS`; for 'custom' see `_make_custom`.
 
   Raises:
     UserError: for an unknown name, or for the mixture of experts.
@@ -152,17 +129,13 @@ def make_model(name: str, **dimensions: Any) -> Model:
         'config.model.name is gemma4_26b_a4b, a mixture of experts',
         'a dense model: its experts are not Einsum layers, so adapters on the'
         ' MLP would be left out without a word',
-        'use gemma4_e2b, gemma4_e4b or gemma4_31b',
-    )
+        'use gemma4_e2b, gemma4_e4b or gemma4_31b')
   if name not in PRESETS:
     raise errors.UserError(
         f'config.model.name is {name!r}',
         f'one of {", ".join(PRESETS)}, or custom',
-        f'{errors.nearest(name, tuple(PRESETS))}Set --config.model.name.',
-    )
-  gm = import_gemma()
-  generation, class_name = PRESETS[name]
-  if class_name is None:
+        f'{errors.nearest(name, tuple(PRESETS))}Set --config.model.name.')
+  if PRESETS[name] == 1:
     # Dimensions of google/gemma-2b and -7b; 256128 rows as in the Flax files.
     width, hidden, heads, kv_heads, layers = {
         'gemma1_2b': (2048, 16384, 8, 1, 18),
@@ -173,11 +146,8 @@ def make_model(name: str, **dimensions: Any) -> Model:
         hidden_dim=hidden, num_heads=heads, num_kv_heads=kv_heads,
         head_dim=256, name=name)
   text_only = {'text_only': True} if name in _WITH_VISION else {}
-  return Model(name, generation, getattr(gm.nn, class_name)(**text_only))
-
-
-_WITH_VISION = ('gemma3_4b', 'gemma3_12b', 'gemma3_27b', 'gemma4_e2b',
-                'gemma4_e4b', 'gemma4_31b')
+  make_transformer = getattr(import_gemma().nn, name.title())
+  return Model(name, PRESETS[name], make_transformer(**text_only))
 
 
 def _make_custom(
@@ -198,10 +168,9 @@ def _make_custom(
 ) -> Model:
   """Builds a model of any size with the structure of a generation.
 
-  That is, with its norms, caps, rope and layer pattern. `num_kv_heads` equal to
-  `num_heads` fuses q, k and v (Gemma 1 7B). Generations 2 to 4 have local
-  layers with a `sliding_window`; only Gemma 3 and 4 vary their number
-  (`local_layers_per_global`). `per_layer_input_dim` is the width of Gemma 4's
+  It has the norms, caps, rope and layer pattern of the generation. As many
+  key-value heads as heads fuse q, k and v (Gemma 1 7B). Only Gemma 3 and 4 vary
+  `local_layers_per_global`. `per_layer_input_dim` is the width of Gemma 4's
   inputs per layer, 0 for none; its last `shared_kv_layers` reuse keys and
   values.
 
@@ -218,68 +187,59 @@ def _make_custom(
         'a number of query heads that the key-value heads divide',
         'change --config.model.num_heads or --config.model.num_kv_heads')
   gm = import_gemma()
-  common = dict(
-      num_embed=vocab_size, embed_dim=embed_dim, hidden_dim=hidden_dim,
-      num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
-  if generation == 4:
-    from gemma.gm.nn.gemma4 import _config as config4
-    from gemma.gm.nn.gemma4 import _modules as modules4
-    from gemma.gm.nn.gemma4 import _transformer as transformer4
-
-    kind = modules4.AttentionType
-    config = config4.TransformerConfig(
-        **common,
-        attention_types=config4.make_attention_layers_types(
-            (kind.LOCAL_SLIDING,) * local_layers_per_global + (kind.GLOBAL,),
-            num_layers=num_layers),
-        final_logit_softcap=30.0,
-        use_post_attn_norm=True,
-        use_post_ffw_norm=True,
-        sliding_window_size=sliding_window,
-        global_key_size=2 * head_dim,
-        global_rope_proportion=0.25,
-        local_rope_proportion=1.0,
-        global_base_frequency=1_000_000,
-        per_layer_input_dim=per_layer_input_dim,
-        kv_cache_sharing_config=config4.KVCacheSharingConfig(
-            shared_kv_layers / num_layers, True, True)
-        if shared_kv_layers else None,
-    )
-    return Model(name, 4, transformer4.Transformer(config=config))
-  kind = gm.nn.AttentionType
-  n_local = {1: 0, 2: 1, 3: local_layers_per_global}[generation]
-  common['attention_types'] = gm.nn.config.make_attention_layers_types(
-      (kind.LOCAL_SLIDING,) * n_local + (kind.GLOBAL,), num_layers=num_layers)
+  config_lib, make_transformer = gm.nn.config, gm.nn.Transformer
+  kind, n_local = gm.nn.AttentionType, local_layers_per_global
+  specific: dict[str, Any] = dict(
+      use_post_attn_norm=True, use_post_ffw_norm=True,
+      sliding_window_size=sliding_window, final_logit_softcap=None)
   if generation == 1:
-    specific = dict(
-        final_logit_softcap=None,
-        use_post_attn_norm=False, use_post_ffw_norm=False)
+    n_local = 0
+    specific = dict(use_post_attn_norm=False, use_post_ffw_norm=False,
+                    final_logit_softcap=None)
   elif generation == 2:
-    specific = dict(
-        final_logit_softcap=30.0, attn_logits_soft_cap=50.0,
-        use_post_attn_norm=True, use_post_ffw_norm=True,
-        sliding_window_size=sliding_window)
+    n_local = 1
+    specific |= dict(final_logit_softcap=30.0, attn_logits_soft_cap=50.0)
+  elif generation == 3:
+    specific |= dict(use_qk_norm=True, transpose_gating_einsum=True,
+                     global_base_frequency=1_000_000)
   else:
-    specific = dict(
-        final_logit_softcap=None,
-        use_post_attn_norm=True, use_post_ffw_norm=True, use_qk_norm=True,
-        sliding_window_size=sliding_window, transpose_gating_einsum=True,
-        global_base_frequency=1_000_000)
-  config = gm.nn.config.TransformerConfig(**common, **specific)
-  return Model(name, generation, gm.nn.Transformer(config=config))
+    from gemma.gm.nn.gemma4 import _config as config_lib
+    from gemma.gm.nn.gemma4 import _modules as modules
+    from gemma.gm.nn.gemma4 import _transformer as transformer
+
+    kind, make_transformer = modules.AttentionType, transformer.Transformer
+    specific |= dict(
+        final_logit_softcap=30.0, global_key_size=2 * head_dim,
+        global_rope_proportion=0.25, local_rope_proportion=1.0,
+        global_base_frequency=1_000_000,
+        per_layer_input_dim=per_layer_input_dim)
+    if shared_kv_layers:
+      specific['kv_cache_sharing_config'] = config_lib.KVCacheSharingConfig(
+          shared_kv_layers / num_layers, True, True)
+  config = config_lib.TransformerConfig(
+      num_embed=vocab_size, embed_dim=embed_dim, hidden_dim=hidden_dim,
+      num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
+      attention_types=config_lib.make_attention_layers_types(
+          (kind.LOCAL_SLIDING,) * n_local + (kind.GLOBAL,),
+          num_layers=num_layers),
+      **specific)
+  return Model(name, generation, make_transformer(config=config))
 
 
 def abstract_params(model: Model) -> Params:
   """Returns the parameter tree as `jax.ShapeDtypeStruct`s in f32."""
-  tokens = jnp.zeros((1, 8), jnp.int32)
-  variables = jax.eval_shape(
-      functools.partial(
-          model.transformer.init, method=blocks.run_library),
-      jax.random.key(0), tokens, jnp.zeros_like(tokens),
-      jnp.ones((1, 8, 8), bool), None)
   return jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32),
-      variables['params'])
+      _init_shapes(model))
+
+
+@functools.cache  # Tracing all layers takes seconds.
+def _init_shapes(model):
+  tokens = jnp.zeros((1, 8), jnp.int32)
+  return jax.eval_shape(
+      functools.partial(model.transformer.init, method=blocks.run_library),
+      jax.random.key(0), tokens, jnp.zeros_like(tokens),
+      jnp.ones((1, 8, 8), bool), None)['params']
 
 
 def count_params(params: Params) -> int:
@@ -295,8 +255,7 @@ def _is_quantized(leaf):
 # The training forward --------------------------------------------------------
 
 
-def segment_mask(
-    segment_ids_BT: shapes.SegmentsBT) -> jax.Array:
+def segment_mask(segment_ids_BT: shapes.SegmentsBT) -> jax.Array:
   """Returns the attention mask (B, T, S) of packed rows.
 
   A token sees itself and the earlier tokens of its own segment; nothing sees
@@ -325,38 +284,23 @@ def hidden_states(
 ) -> shapes.HiddenBTD:
   """Runs the model up to its final norm.
 
-  The compute dtype is that of `params` (see `float16` for that one). There are
-  no logits: `nn/head.py` computes only those of trained tokens.
-
-  Args:
-    model: From `make_model`.
-    params: The base weights, per layer or stacked, or an `Adapted`.
-    tokens_BT: Token ids; 0 pads.
-    positions_BT: Position in its segment of each token.
-    segment_ids_BT: 1, 2, ... for the examples of a row, 0 for padding.
-    adapters: A tree from `lora.init_adapters`, per layer or stacked, or None.
-    lora_scale: From `lora.scale`.
-    dropout: Of the adapters' inputs, or None.
-    execution: How to run it, which does not change the result.
-    operations: None chooses those for the dtype of `params`.
+  The compute dtype is that of `params` (see `float16` for that one), which are
+  the base weights or an `Adapted`. Weights and adapters are per layer or
+  stacked. Positions count from the start of a segment; the segments of a row
+  are 1, 2, ..., and 0 is padding. Without `operations`, those for the dtype of
+  `params` are taken. `nn/head.py` computes the logits of trained tokens.
   """
   if isinstance(params, Adapted):
     params, adapters, lora_scale = params.base, params.adapters, params.scale
-  settings = dict(adapters=adapters, lora_scale=lora_scale, dropout=dropout,
-                  execution=execution,
-                  operations=operations or float16.operations(params))
-  if model.generation == 4:
-    return blocks.run_loop(
-        model.transformer, params, tokens_BT, positions_BT,
-        segment_mask(segment_ids_BT), None, **settings)[0]
-  if execution.layers == 'scan':
-    return blocks.run_scan(
-        model.transformer, params, tokens_BT, positions_BT, segment_ids_BT,
-        **settings)
+  forward = blocks.Forward(
+      model.config, operations or float16.operations(params), positions_BT,
+      None if model.generation == 4 else segment_ids_BT, execution, adapters,
+      lora_scale, dropout)
+  if execution.layers == 'scan' and model.generation != 4:
+    return blocks.run_scan(model.transformer, params, tokens_BT, forward)
   return blocks.run_loop(
-      model.transformer, params, tokens_BT, positions_BT,
-      segment_mask(segment_ids_BT), None, segment_ids_BT=segment_ids_BT,
-      **settings)[0]
+      model.transformer, params, tokens_BT, segment_mask(segment_ids_BT), None,
+      forward)[0]
 
 
 @flax.struct.dataclass
@@ -405,43 +349,23 @@ def embedding(params: Params) -> shapes.EmbeddingVD:
 # Decoding with a cache -------------------------------------------------------
 
 
-def init_cache(
-    model: Model, batch_size: int, length: int, dtype: Any) -> Params:
-  """Returns an empty key-value cache of `length` positions a row."""
-  return model.config.init_cache(
-      batch_size=batch_size, dtype=dtype, cache_length=length)
-
-
 def decode(
-    model: Model,
-    params: Params,
-    tokens_BT: shapes.TokensBT,
-    positions_BT: shapes.PositionsBT,
-    mask_BTS: jax.Array,
-    cache: Params,
+    model: Model, params: Params, tokens_BT: shapes.TokensBT,
+    positions_BT: shapes.PositionsBT, mask_BTS: jax.Array, cache: Params
 ) -> tuple[jax.Array, Params]:
-  """Runs T more tokens against the cache.
+  """Returns (f32 logits_BV after T more tokens, the new cache).
 
-  Args:
-    model: From `make_model`.
-    params: Weights with the adapters merged in, or an `Adapted`.
-    tokens_BT: The new tokens. All rows write to the same cache slots.
-    positions_BT: Their positions, which differ from the slots where rows are
-      padded on the left.
-    mask_BTS: Which of the S cache slots each new token may see.
-    cache: From `init_cache` or the last call.
-
-  Returns:
-    (logits_BV of the last new token in f32, the new cache).
+  `params` have the adapters merged in, or are an `Adapted`. All rows write to
+  the same cache slots; positions differ from slots where rows are padded on the
+  left. The mask says which of the S slots each new token may see.
   """
-  adapted = {}
-  base = params
+  base, adapted = params, {}
   if isinstance(params, Adapted):
     base = params.base
     adapted = dict(adapters=params.adapters, lora_scale=params.scale)
   x_BTD, cache = blocks.run_loop(
-      model.transformer, base, tokens_BT, positions_BT, mask_BTS, cache,
-      operations=float16.operations(base), **adapted)
+      model.transformer, base, tokens_BT, mask_BTS, cache, blocks.Forward(
+          model.config, float16.operations(base), positions_BT, **adapted))
   return logits(model, params, x_BTD[:, -1]), cache
 
 

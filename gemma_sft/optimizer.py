@@ -7,21 +7,13 @@ import optax
 
 
 def make_schedule(
-    *,
-    learning_rate: float,
-    schedule: str,
-    warmup_ratio: float,
-    final_share: float,
-    total_steps: int,
-) -> optax.Schedule:
+    *, learning_rate: float, schedule: str, warmup_ratio: float,
+    final_share: float, total_steps: int) -> optax.Schedule:
   """Returns step -> learning rate.
 
-  Args:
-    learning_rate: The peak.
-    schedule: 'constant', 'linear' or 'cosine' after the warm-up.
-    warmup_ratio: Share of the steps that rise linearly from 0 to the peak.
-    final_share: Learning rate after the last step, as a share of the peak.
-    total_steps: Number of updates.
+  It rises linearly from 0 to its peak, `learning_rate`, in a `warmup_ratio` of
+  the steps. Then the `schedule` is 'constant', 'linear' or 'cosine', and ends
+  at a `final_share` of the peak.
   """
   warmup = round(warmup_ratio * total_steps)
   decay = max(1, total_steps - warmup)
@@ -41,14 +33,8 @@ def make_schedule(
 
 
 def make_optimizer(
-    schedule: optax.Schedule,
-    *,
-    b1: float,
-    b2: float,
-    eps: float,
-    weight_decay: float,
-    max_grad_norm: float,
-    b_ratio: float = 1.0,
+    schedule: optax.Schedule, *, b1: float, b2: float, eps: float,
+    weight_decay: float, max_grad_norm: float, b_ratio: float = 1.0
 ) -> optax.GradientTransformation:
   """Returns AdamW (arXiv 1711.05101) after clipping by the global norm.
 

@@ -11,6 +11,7 @@ hook with beartype (`tests/conftest.py`).
 """
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
@@ -22,3 +23,15 @@ SegmentsBT = Int[jax.Array, 'B T']
 HiddenBTD = Float[jax.Array, 'B T D']
 EmbeddingVD = Float[jax.Array, 'V D']
 Scalar = Float[jax.Array, '']
+
+
+def split(x_BT: jax.Array, C: int) -> jax.Array:
+  """Returns chunks of C positions, (T / C, B, C, ...), of (B, T, ...)."""
+  B, _, *rest = x_BT.shape
+  return jnp.moveaxis(x_BT.reshape(B, -1, C, *rest), 1, 0)
+
+
+def join(x_nBC: jax.Array) -> jax.Array:
+  """Undoes `split`."""
+  n, B, C, *rest = x_nBC.shape
+  return jnp.moveaxis(x_nBC, 0, 1).reshape(B, n * C, *rest)

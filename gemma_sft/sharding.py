@@ -39,7 +39,7 @@ def make_mesh(
   """Returns a mesh over all devices of all hosts, or over `devices`.
 
   One of the sizes may be -1: all remaining devices. `devices` keep their order
-  and may be absent (`plan`).
+  and may be descriptions of absent ones (`plan`).
 
   Raises:
     UserError: if the sizes do not make up the number of devices.
@@ -58,18 +58,16 @@ def make_mesh(
         f'sizes whose product is {n}, at most one of them -1',
         '--config.mesh.data=-1 --config.mesh.fsdp=1 --config.mesh.tensor=1')
   types = (jax.sharding.AxisType.Auto,) * len(AXES)
-  if devices is not None:
-    return jax.sharding.Mesh(
-        np.array(devices).reshape(tuple(sizes.values())), AXES,
-        axis_types=types)
-  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types)
+  shape = tuple(sizes.values())
+  if devices is None:
+    return jax.make_mesh(shape, AXES, axis_types=types)
+  return jax.sharding.Mesh(
+      np.array(devices).reshape(shape), AXES, axis_types=types)
 
 
 def single_device_mesh() -> jax.sharding.Mesh:
   """Returns a mesh of the first local device."""
-  devices = np.array(jax.local_devices()[:1]).reshape(1, 1, 1)
-  return jax.sharding.Mesh(
-      devices, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+  return make_mesh(data=1, fsdp=1, tensor=1, devices=jax.local_devices()[:1])
 
 
 def batch_groups(mesh: jax.sharding.Mesh) -> int:
@@ -80,8 +78,7 @@ def batch_groups(mesh: jax.sharding.Mesh) -> int:
 def local_shards(mesh: jax.sharding.Mesh) -> list[int]:
   """Returns which of the `batch_groups` this process's devices hold.
 
-  They need not be consecutive, and several hosts hold the same ones where
-  `tensor` spans hosts.
+  They need not be consecutive. Hosts share them where `tensor` spans hosts.
   """
   devices = mesh.devices.reshape(batch_groups(mesh), -1)
   return [i for i, row in enumerate(devices)
@@ -108,8 +105,7 @@ def tree_shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     ValueError: if no rule covers a leaf, or several do.
   """
   def of(path, leaf):
-    name = '/'.join(str(getattr(p, 'key', getattr(p, 'name', p)))
-                    for p in path)
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
     name = re.sub('/(values|scales)$', '', name)
     matches = [i for i, (rule, _) in enumerate(RULES) if re.search(rule, name)]
     if not matches:
@@ -129,9 +125,9 @@ def tree_shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 def _fitting(spec, shape, mesh):
   """Leaves out axes that do not divide a dimension, such as one of 1 head.
 
-  Also axes of one device, and None at the end, as XLA does in its results:
-  JAX takes a spec that is written differently for another sharding and would
-  compile the next call again.
+  It also leaves out axes of one device, and None at the end, as XLA does in its
+  results: a spec that is written differently is another sharding to JAX, which
+  would compile the next call again.
   """
   axes = [
       axis if axis is not None and mesh.shape[axis] > 1

@@ -17,30 +17,17 @@ from gemma_sft.nn import loss_scale as loss_scale_lib
 
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
-  """What a step's program depends on besides its arrays.
-
-  Attributes:
-    model: The architecture.
-    lora_enabled: Whether adapters are trained; otherwise all weights are.
-    lora_scale: Factor of the adapters' update.
-    dropout: Rate at the adapters' inputs.
-    seed: Seed of the dropout.
-    compute_dtype: Dtype of the forward pass when all weights are trained.
-    execution: How the forward pass runs.
-    loss_chunk: Trained positions whose loss is computed at a time.
-    groups: Device shards of a batch's rows.
-    mesh: Mesh of the run's devices.
-  """
+  """What a step's program depends on besides its arrays."""
 
   model: model_lib.Model
-  lora_enabled: bool
+  lora_enabled: bool  # Otherwise all weights are trained.
   lora_scale: float
-  dropout: float
-  seed: int
-  compute_dtype: Any
+  dropout: float  # Rate at the adapters' inputs.
+  seed: int  # Of the dropout.
+  compute_dtype: Any  # Of the forward pass when all weights are trained.
   execution: blocks.Execution
-  loss_chunk: int
-  groups: int
+  loss_chunk: int  # Trained positions whose loss is computed at a time.
+  groups: int  # Device shards of a batch's rows.
   mesh: jax.sharding.Mesh
 
 
@@ -48,15 +35,12 @@ class StepSettings:
 class TrainState:
   """Everything that training changes; the frozen base is not in it.
 
-  Attributes:
-    step: int32 (), the number of batches consumed. It equals the number of
-      updates applied, except in float16, where a skipped update counts too.
-    trainable: The adapters, or all weights in float32 with full fine-tuning.
-    opt_state: The optimizer's state.
+  `step`, int32 (), is the number of batches consumed. It equals the number of
+  updates applied, except in float16, where a skipped update counts too.
   """
 
   step: jax.Array
-  trainable: Any
+  trainable: Any  # The adapters, or all weights in float32.
   opt_state: Any
   loss_scale = None  # Not a field, so that checkpoints do not contain it.
 
@@ -75,41 +59,34 @@ class TrainState:
 
 @flax.struct.dataclass
 class ScaledTrainState(TrainState):
-  """The state of a run in float16, whose loss is scaled (`nn/loss_scale.py`).
-
-  Attributes:
-    loss_scale: Scale of the next step's loss.
-  """
+  """The state of a run in float16, with the scale of its next loss."""
 
   loss_scale: loss_scale_lib.LossScale
 
   def unscaled(self, grads: Any) -> Any:
-    """Returns the gradient of the loss itself."""
-    return loss_scale_lib.unscaled(grads, self.loss_scale)
+    """Divides the gradient by the scale."""
+    return jax.tree.map(lambda g: g / self.loss_scale.scale, grads)
 
   def updated(
       self, trainable: Any, opt_state: Any, loss: jax.Array,
       grad_norm: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
     """Like `TrainState.updated`; skips an update that is not finite."""
     new, _ = super().updated(trainable, opt_state, loss, grad_norm)
-    return loss_scale_lib.keep_finite(new, self, grad_norm, loss)
+    finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
+    kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, self)
+    after = loss_scale_lib.next_scale(self.loss_scale, loss, finite)
+    return kept.replace(step=new.step, loss_scale=after), {
+        'loss_scale': after.scale, 'skipped': 1.0 - finite}
 
 
 def make_state(
-    trainable: Any,
-    optimizer: optax.GradientTransformation,
-    *,
-    scaled: bool = False,
-) -> TrainState:
+    trainable: Any, optimizer: optax.GradientTransformation, *,
+    scaled: bool = False) -> TrainState:
   """Returns the state before the first update; `scaled` in float16."""
-  fields = dict(
-      step=jnp.zeros((), jnp.int32),
-      trainable=trainable,
-      opt_state=optimizer.init(trainable))
+  fields = jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable)
   if scaled:
-    return ScaledTrainState(
-        **fields, loss_scale=loss_scale_lib.make_loss_scale())
-  return TrainState(**fields)
+    return ScaledTrainState(*fields, loss_scale_lib.make_loss_scale())
+  return TrainState(*fields)
 
 
 def with_scale(state: TrainState, scaled: bool) -> TrainState:
@@ -119,17 +96,16 @@ def with_scale(state: TrainState, scaled: bool) -> TrainState:
   """
   if (state.loss_scale is not None) == scaled:
     return state
-  fields = dict(step=state.step, trainable=state.trainable,
-                opt_state=state.opt_state)
+  fields = state.step, state.trainable, state.opt_state
   if not scaled:
-    return TrainState(**fields)
+    return TrainState(*fields)
   loss_scale = loss_scale_lib.make_loss_scale()
   if isinstance(state.step, jax.ShapeDtypeStruct):
     loss_scale = jax.tree.map(
         lambda leaf: state.step.update(dtype=leaf.dtype), loss_scale)
   else:
     loss_scale = jax.device_put(loss_scale, state.step.sharding)
-  return ScaledTrainState(**fields, loss_scale=loss_scale)
+  return ScaledTrainState(*fields, loss_scale)
 
 
 def stack_layers(state: TrainState, num_layers: int) -> TrainState:

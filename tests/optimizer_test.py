@@ -56,8 +56,8 @@ def test_runs_of_a_few_updates_have_a_rate(total_steps, share):
     assert 0 < float(schedule(step)) <= 0.1 * (1 + _F32)
 
 
-def _adamw(**changes):
-  return optimizer.make_optimizer(optax.constant_schedule(0.1), **dict(
+def _adamw(rate=0.1, **changes):
+  return optimizer.make_optimizer(optax.constant_schedule(rate), **dict(
       b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, max_grad_norm=0.0) | changes)
 
 
@@ -96,33 +96,25 @@ def test_clipping_is_by_the_global_norm():
   params = {'a': jnp.zeros(1), 'b': jnp.zeros(1)}
   gradient = {'a': jnp.asarray([30.0]), 'b': jnp.asarray([40.0])}
   # Adam does not see a scale, so its first moment is read: 0.1 * gradient.
-  for max_grad_norm, expected in ((0.0, (3.0, 4.0)), (5.0, (0.3, 0.4)),
-                              (60.0, (3.0, 4.0))):
+  for max_grad_norm, expected in (
+      (0.0, (3.0, 4.0)), (5.0, (0.3, 0.4)), (60.0, (3.0, 4.0))):
     adamw = _adamw(max_grad_norm=max_grad_norm)
     _, state = adamw.update(gradient, adamw.init(params), params)
     mu = optax.tree_utils.tree_get(state, 'mu')
-    np.testing.assert_allclose(
-        (mu['a'][0], mu['b'][0]), expected, rtol=_F32)
+    np.testing.assert_allclose((mu['a'][0], mu['b'][0]), expected, rtol=_F32)
 
 
 def test_lora_plus_gives_b_a_rate_of_its_own():
-  params = {'q': {'a': jnp.asarray([2.0]), 'b': jnp.asarray([2.0])}}
-  grads = {'q': {'a': jnp.asarray([0.5]), 'b': jnp.asarray([0.5])}}
+  params, grads = (
+      {'q': {'a': jnp.asarray([x]), 'b': jnp.asarray([x])}} for x in (2.0, 0.5))
 
-  def updates(**changes):
-    adamw = _adamw(weight_decay=0.1, **changes)
-    return adamw.update(grads, adamw.init(params), params)[0]['q']
-
-  def both(rate):
-    adamw = optimizer.make_optimizer(
-        optax.constant_schedule(rate), b1=0.9, b2=0.99, eps=1e-8,
-        weight_decay=0.1, max_grad_norm=0.0)
+  def updates(rate=0.1, **changes):
+    adamw = _adamw(rate, weight_decay=0.1, **changes)
     return adamw.update(grads, adamw.init(params), params)[0]['q']
 
   # As if A and B had optimizers of their own at 0.1 and 1.6 (arXiv 2402.12354),
   # decay included.
-  got = updates(b_ratio=16.0)
-  np.testing.assert_allclose(got['a'], both(0.1)['a'], rtol=_F32)
-  np.testing.assert_allclose(got['b'], both(1.6)['b'], rtol=_F32)
-  plain = updates()
+  got, plain = updates(b_ratio=16.0), updates()
+  np.testing.assert_allclose(got['a'], plain['a'], rtol=_F32)
+  np.testing.assert_allclose(got['b'], updates(1.6)['b'], rtol=_F32)
   np.testing.assert_allclose(plain['a'], plain['b'], rtol=_F32)

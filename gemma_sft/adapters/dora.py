@@ -6,9 +6,8 @@ Liu et al. 2024, arXiv 2402.09353: the weight W of a layer becomes
 
 with a norm and a trained magnitude m for each output. m starts as ||W||, so
 that W' starts as W. The gradient takes the norm for a constant, as the paper
-proposes (section 4.3). The layer's output y and its low-rank update u are
-linear in the weight, so it is enough to rescale them:
-(y + u) * m / ||W + s B A||.
+proposes (section 4.3). A layer's output is linear in the weight, so its output
+y and low-rank update u are rescaled instead: (y + u) * m / ||W + s B A||.
 
 In a tree of adapters, a leaf 'm' beside 'a' and 'b' makes an adapter DoRA.
 """
@@ -20,9 +19,7 @@ from gemma_sft.adapters import projections
 
 
 def norm(projection: projections.Projection, weight: jax.Array) -> jax.Array:
-  """Returns the f32 norm of a weight (of a slot) for each of its outputs.
-
-  For example (N, H) of q's weight (N, D, H).
+  """Returns the f32 norm of a weight for each output: (N, H) of q's (N, D, H).
   """
   layout, weight = projection.layout, weight.astype(jnp.float32)
   return jnp.sqrt(jnp.einsum(
@@ -40,13 +37,8 @@ def rescale_weight(
 
 
 def factor(
-    projection: projections.Projection,
-    weight: jax.Array,
-    a: jax.Array,
-    b: jax.Array,
-    m: jax.Array,
-    scaling: float,
-) -> jax.Array:
+    projection: projections.Projection, weight: jax.Array, a: jax.Array,
+    b: jax.Array, m: jax.Array, scaling: float) -> jax.Array:
   """Returns m / ||W + s B A||, by which the layer's output is multiplied.
 
   `weight` is the frozen W (of the slot), `scaling` is s, from `lora.scale`.
@@ -57,5 +49,6 @@ def factor(
 
 
 def _ratio(m, norms):
-  """Returns 1 where m is NaN, a layer's that has no adapter (`lora.stack`)."""
+  """Returns m / norms; 1 where a layer has no adapter, m is NaN (`lora.stack`).
+  """
   return jnp.where(jnp.isnan(m), 1, m / jnp.where(norms == 0, 1, norms))

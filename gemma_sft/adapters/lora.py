@@ -2,12 +2,12 @@
 
 A projection W becomes W + scale * A B, with A (in, R) random and B (R, out)
 zero at the start, so that the first step sees exactly the base model (Hu et al.
-2021, arXiv 2106.09685). The base never changes.
+2021, arXiv 2106.09685).
 
 The library fuses projections: one `kv_einsum` for k and v, one `qkv_einsum`
 where there are as many key-value heads as query heads, one `gating_einsum` for
-the MLP's gate and up. The adapters are not fused. Each has an A of its own, as
-in PEFT, so that they can be exported as PEFT adapters:
+the MLP's gate and up. The adapters are not fused, so that they can be exported
+to PEFT:
 
     base                            adapters
     layer_0/attn/q_einsum/w         layer_0/attn/q_einsum/q/{a_DR, b_RNH}
@@ -41,14 +41,11 @@ Params = Any
 class Dropout:
   """Dropout on the adapters' inputs.
 
-  Attributes:
-    rate: Share of inputs set to zero.
-    keys_B: One PRNG key a row, a function of (seed, step, global row), so that
-      the mask depends neither on the mesh nor on the microbatches.
-    layer: Number of the layer.
+  Each row has a PRNG key that is a function of (seed, step, global row), so
+  that the mask depends neither on the mesh nor on the microbatches.
   """
 
-  rate: float
+  rate: float  # Share of inputs set to zero.
   keys_B: jax.Array
   layer: int | jax.Array = 0
 
@@ -56,10 +53,7 @@ class Dropout:
 def make_dropout(
     rate: float, seed: int, step: jax.Array, rows_B: jax.Array
 ) -> Dropout | None:
-  """Returns the dropout of a step, None at a rate of 0.
-
-  `rows_B` are the rows' numbers in the whole run.
-  """
+  """Returns the dropout of a step; `rows_B` are numbers in the whole run."""
   if not rate:
     return None
   key = jax.random.fold_in(jax.random.key(seed), step)
@@ -71,44 +65,30 @@ def scale(rank: int, alpha: float, use_rslora: bool) -> float:
   return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
+def _without_w(path):
+  return path[:-1] if path[-1] == 'w' else path
+
+
 def _weights(params: Params) -> dict[tuple[str, ...], Any]:
   """Returns {path without a trailing 'w': leaf} of the adaptable weights."""
   flat = flax.traverse_util.flatten_dict(params)
-  named = {p[:-1] if p[-1] == 'w' else p: leaf for p, leaf in flat.items()}
+  named = {_without_w(path): leaf for path, leaf in flat.items()}
   return {p: leaf for p, leaf in named.items() if p[-1] in projections.BY_LAYER}
 
 
 def init_adapters(
-    params: Params,
-    *,
-    rank: int,
-    targets: str,
-    transposed_gating: bool,
-    seed: int,
-    unused: frozenset[str] = frozenset(),
-) -> Params:
+    params: Params, *, rank: int, targets: str, transposed_gating: bool,
+    seed: int, unused: frozenset[str] = frozenset()) -> Params:
   """Returns fresh f32 adapters for the projections that `targets` matches.
 
   A is uniform in +-1/sqrt(fan_in), PEFT's kaiming_uniform(a=sqrt(5)); B is
-  zero. Each A is a function of (seed, its path) alone.
-
-  Args:
-    params: The base weights, or their `jax.ShapeDtypeStruct`s.
-    rank: R.
-    targets: Regular expression searched for in paths such as
-      'layer_3/attn/kv_einsum/v'.
-    transposed_gating: `Model.transposed_gating`.
-    seed: Of the run.
-    unused: `Model.unused_weights`, which get no adapter.
+  zero. Each A is a function of (seed, its path) alone. `params` are the base
+  weights or their shapes; `targets` is a regular expression searched for in
+  paths such as 'layer_3/attn/kv_einsum/v'; `unused` weights get no adapter.
 
   Raises:
-    UserError: if the rank is below 1 or no projection matches.
+    UserError: if no projection matches.
   """
-  if rank < 1:
-    raise errors.UserError(
-        f'config.lora.rank is {rank}', 'a rank of at least 1',
-        'set --config.lora.rank=16, or --config.lora.enabled=false to train'
-        ' all weights')
   pattern = re.compile(targets)
   adapters, paths = {}, []
   for path, weight in _weights(params).items():
@@ -139,9 +119,9 @@ def init_adapters(
 def stack(adapters: Params, num_layers: int) -> Params:
   """Returns the adapters of all layers stacked along a leading axis L.
 
-  A layer without an adapter that another one has gets zeros, which add nothing,
-  and NaN as DoRA's magnitude, which `dora.factor` ignores. Adapters that are
-  stacked already ({'layers': ...}) are returned without that key.
+  A layer that lacks an adapter which another one has gets zeros, which add
+  nothing, and NaN as DoRA's magnitude, which `dora.factor` ignores. Adapters
+  that are stacked already ({'layers': ...}) are returned without that key.
   """
   if 'layers' in adapters:
     return adapters['layers']
@@ -184,22 +164,14 @@ def add_update(
 ) -> jax.Array:
   """Returns a projection's output `y` of input `x` with its updates added.
 
-  Adapters are f32. The products run in the dtype of `x`, so that the residual
-  stream keeps the dtype of the base.
-
-  Args:
-    adapters: Of one layer: {'attn': {'q_einsum': {'q': {'a', 'b'}}}}.
-    path: The library weight in the layer, as ('attn', 'q_einsum', 'w').
-    x: The projection's input (B, T, ...).
-    y: Its output; fused slots are on axis 0 (k, v) or -2 (gate, up).
-    scaling: From `scale`.
-    dropout: Or None.
-    weight: Returns the frozen weight; for DoRA only.
-    transposed_gating: `Model.transposed_gating`; for DoRA only.
-    einsum: Multiplies inputs by a factor; None does so in the dtype of `x`.
+  `adapters` are those of one layer: {'attn': {'q_einsum': {'q': {'a', 'b'}}}},
+  and `path` names the library's weight in it: ('attn', 'q_einsum', 'w'). Fused
+  slots of `y` are on axis 0 (k, v) or -2 (gate, up). DoRA needs the frozen
+  `weight`, and its layout. The default `einsum` multiplies in the dtype of `x`
+  (B, T, ...), so that the residual stream keeps the dtype of the base.
   """
   einsum = einsum or _einsum
-  path = path[:-1] if path[-1] == 'w' else path
+  path = _without_w(path)
   here = _lookup(adapters, path)
   if not here:
     return y
@@ -207,12 +179,9 @@ def add_update(
     factors = here.get(projection.name)
     if factors is None:
       continue
-    if projection.index is None:
-      slot = ...
-    elif path[-1] == 'gating_einsum':
+    slot = projection.at
+    if path[-1] == 'gating_einsum':
       slot = (..., projection.index, slice(None))
-    else:
-      slot = projection.index
     inputs = x
     if dropout is not None:
       name = '/'.join((*path, projection.name))
@@ -246,11 +215,7 @@ def _drop(x: jax.Array, dropout: Dropout, salt: int) -> jax.Array:
 
 
 def merge(
-    params: Params,
-    adapters: Params,
-    scaling: float,
-    *,
-    transposed_gating: bool,
+    params: Params, adapters: Params, scaling: float, *, transposed_gating: bool
 ) -> Params:
   """Returns base weights with the updates added in f32, then cast back.
 
@@ -264,7 +229,7 @@ def merge(
     n_layers = jax.tree.leaves(params['layers'])[0].shape[0]
     stacked = {'layers': stack(adapters, n_layers)}
   for path, weight in flat.items():
-    short = path[:-1] if path[-1] == 'w' else path
+    short = _without_w(path)
     here = _lookup(stacked or adapters, short)
     if short[-1] not in projections.BY_LAYER or not here:
       continue
@@ -287,20 +252,19 @@ def _add_to_weight(weight, factors, name, scaling, transposed_gating):
       continue
     here = factors[projection.name]
     projection = projections.oriented(name, projection, transposed_gating)
-    slot = ... if projection.index is None else projection.index
-    share = total[slot] + projections.update(
+    share = total[projection.at] + projections.update(
         projection, here['a'], here['b'], scaling)
     if 'm' in here:
       share = dora.rescale_weight(projection, share, here['m'])
-    total = total.at[slot].set(share)
+    total = total.at[projection.at].set(share)
   return total.astype(weight.dtype)
 
 
 def add_magnitudes(
     adapters: Params, params: Params, *, transposed_gating: bool) -> Params:
-  """Returns the adapters with DoRA's magnitudes 'm' of the base added.
+  """Returns the adapters with the magnitudes 'm' of DoRA added.
 
-  `params` are per layer; quantised weights have to be dequantised.
+  They are those of the base weights `params`, per layer and dequantised.
   """
   flat = flax.traverse_util.flatten_dict(adapters)
   weights = _weights(params)

@@ -1,9 +1,7 @@
-"""The projections that can have an adapter, and their einsums.
-
-See `lora` for the tree of adapters.
-"""
+"""The projections that can have an adapter, and their einsums."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +9,19 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-  """One adapter's projection: a library weight, or a slot of a fused one.
+  """One adapter's projection: a library weight, or a slot of a fused one."""
 
-  Attributes:
-    name: What the adapter is called.
-    index: Its slot where the library fuses several projections, else None.
-    down: Einsum of the layer's input with A.
-    up: Einsum of the result with B.
-    update: Einsum of A with B into the layout of the weight (of the slot).
-    outputs: The letters of that layout that are the layer's outputs.
-  """
+  name: str  # Of the adapter, see `lora`.
+  index: int | None  # The slot where the library fuses several projections.
+  down: str  # Einsum of the layer's input with A.
+  up: str  # Einsum of the result with B.
+  update: str  # Einsum of A with B into the layout of the weight (of the slot).
+  outputs: str  # The letters of that layout that are the layer's outputs.
 
-  name: str
-  index: int | None
-  down: str
-  up: str
-  update: str
-  outputs: str
+  @property
+  def at(self) -> Any:
+    """Indexes this projection's part of a library weight."""
+    return ... if self.index is None else self.index
 
   def slot(self, weight: jax.Array) -> jax.Array:
     """Returns this projection's part of a library weight."""
@@ -68,12 +62,9 @@ BY_LAYER = {
 }
 
 
-def oriented(name: str, projection: Projection, transposed_gating: bool
-             ) -> Projection:
-  """Returns one of `BY_LAYER[name]` for the model's layout of the gate.
-
-  `transposed_gating` is that of `Model`: generations differ in it.
-  """
+def oriented(
+    name: str, projection: Projection, transposed_gating: bool) -> Projection:
+  """Returns one of `BY_LAYER[name]` for `Model.transposed_gating`."""
   if name == 'gating_einsum' and not transposed_gating:
     return dataclasses.replace(projection, update='DR,RF->DF')
   return projection

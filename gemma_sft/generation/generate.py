@@ -160,7 +160,8 @@ def _prefill(
   dtype = model_lib.embedding(params).dtype
   if dtype == jnp.float16:
     dtype = jnp.float32  # As the attention is then, see `float16`.
-  cache = model_lib.init_cache(model, B, T + n_new, dtype)
+  cache = model.config.init_cache(
+      batch_size=B, dtype=dtype, cache_length=T + n_new)
   filled_BS = jnp.concatenate([mask_BT, jnp.zeros((B, n_new), bool)], axis=1)
   causal_TS = jnp.arange(T)[:, None] >= jnp.arange(T + n_new)[None]
   logits_BV, cache = model_lib.decode(

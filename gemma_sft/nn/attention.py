@@ -68,28 +68,23 @@ def attend(
   """Returns each query's weighted mean of the values it sees, (B, T, N, H).
 
   A query sees the keys of its own segment up to itself; in a local layer only
-  those of the last `window` positions. The result at padding (segment 0) is
+  those of the last `window` positions, its own included. `is_local` may be
+  traced (layers in a scan). Positions count from the start of a segment; the
+  segments of a row are 1, 2, ..., and the result at padding (segment 0) is
   finite and has no meaning.
 
-  Args:
-    q_BTNH: Queries, rotated and scaled. The result has their dtype.
-    k_BTKH: Keys, rotated; K divides N.
-    v_BTKH: Values.
-    positions_BT: Position in its segment of each token, rising by one.
-    segment_ids_BT: 1, 2, ... for the examples of a row, 0 for padding.
-    is_local: Whether the window applies; may be traced (layers in a scan).
-    window: Positions that a local layer sees, its own included.
-    softcap: Logits become softcap * tanh(logits / softcap).
-    kernel: A key of `KERNELS`.
-    mesh: Needed by kernels on more than one device.
+  Queries are rotated and scaled, keys are rotated, and K divides N. The result
+  has the dtype of the queries. With a softcap, logits become
+  softcap * tanh(logits / softcap). Kernels on several devices need the mesh.
   """
   if window is None:
     is_local = False
   static = isinstance(is_local, (bool, np.bool_))
-  spec = _Spec(kernel, bool(is_local) if static else None, window, softcap,
-               mesh)
-  return _attend(spec, q_BTNH, k_BTKH, v_BTKH, positions_BT, segment_ids_BT,
-                 None if static else is_local)
+  spec = _Spec(
+      kernel, bool(is_local) if static else None, window, softcap, mesh)
+  return _attend(
+      spec, q_BTNH, k_BTKH, v_BTKH, positions_BT, segment_ids_BT,
+      None if static else is_local)
 
 
 # Autodiff of a cond saves what either branch needs, with zeros for the branch
@@ -98,11 +93,8 @@ def attend(
 # backward pass repeats the attention's forward (2-3 % of a step). 'chunked'
 # does that anyway, and the compiler drops the second repetition.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(spec, q, k, v, positions, segments, flag):
-  def run(is_local, q, k, v):
-    return _run(spec, is_local, q, k, v, positions, segments)
-
-  return _by_flag(spec, flag, run, q, k, v)
+def _attend(spec, *inputs):
+  return _in_branch(spec, inputs, lambda kernel, *qkv: kernel(*qkv))
 
 
 def _attend_fwd(spec, *inputs):
@@ -110,39 +102,39 @@ def _attend_fwd(spec, *inputs):
 
 
 def _attend_bwd(spec, inputs, dout_BTNH):
-  q, k, v, positions, segments, flag = inputs
+  def gradients(kernel, *qkv_and_dout):
+    *qkv, dout_BTNH = qkv_and_dout
+    return jax.vjp(kernel, *qkv)[1](dout_BTNH)
 
-  def run(is_local, q, k, v, dout_BTNH):
-    _, vjp = jax.vjp(
-        lambda q, k, v: _run(spec, is_local, q, k, v, positions, segments),
-        q, k, v)
-    return vjp(dout_BTNH)
-
-  return (*_by_flag(spec, flag, run, q, k, v, dout_BTNH), None, None, None)
+  return (*_in_branch(spec, inputs, gradients, dout_BTNH), None, None, None)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _by_flag(spec, flag, run, *arrays):
+def _in_branch(spec, inputs, fn, *more):
+  """Returns fn(kernel, q, k, v, *more) for a local or a global layer."""
+  *qkv, positions, segments, flag = inputs
+
+  def branch(is_local, *arrays):
+    window = spec.window if is_local else None
+    return fn(
+        lambda *qkv: KERNELS[spec.kernel].run(
+            *qkv, positions, segments, window, spec.softcap, spec.mesh),
+        *arrays)
+
   if flag is None:
-    return run(spec.is_local, *arrays)
+    return branch(spec.is_local, *qkv, *more)
   return jax.lax.cond(
-      flag, functools.partial(run, True), functools.partial(run, False),
-      *arrays)
-
-
-def _run(spec, is_local, q, k, v, positions, segments):
-  window = spec.window if is_local else None
-  return KERNELS[spec.kernel].run(
-      q, k, v, positions, segments, window, spec.softcap, spec.mesh)
+      flag, functools.partial(branch, True), functools.partial(branch, False),
+      *qkv, *more)
 
 
 # Pure JAX --------------------------------------------------------------------
 
 
 def _einsum(q, k, v, positions_BT, segment_ids_BT, window, softcap, mesh):
-  """All logits at once."""
+  """Computes all logits at once."""
   del mesh
   T = q.shape[1]
   mask_BTS = _same(segment_ids_BT, segment_ids_BT) & jnp.tril(
@@ -154,7 +146,7 @@ def _einsum(q, k, v, positions_BT, segment_ids_BT, window, softcap, mesh):
 
 
 def _chunked(q, k, v, positions_BT, segment_ids_BT, window, softcap, mesh):
-  """A chunk of queries at a time, and only the keys near it.
+  """Computes a chunk of queries at a time, with only the keys near it.
 
   Distances are differences of indices, which within a segment are those of
   positions.
@@ -175,7 +167,7 @@ def _chunked(q, k, v, positions_BT, segment_ids_BT, window, softcap, mesh):
 
 
 def _local_chunks(q_BTKGH, k, v, segment_ids_BT, C, back, window, softcap):
-  """Each chunk with a copy of its keys: 1 + back times the keys' memory.
+  """Gives each chunk a copy of its keys: 1 + back times the keys' memory.
 
   Slicing the keys inside the scan would need no copy, but its gradient adds an
   array of all keys for every chunk.
@@ -185,8 +177,8 @@ def _local_chunks(q_BTKGH, k, v, segment_ids_BT, C, back, window, softcap):
   near_CS = (distance_CS >= 0) & (distance_CS < window)
 
   def spans(x):
-    """The chunk and those `back` before it; zeros before the first."""
-    x = _split(x, C)
+    """Joins each chunk with the `back` before it; zeros before the first."""
+    x = shapes.split(x, C)
     pad = jnp.pad(x, ((back, 0),) + ((0, 0),) * (x.ndim - 1))
     return jnp.concatenate(
         [pad[i:i + x.shape[0]] for i in range(back + 1)], axis=2)
@@ -197,12 +189,13 @@ def _local_chunks(q_BTKGH, k, v, segment_ids_BT, C, back, window, softcap):
     mask_BCS = _same(q_segments_BC, k_segments_BS) & near_CS[None]
     return _mean(q_BCKGH, k_BSKH, v_BSKH, mask_BCS, softcap)
 
-  return _join(jax.lax.map(one, (
-      _split(q_BTKGH, C), _split(segment_ids_BT, C), spans(k), spans(v),
-      spans(segment_ids_BT))))
+  return shapes.join(jax.lax.map(one, (
+      shapes.split(q_BTKGH, C), shapes.split(segment_ids_BT, C), spans(k),
+      spans(v), spans(segment_ids_BT))))
 
 
 def _global_chunks(q_BTKGH, k, v, segment_ids_BT, C, window, softcap):
+  """Gives the chunks of each part the keys up to the end of that part."""
   n = q_BTKGH.shape[1] // C
   parts = min(_PARTS, n)
   edges = [n * i // parts for i in range(parts + 1)]
@@ -221,21 +214,20 @@ def _global_chunks(q_BTKGH, k, v, segment_ids_BT, C, window, softcap):
       mask_BCS = _same(q_segments_BC, k_segments_BS) & near_CS[None]
       return _mean(q_BCKGH, k_BSKH, v_BSKH, mask_BCS, softcap)
 
-    return _join(jax.lax.map(one, (
-        jnp.arange(first, last), *(
-            _split(x[:, first * C:S], C) for x in (q_BTKGH, segment_ids_BT)))))
+    return shapes.join(jax.lax.map(one, (
+        jnp.arange(first, last), *(shapes.split(x[:, first * C:S], C)
+                                   for x in (q_BTKGH, segment_ids_BT)))))
 
   return jnp.concatenate(
       [part(*edge) for edge in zip(edges, edges[1:])], axis=1)
 
 
 def _mean(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, softcap):
-  """Softmax in f32, products in the dtype of the inputs."""
+  """Returns the means by a softmax in f32, products in the inputs' dtype."""
   logits_BKTGS = _logits(q_BTKGH, k_BSKH)
   if softcap is not None:
     logits_BKTGS = softcap * jnp.tanh(logits_BKTGS / softcap)
-  logits_BKTGS = jnp.where(
-      mask_BTS[:, None, :, None, :], logits_BKTGS, _MASKED)
+  logits_BKTGS = jnp.where(mask_BTS[:, None, :, None, :], logits_BKTGS, _MASKED)
   probs_BKTGS = jax.nn.softmax(logits_BKTGS, axis=-1).astype(v_BSKH.dtype)
   return jnp.einsum('BKTGS,BSKH->BTKGH', probs_BKTGS, v_BSKH)
 
@@ -263,7 +255,7 @@ _logits.defvjp(_logits_fwd, _logits_bwd)
 
 
 def _group(q_BTNH, k_BTKH):
-  """Groups queries by the key-value head they share: (B, T, K, N / K, H)."""
+  """Groups queries by the key-value head they share: (B, T, K, G, H)."""
   B, T, _, H = q_BTNH.shape
   return q_BTNH.reshape(B, T, k_BTKH.shape[2], -1, H)
 
@@ -278,23 +270,11 @@ def _pad(x_BT, length):
   return jnp.pad(x_BT, ends + ((0, 0),) * (x_BT.ndim - 2))
 
 
-def _split(x_BT, C):
-  """(B, T, ...) to (chunks, B, C, ...)."""
-  B, _, *rest = x_BT.shape
-  return jnp.moveaxis(x_BT.reshape(B, -1, C, *rest), 1, 0)
-
-
-def _join(x_nBC):
-  """Undoes `_split`."""
-  n, B, C, *rest = x_nBC.shape
-  return jnp.moveaxis(x_nBC, 0, 1).reshape(B, n * C, *rest)
-
-
 # Fused kernels ---------------------------------------------------------------
 
 
 def _splash(q, k, v, positions_BT, segment_ids_BT, window, softcap, mesh):
-  """JAX's Pallas kernel for TPUs; on a CPU it is interpreted, slowly."""
+  """Runs JAX's Pallas kernel for TPUs; on a CPU it is interpreted, slowly."""
   del positions_BT
   interpret = _platform(mesh) != 'tpu'
 
@@ -316,9 +296,10 @@ def _splash(q, k, v, positions_BT, segment_ids_BT, window, softcap, mesh):
 
 @functools.lru_cache(maxsize=32)
 def _splash_kernel(T, N, block, window, softcap, interpret):
-  """The kernel for N heads, with its tables of blocks as numpy arrays.
+  """Returns the kernel for N heads, with its tables of blocks in numpy.
 
-  The tables must not belong to the first trace, since later traces reuse them.
+  As JAX arrays they would belong to the first trace, and later traces reuse
+  them.
   """
   mask = (splash_attention.CausalMask((T, T)) if window is None else
           splash_attention.LocalMask((T, T), (window - 1, 0), 0))
@@ -335,7 +316,7 @@ def _splash_kernel(T, N, block, window, softcap, interpret):
 def _cudnn(
     q, k, v, positions_BT, segment_ids_BT, window, softcap, mesh,
     implementation='cudnn'):
-  """cuDNN's flash attention, for rows of one segment and padding at the end.
+  """Runs cuDNN's flash attention on rows of one segment, padded at the end.
 
   There only padding sees padding, and the results at padding are zeroed, so
   cuDNN need not know the lengths.
@@ -355,7 +336,7 @@ def _cudnn(
 def _tokamax(
     q, k, v, positions_BT, segment_ids_BT, window, softcap, mesh,
     implementation='mosaic_gpu'):
-  """Tokamax's Mosaic kernel.
+  """Runs tokamax's Mosaic kernel.
 
   The public function takes packing only as a (B, T, T) mask, so this calls its
   operator with the first key that each query sees.
@@ -383,8 +364,8 @@ def _on_each_device(fn, mesh, q, k, v, segment_ids_BT):
   if mesh is None or mesh.size == 1:
     return fn(q, k, v, segment_ids_BT)
   rows = tuple(a for a in ('data', 'fsdp') if a in mesh.shape)
-  rows = rows if q.shape[0] % math.prod(mesh.shape[a] for a in rows) == 0 else (
-      None)
+  if q.shape[0] % math.prod(mesh.shape[a] for a in rows):
+    rows = None
   tensor = mesh.shape.get('tensor', 1)
   heads = 'tensor' if tensor > 1 and k.shape[2] % tensor == 0 else None
   spec = P(rows, None, heads, None)
@@ -395,7 +376,7 @@ def _on_each_device(fn, mesh, q, k, v, segment_ids_BT):
 
 
 def _platform(mesh):
-  """The mesh comes first: programs are also compiled for absent devices."""
+  """Asks the mesh first: programs are also compiled for absent devices."""
   return jax.default_backend() if mesh is None else (
       mesh.devices.flat[0].platform)
 
@@ -405,25 +386,15 @@ def _platform(mesh):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """What decides whether a kernel can run.
+  """What decides whether a kernel can run."""
 
-  Attributes:
-    platform: 'cpu', 'gpu' or 'tpu'.
-    device_kind: As JAX names the device: 'TPU v5 lite', 'NVIDIA H200'.
-    compute_capability: Of an NVIDIA GPU, 0 elsewhere.
-    head_dim: Head width H, the largest of the model.
-    softcap: Of the attention's logits.
-    packed: Whether rows hold more than one example.
-    dtype: Of queries, keys and values.
-  """
-
-  platform: str
-  device_kind: str
-  compute_capability: float
-  head_dim: int
+  platform: str  # 'cpu', 'gpu' or 'tpu'.
+  device_kind: str  # As JAX names it: 'TPU v5 lite', 'NVIDIA H200'.
+  compute_capability: float  # Of an NVIDIA GPU, 0 elsewhere.
+  head_dim: int  # The largest of the model.
   softcap: float | None
-  packed: bool
-  dtype: Any
+  packed: bool  # Whether rows hold more than one example.
+  dtype: Any  # Of queries, keys and values.
 
 
 def _splash_refusal(case):
@@ -474,15 +445,11 @@ def _tokamax_refusal(case):
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """A kernel of `attend`.
+  """A kernel of `attend`."""
 
-  Attributes:
-    run: (q, k, v, positions, segment ids, window, softcap, mesh) -> result.
-    refusal: Says why it cannot run in a `Case`, '' if it can. Pure JAX runs
-      everywhere and has None.
-  """
-
+  # (q, k, v, positions, segment ids, window, softcap, mesh) -> result.
   run: Callable[..., jax.Array]
+  # Says why it cannot run in a case, '' if it can. None: it runs everywhere.
   refusal: Callable[[Case], str] | None = None
 
 

@@ -1,8 +1,8 @@
 """Chooses the attention kernel of a device, and checks that it is correct.
 
-A kernel's word (its `refusal`) is not enough: before training, `choose` runs it
-on the device beside the reference (`check`), and goes on to the next kernel if
-the output or the gradients differ.
+That a kernel does not refuse a device is not enough: before training, `choose`
+compares it there with the reference (`check`), and tries the next kernel if the
+output or the gradients differ.
 """
 
 import functools
@@ -32,34 +32,22 @@ def tolerance(dtype: Any, platform: str) -> float:
 
 
 def choose(
-    name: str,
-    *,
-    check: Callable[[str], tuple[float, float]] | None = None,
-    **facts: Any,
-) -> tuple[str, str]:
+    name: str, *, check: Callable[[str], tuple[float, float]] | None = None,
+    **facts: Any) -> tuple[str, str]:
   """Returns (kernel, why) for a device.
 
   'auto' takes the first kernel that the device can run and whose check passes,
   or else 'chunked': on a CPU that was as fast as 'einsum' for rows of 256
   tokens and 2-4 times as fast for 2,048.
 
-  Args:
-    name: 'auto' or a key of `attention.KERNELS`.
-    check: Runs the module's `check` for a kernel, with the run's shapes bound;
-      None skips the check. Not called for pure JAX.
-    **facts: The fields of `attention.Case`.
+  `check` is the module's `check` with the run's shapes bound, or None to skip
+  it; pure JAX is not checked. `facts` are the fields of `attention.Case`.
 
   Raises:
-    UserError: for an unknown name, or a kernel that the device cannot run or
-      runs wrongly.
+    UserError: for a kernel that the device cannot run or runs wrongly.
   """
-  kernels, case = tuple(attention.KERNELS), attention.Case(**facts)
+  case = attention.Case(**facts)
   device = case.device_kind or case.platform
-  if name != 'auto' and name not in kernels:
-    raise errors.UserError(
-        f'the attention kernel is {name!r}',
-        f'auto or one of {", ".join(kernels)}',
-        f'{errors.nearest(name, kernels)}Or use auto.')
   refusals = {}
 
   def refuse(kernel):
@@ -70,9 +58,8 @@ def choose(
     return refusals[kernel]
 
   def automatic():
-    return next((kernel for kernel in kernels
-                 if attention.KERNELS[kernel].refusal and not refuse(kernel)),
-                'chunked')
+    return next((name for name, kernel in attention.KERNELS.items()
+                 if kernel.refusal and not refuse(name)), 'chunked')
 
   if name == 'auto':
     kernel = automatic()
@@ -88,7 +75,7 @@ def choose(
 
 
 def _fault(kernel, check, case):
-  """Returns '' if a kernel computes what it should, or else what is wrong."""
+  """Returns what is wrong with a kernel's results, or ''."""
   if check is None:
     return ''
   try:
@@ -105,24 +92,16 @@ def _fault(kernel, check, case):
 
 
 def check(
-    kernel: str,
-    *,
-    N: int,
-    K: int,
-    H: int,
-    window: int | None,
-    softcap: float | None,
-    dtype: Any,
-    T: int,
-    mesh: jax.sharding.Mesh | None = None,
+    kernel: str, *, N: int, K: int, H: int, T: int, window: int | None,
+    softcap: float | None, dtype: Any, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[float, float]:
   """Returns a kernel's largest relative errors (output, gradients) by norm.
 
   Compares it on the device with 'einsum' in f32 and full precision, on random
-  rows with padding (packed, except for cuDNN), in global and local layers.
-  `window` is None if there are no local layers. Rows longer than 1,024 are
-  checked at 1,024, because the reference needs the square, with a window that
-  still cuts something off. NaN anywhere is an error of infinity.
+  rows with padding (packed, except for cuDNN), in global layers and, if there
+  is a `window`, in local ones. The reference needs memory for T * T logits, so
+  T is at most 1,024 and the window short enough to cut something off. NaN
+  anywhere is an error of infinity.
   """
   T = min(T, 1024)
   if jax.process_count() > 1:

@@ -10,13 +10,12 @@ over the layers, whose weights are stacked along a leading axis L:
         layers/attn/q_einsum/w (L, N, D, H)
 
 Local and global layers differ only in their window and their rotary
-frequencies, so a flag per layer, scanned along with the weights, tells them
-apart. Gemma 4 keeps the library's loop: its global layers have wider heads than
-its local ones, its last layers read the keys of earlier ones, and arrays of
-different shapes cannot be stacked.
+frequencies, so each has a flag, scanned along with the weights. Gemma 4 keeps
+the library's loop: its global layers have wider heads than its local ones and
+cannot be stacked with them, and its last layers read the keys of earlier ones.
 
-Flax interceptors change what the library's modules do. They go by the name of a
-module's class, because Gemma 4 has classes of its own:
+A Flax interceptor, `Forward`, changes what the library's modules do. It knows
+them by the name of their class, because Gemma 4 has classes of its own:
 
     Einsum     dequantises the weight, adds the adapters' update
     Attention  runs a kernel of `attention` instead of building all logits
@@ -49,19 +48,15 @@ Params = Any
 class Execution:
   """How the training forward runs; nothing here changes what it computes.
 
-  Attributes:
-    layers: 'scan' over stacked layers, or 'loop', the library's.
-    attention: A kernel of `attention.KERNELS`. Gemma 4 has its own.
-    remat: What the backward pass recomputes: 'none'; 'elementwise', all but
-      the results of matrix products and of attention; 'block', all of a block
-      from its input.
-    mesh: For kernels and activations; None on one device.
+  `remat` says what the backward pass recomputes: 'none'; 'elementwise', all but
+  the results of matrix products and of attention; 'block', all of a block from
+  its input.
   """
 
-  layers: str = 'loop'
-  attention: str = 'einsum'
+  layers: str = 'loop'  # The library's, or 'scan' over stacked layers.
+  attention: str = 'einsum'  # Of `attention.KERNELS`; Gemma 4 has its own.
   remat: str = 'none'
-  mesh: jax.sharding.Mesh | None = None
+  mesh: jax.sharding.Mesh | None = None  # For kernels and activations.
 
 
 PLAIN = Execution()
@@ -87,12 +82,8 @@ class Operations:
   ) -> jax.Array:
     """Returns a projection of `x`, adapters included.
 
-    Args:
-      next_fun: The `__call__` of the library's Einsum.
-      module: That Einsum.
-      equation: Of `x` and the weight.
-      x: The layer's input.
-      add_update: Adds the adapters' update: (x, y) -> y.
+    `next_fun` is the `__call__` of `module`, the library's Einsum; `add_update`
+    maps (x, y) to y with the adapters' updates added.
     """
     weight = module.get_variable('params', module.weight_name)
     if isinstance(weight, quantize.Quantized):
@@ -109,18 +100,13 @@ class Operations:
 # Stacking --------------------------------------------------------------------
 
 
-def is_stacked(params: Params) -> bool:
-  """Returns whether the layers of a tree are stacked."""
-  return 'layers' in params
-
-
 def stack(params: Params) -> Params:
   """Returns a tree with its `layer_<i>` stacked along a leading axis L.
 
   A tree that is stacked already is returned as it is. Leaves may be
   `jax.ShapeDtypeStruct`s.
   """
-  if is_stacked(params):
+  if 'layers' in params:
     return params
 
   def join(*leaves):
@@ -134,66 +120,53 @@ def stack(params: Params) -> Params:
 
 
 def unstack(params: Params) -> Params:
-  """Returns a tree with a subtree `layer_<i>` for each layer; see `stack`."""
-  if not is_stacked(params):
+  """Undoes `stack`; a tree that is per layer is returned as it is."""
+  if 'layers' not in params:
     return params
-  layers = params['layers']
-  n_layers = jax.tree.leaves(layers)[0].shape[0]
-  rest = {k: v for k, v in params.items() if k != 'layers'}
+  rest = dict(params)
+  layers = rest.pop('layers')
   return rest | {
       f'layer_{i}': jax.tree.map(lambda leaf, i=i: leaf[i], layers)
-      for i in range(n_layers)}
+      for i in range(jax.tree.leaves(layers)[0].shape[0])}
 
 
 # The forward pass ------------------------------------------------------------
 
 
 def run_scan(
-    transformer: nn.Module,
-    params: Params,
-    tokens_BT: shapes.TokensBT,
-    positions_BT: shapes.PositionsBT,
-    segment_ids_BT: shapes.SegmentsBT,
-    *,
-    operations: Operations,
-    adapters: Params | None,
-    lora_scale: float,
-    dropout: lora.Dropout | None,
-    execution: Execution,
-) -> shapes.HiddenBTD:
+    transformer: nn.Module, params: Params, tokens_BT: shapes.TokensBT,
+    forward: 'Forward') -> shapes.HiddenBTD:
   """Runs the blocks of a Gemma 1 to 3 under `lax.scan`, to the final norm.
 
-  Weights that come per layer are stacked first, which copies them. See
-  `model.hidden_states` for the arguments.
+  Weights that come per layer are stacked first, which copies them.
   """
   config = transformer.config
-  params = operations.prepare(stack(params))
+  params = forward.operations.prepare(stack(params))
   L = config.num_layers
   # Any block will do: whether a layer is local comes from the flags.
   block = transformer.bind({}).blocks[0].clone(parent=None, name=None)
   kinds = [_is_local(kind) for kind in config.attention_types]
-  modules = _Modules(
-      config, execution, operations, lora_scale, dropout, positions_BT,
-      segment_ids_BT, _rope_tables(config, positions_BT))
+  forward = forward.with_rope()
 
   def body(x_BTD, layer):
     weights, layer_adapters, is_local, number = layer
     if len(set(kinds)) == 1:
       is_local = kinds[0]
     with nn.intercept_methods(dataclasses.replace(
-        modules, adapters=layer_adapters, layer=number, is_local=is_local)):
-      # `_Modules.attend` builds the mask.
+        forward, adapters=layer_adapters, layer=number, is_local=is_local)):
+      # `Forward.attend` builds the mask.
       _, x_BTD = block.apply(
-          {'params': weights}, _constrain(x_BTD, execution.mesh), positions_BT,
-          None, None)
+          {'params': weights}, _constrain(x_BTD, forward.execution.mesh),
+          forward.positions_BT, None, None)
     return x_BTD, None
 
-  with nn.intercept_methods(modules):
+  with nn.intercept_methods(forward):
     x_BTD = transformer.apply(
         {'params': {'embedder': params['embedder']}}, tokens_BT,
         method=lambda t, tokens: t.embedder.encode(tokens))
+  adapters = forward.adapters
   x_BTD, _ = jax.lax.scan(
-      _recomputed(body, execution.remat), x_BTD,
+      _recomputed(body, forward.execution.remat), x_BTD,
       (params['layers'], lora.stack(adapters, L) if adapters else None,
        jnp.asarray(kinds), jnp.arange(L)))
   return transformer.apply(
@@ -202,48 +175,26 @@ def run_scan(
 
 
 def run_loop(
-    transformer: nn.Module,
-    params: Params,
-    tokens_BT: shapes.TokensBT,
-    positions_BT: shapes.PositionsBT,
-    mask_BTS: jax.Array,
-    cache: Params | None,
-    *,
-    operations: Operations,
-    adapters: Params | None = None,
-    lora_scale: float = 1.0,
-    dropout: lora.Dropout | None = None,
-    execution: Execution = PLAIN,
-    segment_ids_BT: shapes.SegmentsBT | None = None,
+    transformer: nn.Module, params: Params, tokens_BT: shapes.TokensBT,
+    mask_BTS: jax.Array, cache: Params | None, forward: 'Forward',
 ) -> tuple[shapes.HiddenBTD, Params]:
   """Runs the library's own loop over its blocks, to the final norm.
 
-  With `segment_ids_BT` the attention is a kernel of `attention`; without
-  (decoding with a cache, Gemma 4) it is the library's. See
-  `model.hidden_states` and `model.decode` for the other arguments.
-
-  Returns:
-    (hidden states, the new cache).
+  Returns (hidden states, the new cache). See `model.decode` for the mask and
+  the cache.
   """
-  params, rope = operations.prepare(params), None
-  if adapters and is_stacked(adapters):
-    adapters = unstack(adapters)
-  if segment_ids_BT is not None:
-    rope = _rope_tables(transformer.config, positions_BT)
-  with nn.intercept_methods(_Modules(
-      transformer.config, execution, operations, lora_scale, dropout,
-      positions_BT, segment_ids_BT, rope, adapters)):
+  params = forward.operations.prepare(params)
+  if forward.adapters:
+    forward = dataclasses.replace(forward, adapters=unstack(forward.adapters))
+  with nn.intercept_methods(forward.with_rope()):
     return transformer.apply(
-        {'params': unstack(params)}, tokens_BT, positions_BT, mask_BTS, cache,
-        method=run_library)
+        {'params': unstack(params)}, tokens_BT, forward.positions_BT, mask_BTS,
+        cache, method=run_library)
 
 
 def run_library(
-    transformer: nn.Module,
-    tokens_BT: shapes.TokensBT,
-    positions_BT: shapes.PositionsBT,
-    mask_BTS: jax.Array,
-    cache: Params | None,
+    transformer: nn.Module, tokens_BT: shapes.TokensBT,
+    positions_BT: shapes.PositionsBT, mask_BTS: jax.Array, cache: Params | None
 ) -> tuple[shapes.HiddenBTD, Params]:
   """What the library's `__call__` does before the logits, as a linen method.
 
@@ -259,35 +210,33 @@ def run_library(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Modules:
-  """An interceptor: what the library's modules do in one forward pass.
+class Forward:
+  """One forward pass: intercepts the calls of the library's modules.
 
-  Attributes:
-    config: The library's.
-    execution: See `Execution`.
-    operations: For the dtype of the weights.
-    lora_scale: From `lora.scale`.
-    dropout: Or None.
-    positions_BT: Of the tokens.
-    segment_ids_BT: None leaves the attention to the library.
-    rope: From `_rope_tables`.
-    adapters: Those of the model; in a scan, those of the layer at hand.
-    layer: In a scan, the number of the layer at hand. In the loop it is None,
-      and the paths of modules begin with 'layer_<i>'.
-    is_local: In a scan, whether that layer is local.
+  Without `segment_ids_BT` (decoding, Gemma 4) the attention is the library's;
+  with them it is a kernel of `attention`. In a scan, `adapters`, `layer` and
+  `is_local` are those of the layer at hand. In the loop `layer` is None, and
+  the paths of modules begin with 'layer_<i>'.
   """
 
-  config: Any
-  execution: Execution
+  config: Any  # The library's.
   operations: Operations
-  lora_scale: float
-  dropout: lora.Dropout | None
   positions_BT: jax.Array
-  segment_ids_BT: jax.Array | None
-  rope: dict[str, Any] | None
+  segment_ids_BT: jax.Array | None = None
+  execution: Execution = PLAIN
   adapters: Params | None = None
+  lora_scale: float = 1.0
+  dropout: lora.Dropout | None = None
+  rope: dict[str, Any] | None = None
   layer: jax.Array | None = None
   is_local: bool | jax.Array | None = None
+
+  def with_rope(self) -> 'Forward':
+    """Returns the pass with the tables that `attend` needs, computed once."""
+    if self.segment_ids_BT is None:
+      return self
+    return dataclasses.replace(
+        self, rope=_rope_tables(self.config, self.positions_BT))
 
   def __call__(self, next_fun, args, kwargs, context):
     module, kind = context.module, type(context.module).__name__
@@ -306,7 +255,7 @@ class _Modules:
     return next_fun(*args, **kwargs)
 
   def project(self, next_fun, module, equation, x):
-    """The library's Einsum with adapters, on weights of any kind."""
+    """Runs the library's Einsum with adapters, on weights of any kind."""
     path, layer = (*module.path, module.weight_name), self.layer
     adapters = self.adapters
     if layer is None and path[0].startswith('layer_'):
@@ -329,7 +278,7 @@ class _Modules:
         next_fun, module, equation, x, add_update), _SAVED)
 
   def attend(self, module, x_BTD):
-    """The library's Attention with one of our kernels in its middle."""
+    """Runs the library's Attention with one of our kernels in its middle."""
     if module.use_qkv_einsum:
       q_BTNH, k_BTKH, v_BTKH = module.qkv_einsum('BTD,SNDH->SBTNH', x_BTD)
     else:
@@ -360,8 +309,8 @@ class _Modules:
 def _rope_tables(config, positions_BT):
   """Returns {'local', 'global'}: (sin, cos) (B, T, 1, H / 2) in f32.
 
-  Computed once, not in every layer. Rotary positions as in arXiv 2104.09864,
-  the halves split as the library does (`gm.math._positional_embeddings`).
+  Rotary positions as in arXiv 2104.09864, the halves split as the library does
+  (`gm.math._positional_embeddings`).
   """
   exponents = (2.0 / config.head_dim) * jnp.arange(
       config.head_dim // 2, dtype=jnp.float32)

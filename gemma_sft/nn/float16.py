@@ -3,9 +3,9 @@
 A T4 multiplies float16 eight times as fast as float32 and has no bfloat16.
 float16 ends at 65,504, and Gemma goes beyond: the residual stream of Gemma 3
 does (unsloth.ai/blog/gemma3; 103,795 in the 270M's layer 14), and so can the
-product of an MLP's gate and up. So only matrix products use float16: their
-operands are rounded on the way in. Sums and results are float32, and so are
-residual stream, norms, rotations, softmax and all that the backward pass adds.
+product of an MLP's gate and up. So only the operands of matrix products are
+rounded to float16. Sums and results are float32, and so are residual stream,
+norms, rotations, softmax and all sums of the backward pass.
 
     operand                         how it stays below 65,504
     input of q, k, v, gate, up      comes from a norm
@@ -15,9 +15,8 @@ residual stream, norms, rotations, softmax and all that the backward pass adds.
     hidden states at the head       come from the final norm
     cotangents                      the loss scale (`loss_scale`)
 
-`monitor/overflow.py` finds and names the tensors that overflow all the same.
-Weights in float16 ask for this arithmetic. No setting does, so training and
-inference compute alike.
+`monitor/overflow.py` names the tensors that overflow all the same. Models with
+weights in float16 always compute so, in training and in inference.
 """
 
 import functools
@@ -31,8 +30,8 @@ from gemma_sft.nn import blocks
 from gemma_sft.nn import quantize
 
 LARGEST = 65504.0  # numpy.finfo('float16').max
-# Rows are brought below this, half of the end: adapters' dropout then
-# multiplies what it keeps by up to 2 (a rate of a half).
+# Rows are brought below 2 to this, half of the largest: dropout at the adapters
+# then multiplies what it keeps by up to 2 (at a rate of a half).
 _FITTING_EXPONENT = 15
 # The layers whose inputs float16 can hold.
 _BOUNDED = frozenset(projections.BY_LAYER) - {'linear'}
@@ -49,7 +48,7 @@ class HalfOperations(blocks.Operations):
   """The operations of a forward pass whose weights are in float16."""
 
   def prepare(self, params):
-    """Returns weights of which those of the norms are float32."""
+    """Casts the weights of the norms to float32."""
     def cast(path, leaf):
       name = str(getattr(path[-1], 'key', ''))
       return leaf.astype(jnp.float32) if name.endswith('scale') else leaf
@@ -103,10 +102,8 @@ def operand(x: jax.Array, weight: jax.Array) -> jax.Array:
 def einsum(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
   """Returns the f32 einsum of two arrays, both rounded to float16.
 
-  Args:
-    equation: Each axis of an operand is one of the other or of the result.
-    x: Activations.
-    weight: Of any dtype; its gradient has that.
+  Each axis of an operand is one of the other or of the result. Gradients have
+  the dtypes of the operands.
   """
   return _multiply(equation, x, weight)
 
@@ -126,10 +123,9 @@ def _einsum_fwd(equation, x, weight):
 
 def _einsum_bwd(equation, residuals, dy):
   x16, weight16, x_like, weight_like = residuals
-  operands, result = equation.replace(' ', '').split('->')
-  x_axes, weight_axes = operands.split(',')
-  dx = _multiply(f'{result},{weight_axes}->{x_axes}', dy, weight16)
-  dweight = _multiply(f'{x_axes},{result}->{weight_axes}', x16, dy)
+  dx_equation, dweight_equation = quantize.gradient_equations(equation)
+  dx = _multiply(dx_equation, dy, weight16)
+  dweight = _multiply(dweight_equation, x16, dy)
   return dx.astype(x_like.dtype), dweight.astype(weight_like.dtype)
 
 
@@ -143,9 +139,8 @@ def _dequantizing_einsum(equation, x, quantized):
 def fit(x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns (rows (B, T, ...) that float16 can hold, their factors (B, T)).
 
-  A factor is a power of two of at most 1, so it rounds nothing, and the
-  gradient takes it for a constant: dividing a product by it gives what the
-  product would be without it.
+  A factor is a power of two of at most 1, so it rounds nothing. The gradient
+  takes it for a constant, because `unfit` divides the product by it.
   """
   axes = tuple(range(2, x_BTD.ndim))
   largest_BT = jnp.max(jnp.abs(jax.lax.stop_gradient(x_BTD)), axis=axes)

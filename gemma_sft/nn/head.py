@@ -1,9 +1,8 @@
 """Cross-entropy of the trained tokens, without the logits of the others.
 
-Gemma's vocabulary has 262,144 rows: the logits of one row of 2,048 tokens take
-2 GB in f32. In fine-tuning many positions are prompt or padding, so the hidden
-states of the trained positions are gathered first, and the head runs over them
-only, a chunk at a time.
+Over Gemma's vocabulary of 262,144 the logits of 2,048 tokens take 2 GB in f32.
+In fine-tuning many positions are prompt or padding, so the hidden states of the
+trained ones are gathered first, and the head runs over them, a chunk at a time.
 
 With a frozen head not even a chunk's logits exist at once: one pass over blocks
 of the vocabulary keeps a running log-sum-exp (Milakov and Gimelshein 2018,
@@ -19,9 +18,6 @@ logits of one chunk, and summed in f32 over the chunks.
 
 Where the mesh splits the embedding, both are split over the vocabulary: each
 shard has its own maximum, sum and gradient, combined once at the end.
-
-`Products` multiplies for heads in bfloat16 and float32, `float16.HeadProducts`
-for heads in float16.
 """
 
 import functools
@@ -50,13 +46,9 @@ def masked_nll(
 ) -> tuple[shapes.Scalar, shapes.Scalar]:
   """Returns (sum of -log p(target), number of trained tokens), both f32.
 
-  Sums are added over microbatches and hosts; `train.train_step` divides once.
+  `loss_mask_BT` is True where the target, the next token, is trained.
 
   Args:
-    x_BTD: Hidden states after the final norm.
-    embedding_VD: The tied head.
-    targets_BT: The next token at each position.
-    loss_mask_BT: True where the target is trained.
     max_trained: Static bound on the trained positions of a group. With more of
       them the sum is NaN, so that none is dropped silently.
     groups: Number of device shards of B. Positions are gathered within a
@@ -68,11 +60,11 @@ def masked_nll(
     frozen_head: The embedding gets no gradient (LoRA, evaluation).
     mesh: Its axis 'tensor' may split the embedding.
   """
-  x_GPD, targets_GP, weights_GP, n_G, n_chunks = _gather(
+  arrays, n_G, C = _gather(
       x_BTD, targets_BT, loss_mask_BT, max_trained, groups, chunk_size)
-  head_nll = _frozen_head_nll if frozen_head else _trained_head_nll
-  nll = head_nll(
-      x_GPD, embedding_VD, targets_GP, weights_GP, softcap, n_chunks, mesh)
+  head = (functools.partial(_frozen_head, mesh=mesh) if frozen_head
+          else _trained_head)
+  nll = _nll(head, softcap, C, embedding_VD, *arrays)
   nll = jnp.where((n_G <= max_trained).all(), nll, jnp.nan)
   return nll, n_G.sum().astype(jnp.float32)
 
@@ -89,29 +81,25 @@ def masked_hits(
 ) -> shapes.Scalar:
   """Returns the number of trained targets that are the likeliest token, f32.
 
-  Divided by the count of `masked_nll` it is the next-token accuracy. A cap on
-  the logits does not change their order, so there is none. For evaluation: not
-  differentiable. (chunk_size, V) logits exist at a time, in f32. See
-  `masked_nll` for the arguments.
+  The arguments are those of `masked_nll`, but (chunk_size, V) f32 logits exist
+  at a time. A cap on the logits does not change their order, so there is none.
+  Not differentiable.
   """
-  x_GPD, targets_GP, weights_GP, n_G, n_chunks = _gather(
+  arrays, n_G, C = _gather(
       x_BTD, targets_BT, loss_mask_BT, max_trained, groups, chunk_size)
 
   def hits(chunk):
     x_GCD, targets_GC, weights_GC = chunk
-    logits_GCV = jnp.einsum(
-        'GCD,VD->GCV', _products(embedding_VD).operand(x_GCD), embedding_VD,
-        preferred_element_type=jnp.float32)
+    logits_GCV = _logits(
+        'GCD,VD->GCV', _products(embedding_VD).operand(x_GCD), embedding_VD)
     return jnp.sum((logits_GCV.argmax(axis=2) == targets_GC) * weights_GC)
 
-  total = jax.lax.map(hits, (
-      _split(x_GPD, n_chunks), _split(targets_GP, n_chunks),
-      _split(weights_GP, n_chunks))).sum()
+  total = jax.lax.map(hits, [shapes.split(a, C) for a in arrays]).sum()
   return jnp.where((n_G <= max_trained).all(), total, jnp.nan)
 
 
 def _gather(x_BTD, targets_BT, loss_mask_BT, max_trained, groups, chunk_size):
-  """Returns (x_GPD, targets_GP, weights_GP, n_G, n_chunks) of what is trained.
+  """Returns ((x_GPD, targets_GP, weights_GP), n_G, chunk size) of the trained.
 
   Weights are 1.0 where a slot of P holds one of the group's n_G positions.
   """
@@ -124,29 +112,19 @@ def _gather(x_BTD, targets_BT, loss_mask_BT, max_trained, groups, chunk_size):
   # Chunks of one size: less padding than full ones and a rest.
   n_chunks = -(-max_trained // chunk_size)
   C = -(-max_trained // n_chunks)
-  index_GP = jax.vmap(lambda mask: jnp.nonzero(
-      mask, size=n_chunks * C, fill_value=0)[0])(mask_GN)
-  weights_GP = (jnp.arange(n_chunks * C)[None] < n_G[:, None]).astype(
-      jnp.float32)
+  slots = n_chunks * C
+  index_GP = jax.vmap(
+      lambda mask: jnp.nonzero(mask, size=slots, fill_value=0)[0])(mask_GN)
+  weights_GP = (jnp.arange(slots)[None] < n_G[:, None]).astype(jnp.float32)
   # Unused slots take position 0, whose value must not matter even if it is NaN.
   x_GPD = jnp.where(
       weights_GP[:, :, None] > 0,
       jnp.take_along_axis(x_GND, index_GP[:, :, None], axis=1), 0)
   targets_GP = jnp.take_along_axis(targets_GN, index_GP, axis=1)
-  return x_GPD, targets_GP, weights_GP, n_G, n_chunks
+  return (x_GPD, targets_GP, weights_GP), n_G, C
 
 
-def _split(array_GP, n_chunks):
-  """Returns (n_chunks, G, C, ...) of (G, P, ...)."""
-  G, P = array_GP.shape[:2]
-  return jnp.moveaxis(array_GP.reshape(
-      G, n_chunks, P // n_chunks, *array_GP.shape[2:]), 1, 0)
-
-
-def _join(array_nGC):
-  """Undoes `_split`."""
-  n, G, C = array_nGC.shape[:3]
-  return jnp.moveaxis(array_nGC, 0, 1).reshape(G, n * C, *array_nGC.shape[3:])
+_logits = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _capped(logits, softcap):
@@ -157,12 +135,11 @@ def _capped(logits, softcap):
   return logits, 1 - jnp.square(logits / softcap)
 
 
-def _scaled(cotangent, gradient):
-  return (cotangent * gradient.astype(jnp.float32)).astype(gradient.dtype)
-
-
 class Products:
-  """The products of a head in bfloat16 or float32."""
+  """The products of a head in bfloat16 or float32.
+
+  `float16.HeadProducts` are those of a head in float16.
+  """
 
   gradient_dtype = None  # That of the head.
 
@@ -173,8 +150,7 @@ class Products:
   def multiply(
       self, equation: str, probs: jax.Array, other: jax.Array) -> jax.Array:
     """Returns the f32 einsum of numbers in [-1, 1], rounded as `other` is."""
-    return jnp.einsum(equation, probs.astype(other.dtype), other,
-                      preferred_element_type=jnp.float32)
+    return _logits(equation, probs.astype(other.dtype), other)
 
   def gradients(
       self, dlogits_GCV: jax.Array, x_GCD: jax.Array, embedding_VD: jax.Array
@@ -191,39 +167,49 @@ def _products(embedding_VD):
   return Products()
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _nll(head, softcap, C, embedding_VD, *arrays):
+  """Returns the nll sum of chunks of C slots; see `_gather` for the arrays."""
+  return head(softcap, C, embedding_VD, *arrays, with_grad=False)[0]
+
+
+def _nll_fwd(head, softcap, C, embedding_VD, *arrays):
+  return head(softcap, C, embedding_VD, *arrays, with_grad=True)
+
+
+def _nll_bwd(head, softcap, C, gradients, cotangent):
+  del head, softcap, C
+  dx_GPD, dembedding_VD, like = gradients
+
+  def scaled(gradient):
+    return (cotangent * gradient.astype(jnp.float32)).astype(gradient.dtype)
+
+  if dembedding_VD is not None:
+    dembedding_VD = scaled(dembedding_VD).astype(like.dtype)
+  return dembedding_VD, scaled(dx_GPD), None, None
+
+
+_nll.defvjp(_nll_fwd, _nll_bwd)
+
+
 # A frozen head ----------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _frozen_head_nll(
-    x_GPD, embedding_VD, targets_GP, weights_GP, softcap, n_chunks, mesh):
-  nll, _ = _frozen_head(
-      x_GPD, embedding_VD, targets_GP, weights_GP, softcap, n_chunks, mesh,
-      with_grad=False)
-  return nll
-
-
-def _frozen_head_bwd(softcap, n_chunks, mesh, dx_GPD, cotangent):
-  del softcap, n_chunks, mesh
-  return _scaled(cotangent, dx_GPD), None, None, None
-
-
 def _frozen_head(
-    x_GPD, embedding_VD, targets_GP, weights_GP, softcap, n_chunks, mesh,
-    with_grad=True):
-  """Returns (nll sum, d nll / d x or None), chunk after chunk."""
-  stream = functools.partial(
-      _stream_vocabulary, embedding_VD=embedding_VD, softcap=softcap,
-      mesh=mesh, with_grad=with_grad)
-  if n_chunks == 1:
-    return stream(x_GPD, targets_GP, weights_GP)
-  nll_n, dx_nGCD = jax.lax.map(lambda chunk: stream(*chunk), (
-      _split(x_GPD, n_chunks), _split(targets_GP, n_chunks),
-      _split(weights_GP, n_chunks)))
-  return nll_n.sum(), _join(dx_nGCD) if with_grad else None
+    softcap, C, embedding_VD, x_GPD, targets_GP, weights_GP, with_grad, mesh):
+  """Returns (nll sum, (d nll / d x, None, None)), chunk after chunk."""
+  def stream(chunk):
+    return _stream_vocabulary(
+        *chunk, embedding_VD=embedding_VD, softcap=softcap, mesh=mesh,
+        with_grad=with_grad)
 
-
-_frozen_head_nll.defvjp(_frozen_head, _frozen_head_bwd)
+  arrays = x_GPD, targets_GP, weights_GP
+  if x_GPD.shape[1] == C:
+    nll, dx_GPD = stream(arrays)
+  else:
+    nll_n, dx_nGCD = jax.lax.map(stream, [shapes.split(a, C) for a in arrays])
+    nll, dx_GPD = nll_n.sum(), shapes.join(dx_nGCD) if with_grad else None
+  return nll, (dx_GPD, None, None)
 
 
 # Rows of the vocabulary at a time; the logits of 1,024 tokens are 32 MB.
@@ -240,8 +226,7 @@ def _stream_vocabulary(
   Z = 1 if mesh is None else mesh.shape['tensor']
   Z = Z if V % Z == 0 else 1
   n_blocks = _n_blocks(V // Z)
-  blocks_nZVD = jnp.swapaxes(
-      embedding_VD.reshape(Z, n_blocks, -1, D), 0, 1)
+  blocks_nZVD = jnp.swapaxes(embedding_VD.reshape(Z, n_blocks, -1, D), 0, 1)
 
   def sharded(array_ZG):
     if mesh is None or mesh.size == 1:
@@ -251,9 +236,8 @@ def _stream_vocabulary(
 
   def add_block(carry, block_ZVD):
     max_ZGC, sum_ZGC, dx_ZGCD = carry
-    logits_ZGCV, slope_ZGCV = _capped(jnp.einsum(
-        'GCD,ZVD->ZGCV', operand_GCD, block_ZVD,
-        preferred_element_type=jnp.float32), softcap)
+    logits_ZGCV, slope_ZGCV = _capped(
+        _logits('GCD,ZVD->ZGCV', operand_GCD, block_ZVD), softcap)
     new_max_ZGC = jnp.maximum(max_ZGC, logits_ZGCV.max(axis=3))
     rescale_ZGC = jnp.exp(max_ZGC - new_max_ZGC)
     exp_ZGCV = jnp.exp(logits_ZGCV - new_max_ZGC[..., None])
@@ -272,9 +256,8 @@ def _stream_vocabulary(
   share_ZGC = jnp.exp(max_ZGC - max_GC[None])
   sum_GC = (sum_ZGC * share_ZGC).sum(axis=0)
   target_GCD = embedding_VD[targets_GC]
-  target_GC, slope_GC = _capped(jnp.einsum(
-      'GCD,GCD->GC', operand_GCD, target_GCD,
-      preferred_element_type=jnp.float32), softcap)
+  target_GC, slope_GC = _capped(
+      _logits('GCD,GCD->GC', operand_GCD, target_GCD), softcap)
   nll_GC = max_GC + jnp.log(sum_GC) - target_GC
   dx_GCD = None
   if with_grad:
@@ -297,25 +280,8 @@ def _n_blocks(V: int) -> int:
 # A trained head ---------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _trained_head_nll(
-    x_GPD, embedding_VD, targets_GP, weights_GP, softcap, n_chunks, mesh):
-  nll, _ = _trained_head(
-      x_GPD, embedding_VD, targets_GP, weights_GP, softcap, n_chunks, mesh,
-      with_grad=False)
-  return nll
-
-
-def _trained_head_bwd(softcap, n_chunks, mesh, gradients, cotangent):
-  del softcap, n_chunks, mesh
-  dx_GPD, dembedding_VD, like = gradients
-  dembedding_VD = _scaled(cotangent, dembedding_VD).astype(like.dtype)
-  return _scaled(cotangent, dx_GPD), dembedding_VD, None, None
-
-
 def _trained_head(
-    x_GPD, embedding_VD, targets_GP, weights_GP, softcap, n_chunks, mesh,
-    with_grad=True):
+    softcap, C, embedding_VD, x_GPD, targets_GP, weights_GP, with_grad):
   """Returns (nll sum, (d nll / d x, d nll / d embedding, its like) or None)."""
   V = embedding_VD.shape[0]
   products = _products(embedding_VD)
@@ -324,9 +290,8 @@ def _trained_head(
     nll, dembedding_VD = carry
     x_GCD, targets_GC, weights_GC = chunk
     operand_GCD = products.operand(x_GCD)
-    logits_GCV, slope_GCV = _capped(jnp.einsum(
-        'GCD,VD->GCV', operand_GCD, embedding_VD,
-        preferred_element_type=jnp.float32), softcap)
+    logits_GCV, slope_GCV = _capped(
+        _logits('GCD,VD->GCV', operand_GCD, embedding_VD), softcap)
     lse_GC = jax.nn.logsumexp(logits_GCV, axis=2)
     target_GC = jnp.take_along_axis(
         logits_GCV, targets_GC[:, :, None], axis=2)[:, :, 0]
@@ -336,20 +301,15 @@ def _trained_head(
     is_target_GCV = jnp.arange(V)[None, None] == targets_GC[:, :, None]
     dlogits_GCV = (jnp.exp(logits_GCV - lse_GC[:, :, None]) - is_target_GCV) * (
         slope_GCV * weights_GC[:, :, None])
-    dx_GCD, more_VD = products.gradients(
-        dlogits_GCV, operand_GCD, embedding_VD)
+    dx_GCD, more_VD = products.gradients(dlogits_GCV, operand_GCD, embedding_VD)
     return (nll, dembedding_VD + more_VD), dx_GCD
 
-  start = (jnp.float32(0),
-           jnp.zeros(embedding_VD.shape) if with_grad else None)
-  (nll, dembedding_VD), dx_nGCD = jax.lax.scan(add_chunk, start, (
-      _split(x_GPD, n_chunks), _split(targets_GP, n_chunks),
-      _split(weights_GP, n_chunks)))
+  start = (jnp.float32(0), jnp.zeros(embedding_VD.shape) if with_grad else None)
+  (nll, dembedding_VD), dx_nGCD = jax.lax.scan(add_chunk, start, [
+      shapes.split(a, C) for a in (x_GPD, targets_GP, weights_GP)])
   if not with_grad:
     return nll, None
   dembedding_VD = dembedding_VD.astype(
       products.gradient_dtype or embedding_VD.dtype)
-  return nll, (_join(dx_nGCD), dembedding_VD, jnp.zeros(0, embedding_VD.dtype))
-
-
-_trained_head_nll.defvjp(_trained_head, _trained_head_bwd)
+  return nll, (shapes.join(dx_nGCD), dembedding_VD,
+               jnp.zeros(0, embedding_VD.dtype))

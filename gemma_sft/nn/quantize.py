@@ -40,16 +40,12 @@ class Quantized:
   """A weight in blocks along its last axis; a pytree of two leaves.
 
   Leading axes may be stacked, sliced and scanned over like those of an array.
-
-  Attributes:
-    values: int8 (..., n). In 4 bits, uint8 (..., n / 2): the first half of a
-      block's values in the low bits, the second half in the high bits.
-    scales: bfloat16 (..., n / block).
-    kind: One of `KINDS`.
+  Values are int8 (..., n). In 4 bits they are uint8 (..., n / 2): the first
+  half of a block's values in the low bits, the second half in the high bits.
   """
 
   values: jax.Array
-  scales: jax.Array
+  scales: jax.Array  # bfloat16 (..., n / block).
   kind: str = flax.struct.field(pytree_node=False)
 
   @property
@@ -59,31 +55,17 @@ class Quantized:
     return (*leading, last if self.kind == 'int8' else 2 * last)
 
   @property
-  def ndim(self) -> int:
-    """Number of axes of the weight."""
-    return len(self.values.shape)
-
-  @property
   def size(self) -> int:
     """Number of parameters, scales not counted."""
     return math.prod(self.shape)
 
 
 def is_quantized(path: str) -> bool:
-  """Whether the weight at a path such as 'layer_0/mlp/linear' is quantised.
+  """Whether the weight at a path, as 'layer_0/mlp/linear', can be quantised.
 
-  That is, whether it can have an adapter.
+  Those can that can have an adapter.
   """
   return path.removesuffix('/w').rpartition('/')[2] in projections.BY_LAYER
-
-
-def check_kind(kind: str) -> None:
-  """Raises a `UserError` unless `kind` is one of `KINDS`."""
-  if kind not in KINDS:
-    raise errors.UserError(
-        f'config.model.quantization is {kind!r}',
-        f"one of {', '.join(KINDS)}, or '' for none",
-        f'{errors.nearest(kind, KINDS)}Set --config.model.quantization.')
 
 
 @functools.cache
@@ -110,10 +92,8 @@ def quantize(array: np.ndarray, kind: str) -> Quantized:
   """Returns a weight of any dtype quantised on the host, with numpy leaves.
 
   Raises:
-    UserError: for an unknown kind, an odd n in 4 bits, or a weight with values
-      that are not finite.
+    UserError: for an odd n in 4 bits, or values that are not finite.
   """
-  check_kind(kind)
   block = _block_size(array.shape, kind)
   blocks = np.asarray(array, np.float32).reshape(*array.shape[:-1], -1, block)
   largest = np.maximum(blocks.max(axis=-1), -blocks.min(axis=-1))
@@ -205,29 +185,20 @@ def _dequantizing_einsum(equation, x, quantized):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def einsum(
-    equation: str,
-    x: jax.Array,
-    quantized: Quantized,
-    product: Callable[..., jax.Array] = _dequantizing_einsum,
-) -> jax.Array:
+    equation: str, x: jax.Array, quantized: Quantized,
+    product: Callable[..., jax.Array] = _dequantizing_einsum) -> jax.Array:
   """Returns the einsum of `x` with the weight, computed in the dtype of `x`.
 
-  Differentiable in `x` only: the base is frozen.
-
-  Args:
-    equation: Such as 'BTD,NDH->BTNH': the weight comes second, and each axis
-      of `x` is one of the weight or of the result.
-    x: Activations.
-    quantized: The weight.
-    product: Dequantises and multiplies: (equation, x, quantized) -> result.
+  Differentiable in `x` only: the base is frozen. Each axis of `x` is one of the
+  weight or of the result. `product` dequantises and multiplies.
   """
   return _multiply(equation, x, quantized, product)
 
 
 def _multiply(equation, x, quantized, product):
   # The barrier makes the full weight depend on x. Without it the compiler could
-  # dequantise early, lift that out of a loop over microbatches, or share it
-  # with the backward pass and keep it till then.
+  # move the dequantising out of a loop over microbatches, or keep the full
+  # weight for the backward pass.
   quantized, x = jax.lax.optimization_barrier((quantized, x))
   # Without this a TPU's compiler transposes the codes of all layers before the
   # loop over them, and holds them twice.
@@ -253,10 +224,16 @@ def _einsum_fwd(equation, x, quantized, product):
 
 def _einsum_bwd(equation, product, residuals, dy):
   quantized, x_like = residuals
+  dx_equation, _ = gradient_equations(equation)
+  return _multiply(dx_equation, dy, quantized, product).astype(
+      x_like.dtype), None
+
+
+def gradient_equations(equation: str) -> tuple[str, str]:
+  """Returns the einsums of the gradients: of (dy, weight) and of (x, dy)."""
   operands, result = equation.replace(' ', '').split('->')
-  x_axes, weight_axes = operands.split(',')
-  dx = _multiply(f'{result},{weight_axes}->{x_axes}', dy, quantized, product)
-  return dx.astype(x_like.dtype), None
+  x, weight = operands.split(',')
+  return f'{result},{weight}->{x}', f'{x},{result}->{weight}'
 
 
 einsum.defvjp(_einsum_fwd, _einsum_bwd)

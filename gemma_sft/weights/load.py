@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from gemma_sft import cache
 from gemma_sft import errors
 from gemma_sft import model as model_lib
-from gemma_sft.nn import quantize
 from gemma_sft.weights import architecture
 from gemma_sft.weights import arrays as arrays_lib
 from gemma_sft.weights import convert
@@ -305,8 +304,6 @@ def load_params(
       abstract_params, shardings), sep='/')
   if resolved.kind in ('gguf', 'orbax') and not stacked and not quantization:
     return _restore(resolved, wanted)
-  if quantization:
-    quantize.check_kind(quantization)
   read = arrays_lib.open_arrays(
       resolved, {path: leaf.shape for path, leaf in wanted.items()},
       layout=layout, seed=seed)

@@ -29,8 +29,8 @@ def _fresh(kind, targets='attn/|mlp/', params=None):
 def _trained(kind, targets='attn/|mlp/'):
   rng = np.random.default_rng(1)
   return jax.tree.map(
-      lambda leaf: leaf + jnp.asarray(
-          rng.normal(0, 0.2, leaf.shape), jnp.float32), _fresh(kind, targets))
+      lambda leaf: leaf + rng.normal(0, 0.2, leaf.shape).astype(np.float32),
+      _fresh(kind, targets))
 
 
 @functools.partial(jax.jit, static_argnames=('kind', 'layers'))
@@ -44,9 +44,14 @@ def _hidden(kind, params, adapters=None, layers='scan'):
       execution=blocks.Execution(layers=layers))
 
 
-def _assert_close(got, wanted, tolerance=1e-5):  # f32 sums in another order.
-  np.testing.assert_allclose(
-      got, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+def _merge(kind, adapters, stacked=False):
+  params = blocks.stack(_params(kind)) if stacked else _params(kind)
+  return lora.merge(params, adapters, _SCALE,
+                    transposed_gating=tiny_models.model(kind).transposed_gating)
+
+
+# f32 sums in another order.
+_assert_close = functools.partial(tiny_models.assert_close, tolerance=1e-5)
 
 
 def test_by_hand():
@@ -72,10 +77,9 @@ def test_it_begins_as_the_untouched_model(kind):
 @pytest.mark.parametrize('kind', _KINDS)
 def test_merged_weights_compute_the_same(kind, layers):
   adapters = _trained(kind)
-  merged = lora.merge(_params(kind), adapters, _SCALE,
-                      transposed_gating=tiny_models.model(kind).transposed_gating)
   got = _hidden(kind, _params(kind), adapters, layers)
-  _assert_close(got, _hidden(kind, merged), 1e-4)  # Merging rounds, in f32.
+  # Merging rounds, in f32.
+  _assert_close(got, _hidden(kind, _merge(kind, adapters)), tolerance=1e-4)
   # The magnitudes did something.
   plain = jax.tree_util.tree_map_with_path(
       lambda path, leaf, fresh: fresh if path[-1].key == 'm' else leaf,
@@ -85,17 +89,13 @@ def test_merged_weights_compute_the_same(kind, layers):
 
 def test_the_columns_of_a_merged_weight_have_the_trained_magnitudes():
   adapters = _trained('3')
-  merged = lora.merge(_params('3'), adapters, _SCALE, transposed_gating=True)
-  layer = merged['layer_1']
-  magnitude = {k: v for k, v in adapters['layer_1']['attn'][
-      'kv_einsum'].items()}
-  kv_CKDH = layer['attn']['kv_einsum']['w']
+  merged, layer = _merge('3', adapters)['layer_1'], adapters['layer_1']
   for slot, name in enumerate('kv'):
-    _assert_close(np.linalg.norm(kv_CKDH[slot], axis=1),
-                  np.abs(magnitude[name]['m']))
-  down_FD = layer['mlp']['linear']
-  _assert_close(np.linalg.norm(down_FD, axis=0),
-                np.abs(adapters['layer_1']['mlp']['linear']['down']['m']))
+    _assert_close(
+        np.linalg.norm(merged['attn']['kv_einsum']['w'][slot], axis=1),
+        np.abs(layer['attn']['kv_einsum'][name]['m']))
+  _assert_close(np.linalg.norm(merged['mlp']['linear'], axis=0),
+                np.abs(layer['mlp']['linear']['down']['m']))
 
 
 def test_the_norm_is_a_constant_of_the_gradient():
@@ -123,12 +123,11 @@ def test_the_norm_is_a_constant_of_the_gradient():
 def test_layers_without_an_adapter_stay_as_they_are(layers):
   adapters = _trained('3', 'layer_1/')
   assert list(adapters) == ['layer_1']
-  merged = lora.merge(_params('3'), adapters, _SCALE, transposed_gating=True)
-  got = _hidden('3', _params('3'), adapters, layers)
-  _assert_close(got, _hidden('3', merged), 1e-4)  # Merging rounds, in f32.
-  stacked = lora.merge(
-      blocks.stack(_params('3')), adapters, _SCALE, transposed_gating=True)
-  _assert_close(_hidden('3', stacked), _hidden('3', merged), 1e-5)
+  merged = _hidden('3', _merge('3', adapters))
+  # Merging rounds, in f32.
+  _assert_close(
+      _hidden('3', _params('3'), adapters, layers), merged, tolerance=1e-4)
+  _assert_close(_hidden('3', _merge('3', adapters, stacked=True)), merged)
   grads = jax.grad(lambda a: _hidden('3', _params('3'), a, layers).sum())(
       adapters)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))

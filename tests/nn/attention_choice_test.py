@@ -8,126 +8,115 @@ import jax.numpy as jnp
 import pytest
 
 from gemma_sft import errors
+from gemma_sft import sharding
 from gemma_sft.nn import attention
 from gemma_sft.nn import attention_choice
 
-_CPU = dict(platform='cpu', device_kind='cpu', compute_capability=0.0)
-_V5E = dict(platform='tpu', device_kind='TPU v5 lite', compute_capability=0.0)
-_V3 = dict(platform='tpu', device_kind='TPU v3', compute_capability=0.0)
-_T4 = dict(platform='gpu', device_kind='Tesla T4', compute_capability=7.5)
-_A100 = dict(platform='gpu', device_kind='NVIDIA A100-SXM4-40GB',
-             compute_capability=8.0)
-_H200 = dict(platform='gpu', device_kind='NVIDIA H200', compute_capability=9.0)
-_RTX = dict(platform='gpu', device_kind='NVIDIA GeForce RTX 5090',
-            compute_capability=12.0)
-_AMD = dict(platform='gpu', device_kind='AMD Instinct MI300X',
-            compute_capability=0.0)
+# (platform, kind, compute capability).
+_CPU = ('cpu', 'cpu', 0.0)
+_V5E = ('tpu', 'TPU v5 lite', 0.0)
+_V3 = ('tpu', 'TPU v3', 0.0)
+_T4 = ('gpu', 'Tesla T4', 7.5)
+_A100 = ('gpu', 'NVIDIA A100-SXM4-40GB', 8.0)
+_H200 = ('gpu', 'NVIDIA H200', 9.0)
+_RTX = ('gpu', 'NVIDIA GeForce RTX 5090', 12.0)
+_AMD = ('gpu', 'AMD Instinct MI300X', 0.0)
 
 
-def _facts(device, head_dim=256, softcap=None, packed=False,
-           dtype=jnp.bfloat16):
-  return dict(device, head_dim=head_dim, softcap=softcap, packed=packed,
-              dtype=dtype)
+def _choose(name, device, check=None, **facts):
+  facts = dict(
+      head_dim=256, softcap=None, packed=False, dtype=jnp.bfloat16) | facts
+  return attention_choice.choose(
+      name, check=check, **facts, **dict(zip(
+          ('platform', 'device_kind', 'compute_capability'), device)))
 
 
-@pytest.mark.parametrize('kernel, facts, reason', (
-    ('einsum', _facts(_CPU), ''),
-    ('chunked', _facts(_T4, dtype=jnp.float16), ''),
-    ('splash', _facts(_V5E, softcap=50.0, packed=True), ''),
-    ('splash', _facts(_V5E, dtype=jnp.float32), ''),
-    ('splash', _facts(_V5E, dtype=jnp.float16), 'not float16'),
-    ('splash', _facts(_V3), 'TPU v3 has no matrix product'),
-    ('splash', _facts(_CPU), 'for TPUs'),
-    ('cudnn', _facts(_H200), ''),
-    ('cudnn', _facts(_H200, dtype=jnp.float32), 'not float32'),
-    ('cudnn', _facts(_H200, softcap=50.0), 'no softcap'),
-    ('cudnn', _facts(_H200, packed=True), 'one example a row'),
-    ('cudnn', _facts(_H200, head_dim=512), 'up to 256 wide'),
-    ('cudnn', _facts(_A100), 'up to 128 wide'),
-    ('cudnn', _facts(_A100, head_dim=128), ''),
-    ('cudnn', _facts(_T4, head_dim=128), 'compute capability 8.0, not 7.5'),
-    ('cudnn', _facts(_AMD), 'NVIDIA'),
-    ('tokamax', _facts(_A100), 'compute capability 9.0 or 10.x, not 8.0'),
-    ('tokamax', _facts(_RTX), 'not 12.0'),
-    ('tokamax', _facts(_V5E), 'NVIDIA'),
+@pytest.mark.parametrize('kernel, device, facts, reason', (
+    ('einsum', _CPU, {}, ''),
+    ('einsum', _H200, {}, ''),
+    ('chunked', _T4, dict(dtype=jnp.float16), ''),
+    ('splash', _V5E, dict(softcap=50.0, packed=True), ''),
+    ('splash', _V5E, dict(dtype=jnp.float32), ''),
+    ('splash', _V5E, dict(dtype=jnp.float16), 'not float16'),
+    ('splash', _V3, {}, 'TPU v3 has no matrix product'),
+    ('splash', _CPU, {}, 'for TPUs'),
+    ('cudnn', _H200, {}, ''),
+    ('cudnn', _H200, dict(dtype=jnp.float32), 'not float32'),
+    ('cudnn', _H200, dict(softcap=50.0), 'no softcap'),
+    ('cudnn', _H200, dict(packed=True), 'one example a row'),
+    ('cudnn', _H200, dict(head_dim=512), 'up to 256 wide'),
+    ('cudnn', _A100, {}, 'up to 128 wide'),
+    ('cudnn', _A100, dict(head_dim=128), ''),
+    ('cudnn', _T4, dict(head_dim=128), 'compute capability 8.0, not 7.5'),
+    ('cudnn', _AMD, {}, 'NVIDIA'),
+    ('tokamax', _A100, {}, 'compute capability 9.0 or 10.x, not 8.0'),
+    ('tokamax', _RTX, {}, 'not 12.0'),
+    ('tokamax', _V5E, {}, 'NVIDIA'),
 ))
-def test_what_a_device_has(kernel, facts, reason):
-  # Asked for by name, a kernel is taken or refused with the reason.
+def test_a_named_kernel_is_taken_or_refused(kernel, device, facts, reason):
   with (pytest.raises(errors.UserError, match=reason) if reason else
-        contextlib.nullcontext()):
-    assert attention_choice.choose(kernel, **facts) == (kernel, 'as asked')
+        contextlib.nullcontext()) as caught:
+    assert _choose(kernel, device, **facts) == (kernel, 'as asked')
+  if caught:
+    assert caught.value.got.startswith(
+        f'the attention kernel {kernel} cannot be used on {device[1]}: ')
+    automatic, _ = _choose('auto', device, **facts)
+    assert caught.value.fix == f'use auto, which takes {automatic}'
 
 
-@pytest.mark.parametrize('facts, kernel', (
-    (_facts(_CPU), 'chunked'),
-    (_facts(_V5E, softcap=50.0, packed=True), 'splash'),
-    (_facts(_V3), 'chunked'),
-    (_facts(_T4, dtype=jnp.float16), 'chunked'),
-    (_facts(_A100), 'chunked'),
-    (_facts(_A100, head_dim=64), 'cudnn'),
-    (_facts(_H200), 'cudnn'),
-    (_facts(_AMD), 'chunked'),
+@pytest.mark.parametrize('device, facts, kernel', (
+    (_CPU, {}, 'chunked'),
+    (_V5E, dict(softcap=50.0, packed=True), 'splash'),
+    (_V3, {}, 'chunked'),
+    (_T4, dict(dtype=jnp.float16), 'chunked'),
+    (_A100, {}, 'chunked'),
+    (_A100, dict(head_dim=64), 'cudnn'),
+    (_H200, {}, 'cudnn'),
+    (_AMD, {}, 'chunked'),
 ))
-def test_auto_takes_the_best(facts, kernel):
-  got, why = attention_choice.choose('auto', **facts)
+def test_auto_takes_the_best(device, facts, kernel):
+  got, why = _choose('auto', device, **facts)
   assert got == kernel and why
 
 
 def _installed(monkeypatch, installed):
   monkeypatch.setattr(
-      attention.importlib.util, 'find_spec',
-      lambda name: installed or None)
+      attention.importlib.util, 'find_spec', lambda name: installed or None)
 
 
 def test_auto_goes_on_to_tokamax(monkeypatch):
-  facts = _facts(_H200, softcap=50.0, packed=True)
+  facts = dict(softcap=50.0, packed=True)
   _installed(monkeypatch, False)
-  got, why = attention_choice.choose('auto', **facts)
+  got, why = _choose('auto', _H200, **facts)
   assert got == 'chunked' and 'tokamax is not installed' in why
   _installed(monkeypatch, True)
-  assert attention_choice.choose('auto', **facts)[0] == 'tokamax'
+  assert _choose('auto', _H200, **facts)[0] == 'tokamax'
 
 
 def test_auto_falls_through_what_fails_or_is_wrong(monkeypatch):
   _installed(monkeypatch, True)
   errors_of = {'cudnn': (1e-3, 0.3), 'tokamax': (1e-3, 1e-3)}
-  got, why = attention_choice.choose(
-      'auto', check=errors_of.get, **_facts(_H200))
+  got, why = _choose('auto', _H200, errors_of.get)
   assert got == 'tokamax' and '3.0e-01' in why
 
   def broken(kernel):
     raise NotImplementedError(f'{kernel} ran out of registers\nand more')
 
-  got, why = attention_choice.choose('auto', check=broken, **_facts(_H200))
+  got, why = _choose('auto', _H200, broken)
   assert got == 'chunked'
   assert 'NotImplementedError: tokamax ran out of registers' in why
   assert 'and more' not in why
 
 
 def test_f32_is_held_to_more_than_bf16():
-  for dtype, got in ((jnp.float32, 'chunked'), (jnp.bfloat16, 'cudnn')):
-    assert attention_choice.tolerance(dtype, 'gpu') == (
-        1e-4 if got == 'chunked' else 2e-2)
   # On a TPU XLA's own products of f32 are rounded.
-  assert attention_choice.tolerance(jnp.float32, 'tpu') == 2e-2
+  for dtype, platform, wanted in (
+      (jnp.float32, 'gpu', 1e-4), (jnp.bfloat16, 'gpu', 2e-2),
+      (jnp.float32, 'tpu', 2e-2)):
+    assert attention_choice.tolerance(dtype, platform) == wanted
   nan = float('nan')
-  for value, gradient in ((nan, 0.0), (0.0, nan), (0.03, 0.0)):
-    assert attention_choice.choose(
-        'auto', check=lambda kernel, e=(value, gradient): e,
-        **_facts(_V5E))[0] == 'chunked'
-
-
-def test_a_named_kernel_is_taken_or_refused():
-  assert attention_choice.choose('einsum', **_facts(_H200)) == (
-      'einsum', 'as asked')
-  assert attention_choice.choose('splash', **_facts(_V5E))[0] == 'splash'
-  with pytest.raises(errors.UserError) as caught:
-    attention_choice.choose('cudnn', **_facts(_A100))
-  message = str(caught.value)
-  assert 'cudnn' in message and 'A100' in message
-  assert 'up to 128 wide' in message and 'takes chunked' in message
-  with pytest.raises(errors.UserError, match="Did you mean 'splash'"):
-    attention_choice.choose('spalsh', **_facts(_V5E))
+  for wrong in ((nan, 0.0), (0.0, nan), (0.03, 0.0)):
+    assert _choose('auto', _V5E, lambda kernel, e=wrong: e)[0] == 'chunked'
 
 
 def _check(kernel, mesh=None):
@@ -136,34 +125,10 @@ def _check(kernel, mesh=None):
       mesh=mesh)
 
 
-def test_the_check_of_right_kernels():
-  mesh = jax.make_mesh(
-      (2, 1, 1), ('data', 'fsdp', 'tensor'), devices=jax.devices()[:2],
-      axis_types=(jax.sharding.AxisType.Auto,) * 3)
-  for kernel in ('chunked', 'splash'):
-    assert max(_check(kernel, mesh)) < 1e-5  # f32 sums in another order.
-
-
-def _sees_one_more(*args):
-  *qkv, positions, segments, window, softcap, mesh = args
-  window = None if window is None else window + 1
-  return attention._einsum(*qkv, positions, segments, window, softcap, mesh)
-
-
-def _no_softcap(*args):
-  *rest, _, mesh = args
-  return attention._einsum(*rest, None, mesh)
-
-
-def _mixes_examples(*args):
-  *qkv, positions, segments, window, softcap, mesh = args
-  return attention._einsum(*qkv, positions, jnp.minimum(segments, 1), window,
-                           softcap, mesh)
-
-
-def _wrong_gradient(q, *rest):
-  return attention._einsum(
-      0.9 * q + jax.lax.stop_gradient(0.1 * q), *rest)
+@pytest.mark.parametrize('kernel', ('chunked', 'splash'))
+def test_the_check_of_right_kernels(kernel):
+  mesh = sharding.make_mesh(data=2, fsdp=1, tensor=1, devices=jax.devices()[:2])
+  assert max(_check(kernel, mesh)) < 1e-5  # f32 sums in another order.
 
 
 def _nan_in_padding(*args):
@@ -171,13 +136,23 @@ def _nan_in_padding(*args):
   return jnp.where(args[4][:, :, None, None] > 0, out, jnp.nan)
 
 
+# Arguments: q, k, v, positions, segments, window, softcap, mesh.
 @pytest.mark.parametrize('wrong', (
-    _sees_one_more, _no_softcap, _mixes_examples, _wrong_gradient,
-    _nan_in_padding))
+    lambda *args: attention._einsum(
+        *args[:5], None if args[5] is None else args[5] + 1, *args[6:]),
+    lambda *args: attention._einsum(*args[:6], None, args[7]),
+    lambda *args: attention._einsum(
+        *args[:4], jnp.minimum(args[4], 1), *args[5:]),
+    lambda q, *rest: attention._einsum(
+        0.9 * q + jax.lax.stop_gradient(0.1 * q), *rest),
+    _nan_in_padding,
+), ids=('sees one more', 'no softcap', 'mixes examples', 'wrong gradient',
+        'NaN in padding'))
 def test_a_wrong_kernel_is_refused(wrong, monkeypatch):
   monkeypatch.setitem(attention.KERNELS, 'splash', dataclasses.replace(
       attention.KERNELS['splash'], run=wrong))
-  got, why = attention_choice.choose('auto', check=_check, **_facts(_V5E))
+  found = _check('splash')
+  got, why = _choose('auto', _V5E, lambda kernel: found)
   assert got == 'chunked' and 'is off by' in why
   with pytest.raises(errors.UserError, match='is off by'):
-    attention_choice.choose('splash', check=_check, **_facts(_V5E))
+    _choose('splash', _V5E, lambda kernel: found)

@@ -1,7 +1,10 @@
 """Every attention kernel is the library's attention, or is not chosen."""
 
+import contextlib
 import functools
+import types
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
@@ -11,11 +14,11 @@ import pytest
 import tiny_models
 
 from gemma_sft import model as model_lib
+from gemma_sft import sharding
 from gemma_sft.nn import attention
+from gemma_sft.nn import blocks
 
 gm = model_lib.import_gemma()
-from gemma.gm.math import _positional_embeddings
-from gemma.gm.nn import _layers
 
 # Those that a CPU can run.
 _HERE = ('einsum', 'chunked', 'splash')
@@ -55,77 +58,53 @@ def _qkv(B=3, T=_T, N=2, K=1, H=_H, dtype=jnp.float32):
           for heads, scale in ((N, 3 / H ** 0.5), (K, 1), (K, 1))]
 
 
+# Tolerances are those of f32 sums in another order.
 _assert_close = functools.partial(tiny_models.assert_close, least=1)
 
 
 # Against the library ---------------------------------------------------------
 
 
-def _module(name, is_local):
+@functools.cache
+def _library_case(name, is_local):
+  """Returns a function of a kernel, None for the library's own attention.
+
+  It returns the output where there is no padding, and gradients.
+  """
   N, K, window, softcap, norms = _SHAPES[name]
   kind = gm.nn.AttentionType
-  return gm.nn.Attention(
+  module = gm.nn.Attention(
       num_heads=N, num_kv_heads=K, features=_D, head_dim=_H,
       attn_type=kind.LOCAL_SLIDING if is_local else kind.GLOBAL,
       query_pre_attn_scalar=_H ** -0.5, attn_logits_soft_cap=softcap,
       sliding_window_size=window, use_qk_norm=norms)
-
-
-def _through_kernel(module, params, x_BTD, positions, segments, is_local,
-                    kernel):
-  """The library's module with its middle replaced."""
-  if module.use_qkv_einsum:
-    q, k, v = jnp.einsum('BTD,CNDH->CBTNH', x_BTD, params['qkv_einsum']['w'])
-  else:
-    q = jnp.einsum('BTD,NDH->BTNH', x_BTD, params['q_einsum']['w'])
-    k, v = jnp.einsum('BTD,CKDH->CBTKH', x_BTD, params['kv_einsum']['w'])
-  if module.use_qk_norm:
-    q, k = (_layers.RMSNorm().apply({'params': params[name]}, x)
-            for name, x in (('_query_norm', q), ('_key_norm', k)))
-  rope = functools.partial(
-      _positional_embeddings.apply_rope,
-      base_frequency=module.rope_base_frequency)
-  out_BTNH = attention.attend(
-      rope(q, positions) * module.query_pre_attn_scalar, rope(k, positions), v,
-      positions, segments, is_local, window=module.sliding_window_size,
-      softcap=module.attn_logits_soft_cap, kernel=kernel)
-  return jnp.einsum(
-      'BTNH,NHD->BTD', out_BTNH, params['attn_vec_einsum']['w'])
-
-
-@functools.cache
-def _library_case(name, is_local):
-  """Returns (module, inputs, output and gradients of the library)."""
-  module = _module(name, is_local)
   positions, segments = _rows()
-  mask_BTS = model_lib.segment_mask(segments)
+  rest = positions, None, model_lib.segment_mask(segments)
   rng = np.random.default_rng(0)
-  x_BTD = jnp.asarray(rng.normal(0, 1, (3, _T, _D)), jnp.float32)
-  shapes = jax.eval_shape(
-      module.init, jax.random.key(0), x_BTD, positions, None, mask_BTS)
+  x_BTD, dout_BTD = jnp.asarray(rng.normal(0, 1, (2, 3, _T, _D)), jnp.float32)
+  filled = segments[:, :, None] > 0
+  shapes = jax.eval_shape(module.init, jax.random.key(0), x_BTD, *rest)
   params = jax.tree.map(
       lambda leaf: jnp.asarray(rng.normal(0, 0.4, leaf.shape), jnp.float32),
       shapes['params'])
-  dout_BTD = jnp.where(
-      segments[:, :, None] > 0, rng.normal(0, 1, x_BTD.shape), 0)
+  config = types.SimpleNamespace(
+      head_dim=_H, local_scale_factor=1.0, global_scale_factor=1.0,
+      **dict.fromkeys(('local_base_frequency', 'global_base_frequency'),
+                      module.rope_base_frequency))
 
-  def library(params, x_BTD):
-    with jax.numpy_rank_promotion('allow'):
-      return module.apply(
-          {'params': params}, x_BTD, positions, None, mask_BTS)[1]
+  @functools.partial(jax.jit, static_argnums=0)
+  def results(kernel, params, x_BTD):
+    forward = contextlib.nullcontext()
+    if kernel:
+      forward = nn.intercept_methods(blocks.Forward(
+          config, blocks.Operations(), positions, segments,
+          blocks.Execution(attention=kernel)).with_rope())
+    with forward, jax.numpy_rank_promotion('raise' if kernel else 'allow'):
+      out_BTD, vjp = jax.vjp(lambda params, x_BTD: module.apply(
+          {'params': params}, x_BTD, *rest)[1], params, x_BTD)
+    return jnp.where(filled, out_BTD, 0), vjp(jnp.where(filled, dout_BTD, 0))
 
-  inputs = params, x_BTD, positions, segments, dout_BTD
-  return module, inputs, _value_and_grads(library, *inputs[:2], dout_BTD,
-                                          segments)
-
-
-def _value_and_grads(fn, params, x_BTD, dout_BTD, segments):
-  """Output where there is no padding, gradients of weights and inputs."""
-  def run(params, x_BTD):
-    out_BTD, vjp = jax.vjp(fn, params, x_BTD)
-    return jnp.where(segments[:, :, None] > 0, out_BTD, 0), vjp(dout_BTD)
-
-  return jax.jit(run)(params, x_BTD)
+  return functools.cache(lambda kernel: results(kernel, params, x_BTD))
 
 
 @pytest.mark.parametrize('kernel', _HERE)
@@ -133,88 +112,110 @@ def _value_and_grads(fn, params, x_BTD, dout_BTD, segments):
     (name, is_local) for name in _SHAPES for is_local in (False, True)
     if not is_local or _SHAPES[name][2]])
 def test_value_and_gradients_are_the_librarys(name, is_local, kernel):
-  module, inputs, wanted = _library_case(name, is_local)
-  params, x_BTD, positions, segments, dout_BTD = inputs
-  got = _value_and_grads(
-      lambda params, x_BTD: _through_kernel(
-          module, params, x_BTD, positions, segments, is_local, kernel),
-      params, x_BTD, dout_BTD, segments)
-  # f32: sums in another order, through peaked softmaxes.
-  _assert_close(got, wanted, 2e-5)
+  results = _library_case(name, is_local)
+  # Peaked softmaxes.
+  _assert_close(results(kernel), results(None), 2e-5)
 
 
 # Between kernels -------------------------------------------------------------
 
 
-def _results(kernel, q, k, v, positions, segments, is_local, *, window,
-             softcap=None, mesh=None):
-  """Returns output and gradients where there is no padding."""
-  @jax.jit
-  def run(q, k, v, positions, segments):
-    filled = segments[:, :, None, None] > 0
+@functools.cache
+def _compiled(kernel, is_local, window, softcap, mesh):
+  """Returns (output where there is no padding, gradients), jitted."""
+  def run(q, k, v, positions, segments, dout):
     out, vjp = jax.vjp(
         lambda *qkv: attention.attend(
             *qkv, positions, segments, is_local, window=window,
             softcap=softcap, kernel=kernel, mesh=mesh), q, k, v)
-    dout = jnp.where(filled, jnp.cos(jnp.arange(out.size)).reshape(
-        out.shape), 0).astype(out.dtype)
-    return jnp.where(filled, out, 0), vjp(dout)
+    return jnp.where(_filled(segments), out, 0), vjp(dout)
 
-  return run(q, k, v, positions, segments)
+  return jax.jit(run)
+
+
+def _filled(segments):
+  return (segments > 0)[:, :, None, None]
+
+
+def _dout(q, segments):
+  return jnp.where(
+      _filled(segments), jnp.cos(jnp.arange(q.size)).reshape(q.shape), 0
+  ).astype(q.dtype)
+
+
+def _results(kernel, *arrays, is_local=True, window=24, softcap=None,
+             mesh=None, dout=None):
+  """Of q, k, v, positions, segments; `dout` is zero at padding by default."""
+  if dout is None:
+    dout = _dout(arrays[0], arrays[-1])
+  return _compiled(kernel, is_local, window, softcap, mesh)(*arrays, dout)
+
+
+@functools.partial(jax.jit, static_argnames='softcap')
+def _einsum(q, k, v, positions, segments, window, softcap):
+  # A traced window: one program for all of them.
+  out, vjp = jax.vjp(lambda *qkv: attention.KERNELS['einsum'].run(
+      *qkv, positions, segments, window, softcap, None), q, k, v)
+  return jnp.where(_filled(segments), out, 0), vjp(_dout(q, segments))
+
+
+def _wanted(*arrays, is_local=True, window=24, softcap=None):
+  return _einsum(*arrays, window if is_local else 10_000, softcap)
 
 
 # Chunks of 16 with copies of their own keys (windows 1 to 40: 17 reaches one
 # chunk back and 18 two), and windows so wide that the quarters are used.
-@pytest.mark.parametrize('window', (1, 17, 18, 40, 80, 143, 1000))
-@pytest.mark.parametrize('T', (144, 143, 15))
+@pytest.mark.parametrize('T, window', (
+    *((144, window) for window in (1, 17, 18, 40, 80, 143, 1000)),
+    (143, 17), (143, 80), (15, 1), (15, 1000)))
 def test_chunks_of_any_length_and_window(T, window):
   positions = jnp.tile(jnp.arange(T)[None], (2, 1))
   segments = jnp.ones((2, T), jnp.int32).at[1, T - 3:].set(0)
-  qkv = _qkv(B=2, T=T)
-  got, wanted = (
-      _results(kernel, *qkv, positions, segments, True, window=window)
-      for kernel in ('chunked', 'einsum'))
-  _assert_close(got, wanted, 1e-5)  # f32 sums in another order.
+  arrays = (*_qkv(B=2, T=T), positions, segments)
+  _assert_close(_results('chunked', *arrays, window=window),
+                _wanted(*arrays, window=window), 1e-5)
 
 
 # Three blocks of 128, of which a window of 100 leaves one out.
 @pytest.mark.parametrize('is_local', (False, True))
 def test_splash_over_several_blocks(is_local):
-  positions, segments = _rows(T=300)
-  qkv = _qkv(T=300, N=4, K=2)
-  got, wanted = (
-      _results(kernel, *qkv, positions, segments, is_local, window=100,
-               softcap=5.0) for kernel in ('splash', 'einsum'))
-  _assert_close(got, wanted, 1e-5)  # f32 sums in another order.
+  arrays = (*_qkv(T=300, N=4, K=2), *_rows(T=300))
+  settings = dict(is_local=is_local, window=100, softcap=5.0)
+  _assert_close(_results('splash', *arrays, **settings),
+                _wanted(*arrays, **settings), 1e-5)
+
+
+def _layers(flags, kernel, scanned):
+  """Returns the value and gradient of layers that are local by their flags."""
+  @jax.jit
+  @jax.value_and_grad
+  def run(x, *rest):
+    def layer(x, flag):
+      return attention.attend(
+          x, *rest, flag, window=24, softcap=None, kernel=kernel), None
+
+    if scanned:
+      x, _ = jax.lax.scan(layer, x, jnp.asarray(flags))
+    else:
+      for flag in flags:
+        x, _ = layer(x, flag)
+    return jnp.sum(jnp.sin(x))
+
+  return run(*_qkv(N=2, K=2), *_rows())
+
+
+@pytest.fixture(scope='module')
+def unrolled():
+  """The layers one after the other: (local, global), (local, local)."""
+  return [_layers(flags, 'einsum', False)
+          for flags in ((True, False), (True, True))]
 
 
 @pytest.mark.parametrize('kernel', _HERE)
-def test_flags_of_layers_in_a_scan(kernel):
-  positions, segments = _rows()
-  q, k, v = _qkv(N=2, K=2)
-  flags = (True, False)
-
-  def layer(x, is_local, k, v, positions, segments):
-    return attention.attend(
-        x, k, v, positions, segments, is_local, window=24, softcap=None,
-        kernel=kernel)
-
-  def scanned(x, *rest):
-    return jnp.sum(jnp.sin(jax.lax.scan(
-        lambda x, flag: (layer(x, flag, *rest), None), x,
-        jnp.asarray(flags))[0]))
-
-  def unrolled(x, *rest, flags=flags):
-    for flag in flags:
-      x = layer(x, flag, *rest)
-    return jnp.sum(jnp.sin(x))
-
-  got, wanted, other = (
-      jax.jit(jax.value_and_grad(fn))(q, k, v, positions, segments)
-      for fn in (scanned, unrolled,
-                 functools.partial(unrolled, flags=(True, True))))
-  # f32: a sum of thousands that cancel, compiled apart.
-  _assert_close(got, wanted, 1e-5)
+def test_flags_of_layers_in_a_scan(kernel, unrolled):
+  wanted, other = unrolled
+  # A sum of thousands that cancel, compiled apart.
+  _assert_close(_layers((True, False), kernel, True), wanted, 1e-5)
   assert abs(other[0] - wanted[0]) > 1e-3  # The layers matter.
 
 
@@ -222,48 +223,40 @@ def test_flags_of_layers_in_a_scan(kernel):
 @pytest.mark.parametrize('is_local', (True, jnp.asarray(True)),
                          ids=('static', 'traced'))
 def test_the_backward_pass_keeps_only_the_inputs(kernel, is_local):
-  positions, segments = _rows()
-  qkv = _qkv()
-  _, vjp = jax.vjp(
+  rows, qkv = _rows(), _qkv()
+  vjp = jax.eval_shape(lambda *qkv: jax.vjp(
       lambda *qkv: attention.attend(
-          *qkv, positions, segments, is_local, window=24, softcap=None,
-          kernel=kernel), *qkv)
+          *qkv, *rows, is_local, window=24, softcap=None, kernel=kernel),
+      *qkv)[1], *qkv)
   kept = sum(leaf.size for leaf in jax.tree.leaves(vjp))
-  assert kept <= sum(x.size for x in (*qkv, positions, segments)) + 1
+  assert kept <= sum(x.size for x in (*qkv, *rows)) + 1
 
 
 @pytest.mark.parametrize('kernel', _HERE)
 @pytest.mark.parametrize('is_local', (False, True))
 def test_padding_is_finite_and_touches_nothing(kernel, is_local):
-  positions, segments = _rows()
-  filled = (segments > 0)[:, :, None, None]
-  q, k, v = _qkv()
+  rows, qkv = _rows(), _qkv()
+  filled = _filled(rows[1])
   # Huge, but not so that products overflow.
-  other = [jnp.where(filled, x, 1e9) for x in (q, k, v)]
-  one, two = (
-      _results(kernel, *qkv, positions, segments, is_local, window=24)
-      for qkv in ((q, k, v), other))
+  other = [jnp.where(filled, x, 1e9) for x in qkv]
+  one, two = (_results(kernel, *x, *rows, is_local=is_local)
+              for x in (qkv, other))
   for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
     assert np.isfinite(a).all() and np.isfinite(b).all()
     np.testing.assert_array_equal(jnp.where(filled, a, 0),
                                   jnp.where(filled, b, 0))
   # Even where the padding's own output is asked for.
-  grads = jax.jit(jax.grad(
-      lambda *arrays: jnp.sum(attention.attend(
-          *arrays, is_local, window=24, softcap=None, kernel=kernel)),
-      argnums=(0, 1, 2)))(q, k, v, positions, segments)
+  _, grads = _results(kernel, *qkv, *rows, is_local=is_local,
+                      dout=jnp.ones_like(qkv[0]))
   assert all(np.isfinite(g).all() for g in grads)
 
 
 @pytest.mark.parametrize('kernel', _HERE)
 @pytest.mark.parametrize('dtype', (jnp.bfloat16, jnp.float16))
 def test_half_precision_keeps_the_softmax_in_f32(kernel, dtype):
-  positions, segments = _rows()
-  qkv = _qkv(dtype=dtype)
-  got = _results(kernel, *qkv, positions, segments, True, window=24)
-  wanted = _results(
-      'einsum', *(x.astype(jnp.float32) for x in qkv), positions, segments,
-      True, window=24)
+  rows, qkv = _rows(), _qkv(dtype=dtype)
+  got = _results(kernel, *qkv, *rows)
+  wanted = _wanted(*(x.astype(jnp.float32) for x in qkv), *rows)
   assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(got))
   for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
     error = np.linalg.norm(g.astype(jnp.float32) - w) / np.linalg.norm(w)
@@ -273,17 +266,12 @@ def test_half_precision_keeps_the_softmax_in_f32(kernel, dtype):
 @pytest.mark.parametrize('kernel', ('chunked', 'splash'))
 @pytest.mark.parametrize('K', (1, 2))  # Over tensor=2: whole, split.
 def test_rows_and_heads_over_a_mesh(kernel, K):
-  mesh = jax.make_mesh(
-      (2, 2, 2), ('data', 'fsdp', 'tensor'),
-      axis_types=(jax.sharding.AxisType.Auto,) * 3)
-  positions, segments = (jnp.tile(x[:2], (2, 1)) for x in _rows())
-  qkv = _qkv(B=4, N=4, K=K)
-  wanted = _results(
-      'einsum', *qkv, positions, segments, True, window=24)
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  arrays = (*_qkv(B=4, N=4, K=K), *(jnp.tile(x[:2], (2, 1)) for x in _rows()))
   by_rows = NamedSharding(mesh, P(('data', 'fsdp')))
-  arrays = jax.device_put((*qkv, positions, segments), by_rows)
-  got = _results(kernel, *arrays, True, window=24, mesh=mesh)
-  _assert_close(got, wanted, 1e-5)  # f32 sums in another order.
+  placed = jax.device_put((*arrays, _dout(arrays[0], arrays[-1])), by_rows)
+  got = _results(kernel, *placed[:-1], mesh=mesh, dout=placed[-1])
+  _assert_close(got, _wanted(*arrays), 1e-5)
 
 
 # cuDNN's and tokamax's calls, through what those packages run on a CPU.
@@ -293,20 +281,15 @@ def test_rows_and_heads_over_a_mesh(kernel, K):
     *(('cudnn', window, None) for window in (None, 1, 24)),
     ('tokamax', None, 5.0), ('tokamax', 24, None)))
 def test_the_call_of_a_fused_kernel(kernel, window, softcap):
-  first = 0
   if kernel == 'tokamax':
     pytest.importorskip('tokamax')
-  else:
-    first = 1  # One example a row.
-  positions, segments = (x[first:] for x in _rows())
-  qkv = [x[first:] for x in _qkv(N=4, K=2)]
-  got, wanted = (
-      jnp.where(segments[:, :, None, None] > 0, fn(
-          *qkv, positions, segments, window, softcap, None), 0)
-      for fn in (functools.partial(
-          attention.KERNELS[kernel].run, implementation='xla'),
-                 attention.KERNELS['einsum'].run))
-  _assert_close(got, wanted, 1e-5)  # f32 sums in another order.
+  first = 1 if kernel == 'cudnn' else 0  # One example a row.
+  arrays = [x[first:] for x in (*_qkv(N=4, K=2), *_rows())]
+  run = jax.jit(lambda *arrays: attention.KERNELS[kernel].run(
+      *arrays, window, softcap, None, implementation='xla'))
+  got = jnp.where(_filled(arrays[-1]), run(*arrays), 0)
+  wanted, _ = _wanted(*arrays, window=window or 10_000, softcap=softcap)
+  _assert_close(got, wanted, 1e-5)
 
 
 # Cost ------------------------------------------------------------------------
@@ -314,8 +297,7 @@ def test_the_call_of_a_fused_kernel(kernel, window, softcap):
 
 def _cost(kernel, T, is_local):
   """Returns (multiplications of products, elements of the largest array)."""
-  positions = jnp.tile(jnp.arange(T)[None], (1, 1))
-  segments = jnp.ones((1, T), jnp.int32)
+  positions, segments = jnp.arange(T)[None], jnp.ones((1, T), jnp.int32)
   jaxpr = jax.make_jaxpr(jax.grad(
       lambda q, k, v: jnp.sum(attention.attend(
           q, k, v, positions, segments, is_local, window=24, softcap=None,

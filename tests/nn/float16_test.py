@@ -13,6 +13,7 @@ import tiny_models
 
 from configs import default
 from gemma_sft import errors
+from gemma_sft import loss as loss_lib
 from gemma_sft import model as model_lib
 from gemma_sft import sharding
 from gemma_sft import state as state_lib
@@ -21,7 +22,6 @@ from gemma_sft.generation import generate
 from gemma_sft.monitor import overflow
 from gemma_sft.nn import blocks
 from gemma_sft.nn import float16
-from gemma_sft.nn import head
 from gemma_sft.nn import loss_scale as loss_scale_lib
 from gemma_sft.planning import compile_step
 from gemma_sft.planning import hardware
@@ -30,7 +30,6 @@ from gemma_sft.run import checkpoint
 from gemma_sft.run import devices as devices_lib
 from gemma_sft.run import prepare
 
-_KINDS = ('1', '1_fused', '2', '3', '4_shared')
 _B, _T = 2, 24
 # float16 rounds operands by up to 2**-11 = 5e-4 relative; a few tens of
 # products follow each other, forward and back.
@@ -47,7 +46,8 @@ def _weights(kind, scale=1.0):
 
 
 def _half(params):
-  return jax.tree.map(lambda leaf: leaf.astype(jnp.float16), params)
+  return jax.tree.map(lambda leaf: leaf.astype(jnp.float16) if (
+      leaf.dtype == jnp.float32) else leaf, params)
 
 
 def _batch():
@@ -55,38 +55,28 @@ def _batch():
   return {
       'tokens': tokens_BT, 'positions': positions_BT,
       'segment_ids': segments_BT, 'targets': jnp.roll(tokens_BT, -1, 1),
-      'loss_mask': segments_BT > 0}
+      'loss_mask': segments_BT > 0, 'rows': jnp.arange(_B)}
 
 
-def _loss_and_gradient(kind, params, trainable, frozen=True):
+def _loss_and_gradient(kind, params, trainable, frozen):
   """Of the mean loss; the gradient of the adapters, or of all weights."""
+  settings = state_lib.StepSettings(
+      tiny_models.model(kind), lora_enabled=frozen, lora_scale=2.0, dropout=0.0,
+      seed=0, compute_dtype=model_lib.embedding(params).dtype,
+      execution=_execution(kind), loss_chunk=1024, groups=1, mesh=None)
+
+  @jax.jit
+  @jax.value_and_grad
   def nll(trainable, params):
-    params, adapters = (params, trainable) if frozen else (
-        jax.tree.map(lambda t, p: t.astype(p.dtype), trainable, params), None)
-    batch = _batch()
-    x_BTD = model_lib.hidden_states(
-        tiny_models.model(kind), params, batch['tokens'], batch['positions'],
-        batch['segment_ids'], adapters=adapters, lora_scale=2.0,
-        execution=_execution(kind))
-    total, n = head.masked_nll(
-        x_BTD, model_lib.embedding(params), batch['targets'],
-        batch['loss_mask'], max_trained=_B * _T, frozen_head=frozen,
-        softcap=tiny_models.model(kind).config.final_logit_softcap)
+    total, n = loss_lib.batch_nll(
+        trainable, params, _batch(), jnp.int32(0), settings=settings,
+        max_trained=_B * _T)
     # As in a run: scaled before, divided after.
     return loss_scale_lib.INITIAL * total / n
 
-  loss, gradient = jax.jit(jax.value_and_grad(nll))(trainable, params)
   return jax.tree.map(
       lambda leaf: np.asarray(leaf, np.float64) / loss_scale_lib.INITIAL,
-      (loss, gradient))
-
-
-def _assert_close(got, wanted, loss=_LOSS, gradient=_GRADIENT):
-  assert got[0] == pytest.approx(wanted[0], rel=loss)
-  for g, w in zip(jax.tree.leaves(got[1]), jax.tree.leaves(wanted[1]),
-                  strict=True):
-    assert np.linalg.norm(w) > 0
-    assert np.linalg.norm(g - w) <= gradient * np.linalg.norm(w)
+      nll(trainable, params))
 
 
 def _execution(kind):
@@ -100,30 +90,22 @@ def _execution(kind):
 # Close to float32 ------------------------------------------------------------
 
 
-@pytest.mark.parametrize('kind', _KINDS)
-def test_loss_and_gradients_are_those_of_float32(kind):
-  params, adapters = _weights(kind), tiny_models.adapters(kind)
-  wanted = _loss_and_gradient(kind, params, adapters)
-  got = _loss_and_gradient(kind, _half(params), adapters)
-  _assert_close(got, wanted)
+@pytest.mark.parametrize('kind, changes', (
+    *((kind, '') for kind in ('1', '1_fused', '2', '3', '4_shared')),
+    ('2', 'full'), ('3', 'int8')))
+def test_loss_and_gradients_are_those_of_float32(kind, changes):
+  params, frozen = _weights(kind), changes != 'full'
+  trainable = tiny_models.adapters(kind) if frozen else params
+  if changes == 'int8':
+    params = tiny_models.quantised(params, 'int8')
+  wanted, got = (_loss_and_gradient(kind, tree, trainable, frozen)
+                 for tree in (params, _half(params)))
+  assert got[0] == pytest.approx(wanted[0], rel=_LOSS)
   assert got[0] != wanted[0]  # It was float16.
-
-
-def test_all_weights_trained():
-  params = _weights('2')  # With a cap on the logits.
-  wanted = _loss_and_gradient('2', params, params, frozen=False)
-  got = _loss_and_gradient('2', _half(params), params, frozen=False)
-  _assert_close(got, wanted)
-
-
-def test_quantised_base():
-  base = tiny_models.quantised(_weights('3'), 'int8')
-  half = jax.tree.map(
-      lambda leaf: leaf.astype(jnp.float16) if (
-          leaf.dtype == jnp.float32) else leaf, base)
-  adapters = tiny_models.adapters('3')
-  _assert_close(_loss_and_gradient('3', half, adapters),
-                _loss_and_gradient('3', base, adapters))
+  for g, w in zip(jax.tree.leaves(got[1]), jax.tree.leaves(wanted[1]),
+                  strict=True):
+    assert np.linalg.norm(w) > 0
+    assert np.linalg.norm(g - w) <= _GRADIENT * np.linalg.norm(w)
 
 
 def _compare(kind, params):
@@ -171,32 +153,31 @@ def test_fit_rounds_nothing_and_has_no_gradient_of_its_own():
 
 
 def test_generation_gives_the_same_answer():
-  sampling = generate.Sampling(max_new_tokens=6)
   params = _weights('3')
-  answers = [
+  [wanted], [got] = (
       generate.generate(
-          tiny_models.model('3'), tree, [[2, 7, 9, 11]], sampling,
-          stop_ids=(1,), vocab_size=512, batch_size=1)
-      for tree in (params, _half(params))]
-  assert answers[0] == answers[1] and len(answers[0][0]) == 6
+          tiny_models.model('3'), tree, [[2, 7, 9, 11]],
+          generate.Sampling(max_new_tokens=6), stop_ids=(1,), vocab_size=512,
+          batch_size=1) for tree in (params, _half(params)))
+  assert got == wanted and len(got) == 6
 
 
 # What it is chosen for -------------------------------------------------------
 
 
-def _card(capability, kind='Tesla T4'):
-  return hardware.AbsentDevice(0, 'gpu', kind, capability)
+def _card(capability):
+  return hardware.AbsentDevice(0, 'gpu', 'Tesla T4', capability)
 
 
 def test_the_dtype_follows_the_compute_capability():
   for capability in (6.0, 7.0, 7.5):
-    dtype, why = devices_lib.choose_dtype('auto', _card(capability))
+    card = _card(capability)
+    dtype, why = devices_lib.choose_dtype('auto', card)
     assert dtype == jnp.float16 and str(capability) in why
     with pytest.raises(errors.UserError) as caught:
-      devices_lib.choose_dtype('bfloat16', _card(capability))
+      devices_lib.choose_dtype('bfloat16', card)
     assert str(capability) in caught.value.got and 'auto' in caught.value.fix
-    assert devices_lib.choose_dtype(
-        'float32', _card(capability))[0] == jnp.float32
+    assert devices_lib.choose_dtype('float32', card)[0] == jnp.float32
   assert devices_lib.choose_dtype('auto', _card(8.0))[0] == jnp.bfloat16
   assert devices_lib.choose_dtype('bfloat16', _card(9.0))[0] == jnp.bfloat16
   # On this CPU, as asked.
@@ -218,12 +199,11 @@ def test_two_t4s_take_both_float16_and_chunked_attention(config):
   assert 'cudnn: it needs compute capability 8.0, not 7.5' in why
 
 
-def test_both_of_two_devices_are_used_and_the_run_says_so(config, tmp_path):
-  status, out, err = conftest.run_module(
-      'train', *conftest.flags(config), f'--workdir={tmp_path / "w"}',
-      '--config.model.dtype=float16', '--dry_run', devices=2)
-  assert status == 0, err
-  assert 'devices: 2 x cpu, all in use, mesh data 2 x fsdp 1' in out
+def test_all_devices_are_used_and_the_run_says_so(config, tmp_path, capsys):
+  config.model.dtype = 'float16'
+  assert train.main(config, str(tmp_path / 'w'), dry_run=True) == 0
+  out = capsys.readouterr().out
+  assert 'devices: 8 x cpu, all in use, mesh data 8 x fsdp 1' in out
   assert 'dtype: float16' in out and 'loss scaled' in out
 
 
@@ -279,7 +259,7 @@ def _assert_only_step_and_scale_differ(after, before):
 
 def test_a_good_step_is_counted_and_the_scale_grows_with_time(prepared):
   run, _, step = prepared
-  state = _with_scale(run.enter(run.initial_state), _GOOD)
+  state = run.enter(run.initial_state)
   after, metrics = step(state)
   assert metrics['skipped'] == 0 and metrics['loss_scale'] == _GOOD
   assert int(after.loss_scale.count) == 1 and int(after.step) == 1
@@ -294,7 +274,7 @@ def test_a_good_step_is_counted_and_the_scale_grows_with_time(prepared):
 
 def test_an_overflow_skips_the_update_and_halves_the_scale(prepared):
   run, _, step = prepared
-  before, _ = step(_with_scale(run.enter(run.initial_state), _GOOD))
+  before, _ = step(run.enter(run.initial_state))
   before = _with_scale(before, 2.0**60, 5)
   after, metrics = step(before)
   assert np.isfinite(metrics['loss']) and not np.isfinite(metrics['grad_norm'])
@@ -306,7 +286,7 @@ def test_an_overflow_skips_the_update_and_halves_the_scale(prepared):
 
 def test_a_loss_that_is_not_finite_stops_all_later_updates(prepared):
   run, _, step = prepared
-  before, _ = step(_with_scale(run.enter(run.initial_state), _GOOD))
+  before, _ = step(run.enter(run.initial_state))
   bad = dict(run.base, final_norm={
       'scale': jnp.full_like(run.base['final_norm']['scale'], jnp.nan)})
   after, metrics = step(before, bad)
@@ -318,21 +298,20 @@ def test_a_loss_that_is_not_finite_stops_all_later_updates(prepared):
   _assert_only_step_and_scale_differ(later, after)
 
 
-def test_the_scale_goes_no_lower_than_1_and_no_higher_than_its_end():
-  def after(scale, count, loss, finite):
-    scale = loss_scale_lib.next_scale(
-        loss_scale_lib.LossScale(jnp.float32(scale), jnp.int32(count)),
-        jnp.float32(loss), jnp.asarray(finite))
-    return float(scale.scale), int(scale.count)
+_LAST, _END = loss_scale_lib.PERIOD - 1, loss_scale_lib.LARGEST
 
-  period, end = loss_scale_lib.PERIOD, loss_scale_lib.LARGEST
-  assert after(4, 9, 1, True) == (4, 10)
-  assert after(4, period - 1, 1, True) == (8, 0)
-  assert after(end, period - 1, 1, True) == (end, 0)
-  assert after(4, 9, 1, False) == (2, 0)
-  assert after(2, 9, 1, False) == (1, 0)
-  assert after(1, 9, 1, False) == (0, 0)  # The run stops.
-  assert after(4, 9, np.inf, False) == (0, 0)
+
+@pytest.mark.parametrize('scale, count, loss, finite, wanted', (
+    (4, 9, 1, True, (4, 10)), (4, _LAST, 1, True, (8, 0)),
+    (_END, _LAST, 1, True, (_END, 0)), (4, 9, 1, False, (2, 0)),
+    (2, 9, 1, False, (1, 0)), (1, 9, 1, False, (0, 0)),  # The run stops.
+    (4, 9, np.inf, False, (0, 0))))
+def test_the_scale_goes_no_lower_than_1_and_no_higher_than_its_end(
+    scale, count, loss, finite, wanted):
+  after = loss_scale_lib.next_scale(
+      loss_scale_lib.LossScale(jnp.float32(scale), jnp.int32(count)),
+      jnp.float32(loss), jnp.asarray(finite))
+  assert (after.scale, after.count) == wanted
 
 
 def test_a_resumed_run_has_the_same_bits(tmp_path, monkeypatch):
@@ -352,31 +331,30 @@ def test_a_resumed_run_has_the_same_bits(tmp_path, monkeypatch):
   assert conftest.losses(resumed) == conftest.losses(straight)
 
 
-def test_a_run_goes_on_on_a_card_of_another_dtype(tmp_path):
-  optimizer = optax.adam(1e-3)
-  plain, scaled = (
-      state_lib.make_state({'a': jnp.ones(3)}, optimizer, scaled=scaled)
-      for scaled in (False, True))
-  scaled = _with_scale(scaled, 4.0, 7)
-  for name, saved, wanted in (('down', plain, scaled), ('up', scaled, plain),
-                              ('same', scaled, scaled)):
-    checkpoints = checkpoint.Checkpoints(str(tmp_path / name))
-    checkpoints.save(saved, checkpoint.Meta(1, {}, '', {}, '', ''))
-    checkpoints.wait()
-    restored, _ = checkpoints.restore(1, jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=leaf.sharding), wanted))
-    checkpoints.close()
-    assert jax.tree.structure(restored) == jax.tree.structure(wanted)
-    np.testing.assert_array_equal(restored.trainable['a'], np.ones(3))
-    if name == 'down':
-      assert float(restored.loss_scale.scale) == loss_scale_lib.INITIAL
-    if name == 'same':
-      assert float(restored.loss_scale.scale) == 4
-      assert int(restored.loss_scale.count) == 7
-  # Nor do checkpoints of other dtypes change: they hold no scale.
-  assert not [path for path in conftest.saved_state(tmp_path / 'down', 1)
-              if 'scale' in path]
+@pytest.mark.parametrize('before, after, scale', (
+    (False, True, (loss_scale_lib.INITIAL, 0)), (True, False, None),
+    (True, True, (4, 7))))
+def test_a_run_goes_on_on_a_card_of_another_dtype(
+    before, after, scale, tmp_path):
+  saved, wanted = (
+      state_lib.make_state({'a': jnp.ones(3)}, optax.adam(1e-3), scaled=scaled)
+      for scaled in (before, after))
+  if before:
+    saved = _with_scale(saved, 4.0, 7)
+  checkpoints = checkpoint.Checkpoints(str(tmp_path))
+  checkpoints.save(saved, checkpoint.Meta(1, {}, '', {}, '', ''))
+  checkpoints.wait()
+  restored, _ = checkpoints.restore(1, jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(
+          leaf.shape, leaf.dtype, sharding=leaf.sharding), wanted))
+  checkpoints.close()
+  assert jax.tree.structure(restored) == jax.tree.structure(wanted)
+  np.testing.assert_array_equal(restored.trainable['a'], np.ones(3))
+  if scale:
+    assert (restored.loss_scale.scale, restored.loss_scale.count) == scale
+  # Checkpoints of other dtypes hold no scale.
+  assert before == any(
+      'scale' in path for path in conftest.saved_state(tmp_path, 1))
 
 
 # The guard -------------------------------------------------------------------

@@ -14,9 +14,6 @@ from gemma_sft import sharding
 from gemma_sft.nn import head
 
 _B, _T, _D, _V = 8, 6, 16, 40
-# Compiled whole: faster than operation by operation.
-_masked_nll = jax.jit(head.masked_nll, static_argnames=(
-    'max_trained', 'groups', 'chunk_size', 'softcap', 'frozen_head', 'mesh'))
 _both_heads = pytest.mark.parametrize('frozen_head', (False, True))
 
 
@@ -50,32 +47,56 @@ _plain_value_and_grads = jax.jit(
     jax.value_and_grad(_plain, argnums=(0, 1)), static_argnames='softcap')
 
 
-def _value_and_grads(fn, x_BTD, embedding_VD, *rest):
-  return jax.jit(jax.value_and_grad(
-      lambda x, e: fn(x, e, *rest), argnums=(0, 1)))(x_BTD, embedding_VD)
+@functools.cache
+def _compiled(**settings):
+  def twice(*arrays):
+    nll, n = head.masked_nll(*arrays, **settings)
+    return 2 * nll, n
+
+  return jax.jit(jax.value_and_grad(twice, argnums=(0, 1), has_aux=True))
 
 
+def _results(*inputs, max_trained=48, chunk_size=64, **settings):
+  """Returns (nll, count, gradients), of twice the nll, which rounds nothing."""
+  (value, n), grads = _compiled(
+      max_trained=max_trained, chunk_size=chunk_size, **settings)(*inputs)
+  return value / 2, n, jax.tree.map(lambda g: g / 2, grads)
+
+
+_masked_nll = jax.jit(head.masked_nll, static_argnames=(
+    'max_trained', 'groups', 'chunk_size', 'frozen_head'))
 _assert_close = functools.partial(tiny_models.assert_close, least=1)
 
 
-@pytest.mark.parametrize('softcap', (None, 5.0))
-@pytest.mark.parametrize('groups, chunk_size', (
-    (1, 3), (1, 64), (2, 3), (8, 2), (8, 64)))
+@pytest.mark.parametrize(
+    'frozen_head, softcap, groups, chunk_size, scale, tolerance', (
+        # f32 sums in another order.
+        (False, None, 1, 3, 1.0, 1e-5), (False, 5.0, 1, 3, 1.0, 1e-5),
+        (False, 5.0, 1, 64, 1.0, 1e-5), (False, None, 2, 3, 1.0, 1e-5),
+        (False, 5.0, 8, 2, 1.0, 1e-5), (False, None, 8, 64, 1.0, 1e-5),
+        (True, None, 1, 64, 1.0, 1e-5), (True, 5.0, 8, 64, 1.0, 1e-5),
+        (True, 5.0, 2, 5, 1.0, 1e-5),
+        # The running maximum has to rescale what came before. Logits of 1,500
+        # are rounded by 1e-4, and so are the logarithms of the softmax.
+        (True, None, 8, 64, 100.0, 1e-4), (True, 5.0, 1, 7, 100.0, 1e-4)))
 def test_value_and_gradients_are_those_of_all_logits(
-    softcap, groups, chunk_size):
-  inputs = _inputs()
+    frozen_head, softcap, groups, chunk_size, scale, tolerance):
+  x_BTD, *rest, mask_BT = _inputs()
   # One group of the eight, and the first half of a pair, trains nothing.
-  mask_BT = inputs[3].at[:_B // groups if groups > 1 else 1].set(False)
-  inputs = (*inputs[:3], mask_BT)
+  mask_BT = mask_BT.at[:_B // groups if groups > 1 else 1].set(False)
+  inputs = (scale * x_BTD, *rest, mask_BT)
   most = int(mask_BT.reshape(groups, -1).sum(axis=1).max())
-  fn = functools.partial(
-      _masked_nll, max_trained=most + 1, groups=groups,
-      chunk_size=chunk_size, softcap=softcap)
-  n = fn(*inputs)[1]
+  value, n, (dx_BTD, dembedding_VD) = _results(
+      *inputs, max_trained=most + 1, groups=groups, chunk_size=chunk_size,
+      softcap=softcap, frozen_head=frozen_head)
   assert n == mask_BT.sum() and n.dtype == jnp.float32
-  got = _value_and_grads(lambda *a: fn(*a)[0], *inputs)
-  wanted = _plain_value_and_grads(*inputs, softcap=softcap)
-  _assert_close(got, wanted, 1e-5)  # f32 sums in another order.
+  wanted, (wanted_dx_BTD, wanted_de_VD) = _plain_value_and_grads(
+      *inputs, softcap=softcap)
+  _assert_close((value, dx_BTD), (wanted, wanted_dx_BTD), tolerance)
+  if frozen_head:
+    assert not dembedding_VD.any()
+  else:
+    _assert_close(dembedding_VD, wanted_de_VD, tolerance)
 
 
 def test_a_number_by_hand():
@@ -92,36 +113,29 @@ def test_untrained_positions_do_not_count():
   other_BTD = jnp.where(mask_BT[..., None], x_BTD, 100.0)
   other_BT = jnp.where(mask_BT, targets_BT, 0)
   one, other = (
-      _masked_nll(x, embedding_VD, t, mask_BT, max_trained=48)[0]
+      _results(x, embedding_VD, t, mask_BT)[0]
       for x, t in ((x_BTD, targets_BT), (other_BTD, other_BT)))
   assert one == other  # The same numbers in the same order.
 
 
 @_both_heads
-@pytest.mark.parametrize('chunk_size', (1, 64))
+@pytest.mark.parametrize('chunk_size', (4, 64))
 def test_nothing_trained_is_zero(chunk_size, frozen_head):
-  x_BTD, embedding_VD, targets_BT, mask_BT = _inputs()
-  nothing = jnp.zeros_like(mask_BT)
-
-  def fn(*arrays):
-    return _masked_nll(*arrays, max_trained=4, groups=2, chunk_size=chunk_size,
-                       frozen_head=frozen_head)
-
-  assert fn(x_BTD, embedding_VD, targets_BT, nothing) == (0.0, 0.0)
-  _, grads = _value_and_grads(
-      lambda *a: fn(*a)[0], x_BTD, embedding_VD, targets_BT, nothing)
+  *inputs, mask_BT = _inputs()
+  value, n, grads = _results(
+      *inputs, jnp.zeros_like(mask_BT), chunk_size=chunk_size,
+      frozen_head=frozen_head)
+  assert (value, n) == (0.0, 0.0)
   assert all(not np.any(g) for g in grads)
 
 
 @pytest.mark.parametrize('chunk_size', (1, 64))
 def test_everything_trained_at_the_bound(chunk_size):
-  x_BTD, embedding_VD, targets_BT, mask_BT = _inputs()
-  all_BT = jnp.ones_like(mask_BT)
-  nll, n = _masked_nll(
-      x_BTD, embedding_VD, targets_BT, all_BT, max_trained=_T, groups=8,
-      chunk_size=chunk_size)
+  *inputs, mask_BT = _inputs()
+  inputs = (*inputs, jnp.ones_like(mask_BT))
+  nll, n = _masked_nll(*inputs, max_trained=_T, groups=8, chunk_size=chunk_size)
   assert n == _B * _T
-  wanted, _ = _plain_value_and_grads(x_BTD, embedding_VD, targets_BT, all_BT)
+  wanted, _ = _plain_value_and_grads(*inputs)
   _assert_close(nll, wanted, 1e-5)  # f32 sums in another order.
 
 
@@ -130,14 +144,14 @@ def test_everything_trained_at_the_bound(chunk_size):
 @pytest.mark.parametrize('groups, chunk_size', ((1, 4), (2, 64)))
 def test_more_trained_tokens_than_the_bound_are_not_dropped_silently(
     groups, chunk_size, frozen_head):
-  x_BTD, embedding_VD, targets_BT, mask_BT = _inputs()
-  most = int(mask_BT.reshape(groups, -1).sum(axis=1).max())
+  inputs = _inputs()
+  most = int(inputs[3].reshape(groups, -1).sum(axis=1).max())
   for bound, is_whole in ((most, True), (most - 1, False)):
     nll, n = _masked_nll(
-        x_BTD, embedding_VD, targets_BT, mask_BT, max_trained=bound,
-        groups=groups, chunk_size=chunk_size, frozen_head=frozen_head)
+        *inputs, max_trained=bound, groups=groups, chunk_size=chunk_size,
+        frozen_head=frozen_head)
     assert np.isfinite(nll) == is_whole
-    assert n == mask_BT.sum()
+    assert n == inputs[3].sum()
 
 
 @_both_heads
@@ -145,13 +159,12 @@ def test_more_trained_tokens_than_the_bound_are_not_dropped_silently(
 @pytest.mark.parametrize('chunk_size', (4, 64))
 def test_not_a_number_is_seen_where_it_is_trained_only(
     position, chunk_size, frozen_head):
-  x_BTD, embedding_VD, targets_BT, mask_BT = _inputs()
+  x_BTD, *rest, mask_BT = _inputs()
   x_BTD = x_BTD.at[position].set(jnp.nan)
   for trained in (False, True):
-    value, grads = _value_and_grads(
-        lambda *a: _masked_nll(*a, max_trained=48, chunk_size=chunk_size,
-                               frozen_head=frozen_head)[0],
-        x_BTD, embedding_VD, targets_BT, mask_BT.at[position].set(trained))
+    value, _, grads = _results(
+        x_BTD, *rest, mask_BT.at[position].set(trained), chunk_size=chunk_size,
+        frozen_head=frozen_head)
     assert np.isnan(value) == trained
     assert trained or all(np.isfinite(g).all() for g in grads)
 
@@ -159,31 +172,28 @@ def test_not_a_number_is_seen_where_it_is_trained_only(
 @_both_heads
 def test_bfloat16_inputs_are_summed_in_f32(frozen_head):
   wide, narrow = _inputs(), _inputs(dtype=jnp.bfloat16)
-
-  def fn(*arrays):
-    return _masked_nll(*arrays, max_trained=48, chunk_size=4,
-                       frozen_head=frozen_head)[0]
-
-  value, grads = _value_and_grads(fn, *narrow)
+  settings = dict(chunk_size=4, frozen_head=frozen_head)
+  value, _, grads = _results(*narrow, **settings)
   assert value.dtype == jnp.float32
   assert all(g.dtype == jnp.bfloat16 for g in grads)
   # Of bfloat16's 8 bits of mantissa; the sums add nothing to that.
+  wanted, _, wanted_grads = _results(*wide, **settings)
   _assert_close((value, *(g.astype(jnp.float32) for g in grads)),
-                jax.tree.leaves(_value_and_grads(fn, *wide)), 2e-2)
-  exact = _value_and_grads(fn, *(a.astype(jnp.float32) for a in narrow[:2]),
-                           *narrow[2:])[0]
+                (wanted, *wanted_grads), 2e-2)
+  exact, *_ = _results(
+      *(a.astype(jnp.float32) for a in narrow[:2]), *narrow[2:], **settings)
   np.testing.assert_allclose(value, exact, rtol=1e-5)  # Products are exact.
 
 
-def test_only_a_chunk_of_logits_exists():
-  inputs = _inputs(share=1.0)
-
-  def fn(*arrays):
-    return _masked_nll(*arrays, max_trained=48, chunk_size=4)[0]
-
-  program = str(jax.make_jaxpr(jax.grad(fn, argnums=(0, 1)))(*inputs))
-  assert f'f32[1,4,{_V}]' in program
-  assert f'48,{_V}]' not in program
+@pytest.mark.parametrize('frozen_head, logits, absent', (
+    (False, f'f32[1,4,{_V}]', (f'48,{_V}]',)),
+    (True, 'f32[1,1,12,8]', (f'12,{_V}]', '48,8]'))))
+def test_only_a_chunk_of_logits_exists(frozen_head, logits, absent):
+  program = str(_compiled(
+      max_trained=48, chunk_size=12 if frozen_head else 4,
+      frozen_head=frozen_head).trace(*_inputs()).jaxpr)
+  assert logits in program
+  assert not any(shape in program for shape in absent)
 
 
 @pytest.mark.parametrize('wrong', (0, 2, 3))
@@ -194,47 +204,11 @@ def test_shapes_that_do_not_belong_together_are_refused(wrong):
     head.masked_nll(*inputs, max_trained=48)
 
 
-# The frozen head --------------------------------------------------------------
-
-
-@pytest.mark.parametrize('softcap, groups, chunk_size, scale, tolerance', (
-    # f32 sums in another order.
-    (None, 1, 64, 1.0, 1e-5), (5.0, 8, 64, 1.0, 1e-5), (5.0, 2, 5, 1.0, 1e-5),
-    # The running maximum has to rescale what came before. Logits of 1,500 are
-    # rounded by 1e-4, and so are the logarithms of the softmax.
-    (None, 8, 64, 100.0, 1e-4), (5.0, 1, 7, 100.0, 1e-4)))
-def test_a_frozen_head_gives_the_same_value_and_gradient(
-    softcap, groups, chunk_size, scale, tolerance):
-  x_BTD, *rest = _inputs()
-  inputs = (scale * x_BTD, *rest[:2], rest[2].at[:1].set(False))
-  fn = functools.partial(
-      _masked_nll, max_trained=48, groups=groups, softcap=softcap,
-      chunk_size=chunk_size, frozen_head=True)
-  nll, n = fn(*inputs)
-  assert n == inputs[3].sum()
-  value, (dx_BTD, dembedding_VD) = _value_and_grads(
-      lambda *a: 3 * fn(*a)[0], *inputs)
-  wanted, (wanted_dx_BTD, _) = _plain_value_and_grads(*inputs, softcap=softcap)
-  _assert_close(nll, wanted, tolerance)
-  _assert_close((value, dx_BTD), (3 * wanted, 3 * wanted_dx_BTD), tolerance)
-  assert not dembedding_VD.any()
-
-
-def test_a_frozen_head_holds_one_block_of_logits_of_one_chunk():
-  inputs = _inputs()
-  program = str(jax.make_jaxpr(jax.grad(
-      lambda *a: _masked_nll(
-          *a, max_trained=48, chunk_size=12, frozen_head=True)[0]))(*inputs))
-  assert 'f32[1,1,12,8]' in program
-  assert f'12,{_V}]' not in program and '48,8]' not in program
-
-
-@pytest.mark.parametrize('frozen_head', (True, False))
-@pytest.mark.parametrize('softcap', (None, 5.0))
+@pytest.mark.parametrize('frozen_head, softcap', (
+    (True, None), (True, 5.0), (False, 5.0)))
 def test_a_vocabulary_in_shards_gives_the_same(frozen_head, softcap):
   mesh = sharding.make_mesh(data=2, fsdp=1, tensor=4)
   inputs = _inputs()
-  x_BTD, embedding_VD, targets_BT, mask_BT = inputs
   wanted, (wanted_dx_BTD, wanted_de_VD) = _plain_value_and_grads(
       *inputs, softcap=softcap)
   rows = NamedSharding(mesh, P('data'))
@@ -243,14 +217,16 @@ def test_a_vocabulary_in_shards_gives_the_same(frozen_head, softcap):
           x, e, t, m, max_trained=24, groups=2, chunk_size=5, softcap=softcap,
           frozen_head=frozen_head, mesh=mesh)[0], argnums=(0, 1)),
       in_shardings=(rows, NamedSharding(mesh, P('tensor')), rows, rows))
-  value, (dx_BTD, de_VD) = fn(*inputs)
+  compiled = fn.lower(*inputs).compile()
+  value, (dx_BTD, de_VD) = compiled(*jax.device_put(
+      inputs, compiled.input_shardings[0]))
   _assert_close((value, dx_BTD), (wanted, wanted_dx_BTD), 1e-5)  # f32 sums.
   if not frozen_head:
     _assert_close(de_VD, wanted_de_VD, 1e-5)
     return
   # No device sees another's part of the embedding but the targets' rows.
-  program = fn.lower(*inputs).compile().as_text()
-  gathered = [line for line in program.splitlines() if 'all-gather' in line]
+  gathered = [line for line in compiled.as_text().splitlines()
+              if 'all-gather' in line]
   assert not [line for line in gathered if f'[{_V},{_D}]' in line]
 
 
@@ -262,6 +238,10 @@ def test_blocks_of_gemmas_vocabularies(vocabulary, blocks, monkeypatch):
   assert head._n_blocks(vocabulary) == blocks
 
 
+_masked_hits = jax.jit(head.masked_hits, static_argnames=(
+    'max_trained', 'groups', 'chunk_size'))
+
+
 @pytest.mark.parametrize('groups, chunk_size', ((1, 3), (1, 64), (8, 2)))
 def test_hits_are_the_likeliest_tokens_where_trained(groups, chunk_size):
   x_BTD, embedding_VD, targets_BT, mask_BT = _inputs(seed=3)
@@ -269,7 +249,7 @@ def test_hits_are_the_likeliest_tokens_where_trained(groups, chunk_size):
   # Half of all positions right, trained or not.
   right_BT = np.random.default_rng(4).random((_B, _T)) < 0.5
   targets_BT = jnp.asarray(np.where(right_BT, best_BT, (best_BT + 1) % _V))
-  hits = head.masked_hits(
+  hits = _masked_hits(
       x_BTD, embedding_VD, targets_BT, mask_BT, max_trained=_B * _T // groups,
       groups=groups, chunk_size=chunk_size)
   expected = int((right_BT & np.asarray(mask_BT)).sum())
@@ -278,6 +258,4 @@ def test_hits_are_the_likeliest_tokens_where_trained(groups, chunk_size):
 
 
 def test_hits_are_not_dropped_silently():
-  x_BTD, embedding_VD, targets_BT, mask_BT = _inputs(share=1.0)
-  assert np.isnan(head.masked_hits(
-      x_BTD, embedding_VD, targets_BT, mask_BT, max_trained=_T))
+  assert np.isnan(_masked_hits(*_inputs(share=1.0), max_trained=_T))

@@ -42,7 +42,7 @@ def _assert_same(got, expected):
 
 def test_all_presets_are_known():
   assert set(_KNOWN) == {
-      name for name, (g, _) in model_lib.PRESETS.items() if g < 4}
+      name for name, g in model_lib.PRESETS.items() if g < 4}
 
 
 @pytest.mark.parametrize('name', _KNOWN)

@@ -80,7 +80,7 @@ _KEYS = (
 
 def test_all_presets_are_known():
   assert set(_KNOWN) == {
-      name for name, (g, _) in model_lib.PRESETS.items() if g == 4}
+      name for name, g in model_lib.PRESETS.items() if g == 4}
 
 
 @pytest.mark.parametrize('name', _KNOWN)
