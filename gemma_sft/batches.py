@@ -23,25 +23,15 @@ Batch = dict[str, Any]  # Of numpy arrays and scalars.
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """How examples become batches.
+  """How examples become batches."""
 
-  Attributes:
-    batch_size: Rows of a global batch B, over all hosts and microbatches.
-    max_length: Tokens of the longest row.
-    packing: Whether rows hold several examples, each its own segment.
-    buckets: Row lengths to pad to when not packing; () pads to `max_length`.
-    repeat: How often each example comes in an epoch.
-    microbatches: A; a batch has shape (A, B / A, T).
-    groups: Device shards of B / A, for the bound on trained tokens.
-  """
-
-  batch_size: int
-  max_length: int
-  packing: bool = True
-  buckets: tuple[int, ...] = ()
-  repeat: int = 1
-  microbatches: int = 1
-  groups: int = 1
+  batch_size: int  # Rows of a global batch B, over all hosts and microbatches.
+  max_length: int  # Tokens of the longest row.
+  packing: bool = True  # Rows hold several examples, each its own segment.
+  buckets: tuple[int, ...] = ()  # Row lengths without packing, or max_length.
+  repeat: int = 1  # How often each example comes in an epoch.
+  microbatches: int = 1  # A; a batch has shape (A, B / A, T).
+  groups: int = 1  # Device shards of B / A, for the bound on trained tokens.
 
   def __post_init__(self):
     shards = self.microbatches * self.groups
@@ -68,14 +58,9 @@ def plan_epoch(
 ) -> list[tuple[int, list[list[int]]]]:
   """Returns the batches of an epoch as (row length T, rows of example numbers).
 
-  Every example comes `repeat` times. The last batches are filled up with empty
-  rows, so nothing is dropped. All epochs have the same number of batches.
-
-  Args:
-    lengths: Input tokens of each example, at most `layout.max_length`.
-    layout: See `Layout`.
-    seed: Of the run; None keeps the order (evaluation).
-    epoch: 0, 1, ...
+  The last batches are filled up with empty rows, so nothing is dropped. All
+  epochs have the same number of batches. `lengths` are the input tokens of each
+  example; without a seed the order stays (evaluation).
   """
   lengths = np.asarray(lengths).tolist()  # Single Python numbers are faster.
   n = len(lengths) * layout.repeat
@@ -118,9 +103,9 @@ def _permutation(n, seed, epoch, purpose):
 def _pack_batches(order, lengths, layout):
   """Returns the rows of an epoch; all epochs give the same number of batches.
 
-  That is the number that packing by length needs, which does not depend on the
-  shuffled order. Rows of mixed lengths are used if they need no more. If they
-  need fewer, rows of several examples are split until the last batch has one.
+  It is the number that packing by length needs, because that does not depend on
+  the shuffled order. Rows of mixed lengths are used if they need no more. If
+  they need fewer, rows of several examples are split.
   """
   B = layout.batch_size
   denser = _pack(order, lengths, layout.max_length, mixed=False)
@@ -142,12 +127,11 @@ def _pack(order, lengths, capacity, *, mixed):
   A row starts with the longest example left, the hardest to place. Each next
   one leaves a rest that is a sum of lengths still left: the first such example
   in shuffled order (mixed), or the longest. Best-fit decreasing leaves more
-  empty (poems of four lengths: 1.9 % against 0.2 %), and puts similar lengths,
-  and so similar examples, into one row: batches of few rows then differ in
-  kind.
+  empty (poems of four lengths: 1.9 % against 0.2 %), and puts examples of
+  similar length, which are alike, into one row, so that batches differ.
   """
   n = len(order)
-  # Length -> indices into `order`, the next one last.
+  # {length: indices into `order`, the next one last}.
   waiting: dict[int, list[int]] = {}
   for at in reversed(range(n)):
     waiting.setdefault(lengths[order[at]], []).append(at)
@@ -200,8 +184,7 @@ def _sums(lengths, capacity):
       bits |= bits << step
       step *= 2
     bits &= (1 << capacity + 1) - 1
-  octets = np.frombuffer(
-      bits.to_bytes(capacity // 8 + 1, 'little'), np.uint8)
+  octets = np.frombuffer(bits.to_bytes(capacity // 8 + 1, 'little'), np.uint8)
   is_sum = np.unpackbits(octets, bitorder='little')[:capacity + 1]
   return is_sum.astype(bool), generators
 
@@ -220,23 +203,14 @@ class Batches:
   """
 
   def __init__(
-      self,
-      examples: Sequence[chat.Example],
-      layout: Layout,
-      *,
-      seed: int | None,
-      epochs: int | None = 1,
-      shards: Sequence[int] | None = None,
-  ):
+      self, examples: Sequence[chat.Example], layout: Layout, *,
+      seed: int | None, epochs: int | None = 1,
+      shards: Sequence[int] | None = None):
     """Plans the first epoch.
 
-    Args:
-      examples: Rendered, of at most `layout.max_length` + 1 tokens.
-      layout: See `Layout`.
-      seed: Of the run; None keeps the order.
-      epochs: Passes over the data; None for no end.
-      shards: Which of the `layout.groups` parts of B / A this host reads (see
-        `sharding.local_shards`); None for all.
+    Without a seed the order stays; without a number of epochs there is no end.
+    `shards` are the parts of `layout.groups` that this host reads (see
+    `sharding.local_shards`), or None for all.
     """
     self._examples = token_cache.make(examples)
     self._layout = layout
@@ -245,10 +219,9 @@ class Batches:
     self._trained = self._examples.trained()
     self._shards = list(range(layout.groups) if shards is None else shards)
     self._plans: dict[int, _Plan] = {}
-    self._bounds: dict[tuple[int, int], int] = {}
     self.batches_per_epoch = len(self._plan(0).row_lengths)
-    self._len = (self.batches_per_epoch * epochs if epochs is not None
-                 else 2**31 - 1)
+    self._len = (
+        2**31 - 1 if epochs is None else self.batches_per_epoch * epochs)
 
   def __len__(self) -> int:
     return self._len
@@ -257,9 +230,10 @@ class Batches:
     # Prefetching threads may be an epoch ahead, so neighbouring plans are kept.
     plan = self._plans.get(epoch)
     if plan is None:
-      plan = _Plan.of(plan_epoch(
-          self._lengths, self._layout, seed=self._seed, epoch=epoch))
-      # Else examples would be left out, or missing ones asked for.
+      plan = _make_plan(
+          plan_epoch(self._lengths, self._layout, seed=self._seed, epoch=epoch),
+          self._layout, self._trained)
+      # Otherwise examples would be left out, or missing ones asked for.
       assert epoch == 0 or len(plan.row_lengths) == self.batches_per_epoch
       self._plans = {
           e: p for e, p in self._plans.items() if abs(e - epoch) < 2
@@ -267,28 +241,12 @@ class Batches:
     return plan
 
   def _rows_of(self, index):
+    """Returns (T, the example numbers of each row) of a batch."""
     epoch, within = divmod(index, self.batches_per_epoch)
-    return self._plan(epoch).batch(within, self._layout.batch_size)
-
-  def _max_trained(self, epoch, T):
-    """Bound on the trained tokens of a device's share of a microbatch.
-
-    All batches of the epoch with rows of T share one bound, rounded up to a
-    sixteenth of the share, because each bound is a program to compile.
-    """
-    known = self._bounds.get((epoch, T))
-    if known is not None:
-      return known
-    layout = self._layout
-    shares = layout.microbatches * layout.groups
-    plan = self._plan(epoch)
-    by_row = _sums_of_runs(self._trained[plan.numbers], plan.starts)
-    by_share = by_row.reshape(len(plan.row_lengths), shares, -1).sum(axis=2)
-    most = int(by_share[plan.row_lengths == T].max())
-    step = max(1, layout.batch_size // shares * T // 16)
-    bound = max(1, -(-most // step)) * step
-    self._bounds = {**self._bounds, (epoch, T): bound}
-    return bound
+    plan, B = self._plan(epoch), self._layout.batch_size
+    edges = plan.starts[within * B:(within + 1) * B + 1]
+    rows = [plan.numbers[a:b] for a, b in zip(edges, edges[1:])]
+    return int(plan.row_lengths[within]), rows
 
   def digest(self, index: int) -> bytes:
     """Returns SHA-256 over the examples of a batch and their rows."""
@@ -314,15 +272,14 @@ class Batches:
         'rows': (index * layout.batch_size + mine.astype(np.int64)
                  ).astype(np.int32),
         'max_trained': np.int32(
-            self._max_trained(index // self.batches_per_epoch, T)),
+            self._plan(index // self.batches_per_epoch).max_trained[T]),
         'n_tokens': np.int32(sum(self._lengths[r].sum() for r in rows)),
         'digest': np.frombuffer(self.digest(index), np.uint8),
     }
 
   def most_trained(self) -> int:
     """Returns the largest bound on trained tokens of the first epoch."""
-    return max(self._max_trained(0, int(T))
-               for T in np.unique(self._plan(0).row_lengths))
+    return max(self._plan(0).max_trained.values())
 
   def target_bytes(self) -> int:
     """Returns the UTF-8 bytes of the trained text of one epoch."""
@@ -335,37 +292,34 @@ class Batches:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-  """`plan_epoch` as arrays: a million examples take a few megabytes.
+  """`plan_epoch` as arrays: a million examples take a few megabytes."""
 
-  Attributes:
-    row_lengths: (batches,) T of each.
-    numbers: Example numbers of all rows, one row after the other.
-    starts: (batches * batch size + 1,) where each row starts in `numbers`.
+  row_lengths: np.ndarray  # (batches,) T of each.
+  numbers: np.ndarray  # Example numbers of all rows, one row after the other.
+  starts: np.ndarray  # (rows + 1,) where each row starts in `numbers`.
+  max_trained: dict[int, int]  # T -> bound on a device's trained tokens.
+
+
+def _make_plan(batches, layout, trained):
+  """Makes a `_Plan` of batches; `trained` are the examples' trained tokens.
+
+  Each bound is a program to compile. So all batches with rows of T share one,
+  rounded up to a sixteenth of a device's share of a microbatch.
   """
-
-  row_lengths: np.ndarray
-  numbers: np.ndarray
-  starts: np.ndarray
-
-  @classmethod
-  def of(cls, batches):
-    rows = [row for _, batch in batches for row in batch]
-    return cls(
-        np.asarray([T for T, _ in batches]),
-        np.asarray([i for row in rows for i in row], np.int32),
-        np.cumsum([0, *map(len, rows)]))
-
-  def batch(self, i, batch_size):
-    """Returns (T, the example numbers of each row) of a batch."""
-    edges = self.starts[i * batch_size:(i + 1) * batch_size + 1]
-    rows = [self.numbers[a:b] for a, b in zip(edges, edges[1:])]
-    return int(self.row_lengths[i]), rows
-
-
-def _sums_of_runs(values, starts):
-  """Returns the sum of each values[starts[i]:starts[i + 1]]."""
-  total = np.concatenate([np.zeros(1, np.int64), np.cumsum(values)])
-  return np.diff(total[starts])
+  rows = [row for _, batch in batches for row in batch]
+  row_lengths = np.asarray([T for T, _ in batches])
+  numbers = np.asarray([i for row in rows for i in row], np.int32)
+  starts = np.cumsum([0, *map(len, rows)])
+  total = np.concatenate([np.zeros(1, np.int64), np.cumsum(trained[numbers])])
+  shares = layout.microbatches * layout.groups
+  by_share = np.diff(total[starts]).reshape(
+      len(batches), shares, -1).sum(axis=2)
+  max_trained = {}
+  for T in np.unique(row_lengths).tolist():
+    step = max(1, layout.batch_size // shares * T // 16)
+    most = int(by_share[row_lengths == T].max())
+    max_trained[T] = max(1, -(-most // step)) * step
+  return _Plan(row_lengths, numbers, starts, max_trained)
 
 
 def _assemble(rows: list[list[chat.Example]], T: int) -> Batch:
@@ -393,8 +347,8 @@ def make_iterator(
     source: Batches, *, state: dict[str, Any] | None = None) -> Any:
   """Returns a prefetching Grain iterator over batches.
 
-  It continues from `state`, the `get_state()` of an earlier one, which counts
-  the batches consumed, not those prefetched.
+  It resumes from `state`, an earlier `get_state()`, which counts the batches
+  consumed, not those prefetched.
   """
   import grain
 

@@ -27,38 +27,28 @@ class Message:
 class Example:
   """One rendered example.
 
-  Attributes:
-    tokens: int32 (T,), beginning with BOS.
-    loss_mask: bool (T,); True for the tokens that the model learns to produce.
-      The shift by one, from tokens to targets, happens in `batches`.
-    target_bytes: UTF-8 length of the trained text, for bits per byte.
-    target_characters: Its length in Unicode code points, for bits per
-      character.
-    where: The record, for error messages.
+  The mask is True for the tokens that the model learns to produce. The shift by
+  one, from tokens to targets, happens in `batches`.
   """
 
-  tokens: np.ndarray
-  loss_mask: np.ndarray
-  target_bytes: int
-  target_characters: int
-  where: str = ''
+  tokens: np.ndarray  # int32 (T,), beginning with BOS.
+  loss_mask: np.ndarray  # bool (T,).
+  target_bytes: int  # UTF-8 length of the trained text, for bits per byte.
+  target_characters: int  # Its length in Unicode code points.
+  where: str = ''  # The record, for error messages.
 
 
 # Generation -> (start of turn, end of turn). Their ids come from the tokenizer,
 # so that a tokenizer of another generation is an error.
-TURN_TAGS = {
-    1: ('<start_of_turn>', '<end_of_turn>'),
-    2: ('<start_of_turn>', '<end_of_turn>'),
-    3: ('<start_of_turn>', '<end_of_turn>'),
-    4: ('<|turn>', '<turn|>'),
-}
+TURN_TAGS = dict.fromkeys((1, 2, 3), ('<start_of_turn>', '<end_of_turn>')) | {
+    4: ('<|turn>', '<turn|>')}
 # Gemma 1 to 3 were trained without a system turn. Google's templates put the
 # system text and a blank line before the first text of the user.
 HAS_SYSTEM_ROLE = {1: False, 2: False, 3: False, 4: True}
 
-# Everything that Gemma's tokenizers may read as a control token. HTML tags are
-# user-defined pieces as well, but they are text.
-# The lookahead consumes nothing, so that a tag inside another is found too.
+# What Gemma's tokenizers may read as a control token. (HTML tags are
+# user-defined pieces as well, but they are text.) The lookahead consumes
+# nothing, so that a tag inside another is found too.
 _CONTROL = re.compile(
     r'(?=<(?:(?:start|end)_of_(?:turn|image)|unused\d+|bos|eos|pad|unk|mask'
     r'|2mass)>|\[multimodal\]|\[@BOS@\]|<\|[^<>\s|]*\|?>|<[^<>\s|]+\|>)')
@@ -72,18 +62,14 @@ class Tokenizer:
   """
 
   def __init__(self, model_proto: bytes, generation: int):
-    """Loads a serialised SentencePiece model.
-
-    Args:
-      model_proto: Bytes of a `tokenizer.model`.
-      generation: 1 to 4.
+    """Loads the bytes of a `tokenizer.model`.
 
     Raises:
-      UserError: The vocabulary lacks the generation's turn tags.
+      UserError: if the vocabulary lacks the generation's turn tags.
     """
     self.generation = generation
-    self._processor = sentencepiece.SentencePieceProcessor()
-    self._processor.LoadFromSerializedProto(model_proto)
+    self._processor = sentencepiece.SentencePieceProcessor(
+        model_proto=model_proto)
     self.bos_id = self._processor.bos_id()
     self.eos_id = self._processor.eos_id()
     self.pad_id = self._processor.pad_id()
@@ -111,7 +97,7 @@ class Tokenizer:
     return self.turn_ids[1], self.eos_id
 
   def encode(self, text: str) -> list[int]:
-    """Encodes text; a turn tag in it is encoded as ordinary characters."""
+    """Encodes text; control tokens in it are encoded as ordinary characters."""
     ids, start = [], 0
     for tag in _CONTROL.finditer(text):
       # Cut after the first character, so that neither half is a control piece.
@@ -135,35 +121,34 @@ def has_control_text(text: str) -> bool:
 
 
 def render(
-    messages: Sequence[Message], tokenizer: Tokenizer, where: str = ''
+    messages: Sequence[Message] | str, tokenizer: Tokenizer, where: str = ''
 ) -> Example:
-  """Renders a conversation for training.
+  """Renders a conversation, or plain text, for training.
 
-  Only the model's answers and the tag that ends each of them are trained. With
-  `S` and `E` for the turn tags (Gemma 3):
+  Plain text becomes `BOS text EOS`, and all but BOS is trained. In a
+  conversation only the model's answers and the tags that end them are trained.
+  With `S` and `E` for the turn tags (Gemma 3):
 
       tokens     BOS S user \\n Hi E \\n S model \\n Hello ! E \\n
       loss_mask   0  0  0   0  0 0  0 0   0    0    1   1 1  0
 
   Leading and trailing white space of contents is removed, as in Google's
-  templates.
-
-  Args:
-    messages: Turns of user and model in alternation, the last one of the model;
-      a system text may come first.
-    tokenizer: The tokenizer of the model's generation.
-    where: The record, for error messages.
+  templates. `where` names the record in messages.
 
   Raises:
-    UserError: The roles are out of order, or a text is empty.
+    UserError: if roles are out of order, or a text is empty.
   """
-  if not messages or messages[-1].role != 'model':
+  if isinstance(messages, str):
+    ids = [tokenizer.bos_id, *tokenizer.encode(messages), tokenizer.eos_id]
+    mask, trained = [False, *[True] * (len(ids) - 1)], messages
+  elif not messages or messages[-1].role != 'model':
     raise errors.UserError(
         f'{where}: the conversation does not end with the model',
         'a last message of role model, which is trained',
         'drop the open question at the end or add its answer')
-  ids, mask = _render(messages, tokenizer, where)
-  trained = ''.join(m.content.strip() for m in messages if m.role == 'model')
+  else:
+    ids, mask = _render(messages, tokenizer, where)
+    trained = ''.join(m.content.strip() for m in messages if m.role == 'model')
   return Example(
       np.asarray(ids, np.int32), np.asarray(mask, bool),
       len(trained.encode()), len(trained), where)
@@ -182,18 +167,8 @@ def render_prompt(
   return [*ids, start, *tokenizer.encode('model\n')]
 
 
-def render_text(text: str, tokenizer: Tokenizer, where: str = '') -> Example:
-  """Renders plain text as `BOS text EOS`; all but BOS is trained."""
-  ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
-  mask = np.ones(len(ids), bool)
-  mask[0] = False
-  return Example(
-      np.asarray(ids, np.int32), mask, len(text.encode()), len(text), where)
-
-
 def _render(messages, tokenizer, where):
-  messages = [
-      Message(m.role, m.content.strip()) for m in messages]
+  messages = [Message(m.role, m.content.strip()) for m in messages]
   turns = messages[1:] if messages[0].role == 'system' else messages
   if not turns:
     raise errors.UserError(
@@ -214,8 +189,7 @@ def _render(messages, tokenizer, where):
       raise errors.UserError(
           f'{where}: turn {i + 1} ({message.role}) is empty',
           'some text', 'fill it in or remove the row')
-  if len(turns) < len(messages) and not HAS_SYSTEM_ROLE[
-      tokenizer.generation]:
+  if len(turns) < len(messages) and not HAS_SYSTEM_ROLE[tokenizer.generation]:
     first = Message('user', f'{messages[0].content}\n\n{turns[0].content}')
     messages = [first, *turns[1:]]
   start, end = tokenizer.turn_ids
@@ -223,12 +197,12 @@ def _render(messages, tokenizer, where):
   ids, mask = [tokenizer.bos_id], [False]
   for message in messages:
     if message.role == 'model':
-      head = [start, *tokenizer.encode('model\n')]
+      head = tokenizer.encode('model\n')
       answer = [*tokenizer.encode(message.content), end]
     else:
-      head = [start, *tokenizer.encode(f'{message.role}\n{message.content}'),
-              end]
+      head = [*tokenizer.encode(f'{message.role}\n{message.content}'), end]
       answer = []
-    ids += [*head, *answer, *newline]
-    mask += [False] * len(head) + [True] * len(answer) + [False] * len(newline)
+    ids += [start, *head, *answer, *newline]
+    mask += [False, *[False] * len(head), *[True] * len(answer),
+             *[False] * len(newline)]
   return ids, mask

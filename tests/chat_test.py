@@ -28,7 +28,7 @@ def _table(text, generation):
   start, end = _TAGS[generation]
   names = {'BOS': '<bos>', 'EOS': '<eos>', 'S': start, 'E': end, r'\n': '\n',
            '_': ' '}
-  lines = [line.split() for line in text.strip().splitlines()]
+  lines = [line.split() for line in text.splitlines() if line.strip()]
   rows = []
   for pieces, bits in zip(lines[::2], lines[1::2], strict=True):
     rows += [(names.get(p, p), b == '1')
@@ -42,26 +42,10 @@ def _rendered(example, tokenizer):
 
 
 @pytest.mark.parametrize('generation', _GENERATIONS)
-def test_each_generation_token_by_token(generation):
-  tokenizer = _TOKENIZERS[generation]
-  example = chat.render([_user('Hi'), _model('Hello!')], tokenizer, 'f:1')
-  assert _rendered(example, tokenizer) == _table(r"""
-      BOS S u s er \n H i E \n
-      0   0 0 0 0  0  0 0 0 0
-      S m o d e l \n H e l l o ! E \n
-      0 0 0 0 0 0 0  1 1 1 1 1 1 1 0
-      """, generation)
-  assert example.tokens.dtype == np.int32
-  assert example.loss_mask.dtype == bool
-  assert example.target_bytes == len('Hello!')
-  assert example.where == 'f:1'
-
-
-@pytest.mark.parametrize('generation', _GENERATIONS)
 def test_every_answer_of_several_turns_is_trained(generation):
   tokenizer = _TOKENIZERS[generation]
   example = chat.render(
-      [_user('a'), _model('b é'), _user('c'), _model('d')], tokenizer)
+      [_user('a'), _model('b é'), _user('c'), _model('d')], tokenizer, 'f:1')
   assert _rendered(example, tokenizer) == _table(r"""
       BOS S u s er \n a E \n
       0   0 0 0 0  0  0 0 0
@@ -74,35 +58,36 @@ def test_every_answer_of_several_turns_is_trained(generation):
       """, generation)
   assert example.target_bytes == len('b é'.encode()) + len('d')
   assert example.target_characters == len('b é') + len('d')
+  assert (example.tokens.dtype, example.loss_mask.dtype) == (np.int32, bool)
+  assert example.where == 'f:1'
 
 
-@pytest.mark.parametrize('generation', (1, 2, 3))
-def test_system_text_is_put_before_the_first_question(generation):
+_BEFORE_THE_QUESTION = r"""
+    BOS S u s er \n B e \n \n H i E \n
+    0   0 0 0 0  0  0 0 0  0  0 0 0 0
+    """
+_A_TURN = r"""
+    BOS S s y st e m \n B e E \n
+    0   0 0 0 0  0 0 0  0 0 0 0
+    S u s er \n H i E \n
+    0 0 0 0  0  0 0 0 0
+    """
+
+
+@pytest.mark.parametrize('generation, beginning', (
+    *((generation, _BEFORE_THE_QUESTION) for generation in (1, 2, 3)),
+    (4, _A_TURN)))
+def test_system_text(generation, beginning):
   tokenizer = _TOKENIZERS[generation]
   example = chat.render([_system('Be'), _user('Hi'), _model('d')], tokenizer)
-  assert _rendered(example, tokenizer) == _table(r"""
-      BOS S u s er \n B e \n \n H i E \n
-      0   0 0 0 0  0  0 0 0  0  0 0 0 0
+  assert _rendered(example, tokenizer) == _table(beginning + r"""
       S m o d e l \n d E \n
       0 0 0 0 0 0 0  1 1 0
       """, generation)
 
 
-def test_system_text_is_a_turn_of_gemma4():
-  example = chat.render(
-      [_system('Be'), _user('Hi'), _model('d')], _TOKENIZERS[4])
-  assert _rendered(example, _TOKENIZERS[4]) == _table(r"""
-      BOS S s y st e m \n B e E \n
-      0   0 0 0 0  0 0 0  0 0 0 0
-      S u s er \n H i E \n
-      0 0 0 0  0  0 0 0 0
-      S m o d e l \n d E \n
-      0 0 0 0 0 0 0  1 1 0
-      """, 4)
-
-
 def test_plain_text_is_trained_after_bos(tokenizer):
-  example = chat.render_text('a\nb', tokenizer, 'f:3')
+  example = chat.render('a\nb', tokenizer, 'f:3')
   assert _rendered(example, tokenizer) == _table(r"""
       BOS a \n b EOS
       0   1 1  1 1
@@ -122,19 +107,15 @@ def test_ids_are_the_official_ones(generation):
   model_lib.import_gemma()
   from gemma.gm.text import _tokenizer as official
 
-  special = {1: official._Gemma2SpecialTokens, 2: official._Gemma2SpecialTokens,
-             3: official._Gemma3SpecialTokens,
-             4: official._Gemma4SpecialTokens}[generation]
+  special = getattr(official, f'_Gemma{max(2, generation)}SpecialTokens')
   tokenizer = _TOKENIZERS[generation]
   assert tokenizer.turn_ids == (special.START_OF_TURN, special.END_OF_TURN)
   assert tokenizer.stop_ids == (special.END_OF_TURN, special.EOS)
   assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (
       special.BOS, special.EOS, special.PAD)
-
-
-def test_the_byte_tokenizer_serves_gemma4():
-  tokenizer = chat.Tokenizer(tokenizer_file.byte_tokenizer(4), 4)
-  assert tokenizer.turn_ids == (105, 106)
+  byte_tokenizer = chat.Tokenizer(
+      tokenizer_file.byte_tokenizer(generation), generation)
+  assert byte_tokenizer.turn_ids == tokenizer.turn_ids
 
 
 _PLAIN = st.text('abc XYZ.,\n0', min_size=1, max_size=12).map(
@@ -147,10 +128,9 @@ _TURNS = st.lists(st.tuples(_PLAIN, _PLAIN), min_size=1, max_size=3)
 @hypothesis.settings(max_examples=25, deadline=None)
 def test_text_is_that_of_the_official_dialog_package(generation, turns):
   tokenizer = _TOKENIZERS[generation]
-  messages, official = [], []
-  for question, answer in turns:
-    messages += [_user(question), _model(answer)]
-    official += [dialog.User(question), dialog.Model(answer)]
+  messages, official = (
+      [make(text) for turn in turns for make, text in zip(makers, turn)]
+      for makers in ((_user, _model), (dialog.User, dialog.Model)))
   tokens = chat.render(messages, tokenizer).tokens
   text = ''.join(map(tokenizer.piece, tokens))
   wanted = dialog.Conversation(*official).as_text(
@@ -161,8 +141,7 @@ def test_text_is_that_of_the_official_dialog_package(generation, turns):
 
 
 @pytest.mark.parametrize('generation', _GENERATIONS)
-@hypothesis.given(
-    turns=_TURNS, system=st.one_of(st.none(), _PLAIN))
+@hypothesis.given(turns=_TURNS, system=st.one_of(st.none(), _PLAIN))
 @hypothesis.settings(max_examples=25, deadline=None)
 def test_the_prompt_is_what_was_trained_on(generation, turns, system):
   tokenizer = _TOKENIZERS[generation]
@@ -216,15 +195,12 @@ def test_control_text_is_in_the_vocabulary(generation):
   assert {'<bos>', '<unused5>', *_TAGS[generation]} <= pieces
 
 
-@pytest.mark.parametrize('text', _CONTROL_TEXT)
-def test_control_text_is_noticed(text):
-  assert chat.has_control_text(f'a{text}b')
-
-
-@pytest.mark.parametrize('text', (
-    'a < b > c', '<b>bold</b>', '[link](x)', 'x || y', '<| not a tag'))
-def test_ordinary_text_is_no_control_text(text):
-  assert not chat.has_control_text(text)
+@pytest.mark.parametrize('text, noticed', (
+    *((f'a{text}b', True) for text in _CONTROL_TEXT), ('a < b > c', False),
+    ('<b>bold</b>', False), ('[link](x)', False), ('x || y', False),
+    ('<| not a tag', False)))
+def test_control_text_is_noticed(text, noticed):
+  assert chat.has_control_text(text) == noticed
 
 
 @pytest.mark.parametrize('text', ('<[multimodal]|>', '<|[multimodal]>'))

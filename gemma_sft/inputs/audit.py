@@ -2,8 +2,7 @@
 
 Some mistakes ruin a fine-tuning run without an error: an end of turn that is
 never trained, a doubled BOS, a mask that covers nothing or everything, a test
-prompt in the training split. Each stops the run here with a message that names
-the row.
+prompt in the training split. Each stops the run here, and the row is named.
 """
 
 import collections
@@ -46,24 +45,14 @@ class Report:
 
 
 def check_split(
-    split: str,
-    examples: Sequence[chat.Example],
-    tokenizer: chat.Tokenizer,
-    *,
-    max_length: int,
-    max_cut_share: float,
-    n_control_text: int = 0,
+    split: str, examples: Sequence[chat.Example], tokenizer: chat.Tokenizer, *,
+    max_length: int, max_cut_share: float, n_control_text: int = 0
 ) -> tuple[list[chat.Example], Report]:
   """Returns the examples, cut to `max_length` where allowed, and the counts.
 
-  Args:
-    split: The name of the split, for messages.
-    examples: Rendered examples, before repetition.
-    tokenizer: The tokenizer that rendered them.
-    max_length: Longest input in tokens. An example may have one token more,
-      because its last token is only a target.
-    max_cut_share: Share of examples that may be longer than that.
-    n_control_text: How many examples contain control tokens as text.
+  `max_length` is the longest input in tokens: an example may have one more,
+  because its last token is only a target. A `max_cut_share` of the examples may
+  be longer and is cut.
 
   Raises:
     UserError: naming the offending row.
@@ -117,8 +106,7 @@ def _check_example(example, uncut, tokenizer, ends):
     raise errors.UserError(
         f'{example.where}: {n_bos} BOS tokens, the first token is'
         f' {tokenizer.piece(tokens[0])!r}', 'exactly one BOS, at the start',
-        'render with gemma_sft.chat only, and do not write <bos> into the'
-        ' data')
+        'render with gemma_sft.chat only, and do not write <bos> into the data')
   if not mask.any():
     raise errors.UserError(
         f'{example.where}: no token is trained',
@@ -152,16 +140,11 @@ def normalise(text: str) -> str:
   return ' '.join(kept.split()) or ' '.join(text.split())
 
 
-def check_leakage(
-    prompts: Mapping[str, Sequence[tuple[str, str]]]) -> None:
-  """Raises an error if two splits have a prompt in common.
+def check_leakage(prompts: Mapping[str, Sequence[tuple[str, str]]]) -> None:
+  """Raises a `UserError` if two splits have a prompt in common.
 
-  Args:
-    prompts: {split: (prompt, where) of each example}. Prompts are compared
-      after `normalise`; plain text is compared as a whole.
-
-  Raises:
-    UserError: naming the rows of the first pair, and how many prompts leak.
+  `prompts` are {split: (prompt, where) of each example}. Prompts are compared
+  after `normalise`; plain text is compared as a whole.
   """
   seen: dict[str, tuple[str, str]] = {}
   for split, rows in prompts.items():

@@ -17,7 +17,6 @@ from gemma_sft import errors
 from gemma_sft.inputs import readers
 
 CANONICAL = readers.CANONICAL
-
 _MAX_SHOWN = 5
 _SHAPES = ({'prompt', 'completion'}, {'system', 'prompt', 'completion'},
            {'messages'}, {'text'})
@@ -44,26 +43,21 @@ class Record:
 
 
 def read(
-    source: str,
-    *,
-    format: str = 'auto',
-    columns: Mapping[str, str] | None = None,
-    split: str = 'train',
-    validated: bool = True,
-) -> list[Record]:
+    source: str, *, format: str = 'auto',
+    columns: Mapping[str, str] | None = None, split: str = 'train',
+    validated: bool = True) -> list[Record]:
   """Reads all records of a source, in its order, and validates them.
 
   If no record has a field of `CANONICAL`, the task interprets the fields, and
-  only their characters are checked here; otherwise see `validate`.
+  only their characters are checked here; otherwise see `validate`. `curate`
+  repairs records, and has them not `validated` either.
 
   Args:
     source: A file, a glob pattern (all its files, sorted by name), a directory
       prepared by TFDS, 'tfds:name' or 'hub:org/name'.
     format: One of `readers.FORMATS`, or 'auto': by the prefix or file ending.
     columns: {new name: the source's name} of the fields to rename.
-    split: The split of a TFDS or hub data set; a file is one split already.
-    validated: If False, only characters are checked, because the caller
-      (`curate`) repairs what is missing or blank.
+    split: Of a TFDS or hub data set; a file is one split.
 
   Raises:
     UserError: naming up to five bad records and their places.
@@ -103,11 +97,7 @@ def read(
 
 
 def keep_fields(record: Record, names: Iterable[str]) -> Record:
-  """Returns the record with only these fields.
-
-  Raises:
-    UserError: if the record lacks one of them.
-  """
+  """Returns the record with only these fields, or raises a `UserError`."""
   known = list(record.fields)
   for name in names:
     if name not in known:
@@ -147,13 +137,11 @@ def validate(record: Record) -> Record:
   return Record(fields, record.where)
 
 
-def content_hash(
-    records: Iterable[Record], files: Iterable[str] = ()) -> str:
+def content_hash(records: Iterable[Record], files: Iterable[str] = ()) -> str:
   """Returns the SHA-256 (hex) of the records' fields, in record order.
 
-  It does not depend on the places of records or the order of their fields, so
-  the same records in another format have the same hash. The content of `files`
-  is hashed after the records; see `splits.data_hash`.
+  The same records in another format, or with their fields in another order,
+  have the same hash. The content of `files` is hashed after the records.
   """
   digest = hashlib.sha256()
   for record in records:

@@ -16,7 +16,7 @@ from gemma_sft.inputs import audit
 from gemma_sft.inputs import records as records_lib
 from gemma_sft.inputs import token_cache
 
-# Seconds of rendering from which the cache is worth its disk space. Gemma's
+# A split that renders faster is not worth the disk space of a cache. Gemma's
 # tokenizer renders about 7,000 short examples a second; loading and verifying
 # them from the cache takes a sixth of that time.
 _MIN_SECONDS = 2.0
@@ -42,11 +42,7 @@ def check_named(section: Any, split: str) -> None:
 
 
 def read_split(section: Any, name: str) -> list[records_lib.Record]:
-  """Returns the records of a split of `config.data`, not yet rendered.
-
-  Raises:
-    UserError: for the first mistake in a file or a row.
-  """
+  """Returns the records of a split of `config.data`, not yet rendered."""
   records = records_lib.read(
       section[name], format=section.format, split=name,
       columns=config_lib.parse_columns(section.columns))
@@ -60,8 +56,8 @@ def read_split(section: Any, name: str) -> list[records_lib.Record]:
 def data_hash(records: Sequence[records_lib.Record], task: Any) -> str:
   """Returns the hash of the records and of the files that they refer to.
 
-  A question about a database holds only the database's name, but its prompt
-  shows the schema, so a changed schema is changed data.
+  A question about a database, for example, names the database, and its prompt
+  shows the schema: a changed schema is changed data.
   """
   files = (task.referenced_files(records)
            if hasattr(task, 'referenced_files') else ())
@@ -69,10 +65,7 @@ def data_hash(records: Sequence[records_lib.Record], task: Any) -> str:
 
 
 def load_splits(
-    section: Any,
-    names: Sequence[str],
-    task: Any,
-    tokenizer: chat.Tokenizer,
+    section: Any, names: Sequence[str], task: Any, tokenizer: chat.Tokenizer
 ) -> dict[str, Split]:
   """Reads, renders and audits splits of `config.data`; skips unset ones.
 
@@ -119,7 +112,8 @@ def _render_split(name, section, records, task, tokenizer):
   conversations = [task.to_messages(r) for r in records]
   examples, report = audit.check_split(
       name,
-      [render(c, tokenizer, r.where) for c, r in zip(conversations, records)],
+      [chat.render(c, tokenizer, r.where)
+       for c, r in zip(conversations, records)],
       tokenizer, max_length=section.max_length,
       max_cut_share=section.max_cut_share,
       n_control_text=sum(
@@ -138,17 +132,6 @@ def _check_leakage(splits, task):
     audit.check_leakage({
         name: [(_prompt(task.to_messages(r)), r.where) for r in split.records]
         for name, split in splits.items()})
-
-
-def render(
-    conversation: Sequence[chat.Message] | str,
-    tokenizer: chat.Tokenizer,
-    where: str,
-) -> chat.Example:
-  """Renders a conversation, or plain text, for training."""
-  if isinstance(conversation, str):
-    return chat.render_text(conversation, tokenizer, where)
-  return chat.render(conversation, tokenizer, where)
 
 
 def _text(conversation):

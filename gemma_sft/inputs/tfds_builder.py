@@ -16,24 +16,16 @@ from gemma_sft.inputs import records as records_lib
 
 
 class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """A data set of train, validation and test files in one folder.
-
-  A subclass has a docstring that describes the data, and these attributes:
-
-  Attributes:
-    SUFFIX: The ending of the three files, such as '.jsonl'.
-    FORMAT: Their format; see `records.read`.
-    FEATURES: {column: feature}. The column `id` ('train.jsonl:7') is added.
-  """
+  """A data set of three files, which the docstring of a subclass describes."""
 
   VERSION = tfds.core.Version('1.0.0')
   RELEASE_NOTES = {'1.0.0': 'First release.'}
-  SUFFIX: str
-  FORMAT = 'auto'
-  FEATURES: Mapping[str, Any]
+  SUFFIX: str  # The ending of the three files, such as '.jsonl'.
+  FORMAT = 'auto'  # See `records.read`.
+  FEATURES: Mapping[str, Any]  # By column; `id` ('train.jsonl:7') is added.
 
   def __init__(self, *, source: pathlib.Path, **kwargs: Any):
-    """Takes the folder of the files, and the arguments of TFDS."""
+    """Takes the files' folder, and the arguments of TFDS."""
     self.source = source
     super().__init__(**kwargs)
 
@@ -46,9 +38,9 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   def _split_generators(self, dl_manager: tfds.download.DownloadManager):
     del dl_manager  # There is nothing to download.
-    return {split: self._generate_examples(
-        self.folder() / f'{split}{self.SUFFIX}')
-            for split in ('train', 'validation', 'test')}
+    return {
+        split: self._generate_examples(self.folder() / f'{split}{self.SUFFIX}')
+        for split in ('train', 'validation', 'test')}
 
   def _generate_examples(
       self, path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -73,10 +65,7 @@ def text_features(*names: str) -> dict[str, tfds.features.Text]:
 
 def prepare(
     builder: type[Builder], source: pathlib.Path, out: pathlib.Path) -> None:
-  """Writes a data set from the files in `source`, and prints where.
-
-  Writes all of its configs. A data set in `out` that is up to date stays.
-  """
+  """Writes all configs of a data set, unless they are up to date in `out`."""
   for config in builder.builder_configs or {None: None}:
     made = builder(source=source, config=config, data_dir=out,
                    file_format='array_record')

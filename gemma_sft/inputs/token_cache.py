@@ -42,28 +42,25 @@ def prompt_key(prompt: str) -> bytes:
   return hashlib.sha256(prompt.encode()).digest()[:16]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Examples(collections.abc.Sequence):
   """Rendered examples in flat arrays; indexing returns views of them."""
 
-  def __init__(self, arrays: dict[str, np.ndarray]):
-    """Takes the flat arrays, by the names of `_ARRAYS`."""
-    self.arrays = arrays
-    self._starts = arrays['starts']
+  arrays: dict[str, np.ndarray]  # By the names in `_ARRAYS`.
 
   def __len__(self) -> int:
-    return len(self._starts) - 1
+    return len(self.arrays['starts']) - 1
 
   def __getitem__(self, index: Any) -> Any:
     if isinstance(index, slice):
       return [self[i] for i in range(*index.indices(len(self)))]
     i = range(len(self))[index]
     arrays = self.arrays
-    span = slice(self._starts[i], self._starts[i + 1])
+    span = slice(*arrays['starts'][i:i + 2])
     where = slice(*arrays['where_starts'][i:i + 2])
     return chat.Example(
         arrays['tokens'][span], arrays['loss_mask'][span],
-        int(arrays['target_bytes'][i]),
-        int(arrays['target_characters'][i]),
+        int(arrays['target_bytes'][i]), int(arrays['target_characters'][i]),
         arrays['where_bytes'][where].tobytes().decode())
 
   @property
@@ -73,12 +70,12 @@ class Examples(collections.abc.Sequence):
 
   def lengths(self) -> np.ndarray:
     """Returns the number of input tokens of each example, int64 (n,)."""
-    return np.diff(self._starts) - 1
+    return np.diff(self.arrays['starts']) - 1
 
   def trained(self) -> np.ndarray:
     """Returns the number of trained targets of each example, int64 (n,)."""
     mask = self.arrays['loss_mask']
-    starts = self._starts[:-1]
+    starts = self.arrays['starts'][:-1]
     # An example's first token is never a target.
     return np.add.reduceat(mask, starts, dtype=np.int64) - mask[starts]
 
@@ -135,8 +132,7 @@ class CachedSplit:
 def make_key(
     *parts: str | bytes | int | float,
     sources: Iterable[str | os.PathLike] = ()) -> str:
-  """Returns a hash of values, in their order, and of the content of sources.
-  """
+  """Returns a hash of values, in their order, and of the sources' content."""
   digest = hashlib.sha256(_VERSION)
   for part in (*parts, *(pathlib.Path(s).read_bytes() for s in sources)):
     data = part if isinstance(part, bytes) else str(part).encode()
@@ -145,16 +141,12 @@ def make_key(
 
 
 def save(
-    folder: pathlib.Path,
-    key: str,
-    split: CachedSplit,
-    *,
-    max_bytes: int = _MAX_BYTES,
-) -> None:
+    folder: pathlib.Path, key: str, split: CachedSplit, *,
+    max_bytes: int = _MAX_BYTES) -> None:
   """Writes an entry for `load`, then removes the entries unused for longest.
 
   The new entry stays even if it exceeds `max_bytes` by itself. A full or
-  read-only disk costs only time: a warning says so on one line.
+  read-only disk is only a warning.
   """
   path = folder / key
   facts = np.frombuffer(json.dumps(split.facts).encode(), np.uint8)
@@ -176,10 +168,7 @@ def save(
 
 
 def load(folder: pathlib.Path, key: str) -> CachedSplit | None:
-  """Returns the entry of a key, or None if it is missing or damaged.
-
-  A warning reports a damaged entry on one line.
-  """
+  """Returns the entry of a key, or None if it is missing or damaged."""
   path = folder / key
   if not path.exists():
     return None
@@ -217,18 +206,15 @@ def _hashes(path):
 
 
 def _remove_oldest(folder, newest, max_bytes):
-  entries = {path: (path.stat().st_mtime, _size(path))
-             for path in folder.iterdir()}
-  total = sum(size for _, size in entries.values())
-  for path in sorted(entries, key=lambda p: entries[p][0]):
-    if total <= max_bytes:
-      break
-    if path != newest:
+  entries = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
+  total = sum(map(_size, entries))
+  for path in entries:
+    if total > max_bytes and path != newest:
+      total -= _size(path)
       if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
       else:
         path.unlink(missing_ok=True)  # A file of an earlier version.
-      total -= entries[path][1]
 
 
 def _size(path):

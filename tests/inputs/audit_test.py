@@ -11,12 +11,15 @@ from gemma_sft import errors
 from gemma_sft.inputs import audit
 
 
+def _render(question, answer, tokenizer, where=''):
+  return chat.render([chat.Message('user', question),
+                      chat.Message('model', answer)], tokenizer, where)
+
+
 @pytest.fixture
 def examples(tokenizer):
   return [
-      chat.render([chat.Message('user', question),
-                   chat.Message('model', answer)], tokenizer, f'train.txt:{i}')
-      for i, (question, answer) in enumerate(
+      _render(*pair, tokenizer, f'train.txt:{i}') for i, pair in enumerate(
           [('Hi', 'Hello'), ('What???', 'That'), ('Who?', 'Me')], 1)]
 
 
@@ -74,15 +77,12 @@ def test_no_examples_are_refused(tokenizer):
   _refused([], tokenizer, 'the train split has no examples')
 
 
-def test_a_row_that_is_too_long_is_refused(tokenizer, examples):
+def test_the_share_that_it_names_lets_the_rows_be_cut(tokenizer, examples):
   # The longest has 26 tokens: 25 of input.
   _check(examples, tokenizer, max_length=25)
-  _refused(examples, tokenizer, max_length=24, got=(
-      r'train\.txt:2: 25 tokens; 1 of 3 examples of train are longer'))
-
-
-def test_the_share_that_it_names_lets_the_rows_be_cut(tokenizer, examples):
-  with pytest.raises(errors.UserError) as caught:
+  with pytest.raises(errors.UserError, match=(
+      r'train\.txt:2: 25 tokens; 1 of 3 examples of train are longer'
+  )) as caught:
     _check(examples, tokenizer, max_length=24)
   share = float(re.search(r'max_cut_share=([\d.]+)', caught.value.fix)[1])
   checked, report = _check(
@@ -95,18 +95,13 @@ def test_the_share_that_it_names_lets_the_rows_be_cut(tokenizer, examples):
   assert len(checked[1].loss_mask) == 25
 
 
-def test_a_cut_through_the_answer_needs_no_terminator(tokenizer, examples):
-  checked, _ = _check(examples, tokenizer, max_length=21, max_cut_share=1.0)
-  last = checked[0].tokens[checked[0].loss_mask][-1]
-  assert int(last) not in tokenizer.stop_ids
-
-
-def test_bits_per_byte_count_what_a_cut_leaves(tokenizer):
+def test_a_cut_through_the_answer(tokenizer):
   answer = 'Hello you and you and you'
-  whole = chat.render([chat.Message('user', 'Hi'),
-                       chat.Message('model', answer)], tokenizer)
+  whole = _render('Hi', answer, tokenizer)
   [cut], _ = _check([whole], tokenizer, max_length=len(whole.tokens) - 6,
                     max_cut_share=1.0)
+  # It needs no terminator, and bits per byte count what is left.
+  assert int(cut.tokens[-1]) not in tokenizer.stop_ids
   kept = tokenizer.decode(cut.tokens[cut.loss_mask])
   assert answer.startswith(kept) and 0 < len(kept) < len(answer)
   assert cut.target_bytes == cut.target_characters == len(kept)
@@ -150,13 +145,16 @@ def test_a_prompt_of_train_in_another_split_is_found(disguised):
           'train': train, split: [('New?', 'x.txt:8'), (disguised, 'x.txt:9')]})
 
 
-def test_other_prompts_are_no_leak():
+@pytest.mark.parametrize('prompts', (
+    dict(train='What is Blop?', validation='What is a Blop?',
+         test='What is the Blop?'),
+    dict(test='What is Blop?'), dict(train='🦊🍇', test='☕ -> ?'),
+    # Vowel signs count. Devanagari: one consonant, another vowel sign.
+    dict(train='कि', test='का'),
+    dict(train='กิน', test='กัน')))  # Thai: eat, together.
+def test_other_prompts_are_no_leak(prompts):
   audit.check_leakage({
-      'train': [('What is Blop?', 'a')],
-      'validation': [('What is a Blop?', 'b')],
-      'test': [('What is the Blop?', 'c')]})
-  audit.check_leakage({'test': [('What is Blop?', 'c')]})
-  audit.check_leakage({'train': [('🦊🍇', 'a')], 'test': [('☕ -> ?', 'b')]})
+      split: [(prompt, split)] for split, prompt in prompts.items()})
 
 
 def test_validation_and_test_may_not_share_prompts():
@@ -170,11 +168,3 @@ def test_validation_and_test_may_not_share_prompts():
 
 def test_normal_form():
   assert audit.normalise(' Ｓtraße, No.１! ') == 'strasse no 1'
-
-
-@pytest.mark.parametrize('one, other', (
-    ('कि', 'का'),  # Devanagari: one consonant, another vowel sign.
-    ('กิน', 'กัน'),  # Thai: eat, together.
-))
-def test_vowel_signs_count(one, other):
-  assert audit.normalise(one) != audit.normalise(other)

@@ -3,12 +3,11 @@
 import csv
 import importlib.util
 import json
-import os
-import pathlib
 import subprocess
 import sys
 import types
 
+import conftest
 import hypothesis
 from hypothesis import strategies as st
 import pytest
@@ -16,7 +15,6 @@ import pytest
 from gemma_sft import errors
 from gemma_sft.inputs import records
 
-_ROOT = pathlib.Path(records.__file__).parents[2]
 _PAIR = {'prompt': 'p', 'completion': 'c'}
 
 
@@ -33,11 +31,6 @@ def _fields(source, **kwargs):
   return [record.fields for record in records.read(source, **kwargs)]
 
 
-def _places(source, **kwargs):
-  found = records.read(source, **kwargs)
-  return [record.where.replace(source, 'FILE') for record in found]
-
-
 def _error(source, **kwargs):
   with pytest.raises(errors.UserError) as caught:
     records.read(source, **kwargs)
@@ -52,64 +45,54 @@ def _needs(module):
 # --- formats
 
 
-def test_pairs_keep_inner_blank_lines_and_indentation(tmp_path):
-  path = _write(
-      tmp_path,
-      'train.txt',
-      '\n# INPUT\nfirst\n\nline \n\n# OUTPUT\n\n  def f() {\n\n  }\n\n'
-      '# INPUT\nsecond\n# OUTPUT \n# a comment\n')
-  assert _fields(path) == [
-      {'prompt': 'first\n\nline ', 'completion': '  def f() {\n\n  }'},
-      {'prompt': 'second', 'completion': '# a comment'}]
-  assert _places(path) == ['FILE:2', 'FILE:13']
+_TWO = {'prompt': 'a\u2028b\x85', 'completion': 'c'}
+_LINE = json.dumps(_TWO, ensure_ascii=False)
+_LONG = 'x' * 200_000  # The csv module takes 131,072 characters by default.
 
 
-def test_pairs_with_windows_line_ends_and_byte_order_mark(tmp_path):
-  content = '# INPUT\r\na\r\nb\r\n# OUTPUT\r\nc\r\n'.encode('utf-8-sig')
-  path = _write(tmp_path, 'train.txt', content)
-  assert _fields(path) == [{'prompt': 'a\nb', 'completion': 'c'}]
-
-
-def test_text_is_one_record_per_paragraph(tmp_path):
-  path = _write(tmp_path, 'poems.txt', '\n春眠\n不覺曉\n \n\n  two\r\n')
-  assert _fields(path) == [{'text': '春眠\n不覺曉'}, {'text': '  two'}]
-  assert _places(path) == ['FILE:2', 'FILE:6']
-
-
-def test_csv_counts_lines_not_rows(tmp_path):
-  content = '\ufeffprompt,completion,n\n"a\nb","say ""x""",1\n\nc,"d,e",2\n'
-  path = _write(tmp_path, 'a.csv', content)
-  assert _fields(path) == [
-      {'prompt': 'a\nb', 'completion': 'say "x"', 'n': '1'},
-      {'prompt': 'c', 'completion': 'd,e', 'n': '2'}]
-  assert _places(path) == ['FILE:2', 'FILE:5']
-
-
-def test_csv_takes_a_long_cell(tmp_path):
-  # Longer than the 131,072 characters that the csv module takes by default.
-  long = 'x' * 200_000
-  path = _write(tmp_path, 'a.csv', f'prompt,completion\np,{long}\n')
-  assert _fields(path)[0]['completion'] == long
-
-
-def test_tsv(tmp_path):
-  path = _write(tmp_path, 'a.tsv', 'prompt\tcompletion\na, b\tc\n')
-  assert _fields(path) == [{'prompt': 'a, b', 'completion': 'c'}]
-
-
-@pytest.mark.parametrize('wrap', [lambda r: r, lambda r: {'v': 1, 'data': r}])
-def test_json_list_or_object_with_one_list(tmp_path, wrap):
-  path = _write(tmp_path, 'a.json', json.dumps(wrap([_PAIR, _PAIR])))
-  assert _fields(path) == [_PAIR, _PAIR]
-  assert _places(path) == ['FILE[0]', 'FILE[1]']
-
-
-def test_jsonl_is_split_at_line_feeds_only(tmp_path):
-  record = {'prompt': 'a\u2028b\x85', 'completion': 'c'}
-  line = json.dumps(record, ensure_ascii=False)
-  path = _write(tmp_path, 'a.jsonl', f'{line}\r\n\n{line}')
-  assert _fields(path) == [record, record]
-  assert _places(path) == ['FILE:1', 'FILE:3']
+@pytest.mark.parametrize(('name', 'content', 'fields', 'places'), [
+    ('a.txt',  # Inner blank lines and indentation stay.
+     '\n# INPUT\nfirst\n\nline \n\n# OUTPUT\n\n  def f() {\n\n  }\n\n'
+     '# INPUT\nsecond\n# OUTPUT \n# a comment\n',
+     [{'prompt': 'first\n\nline ', 'completion': '  def f() {\n\n  }'},
+      {'prompt': 'second', 'completion': '# a comment'}], [':2', ':13']),
+    ('a.txt',  # Windows line ends and a byte order mark.
+     '# INPUT\r\na\r\nb\r\n# OUTPUT\r\nc\r\n'.encode('utf-8-sig'),
+     [{'prompt': 'a\nb', 'completion': 'c'}], [':1']),
+    ('a.txt', '\n春眠\n不覺曉\n \n\n  two\r\n',  # A record a paragraph.
+     [{'text': '春眠\n不覺曉'}, {'text': '  two'}], [':2', ':6']),
+    ('a.csv',  # Lines are counted, not rows.
+     '\ufeffprompt,completion,n\n"a\nb","say ""x""",1\n\nc,"d,e",2\n',
+     [{'prompt': 'a\nb', 'completion': 'say "x"', 'n': '1'},
+      {'prompt': 'c', 'completion': 'd,e', 'n': '2'}], [':2', ':5']),
+    ('a.csv', f'prompt,completion\np,{_LONG}\n',
+     [{'prompt': 'p', 'completion': _LONG}], [':2']),
+    ('a.tsv', 'prompt\tcompletion\na, b\tc\n',
+     [{'prompt': 'a, b', 'completion': 'c'}], [':2']),
+    ('a.json', json.dumps([_PAIR, _PAIR]), [_PAIR, _PAIR], ['[0]', '[1]']),
+    ('a.json', json.dumps({'v': 1, 'data': [_PAIR, _PAIR]}), [_PAIR, _PAIR],
+     ['[0]', '[1]']),
+    # Split at line feeds only.
+    ('a.jsonl', f'{_LINE}\r\n\n{_LINE}', [_TWO, _TWO], [':1', ':3']),
+    # Without canonical fields they stay raw.
+    ('a.jsonl', '{"slang": "W", "year": 2020}\n{"slang": "", "x": ["y", null]}',
+     [{'slang': 'W', 'year': 2020}, {'slang': '', 'x': ['y', None]}],
+     [':1', ':2']),
+    # Numbers become strings only in canonical fields.
+    ('a.json', '[{"prompt": 2, "completion": 0.5, "year": 2020}]',
+     [{'prompt': '2', 'completion': '0.5', 'year': 2020}], ['[0]']),
+    # A blank system text is dropped.
+    ('a.csv', 'system,prompt,completion\nbe kind,p,c\n ,p,c\n',
+     [{'system': 'be kind', **_PAIR}, _PAIR], [':2', ':3']),
+    # An escaped backslash is not a NUL.
+    ('a.jsonl', json.dumps({'text': '\\u0000 and \\\\u0000'}),
+     [{'text': '\\u0000 and \\\\u0000'}], [':1'])],
+                         ids=lambda value: str(value)[:20])
+def test_formats(tmp_path, name, content, fields, places):
+  path = _write(tmp_path, name, content)
+  found = records.read(path)
+  assert [record.fields for record in found] == fields
+  assert [record.where for record in found] == [path + at for at in places]
 
 
 @_needs('pyarrow')
@@ -126,8 +109,8 @@ def test_parquet_adds_no_column_from_the_folder_name(tmp_path):
   table = pyarrow.Table.from_pylist([{'messages': conversation, 'text': None}])
   parquet.write_table(table, path)
   turns = [{'role': 'user', 'content': 'u'}, {'role': 'model', 'content': 'm'}]
-  assert _fields(path) == [{'messages': turns}]
-  assert _places(path) == ['FILE[0]']
+  assert records.read(path) == [
+      records.Record({'messages': turns}, f'{path}[0]')]
 
 
 @_needs('grain')
@@ -185,16 +168,14 @@ print(sorted(set(sys.modules) & set(heavy.split())))
 """
   done = subprocess.run(
       [sys.executable, '-c', code], capture_output=True, text=True, check=True,
-      env={**os.environ, 'PYTHONPATH': str(_ROOT)})
+      cwd=conftest.ROOT)
   assert done.stdout == '[]\n'
 
 
 def test_glob_reads_all_files_in_order(tmp_path):
   for name in ('b', 'a'):
-    record = {'prompt': name, 'completion': 'c'}
-    _write(tmp_path, f'{name}.jsonl', json.dumps(record))
-  found = _fields(str(tmp_path / '*.jsonl'))
-  assert [fields['prompt'] for fields in found] == ['a', 'b']
+    _write(tmp_path, f'{name}.jsonl', json.dumps({'text': name}))
+  assert _fields(str(tmp_path / '*.jsonl')) == [{'text': 'a'}, {'text': 'b'}]
 
 
 _text = st.text(
@@ -226,24 +207,6 @@ def test_any_text_survives(tmp_path_factory, pairs, ending):
 # --- canonical form
 
 
-def test_source_without_canonical_fields_stays_raw(tmp_path):
-  rows = [{'slang': 'W', 'year': 2020}, {'slang': '', 'notes': ['x', None]}]
-  path = _write(tmp_path, 'a.jsonl', '\n'.join(map(json.dumps, rows)))
-  assert _fields(path) == rows
-
-
-def test_numbers_become_strings_only_in_canonical_fields(tmp_path):
-  rows = [{'prompt': 2, 'completion': 0.5, 'year': 2020}]
-  path = _write(tmp_path, 'a.json', json.dumps(rows))
-  assert _fields(path) == [{'prompt': '2', 'completion': '0.5', 'year': 2020}]
-
-
-def test_blank_system_is_dropped(tmp_path):
-  content = 'system,prompt,completion\nbe kind,p,c\n ,p,c\n'
-  path = _write(tmp_path, 'a.csv', content)
-  assert _fields(path) == [{'system': 'be kind', **_PAIR}, _PAIR]
-
-
 def test_columns_rename_and_may_swap(tmp_path):
   content = 'completion,prompt,sys\np,c,s\n'
   columns = {'prompt': 'completion', 'completion': 'prompt', 'note': 'sys'}
@@ -252,12 +215,8 @@ def test_columns_rename_and_may_swap(tmp_path):
 
 
 def test_validate_returns_a_new_record():
-  turns = [
-      {'role': 'system', 'content': 's'},
-      {'role': 'user', 'content': 'u'},
-      {'role': 'assistant', 'content': 'm'},
-      {'role': 'user', 'content': 7},
-      {'role': 'model', 'content': 'n'}]
+  turns = _turns('system', 'user', 'assistant', 'user', 'model')
+  turns[3]['content'] = 7
   record = records.Record({'messages': turns}, 'x:1')
   found = records.validate(record).fields['messages']
   roles = [turn['role'] for turn in found]
@@ -306,12 +265,6 @@ def test_bad_record(tmp_path, fields, got):
   assert got in error.got
   assert 'a.jsonl:2: ' in error.got
   assert error.expected and error.fix
-
-
-def test_escaped_backslash_is_not_a_nul(tmp_path):
-  record = {'text': '\\u0000 and \\\\u0000'}
-  path = _write(tmp_path, 'a.jsonl', json.dumps(record))
-  assert _fields(path) == [record]
 
 
 def test_five_bad_records_are_shown_and_the_rest_counted(tmp_path):
@@ -377,49 +330,32 @@ def test_bad_file(tmp_path, name, content, got, fix):
   assert error.expected
 
 
-def test_missing_file_names_the_nearest(tmp_path):
-  _write(tmp_path, 'train.jsonl', json.dumps(_PAIR))
-  error = _error(str(tmp_path / 'trian.jsonl'))
-  assert 'trian.jsonl does not exist' in error.got
-  assert "Did you mean 'train.jsonl'?" in error.fix
-  error = _error(str(tmp_path / '*.csv'))
-  assert '*.csv does not exist' in error.got
-
-
-def test_missing_folder_names_the_nearest(tmp_path):
+@pytest.mark.parametrize(('source', 'options', 'got', 'expected', 'fix'), [
+    ('trian.jsonl', {}, 'trian.jsonl does not exist', '',
+     "Did you mean 'train.jsonl'?"),
+    ('*.xml', {}, '*.xml does not exist', '', ''),
+    ('dta/x/train.jsonl', {}, 'does not exist', '', "Did you mean 'data'?"),
+    ('', {}, 'is a directory without dataset_info.json', '', '/*.jsonl'),
+    ('', dict(format='jsonl'), 'is a directory', '', ''),
+    ('x', dict(format='jsnl'), "'jsnl'", '', "'jsonl'"),
+    ('a.csv', dict(columns={'prompt': 'qestion'}),
+     "no column 'qestion' (for 'prompt')", "one of 'question', 'answer'",
+     "Did you mean 'question'?"),
+    # A record without a renamed column is a bad record.
+    ('q.jsonl', dict(columns={'prompt': 'q'}),
+     "q.jsonl:2: the fields are 'completion'", '', ''),
+    ('b.csv', dict(columns={'prompt': 'question'}),
+     "'question' would replace the 'prompt'", '', '')])
+def test_bad_source(tmp_path, source, options, got, expected, fix):
   (tmp_path / 'data').mkdir()
-  error = _error(str(tmp_path / 'dta' / 'x' / 'train.jsonl'))
-  assert "Did you mean 'data'?" in error.fix
-
-
-def test_directory_needs_a_pattern(tmp_path):
-  assert f'{tmp_path}/*.jsonl' in _error(str(tmp_path)).fix
-  assert 'is a directory' in _error(str(tmp_path), format='jsonl').got
-
-
-def test_unknown_format_names_the_nearest():
-  error = _error('x', format='jsnl')
-  assert "'jsnl'" in error.got and "'jsonl'" in error.fix
-
-
-def test_columns_must_exist(tmp_path):
-  path = _write(tmp_path, 'a.csv', 'question,answer\np,c\n')
-  error = _error(path, columns={'prompt': 'qestion'})
-  assert "no column 'qestion' (for 'prompt')" in error.got
-  assert error.expected == "one of 'question', 'answer'"
-  assert "Did you mean 'question'?" in error.fix
-
-
-def test_record_without_a_renamed_column_is_a_bad_record(tmp_path):
-  lines = '{"q": "p", "completion": "c"}\n{"completion": "c"}'
-  error = _error(_write(tmp_path, 'a.jsonl', lines), columns={'prompt': 'q'})
-  assert error.got.endswith("a.jsonl:2: the fields are 'completion'")
-
-
-def test_columns_never_replace_a_column(tmp_path):
-  path = _write(tmp_path, 'a.csv', 'prompt,completion,question\np,c,q\n')
-  error = _error(path, columns={'prompt': 'question'})
-  assert "'question' would replace the 'prompt'" in error.got
+  _write(tmp_path, 'train.jsonl', json.dumps(_PAIR))
+  _write(tmp_path, 'a.csv', 'question,answer\np,c\n')
+  _write(tmp_path, 'b.csv', 'prompt,completion,question\np,c,q\n')
+  _write(tmp_path, 'q.jsonl',
+         '{"q": "p", "completion": "c"}\n{"completion": "c"}')
+  error = _error(str(tmp_path / source), **options)
+  assert got in error.got and fix in error.fix
+  assert expected in ('', error.expected)
 
 
 # --- content hash
@@ -449,9 +385,7 @@ def test_keep_fields():
 
 
 def test_without_validation_blank_text_stays(tmp_path):
-  path = tmp_path / 'songs.jsonl'
-  path.write_text('{"text": "", "poet": "x"}\n{"text": "la"}\n')
-  with pytest.raises(errors.UserError, match='text is empty'):
-    records.read(str(path))
-  rows = records.read(str(path), validated=False)
-  assert [r.fields.get('text') for r in rows] == ['', 'la']
+  path = _write(tmp_path, 'a.jsonl', '{"text": "", "x": "y"}\n{"text": "la"}\n')
+  assert 'text is empty' in _error(path).got
+  assert _fields(path, validated=False) == [
+      {'text': '', 'x': 'y'}, {'text': 'la'}]

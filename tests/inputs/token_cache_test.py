@@ -26,15 +26,16 @@ def _assert_equal(one, other):
     np.testing.assert_array_equal(a.loss_mask, b.loss_mask)
 
 
-@pytest.fixture
-def examples(tokenizer):
+@pytest.fixture(scope='module')
+def examples():
+  tokenizer = conftest.make_tokenizer(3)
   return [
       chat.render([chat.Message('user', 'x' * (3 * i + 1)),
                    chat.Message('model', 'é' * (i % 5 + 1))],
                   tokenizer, f'Größe.txt:{i}') for i in range(20)]
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def split(examples):
   keys = [token_cache.prompt_key(str(i)) for i in range(len(examples))]
   return token_cache.CachedSplit(
@@ -143,10 +144,10 @@ def test_the_entries_unused_for_longest_go_first(tmp_path, split):
   shutil.rmtree(tmp_path / 'size')
   # A file of an earlier version is the oldest.
   (tmp_path / 'f.tokens').write_bytes(b'x')
+  for key in 'abc':
+    token_cache.save(tmp_path, key, split)
   for age, key in ((400, 'f.tokens'), (300, 'a'), (200, 'b'), (100, 'c')):
     path = tmp_path / key
-    if key != 'f.tokens':
-      token_cache.save(tmp_path, key, split)
     os.utime(path, (path.stat().st_mtime - age,) * 2)
   token_cache.load(tmp_path, 'a')  # Used now.
   assert names() == {'f.tokens', 'a', 'b', 'c'}
@@ -188,13 +189,11 @@ def test_two_processes_may_write_one_entry(tmp_path, split, monkeypatch):
 
 
 def test_a_key_knows_where_a_part_ends(tmp_path):
-  source = tmp_path / 'a.py'
-  source.write_text('1')
-  keys = [token_cache.make_key('ab', 'c'), token_cache.make_key('a', 'bc'),
-          token_cache.make_key('ab', 'c', sources=[source])]
-  source.write_text('2')
-  keys.append(token_cache.make_key('ab', 'c', sources=[source]))
-  assert len(set(keys)) == 4
+  keys = {token_cache.make_key('ab', 'c'), token_cache.make_key('a', 'bc')}
+  for text in '12':
+    (tmp_path / 'a.py').write_text(text)
+    keys.add(token_cache.make_key('ab', 'c', sources=[tmp_path / 'a.py']))
+  assert len(keys) == 4
 
 
 # Splits -----------------------------------------------------------------------
@@ -216,7 +215,7 @@ def folder(tmp_path, monkeypatch):
 def test_a_split_is_rendered_once(config, tokenizer, folder, monkeypatch):
   first = _load(config, tokenizer)
   assert len(list(folder.iterdir())) == 2
-  monkeypatch.setattr(splits, 'render', None)  # Must not be called.
+  monkeypatch.setattr(chat, 'render', None)  # Must not be called.
   again = _load(config, tokenizer)
   for name in first:
     _assert_equal(again[name].examples, first[name].examples)
@@ -231,28 +230,21 @@ def test_a_small_split_is_not_cached(config, tokenizer, folder, monkeypatch):
 
 
 def test_all_that_decides_is_in_the_key(config, tokenizer, folder, tmp_path):
-  n_files = 0
-
-  def check():
-    nonlocal n_files
+  train, moved = tmp_path / 'train.txt', tmp_path / 'moved.txt'
+  changes = (
+      lambda: None,
+      lambda: config.data.update(max_length=63),
+      lambda: config.data.update(max_cut_share=0.5),
+      lambda: config.update(task='blop'),
+      lambda: conftest.write_pairs(train, [('A?', 'B.')]),
+      # Messages name the file.
+      lambda: config.data.update(train=str(train.rename(moved))))
+  for n_files, change in enumerate(changes, 1):
+    change()
     _load(config, tokenizer, ('train',))
-    n_files += 1
     assert len(list(folder.iterdir())) == n_files
-
-  check()
-  config.data.max_length = 63
-  check()
-  config.data.max_cut_share = 0.5
-  check()
-  config.task = 'blop'
-  check()
-  tokenizer = conftest.make_tokenizer(2)
-  check()
-  conftest.write_pairs(tmp_path / 'train.txt', [('A?', 'B.')])
-  check()
-  os.rename(tmp_path / 'train.txt', tmp_path / 'moved.txt')
-  config.data.train = str(tmp_path / 'moved.txt')
-  check()  # Messages name the file.
+  _load(config, conftest.make_tokenizer(2), ('train',))
+  assert len(list(folder.iterdir())) == len(changes) + 1
 
 
 def test_what_was_refused_is_refused_again(config, tokenizer, folder):

@@ -164,7 +164,7 @@ def _check_text(text, generation):
     raise judging.Loss('text became a control token')
   if tokenizer.decode(ids) != _as_written(text):
     raise judging.Loss(f'{text!r:.300} became {tokenizer.decode(ids)!r:.300}')
-  example = chat.render_text(text, tokenizer)
+  example = chat.render(text, tokenizer)
   if example.loss_mask.tolist() != [False, *[True] * (len(ids) + 1)]:
     raise judging.Loss('plain text is not trained whole')
 
