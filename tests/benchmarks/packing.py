@@ -23,7 +23,6 @@ from gemma_sft import chat
 from gemma_sft import pages
 from gemma_sft import tasks
 from gemma_sft.inputs import records as records_lib
-from gemma_sft.inputs import splits
 from gemma_sft.weights import load
 
 _TOKENIZER = flags.DEFINE_string(
@@ -44,7 +43,7 @@ def _tokenizer(source):
 
 def _render(task_name, path, tokenizer):
   task = tasks.load(task_name)
-  return [splits.render(task.to_messages(record), tokenizer, record.where)
+  return [chat.render(task.to_messages(record), tokenizer, record.where)
           for record in records_lib.read(path)]
 
 
