@@ -29,6 +29,9 @@ make_environment() {
   # The pip of Python 3.12.1 backtracks through gemma's dependencies for ten
   # minutes; uv resolves them in seconds.
   [ -x .venv/bin/uv ] || .venv/bin/python -m pip install --quiet uv
-  .venv/bin/uv pip install --quiet --python .venv/bin/python -e ".[$extras]"
+  # Bytecode now, once: where PYTHONDONTWRITEBYTECODE is set, as in containers,
+  # every start of Python would compile all that it imports.
+  .venv/bin/uv pip install --quiet --compile-bytecode \
+    --python .venv/bin/python -e ".[$extras]"
   touch "$stamp"
 }
