@@ -82,8 +82,8 @@ elif arguments[:3] == ['storage', 'cp', '-']:
 elif arguments[:2] == ['storage', 'rsync']:
   import pathlib, re, shutil  # Slow, and nothing else needs them.
   source, target = (
-      pathlib.Path(cloud, a.removeprefix('gs://')) if a.startswith('gs://')
-      else pathlib.Path(a) for a in arguments[2:] if not a.startswith('--'))
+      pathlib.Path(cloud, a[5:]) if a.startswith('gs://') else pathlib.Path(a)
+      for a in arguments[2:] if not a.startswith('--'))
   if not source.is_dir():
     fail('did not match existing container: ' + str(source))
   left_out = next(
@@ -108,13 +108,12 @@ def _cloud(tmp_path, monkeypatch):
   """An empty cloud with its gcloud, and a small project."""
   cloud = tmp_path / 'cloud'
   cloud.mkdir()
-  unset = dict.fromkeys((
-      'ACCELERATOR', 'TPU_NAME', 'SPOT', 'RUNTIME', 'CREATE_FLAGS',
-      'TPU_SETTINGS', 'WEIGHTS', 'EXTRAS', 'RESTARTS'))
   scripts.make_project(
       # Without a metadata server a host is the first one.
       tmp_path, monkeypatch, {'curl': 'exit 7'}, CLOUD=str(cloud), PROJECT='p',
-      ZONE='z', POLL='0', **unset)
+      ZONE='z', POLL='0', **dict.fromkeys((
+          'ACCELERATOR', 'TPU_NAME', 'SPOT', 'RUNTIME', 'CREATE_FLAGS',
+          'TPU_SETTINGS', 'WEIGHTS', 'EXTRAS', 'RESTARTS')))
   scripts.write_program(
       tmp_path / 'bin' / 'gcloud', _GCLOUD, f'{sys.executable} -SE')
   return cloud
@@ -131,9 +130,6 @@ def _put(cloud, name, *lines):
 
 
 _WHERE = ' --project=p --zone=z --quiet'
-
-
-# What is printed ------------------------------------------------------------
 
 
 @pytest.mark.parametrize('script, arguments, expected', [
@@ -153,16 +149,13 @@ _WHERE = ' --project=p --zone=z --quiet'
         'scp', 'host.sh install', 'host.sh start train', 'host.sh status']),
     ('logs', (), ['--worker=0 "--command=tail -n 50 -F gemma_sft_job/log"']),
     ('stop', (), ['--worker=all']),
-    ('delete', (), [
-        'queued-resources list',
-        'queued-resources delete gemma-sft --force' + _WHERE]),
-])
+    ('delete', (), ['queued-resources list',
+                    'queued-resources delete gemma-sft --force' + _WHERE])])
 @pytest.mark.usefixtures('cloud')
 def test_a_dry_run_prints_the_commands_and_runs_none(
     script, arguments, expected):
   printed = scripts.check_dry_run(f'tpu_vm/{script}', *arguments)
-  assert len(printed) == len(expected)
-  for line, part in zip(printed, expected):
+  for line, part in zip(printed, expected, strict=True):
     # Read the line as a shell does.
     assert ' '.join(shlex.split(part)) in ' '.join(shlex.split(line))
 
@@ -174,9 +167,6 @@ def test_arguments_reach_the_host_unchanged(cloud):
   command = call.partition('--command=')[2].partition(_WHERE)[0]
   assert tuple(shlex.split(command.partition(' start ')[2])) == _RUN
   assert '--worker=all' in call
-
-
-# Mistakes -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('script, arguments, variables, got', [
@@ -191,7 +181,7 @@ def test_arguments_reach_the_host_unchanged(cloud):
     ('run', (), {}, "entry point ''"),
     ('run', ('trian', *_RUN[1:]), {}, "entry point 'trian'"),
     ('run', _RUN[:-1], {}, 'no --workdir'),
-    ('watch', (*_RUN[:-1], '--workdir=workdirs/x'), {}, '--workdir=workdirs/x'),
+    ('watch', (*_RUN[:-1], '--workdir=workdirs/x'), {}, '--workdir=workdirs/x')
 ])
 @pytest.mark.usefixtures('cloud')
 def test_a_mistake_is_reported_in_one_line(script, arguments, variables, got):
@@ -210,9 +200,6 @@ def test_settings_may_come_from_a_file(tmp_path):
       ' --internal-ips --network=n --project=p --zone=there --quiet')
 
 
-# The slice ------------------------------------------------------------------
-
-
 def test_creating_and_deleting_a_slice_again_does_nothing(cloud):
   _put(cloud, 'next', 'WAITING_FOR_RESOURCES', 'PROVISIONING', 'ACTIVE')
   lines = _launch('create').stdout.splitlines()
@@ -221,8 +208,8 @@ def test_creating_and_deleting_a_slice_again_does_nothing(cloud):
   _launch('create')
   assert len(scripts.calls('queued-resources create')) == 1
   _launch('delete')
-  assert 'there is no gemma-sft in zone z of project p' in _launch(
-      'delete').stdout
+  again = _launch('delete')
+  assert 'there is no gemma-sft in zone z of project p' in again.stdout
   assert len(scripts.calls('queued-resources delete')) == 1
 
 
@@ -234,9 +221,7 @@ def test_a_lost_slice_is_requested_again(cloud, states):
   _launch('create')
   assert [c.split()[3] for c in scripts.calls('create', 'delete')] == [
       'delete', 'create']
-
-
-def test_a_failed_request_is_reported(cloud):
+  _put(cloud, 'states')
   _put(cloud, 'next', 'ACCEPTED', 'FAILED')
   assert 'state: FAILED' in _launch('create', status=1).stderr
 
@@ -250,16 +235,12 @@ def test_an_error_of_gcloud_is_passed_on(cloud, script, broken):
   assert 'PERMISSION_DENIED' in _launch(script, *_RUN, status=1).stderr
 
 
-# The watch ------------------------------------------------------------------
-
-_START = ['create', 'install', 'start']
+_START = ['create', 'install', 'start train']
 
 
 def _events():
-  names = {'create': 'create', 'delete': 'delete', 'install': 'install',
-           'start train': 'start', 'host.sh stop': 'stop'}
-  return [names[next(n for n in names if n in c)] for c in scripts.calls(
-      *names)]
+  names = ('create', 'delete', 'install', 'start train', 'host.sh stop')
+  return [next(n for n in names if n in c) for c in scripts.calls(*names)]
 
 
 def test_a_preempted_run_continues_on_another_slice(cloud):
@@ -281,8 +262,7 @@ def test_a_preempted_run_continues_on_another_slice(cloud):
                  id='after a reboot the run starts again'),
     pytest.param([], ['none', 'running', 'exit 75'], _START,
                  'continues from gs://bucket/blop',
-                 id='a deadline ends the watch'),
-])
+                 id='a deadline ends the watch')])
 def test_a_watch_that_ends_well(cloud, states, answers, events, printed):
   _put(cloud, 'states', *states)
   _put(cloud, 'answers', *answers)
@@ -294,7 +274,7 @@ def test_a_watch_that_ends_well(cloud, states, answers, events, printed):
 def test_crashes_are_limited_and_mistakes_final(cloud):
   _put(cloud, 'answers', 'none', *['exit 1'] * 9)
   _launch('watch', *_RUN, RESTARTS='2', status=1)
-  assert _events() == [*_START, *['stop', *_START[1:]] * 2]
+  assert _events() == [*_START, *['host.sh stop', *_START[1:]] * 2]
   _put(cloud, 'answers', 'none', 'exit 2')
   _launch('watch', *_RUN, status=2)
   assert scripts.calls('tail -n 20')
@@ -306,8 +286,6 @@ def test_a_watch_survives_lost_connections(cloud):
   _launch('watch', *_RUN)
   assert len(scripts.calls('queued-resources create')) == 1
 
-
-# The host -------------------------------------------------------------------
 
 # Stands in for Python. It saves a checkpoint at the start and on a SIGTERM, and
 # runs until the file `wait` is gone.
@@ -375,7 +353,6 @@ def _check_end(status):
 
 
 def _run_on(status):
-  """Starts the run and waits for its end."""
   _on('start', *_RUN)
   _check_end(status)
 
@@ -405,12 +382,11 @@ def test_a_run_is_copied_to_the_bucket_and_continues_from_there(
     _run_on('exit 0')
     assert (bucket / 'checkpoints' / 'latest').read_text() == f'{start}\n'
   # Unfinished files are not copied, and deletions are repeated in the bucket.
-  assert _files(bucket) == {
-      '.synchronised', 'checkpoints/latest', 'checkpoints/2/a',
-      'checkpoints/3/a'}
-  assert (host / 'arguments').read_text().split()[:3] == [
-      '-m', 'gemma_sft.train', '--config=configs/blop.py']
-  assert '--workdir=workdirs/bucket/blop' in (host / 'arguments').read_text()
+  assert _files(bucket) == {'.synchronised', 'checkpoints/latest',
+                            'checkpoints/2/a', 'checkpoints/3/a'}
+  arguments = (host / 'arguments').read_text()
+  assert arguments.startswith('-m gemma_sft.train --config=configs/blop.py ')
+  assert '--workdir=workdirs/bucket/blop' in arguments
 
 
 def test_a_run_is_copied_while_it_runs_and_is_not_started_twice(cloud, host):
@@ -433,16 +409,10 @@ def test_a_shutdown_does_not_count_as_the_end(cloud, host):
   # Every process gets its own SIGTERM; the run must not get a second one.
   _start_waiting(host)
   train = int((host / 'process').read_text())
-  work = int(pathlib.Path(f'/proc/{train}/stat').read_text().split()[3])
-  os.kill(work, 15)
+  os.kill(int(pathlib.Path(f'/proc/{train}/stat').read_text().split()[3]), 15)
   os.kill(train, 15)
   _check_end('none')
   _check_terminated_once(cloud, host)
-
-
-def test_the_status_is_that_of_the_run(host):
-  (host / 'train_status').write_text('2')
-  _run_on('exit 2')
 
 
 def test_a_bucket_that_cannot_be_written_is_reported_first(cloud, host):
@@ -450,6 +420,8 @@ def test_a_bucket_that_cannot_be_written_is_reported_first(cloud, host):
   _run_on('exit 1')
   assert not (host / 'started').exists()
   assert 'PERMISSION_DENIED' in (host / 'log').read_text()
+  (host / 'train_status').write_text('2')
+  _run_on('exit 2')  # The run's own status.
 
 
 @pytest.mark.usefixtures('host')
