@@ -17,11 +17,10 @@ _KAGGLE = '0123456789abcdef' * 2
 
 
 def _parity(artifact, **changes):
-  return {
-      'artifact': artifact, 'runtime': 'llama.cpp', 'version': '86a2835',
-      'limit': 0.02, 'kl_max': 0.0081, 'kl_mean': 0.00123,
-      'max_difference': 0.9, 'greedy_equal': True, 'proven': True, 'note': '',
-      **changes}
+  return dict(
+      artifact=artifact, runtime='llama.cpp', version='86a2835', limit=0.02,
+      kl_max=0.0081, kl_mean=0.00123, max_difference=0.9, greedy_equal=True,
+      proven=True, note='') | changes
 
 
 def _artifact(path, kind, precision='f32', size=1, sha256=''):
@@ -70,8 +69,8 @@ def _summary(**changes):
       **changes}
 
 
-def _front(text):
-  return yaml.safe_load(text.split('---\n')[1])
+def _front(**changes):
+  return yaml.safe_load(card.render(_summary(**changes)).split('---\n')[1])
 
 
 def _rows(text):
@@ -80,7 +79,7 @@ def _rows(text):
 
 
 def test_front_matter():
-  front = _front(card.render(_summary()))
+  front = _front()
   del front['model-index']  # See the next test.
   assert front == {
       'license': 'gemma', 'license_link': 'https://ai.google.dev/gemma/terms',
@@ -116,21 +115,18 @@ def test_no_scores_no_model_index():
   for metrics in (None, card.metrics_of(
       {'base': {'scores': {'loss': 2.5}, 'records': 1, 'weights': ''}},
       'test')):
-    front = _front(card.render(_summary(metrics=metrics)))
-    assert 'model-index' not in front and 'model_name' not in front
+    assert not {'model-index', 'model_name'} & set(_front(metrics=metrics))
   assert card.metrics_of({}, 'test') is None
   assert 'Not evaluated' in card.render(_summary(metrics=None))
 
 
-  # Nothing unknown is claimed.
-  summary = _summary(languages=(), method='full', artifacts=[], parity=[])
-  summary['base']['hugging_face'] = ''
-  front = _front(card.render(summary))
+def test_nothing_unknown_is_claimed_and_any_text_is_yaml():
+  front = _front(languages=(), method='full', artifacts=[], parity=[],
+                 base=_summary()['base'] | {'hugging_face': ''})
   assert 'base_model' not in front and 'language' not in front
   assert front['tags'] == ['gemma', 'gemma_sft', 'blop']
-  # Any text is YAML: `no` is Norwegian here, and a boolean of YAML.
-  summary = _summary(languages=('no',), task='a: "b"\n---')
-  front = _front(card.render(summary))
+  # `no` is Norwegian here, and a boolean of YAML.
+  front = _front(languages=('no',), task='a: "b"\n---')
   assert front['language'] == ['no'] and 'a: "b"\n---' in front['tags']
 
 
@@ -148,17 +144,17 @@ def test_scores_with_intervals():
   # Answers stay out of the summary.
   kept = _summary()['metrics']['tuned']
   assert set(kept) == {'records', 'weights', 'scores'}
+  # 30 of 40 in the formula of Wilson (1927).
   assert kept['scores']['judge/strict'] == {
       'value': 0.75, 'n': 40,
-      # 30 of 40 in the formula of Wilson (1927).
       'interval': pytest.approx([0.5981, 0.8581], abs=1e-4)}
 
 
 def test_parity_table():
   assert card.unproven(_summary()) == []
   text = card.render(_summary())
-  assert 'WARNING' not in text
   rows = _rows(text)
+  assert 'WARNING' not in text
   assert [f'`{_Q8}`', 'llama.cpp 86a2835', '0.02', '0.0081',
           '0.0012', '0.9', 'yes', 'yes', ''] in rows
   assert ['transformers 5.23.0', '4', 'yes', ''] in rows
@@ -170,24 +166,16 @@ def test_parity_table():
           'no torch'] in rows
 
 
-def _template(equal):
-  return {'templates': [{'runtime': 'llama.cpp', 'conversations': 4,
-                         'equal': equal, 'note': ''}]}
-
-
 @pytest.mark.parametrize('changes, names', [
-    # Over the limit.
     ({'parity': [_parity('hf'), _parity(_F16),
                  _parity(_Q8, proven=False, kl_max=0.5)]}, [_Q8]),
     # Proven in one runtime, refuted in another.
     ({'parity': [_parity('hf'), _parity('hf', proven=False), _parity(_F16),
                  _parity(_Q8)]}, ['hf']),
-    # No row at all.
-    ({'parity': [_parity('hf')]}, [_F16, _Q8]),
-    (_template(False), ['the template in llama.cpp']),
-    # Not compared.
-    (_template(None), ['the template in llama.cpp']),
-])
+    ({'parity': [_parity('hf')]}, [_F16, _Q8]),  # No row at all.
+    *(({'templates': [{'runtime': 'llama.cpp', 'conversations': 4,
+                       'equal': equal, 'note': ''}]},
+       ['the template in llama.cpp']) for equal in (False, None))])
 def test_unproven_is_warned_of_on_top(changes, names):
   summary = _summary(**changes)
   assert card.unproven(summary) == names
@@ -195,7 +183,8 @@ def test_unproven_is_warned_of_on_top(changes, names):
   heading, warning = text.split('---\n', 2)[2].strip().split('\n\n')[:2]
   assert heading == '# blop-gemma3-270m'
   assert warning.startswith('> **WARNING: not proven.**')
-  assert all(f'`{name}`' in warning for name in names)
+  for name in names:
+    assert f'`{name}`' in warning
 
 
 @pytest.mark.parametrize('changes, texts', [
@@ -215,19 +204,11 @@ def test_a_base_other_than_the_original(changes, texts):
   assert "from_pretrained('google/gemma-3-270m')" in text
   summary['base'] |= changes
   text = card.render(summary)
-  assert all(part in text for part in texts)
+  for part in texts:
+    assert part in text
   assert ['base rounded to', changes.get('rounded_to', '-')] in _rows(text)
   # The snippet may not put the adapter on the original weights either.
   assert "from_pretrained('google/gemma-3-270m')" not in text
-
-
-def test_what_was_trained_is_named():
-  assert '(LoRA adapters, merged' in card.render(_summary())
-  assert '(DoRA adapters, merged' in card.render(
-      _summary(config={'lora.use_dora': True}))
-  assert '(all weights trained)' in card.render(_summary(method='full'))
-  text = card.render(_summary(method='base'))
-  assert 'not tuned' in text and 'fine-tuned' not in text
 
 
 def test_commands():
@@ -256,6 +237,12 @@ def test_commands():
 
 
 def test_how_it_was_made_and_under_which_terms():
+  for changes, part in (
+      ({}, '(LoRA adapters, merged'), ({'method': 'base'}, 'not tuned'),
+      ({'config': {'lora.use_dora': True}}, '(DoRA adapters, merged'),
+      ({'method': 'full'}, '(all weights trained)')):
+    assert part in card.render(_summary(**changes))
+  assert 'fine-tuned' not in card.render(_summary(method='base'))
   text = card.render(_summary())
   assert ['`train.epochs`', '`5`'] in _rows(text)
   assert 'lora.rank' not in text  # As in configs/default.py.
@@ -265,12 +252,10 @@ def test_how_it_was_made_and_under_which_terms():
                'written for this project'):
     assert part in text
   assert ['updates', '120'] in _rows(text)
-
-
-def test_a_bar_or_a_line_break_keeps_its_cell():
-  rows = card.render(_summary(config_changes={'lora.targets': 'attn/|mlp/'}))
-  assert re.search(r'^\| `lora.targets` +\| `"attn/\\\|mlp/"` +\|$', rows, re.M)
-  text = card.render(_summary(parity=[_parity('hf', note='one\ntwo')]))
+  # A bar or a line break keeps its cell.
+  text = card.render(_summary(config_changes={'lora.targets': 'attn/|mlp/'},
+                              parity=[_parity('hf', note='one\ntwo')]))
+  assert re.search(r'^\| `lora.targets` +\| `"attn/\\\|mlp/"` +\|$', text, re.M)
   assert '| one two |' in text
 
 
@@ -281,9 +266,6 @@ def test_json_is_the_summary():
   assert loaded['metrics']['tuned']['scores']['loss'] == {'value': 0.75}
   row = loaded['parity'][0]
   assert (row['kl_max'], row['kl_mean']) == ('inf', 'nan')
-
-
-# Secrets ----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -320,37 +302,29 @@ def test_nothing_private_in_card_or_json(private):
     for secret in ('hf_xxx', _TOKEN, _KAGGLE, 'of-no-known-shape', 'alice',
                    'another-secret', str(private)):
       assert secret not in text
-    for kept in ('data/train.txt', '~/corpus/test.txt', '.../base.gguf',
+    for part in ('data/train.txt', '~/corpus/test.txt', '.../base.gguf',
                  '~/venv/bin/python: no torch', scrub.REMOVED, 'blop'):
-      assert kept in text
+      assert part in text
 
 
 @pytest.mark.parametrize('text, expected', [
-    ('HOME/work/data/a.txt', 'data/a.txt'),
-    ('HOME/work', '.'), ('HOME/work/', ''),
-    ('HOME/runs/a', '~/runs/a'), ('HOME', '~'),
+    ('HOME/work/data/a.txt', 'data/a.txt'), ('HOME/work', '.'),
+    ('HOME/work/', ''), ('HOME/runs/a', '~/runs/a'), ('HOME', '~'),
     # Another folder whose name only begins like it.
-    ('HOME-old/x', '.../x'),
-    ('/data/corpora/a.txt', '.../a.txt'),
+    ('HOME-old/x', '.../x'), ('/data/corpora/a.txt', '.../a.txt'),
     ('file:///data/corpora/a.txt', 'file://.../a.txt'),
     ('tfds:/data/corpora', 'tfds:.../corpora'),
     ('/scratch/alice', f'.../{scrub.REMOVED}'),
     ('at /a/b, and /c/d.', 'at .../b, and .../d.'),
-    # No paths of this machine.
-    ('https://ai.google.dev/gemma/terms', 'https://ai.google.dev/gemma/terms'),
-    ('gs://bucket/a/b', 'gs://bucket/a/b'),
-    ('org/name', 'org/name'), ('attn/|mlp/', 'attn/|mlp/'),
-    ('/(q|v)$', '/(q|v)$'), ('layer_3/attn/kv_einsum/v',) * 2,
-    ('1 / 2 / 3', '1 / 2 / 3'), ('~/runs/a/b', '~/runs/a/b'),
-    # Tokens.
-    (f'a {_TOKEN} b', 'a [removed] b'),
-    ('KGAT_0123456789abcdef', '[removed]'),
+    (f'a {_TOKEN} b', 'a [removed] b'), ('KGAT_0123456789abcdef', '[removed]'),
     (_KAGGLE, '[removed]'), ('api_org_' + 'x' * 34, '[removed]'),
     ('Authorization: Bearer abc.def', 'Authorization: Bearer [removed]'),
-    # Hashes and names of programs.
-    ('a5fd3b62' * 8, 'a5fd3b62' * 8), ('8aa415ab' * 5, '8aa415ab' * 5),
-    ('hf_xet 1.8', 'hf_xet 1.8'), ('hf_config', 'hf_config'),
-])
+    # No paths of this machine; hashes and names of programs.
+    *((text, text) for text in (
+        'https://ai.google.dev/gemma/terms', 'gs://bucket/a/b', 'org/name',
+        'attn/|mlp/', '/(q|v)$', 'layer_3/attn/kv_einsum/v', '1 / 2 / 3',
+        '~/runs/a/b', 'a5fd3b62' * 8, '8aa415ab' * 5, 'hf_xet 1.8',
+        'hf_config'))])
 def test_paths_and_tokens(private, text, expected):
   assert scrub.scrub(text.replace('HOME', str(private))) == expected
 
@@ -365,9 +339,6 @@ def test_keys_named_like_secrets_and_secrets_of_the_caller():
       'a': ['of [removed]', 3]}
 
 
-# Data sets --------------------------------------------------------------------
-
-
 def test_data_card(private):
   data = _summary()['data'] + [
       {'split': 'test', 'files': [f'{private}/test.txt'], 'records': 40,
@@ -375,9 +346,9 @@ def test_data_card(private):
   text = card.data_card(
       data, name='blop-data', task='blop', licence='apache-2.0',
       schema={'prompt': 'What is asked.', 'completion': 'The answer.'})
-  assert _front(text) == {
-      'license': 'apache-2.0',
-      'task_categories': ['text-generation'], 'tags': ['gemma_sft', 'blop']}
+  assert yaml.safe_load(text.split('---\n')[1]) == {
+      'license': 'apache-2.0', 'task_categories': ['text-generation'],
+      'tags': ['gemma_sft', 'blop']}
   rows = _rows(text)
   assert ['`prompt`', 'What is asked.'] in rows
   assert ['test', '40', '`~/test.txt`', '-', f'`{"de" * 32}`'] in rows
