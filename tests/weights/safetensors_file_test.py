@@ -29,6 +29,11 @@ def _write(folder, arrays, *, dtype='float32', max_bytes=1_000_000):
   return folder
 
 
+def _refused(folder, message):
+  with pytest.raises(errors.UserError, match=message):
+    safetensors_file.open_folder(folder)
+
+
 def _open(path, arrays, **options):
   return safetensors_file.open_folder(_write(path / 'm', arrays, **options))
 
@@ -84,8 +89,7 @@ def test_a_tied_head_is_ignored_and_another_one_refused(tmp_path):
   arrays['lm_head.weight'] = arrays['model.embed_tokens.weight'].copy()
   assert _open(tmp_path / 'a', arrays).shapes == _SHAPES
   arrays['lm_head.weight'][5, 3] += 1
-  with pytest.raises(errors.UserError, match='lm_head.weight is not the emb'):
-    _open(tmp_path / 'b', arrays)
+  _refused(_write(tmp_path / 'b', arrays), 'lm_head.weight is not the emb')
 
 
 _WHOLE = safetensors_numpy.save(_arrays(), {'format': 'pt'})
@@ -99,8 +103,7 @@ _WHOLE = safetensors_numpy.save(_arrays(), {'format': 'pt'})
 def test_damaged_file(tmp_path, data, message):
   folder = _write(tmp_path / 'm', _arrays())
   (folder / 'model.safetensors').write_bytes(data)
-  with pytest.raises(errors.UserError, match=message):
-    safetensors_file.open_folder(folder)
+  _refused(folder, message)
 
 
 def test_missing_shard_config_and_listed_tensor(tmp_path):
@@ -110,22 +113,18 @@ def test_missing_shard_config_and_listed_tensor(tmp_path):
   listed['weight_map']['model.extra.weight'] = (
       'model-00001-of-00003.safetensors')
   index.write_text(json.dumps(listed))
-  with pytest.raises(errors.UserError, match='lists model.extra.weight'):
-    safetensors_file.open_folder(folder)
+  _refused(folder, 'lists model.extra.weight')
   (folder / 'model-00002-of-00003.safetensors').unlink()
-  with pytest.raises(errors.UserError, match='it has 0 bytes'):
-    safetensors_file.open_folder(folder)
+  _refused(folder, 'it has 0 bytes')
   (folder / 'config.json').unlink()
-  with pytest.raises(errors.UserError, match='config.json'):
-    safetensors_file.open_folder(folder)
+  _refused(folder, 'config.json')
 
 
 def test_a_tensor_in_two_files(tmp_path):
   folder = _write(tmp_path / 'm', _arrays())
   safetensors_file.write_file(
       folder / 'old.safetensors', {'model.norm.weight': np.zeros(4)})
-  with pytest.raises(errors.UserError, match=r'model\.safetensors and in old'):
-    safetensors_file.open_folder(folder)
+  _refused(folder, r'model\.safetensors and in old')
 
 
 def test_tensors_out_of_order_are_not_written(tmp_path):

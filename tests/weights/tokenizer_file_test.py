@@ -40,14 +40,10 @@ def test_byte_tokenizer_has_the_official_ids(generation, start):
   assert sp.encode('<start_of_turn><end_of_turn>\n') == [
       start, start + 1, start + 2]
   assert sp.encode('<bos>') != [2]  # A text cannot contain the control token.
+  assert sp.encode('the and', out_type=str) == ['the', '\u2581and']
   assert sp.vocab_size() <= 512
   assert tokenizer_file.byte_tokenizer(
       generation) == tokenizer_file.byte_tokenizer(generation)
-
-
-def test_byte_tokenizer_merges_words():
-  assert _BYTE_TOKENIZER.encode('the and', out_type=str) == [
-      'the', '\u2581and']
 
 
 def _to_gguf(proto, generation):
@@ -77,37 +73,28 @@ def test_keys_and_back(generation, end_of_turn):
         tokenizer_file.to_gguf(proto, generation), 'x') == proto
 
 
-# Generations, text and type of a piece; its text, score and type in GGUF.
-@pytest.mark.parametrize('generations, text, kind, expected', [
-    ((3, 4), 'plain', 1, ('plain', -7.5, 1)),
-    ((3, 4), '\u2581plain', 1, ('\u2581plain', -7.5, 1)),
-    ((3, 4), '<unk2>', 2, ('<unk2>', -1000.0, 3)),
-    ((3, 4), '<pad2>', 3, ('<pad2>', -1000.0, 3)),
-    ((3, 4), '<0x41>', 6, ('<0x41>', -7.5, 6)),
-    ((3, 4), '<unused6241>', 4, ('<unused6241>', -1000.0, 3)),
-    ((3, 4), '<mask>', 4, ('<mask>', -1000.0, 3)),
-    ((3,), '<2mass>', 4, ('<2mass>', -1000.0, 3)),
-    ((3,), '[@BOS@]', 4, ('[@BOS@]', -1000.0, 3)),
-    ((3,), '<start_of_turn>', 4, ('<start_of_turn>', -1000.0, 3)),
-    ((3,), '<end_of_turn>', 4, ('<end_of_turn>', -1000.0, 3)),
-    ((4,), '<|turn>', 4, ('<|turn>', -1000.0, 3)),
-    ((4,), '<|image|>', 4, ('<|image|>', -1000.0, 3)),
+# Generations and type of pieces; their score and type in GGUF; the pieces.
+@pytest.mark.parametrize('generations, kind, score, expected, texts', [
+    ((3, 4), 1, -7.5, 1, ['plain', '\u2581plain']),
+    ((3, 4), 2, -1000.0, 3, ['<unk2>']), ((3, 4), 3, -1000.0, 3, ['<pad2>']),
+    ((3, 4), 6, -7.5, 6, ['<0x41>']),
+    ((3, 4), 4, -1000.0, 3, ['<unused6241>', '<mask>']),
+    ((3,), 4, -1000.0, 3, [
+        '<2mass>', '[@BOS@]', '<start_of_turn>', '<end_of_turn>']),
+    ((4,), 4, -1000.0, 3, ['<|turn>', '<|image|>']),
     # Printed, although they look like tags.
-    ((4,), '<|channel>', 4, ('<|channel>', -1000.0, 4)),
-    ((4,), '<channel|>', 4, ('<channel|>', -1000.0, 4)),
-    ((3,), '<start_of_image>', 4, ('<start_of_image>', -1000.0, 4)),
-    ((3,), '[multimodal]', 4, ('[multimodal]', -1000.0, 4)),
-    ((3, 4), '</table>', 4, ('</table>', -1000.0, 4)),
-    ((3, 4), '<unused>', 4, ('<unused>', -1000.0, 4)),
-    ((3, 4), '<mask>s', 4, ('<mask>s', -1000.0, 4)),
-    ((3, 4), '\u2581\u2581', 4, ('  ', -1000.0, 4)),
-    ((3, 4), '\n\n', 4, ('\n\n', -1000.0, 4)),
-])
-def test_type_and_score_of_a_piece(generations, text, kind, expected):
+    ((4,), 4, -1000.0, 4, ['<|channel>', '<channel|>']),
+    ((3,), 4, -1000.0, 4, ['<start_of_image>', '[multimodal]']),
+    ((3, 4), 4, -1000.0, 4, [
+        '</table>', '<unused>', '<mask>s', '\u2581\u2581', '\n\n'])])
+def test_text_score_and_type_of_pieces(
+    generations, kind, score, expected, texts):
   for generation in generations:
-    metadata = _to_gguf(tiny_models.tokenizer_with(
-        generation, add=[(text, -7.5, kind)]), generation)
-    assert tuple(metadata[key][-1] for key in _ARRAYS) == expected
+    for text in texts:
+      metadata = _to_gguf(tiny_models.tokenizer_with(
+          generation, add=[(text, -7.5, kind)]), generation)
+      assert [metadata[key][-1] for key in _ARRAYS] == [
+          text.replace('\u2581\u2581', '  '), score, expected]
 
 
 def test_merges_of_gemma4():
