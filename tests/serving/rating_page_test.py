@@ -43,12 +43,11 @@ def test_pairs_are_of_the_same_record(tmp_path):
 
 
 def test_other_results_of_a_run(tmp_path):
-  a = serving.write_result(tmp_path / 'a', {'t:1': 'tuned'})
-  serving.write_result(tmp_path / 'a', {'t:1': 'base'}, name='base')
-  serving.write_result(tmp_path / 'a', {'t:1': 'few'}, name='few:4')
+  a, *_ = (serving.write_result(tmp_path / 'a', {'t:1': name}, name=name)
+           for name in ('tuned', 'base', 'few:4'))
   for name in ('base', 'few:4'):
     (pair,) = _read(a, f'{a}:{name}')
-    assert (pair.a, pair.b) == ('tuned', name[:4].rstrip(':'))
+    assert (pair.a, pair.b) == ('tuned', name)
   assert pairs_lib.labels((a, f'{a}:base')) == ('a', 'a:base')
   assert pairs_lib.labels(('x/a', 'y/a')) == ('x/a', 'y/a')
   with pytest.raises(errors.UserError, match="no answers of 'llama'") as error:
@@ -73,15 +72,13 @@ def test_prompts_that_were_not_stored_come_from_the_data(config, tmp_path):
 
 
 def test_the_order_is_random_and_repeatable():
-  first = [pairs_lib.shown_first('Ana', str(i)) for i in range(1000)]
-  assert first == [pairs_lib.shown_first('Ana', str(i)) for i in range(1000)]
+  first, again, other = (
+      [pairs_lib.shown_first(name, str(i)) for i in range(1000)]
+      for name in ('Ana', 'Ana', 'Bo'))
+  assert first == again
   # Four standard errors of 500: 63.
   assert abs(first.count('a') - 500) < 63
-  other = [pairs_lib.shown_first('Bo', str(i)) for i in range(1000)]
   assert 400 < sum(x == y for x, y in zip(first, other)) < 600
-
-
-# Without a browser -----------------------------------------------------------
 
 
 def _next(client, rater='Ana'):
@@ -99,31 +96,28 @@ def test_a_vote_is_mapped_back_to_the_run(store):
   client = serving.make_client(
       serving.rating_app(store, serving.make_pairs(40)))
   state = _next(client, ' Ana  ')
-  places = set()
   for i in range(40):
     assert state['done'] == i and state['total'] == 40
-    shown = state['pair']
-    place = 'first' if shown['first'].startswith('good') else 'second'
-    places.add(place)
+    good = state['pair']['first'].startswith('good')
+    place = 'first' if good else 'second'
     state = _vote(client, state, place, **{place: {'style': 5}})
-  assert places == {'first', 'second'} and state['pair'] is None
+  assert state['pair'] is None
   stored = store.ratings()
-  assert {(r.rater, r.choice) for r in stored} == {('Ana', 'a')}
+  assert {(r.rater, r.choice, r.shown_first) for r in stored} == {
+      ('Ana', 'a', 'a'), ('Ana', 'a', 'b')}
   assert all(r.marks == {('a', 'style'): 5} for r in stored)
-  assert {r.shown_first for r in stored} == {'a', 'b'}
   results = client.get('/api/results').json()
   assert results['win_rate'] == 1 and results['runs'] == ['a', 'b']
 
 
-def test_the_page_does_not_learn_which_run_is_which(client):
-  text = client.get('/api/next', params={'rater': 'Ana'}).text
-  assert 'w/a' not in text and 't:0' not in text
-  assert set(json.loads(text)['pair']) == {'item', 'prompt', 'first', 'second'}
-
-
 def test_raters_resume_and_undo(store, client):
-  first = _next(client)['pair']['item']
-  state = _vote(client, _next(client), 'tie', second={'meaning': 2})
+  text = client.get('/api/next', params={'rater': 'Ana'}).text
+  # The page does not learn which run is which.
+  assert 'w/a' not in text and 't:0' not in text
+  state = json.loads(text)
+  assert set(state['pair']) == {'item', 'prompt', 'first', 'second'}
+  first = state['pair']['item']
+  state = _vote(client, state, 'tie', second={'meaning': 2})
   # Another process on the same file; another rater begins at the beginning.
   client = serving.make_client(serving.rating_app(ratings.Store(store.path)))
   assert _next(client) == state
@@ -136,9 +130,7 @@ def test_raters_resume_and_undo(store, client):
   assert back['pair']['before'] == {
       'choice': 'tie', 'first': {}, 'second': {'meaning': 2}}
   assert nothing['done'] == 0 and 'before' not in nothing['pair']
-
-
-def test_a_key_hit_twice_is_one_vote(store, client):
+  # A key hit twice is one vote.
   state = _next(client)
   assert _vote(client, state, 'first') == _vote(client, state, 'second')
   assert len(store.ratings()) == 1
@@ -153,18 +145,14 @@ def test_a_key_hit_twice_is_one_vote(store, client):
     ({'first': {'style': 6}}, 422, 'first.style: '),
     ({'first': {'style': True}}, 422, 'first.style: '),
     ({'first': {'beauty': 3}}, 422, 'first.beauty'),
-    ({'shown_first': 'a'}, 422, 'shown_first: '),
-])
+    ({'shown_first': 'a'}, 422, 'shown_first: ')])
 def test_wrong_votes_are_refused(store, client, change, status, message):
-  vote = {'rater': 'Ana', 'item': _next(client)['pair']['item'],
-          'choice': 'tie'}
-  answer = client.post('/api/rate', json=vote | change)
+  answer = client.post('/api/rate', json={
+      'rater': 'Ana', 'item': _next(client)['pair']['item'],
+      'choice': 'tie'} | change)
   assert answer.status_code == status
   assert answer.json()['error'].startswith(message)
   assert store.ratings() == []
-
-
-# In a browser ----------------------------------------------------------------
 
 
 @pytest.fixture(scope='module')
@@ -195,16 +183,14 @@ def test_rating_by_keys(chromium, store):
       if key == '0':
         page.keyboard.press('s')
         assert page.locator('.mark.armed').count() == 1
-        page.keyboard.press('4')
-        page.keyboard.press('Shift+F')
-        page.keyboard.press('1')
+        for mark in ('4', 'Shift+F', '1'):
+          page.keyboard.press(mark)
       page.keyboard.press(key)
       _done(page, f'{i + 1} of 5')
     runs = ['ab' if text.startswith('good') else 'ba' for text in order]
-    stored = store.ratings()
+    stored, (first, second) = store.ratings(), runs[2]
     assert [r.choice for r in stored] == [
         runs[0][0], runs[1][1], 'tie', runs[3][0]]
-    first, second = runs[2]
     assert stored[2].shown_first == first
     assert stored[2].marks == {(first, 'style'): 4, (second, 'fluency'): 1}
     # Undone twice, the tie comes back with its marks.
@@ -239,10 +225,9 @@ def test_rating_by_touch_on_a_phone(chromium, store):
       if _SCRIPT in page.inner_text('#prompt'):
         assert _SCRIPT in page.locator('.answer .text').all_inner_texts()
       page.tap('#second [aria-label="meaning 3"]')
-      small = page.evaluate(
-          '[...document.querySelectorAll("#task button")].filter('
-          'b => b.offsetHeight < 44 || b.offsetWidth < 40).length')
-      assert small == 0
+      assert page.evaluate(
+          '[...document.querySelectorAll("#task button")].every('
+          'b => b.offsetHeight >= 44 && b.offsetWidth >= 40)')
       page.tap('#vote-tie')
       if i == 0:
         _done(page, '1 of 2')
