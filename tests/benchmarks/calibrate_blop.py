@@ -25,19 +25,41 @@ _DATA = flags.DEFINE_list(
     'data', [f'data/blop/{split}.txt' for split in
              ('train', 'validation', 'test')], 'Files of examples.')
 _COLUMNS = ('strict', 'component', 'right', 'same_tags', 'fallback')
+# Names of a change -> patterns and what replaces them, one after another.
+_ALL = {
+    # Leaves an answer right.
+    'other classes and wrappers': (
+        (r"class='([\w-]+)'", r"class='the-\1'"),
+        (r'<(/?)(?:section|article)\b', r'<\1div'),
+        (r'<(/?)(?:strong|em|b|small)\b', r'<\1span')),
+    'no event handlers': ((r' on=\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}', ''),),
+    'JavaScript': (
+        (r'^(\s*)(async )?def (?=\w)', r'\1\2function '),
+        (r'^(\s*)(\w+) = ', r'\1const \2 = '), (':=', '='),
+        ('elseif', 'else if'), (r"([\w)'\]])$", r'\1;')),
+    'Python': (
+        (r'^(\s*)(def .*\)|for .*|while .*|if .*|else|try) \{$', r'\1\2:'),
+        (r'^\s*\}.*\n?', ''), ('null', 'None'), ('true', 'True'))}
+# The same, but only the first pattern that is there is replaced.
+_FIRST = {
+    'another tag': [
+        (rf'<(/?){old}\b', rf'<\1{new}') for old, new in (pair.split(':') for
+         pair in 'button:span li:p tr:div td:b a:span input:img img:span h2:p'
+         ' h3:p select:div svg:div h1:p textarea:pre form:div'.split())],
+    'a negated condition': [
+        ('==', '!='), (' < ', ' >= '), (' > ', ' <= '), ('if !', 'if '),
+        (r'\bif ([a-z][\w.]*)( \{| =>)', r'if !\1\2')]}
 
 
-# A change returns the code as it is where there is nothing to change.
+def _replaced(code, pairs, only_first=False):
+  for pattern, new in pairs:
+    code, n = re.subn(pattern, new, code, flags=re.MULTILINE)
+    if n and only_first:
+      break
+  return code
 
 
-def reworded(code: str) -> str:
-  """Changes wrappers and class names, which leaves an answer right."""
-  code = re.sub(r"class='([\w-]+)'", r"class='the-\1'", code)
-  code = re.sub(r'<(/?)(?:section|article)\b', r'<\1div', code)
-  return re.sub(r'<(/?)(?:strong|em|b|small)\b', r'<\1span', code)
-
-
-def renamed(code: str) -> str:
+def _renamed(code):
   """Renames everything that the code defines."""
   for name in re.findall(
       r'^(?:async )?(?:def|class) (\w+)', code, re.MULTILINE):
@@ -45,24 +67,7 @@ def renamed(code: str) -> str:
   return code
 
 
-def retagged(code: str) -> str:
-  """Replaces a tag that means something."""
-  others = {'button': 'span', 'li': 'p', 'tr': 'div', 'td': 'b', 'a': 'span',
-            'input': 'img', 'img': 'span', 'h2': 'p', 'h3': 'p',
-            'select': 'div', 'svg': 'div', 'h1': 'p', 'textarea': 'pre',
-            'form': 'div'}
-  for old, new in others.items():
-    if re.search(rf'</?{old}\b', code):
-      return re.sub(rf'<(/?){old}\b', rf'<\1{new}', code)
-  return code
-
-
-def without_handlers(code: str) -> str:
-  """Removes the event handlers."""
-  return re.sub(r' on=\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}', '', code)
-
-
-def other_field(code: str, prompt: str) -> str:
+def _other_field(code, prompt):
   """Reads a field that does not exist instead of one that the prompt names."""
   fields = [f for f in re.findall(r'\w\.(\w+)\b(?!\()', code)
             if f not in ('length', 'blop', 'target', 'value', 'css', 'js')
@@ -71,39 +76,7 @@ def other_field(code: str, prompt: str) -> str:
       rf'\.{fields[-1]}\b(?!\()', '.zzz', code) if fields else code
 
 
-def other_condition(code: str) -> str:
-  """Negates a condition."""
-  for old, new in (('==', '!='), (' < ', ' >= '), (' > ', ' <= '),
-                   ('if !', 'if ')):
-    if old in code:
-      return code.replace(old, new)
-  return re.sub(r'\bif ([a-z][\w.]*)( \{| =>)', r'if !\1\2', code)
-
-
-def javascript(code: str) -> str:
-  """Writes the code as in JavaScript."""
-  code = re.sub(r'^(\s*)(async )?def (?=\w)', r'\1\2function ', code,
-                flags=re.MULTILINE)
-  code = re.sub(r'^(\s*)(\w+) = ', r'\1const \2 = ', code, flags=re.MULTILINE)
-  code = code.replace(':=', '=').replace('elseif', 'else if')
-  return re.sub(r"([\w)'\]])$", r'\1;', code, flags=re.MULTILINE)
-
-
-def python(code: str) -> str:
-  """Writes the code as in Python."""
-  code = re.sub(r'^(\s*)(def .*\)|for .*|while .*|if .*|else|try) \{$',
-                r'\1\2:', code, flags=re.MULTILINE)
-  code = re.sub(r'^\s*\}.*\n?', '', code, flags=re.MULTILINE)
-  return code.replace('null', 'None').replace('true', 'True')
-
-
-def truncated(code: str) -> str:
-  """Returns the first two thirds, as if cut at the limit of tokens."""
-  return code[:len(code) * 2 // 3]
-
-
-def main(argv):
-  del argv
+def main(_):
   rows = [r for path in _DATA.value for r in records_lib.read(path)
           if task.looks_like_code(chat_task.answer(r))]
   codes = [task.extract_code(chat_task.answer(r)) for r in rows]
@@ -111,23 +84,20 @@ def main(argv):
     good = [v['strict'] for v in task.compile_snippets(codes)]
     rows = [r for r, ok in zip(rows, good) if ok]
     codes = [c for c, ok in zip(codes, good) if ok]
-
-  def changed(change, *columns):
-    return [new if (new := change(code, *more)) != code else None
-            for code, *more in zip(codes, *columns)]
-
-  variants = {
-      'as it stands': codes, 'other classes and wrappers': changed(reworded),
+  variants = {'as it stands': codes}
+  for patterns, first in (_ALL, False), (_FIRST, True):
+    variants |= {name: [_replaced(code, pairs, first) for code in codes]
+                 for name, pairs in patterns.items()}
+  variants |= {
       "another record's answer": codes[1:] + codes[:1],
-      'another name': changed(renamed), 'another tag': changed(retagged),
-      'no event handlers': changed(without_handlers),
-      'another field': changed(other_field, map(chat_task.prompt, rows)),
-      'a negated condition': changed(other_condition),
-      'JavaScript': map(javascript, codes), 'Python': map(python, codes),
-      'two thirds of it': map(truncated, codes)}
+      'another name': map(_renamed, codes),
+      'another field': map(_other_field, codes, map(chat_task.prompt, rows)),
+      'two thirds of it': [code[:len(code) * 2 // 3] for code in codes]}
   table = []
   for name, answers in variants.items():
-    kept = [(r, c) for r, c in zip(rows, answers) if c is not None]
+    # Without those in which there was nothing to change.
+    kept = [(row, answer) for row, code, answer in zip(rows, codes, answers)
+            if answer != code or name in ('as it stands', 'Python')]
     judged = task.judge(*zip(*kept))
     columns = ([row[column] for row in judged.rows if column in row]
                for column in _COLUMNS)

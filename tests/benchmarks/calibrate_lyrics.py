@@ -7,20 +7,30 @@ The table has a row for the songs themselves and for each way of breaking them,
 and a column for each metric.
 """
 
-import argparse
 import random
+
+from absl import app
+from absl import flags
 
 from gemma_sft import pages
 from gemma_sft.curation import romanise
 from gemma_sft.inputs import records
 from gemma_sft.tasks.lyrics import task
 
+_DATA = flags.DEFINE_string(
+    'data', None, 'Songs, such as test.jsonl.', required=True)
+_TRAIN = flags.DEFINE_string('train', '', 'Training songs, for `copied`.')
 
-def broken(openings: list[list[str]], rests: list[list[str]],
-           training: list[list[str]]) -> dict[str, list[list[str]]]:
-  """Returns {what was changed: the completions, as lists of lines}."""
-  rng = random.Random(0)
-  rows = {
+
+def _rest(song):
+  return task.to_messages(song)[-1].content.split('\n')
+
+
+def main(_):
+  songs, rng = records.read(_DATA.value), random.Random(0)
+  training = records.read(_TRAIN.value) if _TRAIN.value else []
+  rests = [_rest(song) for song in songs]
+  answers = {
       'the song itself': rests,
       'its lines shuffled': [rng.sample(rest, len(rest)) for rest in rests],
       'its first half': [rest[:len(rest) // 2] for rest in rests],
@@ -30,31 +40,14 @@ def broken(openings: list[list[str]], rests: list[list[str]],
           for rest in rests],
       "another song's rest": rests[1:] + rests[:1],
       'the first line again and again': [
-          opening[:1] * len(rest) for opening, rest in zip(openings, rests)],
+          task.song_lines(song)[:1] * len(rest)
+          for song, rest in zip(songs, rests)],
       'nothing': [[] for _ in rests]}
   if training:
-    rows['the rest of a training song'] = [rng.choice(training) for _ in rests]
-  return rows
-
-
-def _rest(song):
-  return task.to_messages(song)[-1].content.split('\n')
-
-
-def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--data', required=True, help='songs, such as test.jsonl')
-  parser.add_argument('--train', help='training songs, for `copied`')
-  args = parser.parse_args()
-  songs = records.read(args.data)
-  training = records.read(args.train) if args.train else []
-  rests = [_rest(song) for song in songs]
-  openings = [task.song_lines(song)[:-len(rest)]
-              for song, rest in zip(songs, rests)]
-  judged = {
-      what: task.judge(songs, ['\n'.join(c) for c in completions], training)
-      for what, completions in broken(
-          openings, rests, [_rest(song) for song in training]).items()}
+    answers['the rest of a training song'] = [
+        _rest(rng.choice(training)) for _ in rests]
+  judged = {what: task.judge(songs, list(map('\n'.join, lines)), training)
+            for what, lines in answers.items()}
   real = judged['the song itself']
   names = [name for name in real.metrics if name != 'n']
   print(f'{len(songs)} songs,'
@@ -65,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  app.run(main)

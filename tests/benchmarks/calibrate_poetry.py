@@ -9,12 +9,13 @@ The second form prints gemma_sft/tasks/poetry/rhyme_words.json; do not give it
 poems that a model will be tested on.
 """
 
-import argparse
 import collections
 import itertools
 import json
 import random
 
+from absl import app
+from absl import flags
 import opencc
 
 from gemma_sft import pages
@@ -22,18 +23,15 @@ from gemma_sft.inputs import records
 from gemma_sft.tasks.poetry import pingshui
 from gemma_sft.tasks.poetry import task
 
+_DATA = flags.DEFINE_multi_string('data', None, 'Poems.', required=True)
+_RHYME_WORDS = flags.DEFINE_bool('rhyme_words', False, 'The second form.')
 _N_WORDS = 12
 
 
 def _rates(texts, form):
-  rows = task.judge(
-      [records.Record({'title': '題', 'form': form}, '') for _ in texts],
-      texts).metrics
-  return f'{rows["rhyme"]:.3f} / {rows["tone"]:.3f}'
-
-
-def _cut(characters, form):
-  return '，'.join(map(''.join, itertools.batched(characters, int(form[0]))))
+  record = records.Record({'title': '題', 'form': form}, '')
+  metrics = task.judge([record] * len(texts), texts).metrics
+  return f'{metrics["rhyme"]:.3f} / {metrics["tone"]:.3f}'
 
 
 def _rhyme_words(texts):
@@ -51,15 +49,11 @@ def _rhyme_words(texts):
   return words
 
 
-def main() -> None:
+def main(_):
   """Prints a table of rhyme / tone for each form and kind of poem."""
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--data', action='append', required=True)
-  parser.add_argument('--rhyme_words', action='store_true')
-  args = parser.parse_args()
-  texts = [task.poem_text(r) for path in args.data
+  texts = [task.poem_text(r) for path in _DATA.value
            for r in records.read(path)]
-  if args.rhyme_words:
+  if _RHYME_WORDS.value:
     print(json.dumps(_rhyme_words(texts), ensure_ascii=False, indent=1))
     return
   rng = random.Random(0)
@@ -73,7 +67,8 @@ def main() -> None:
       lines = task.split_lines(text)
       characters = list(''.join(lines))
       rng.shuffle(characters)
-      shuffled.append(_cut(characters, form))
+      shuffled.append('，'.join(map(''.join, itertools.batched(
+          characters, int(form[0])))))
       mixed.append('，'.join(rng.sample(pool, len(lines))))
     rows.append((form, len(real), *(_rates(kind, form) for kind in (
         real, [simplify(t) for t in real], shuffled, mixed))))
@@ -83,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  app.run(main)

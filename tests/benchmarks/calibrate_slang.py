@@ -8,14 +8,18 @@ the same every time. '-' means that a metric does not apply (no examples, no
 contexts or no acronyms).
 """
 
-import argparse
 import random
 import re
+
+from absl import app
+from absl import flags
 
 from gemma_sft import pages
 from gemma_sft.inputs import records as records_lib
 from gemma_sft.tasks.slang import task
 
+_DATA = flags.DEFINE_string('data', None, 'Records.', required=True)
+_TRAINING = flags.DEFINE_string('training', '', 'Their training records.')
 _METRICS = ('good', 'format', 'in_example', 'novel', 'first', 'copied',
             'on_topic', 'spelled', 'acronym_gap', 'distinct1', 'distinct2')
 
@@ -29,14 +33,6 @@ def _text(row):
   return '\n'.join(_lines(row))
 
 
-def _elsewhere(rows, rng):
-  """Returns the rows in an order in which no row keeps its place."""
-  order = list(range(len(rows)))
-  rng.shuffle(order)
-  moved = dict(zip(order, order[1:] + order[:1]))
-  return [rows[moved[i]] for i in range(len(rows))]
-
-
 def _with_term(row, term):
   """Returns a row with another term, in its example as well."""
   example = re.sub(re.escape(row['slang']), lambda _: term, row['example'],
@@ -46,7 +42,10 @@ def _with_term(row, term):
 
 def answers(rows, training, rng) -> dict[str, list[str]]:
   """Returns {what was changed: an answer for each row}."""
-  others = _elsewhere(rows, rng)
+  order = list(range(len(rows)))
+  rng.shuffle(order)
+  moved = dict(zip(order, order[1:] + order[:1]))  # No row keeps its place.
+  others = [rows[moved[i]] for i in range(len(rows))]
   kinds = {
       'real': [_text(r) for r in rows],
       "another row's answer": [_text(o) for o in others],
@@ -73,23 +72,16 @@ def answers(rows, training, rng) -> dict[str, list[str]]:
         'a training row, a letter added to its term': [
             _text(_with_term(c, f'{c["slang"]}x')) for c in copies],
         'a training row with the real term': [
-            _text(_with_term(c, r['slang'])) for r, c in zip(rows, copies)],
-    }
+            _text(_with_term(c, r['slang'])) for r, c in zip(rows, copies)]}
   return kinds
 
 
-def main() -> None:
-  """Prints the table."""
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--data', required=True)
-  parser.add_argument('--training', default='')
-  parser.add_argument('--seed', type=int, default=0)
-  args = parser.parse_args()
-  records = records_lib.read(args.data)
-  training = records_lib.read(args.training) if args.training else []
+def main(_):
+  records = records_lib.read(_DATA.value)
+  training = records_lib.read(_TRAINING.value) if _TRAINING.value else []
   rows = [task.columns(r) for r in records]
-  kinds = answers(rows, [task.columns(r) for r in training],
-                  random.Random(args.seed))
+  kinds = answers(
+      rows, [task.columns(r) for r in training], random.Random(0))
   n_with = {k: sum(bool(row[k]) for row in rows) for k in rows[0]}
   print(f'{len(rows)} records ({n_with["example"]} with an example,'
         f' {n_with["context"]} with a context), {len(training)} for training;'
@@ -102,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  app.run(main)

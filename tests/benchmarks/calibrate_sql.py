@@ -7,15 +7,17 @@ answers to its questions. Shares are of the records that `execution` counts.
 Queries with nothing to break (one table, no condition) are left out.
 """
 
-import argparse
 import random
 import re
+
+from absl import app
+from absl import flags
 
 from gemma_sft import pages
 from gemma_sft.inputs import records as records_lib
 from gemma_sft.tasks.sql import task
 
-_SEED = 0
+_DATA = flags.DEFINE_string('data', None, 'Records.', required=True)
 _WORDS = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"|\w+(?:\.\w+)?|[^\w\s]+")
 
 
@@ -65,14 +67,10 @@ _BROKEN = {
     'from a wrong table': _wrong_table, 'words shuffled': _shuffled}
 
 
-def main() -> None:
-  """Prints the table."""
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--data', required=True)
-  records = records_lib.read(parser.parse_args().data)
-  rows = []
+def main(_):
+  records, rows = records_lib.read(_DATA.value), []
   for name, broken in _BROKEN.items():
-    rng = random.Random(_SEED)
+    rng = random.Random(0)
     pairs = [(r, answer) for r in records
              if (answer := broken(r, records, rng)) is not None]
     judged = task.judge(*zip(*pairs)) if pairs else task.judge([], [])
@@ -87,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  app.run(main)
