@@ -78,8 +78,9 @@ def make_client(app):
 def running(app):
   """Yields the address of an app that is served by a thread."""
   with serve.listen('127.0.0.1', 0) as (sock, url, _):
+    # log_config: to set up logging closes what pytest captures.
     server = uvicorn.Server(uvicorn.Config(
-        app, log_level='warning', timeout_graceful_shutdown=1))
+        app, log_config=None, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={'sockets': [sock]})
     thread.start()
     try:
