@@ -39,6 +39,11 @@ def parse(case: bytes) -> Any:
     return json.loads(case)
 
 
+def dump(document: Any) -> bytes:
+  """Returns the case that has a document."""
+  return json.dumps(document).encode()
+
+
 class _Hang(BaseException):
   """The case takes too long."""
 

@@ -11,6 +11,7 @@ fast tests replay.
 
 import argparse
 import collections
+import importlib
 import json
 import os
 import pathlib
@@ -24,11 +25,17 @@ import tempfile
 _ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(_ROOT / 'tests'))
 
+import atheris
+import hypothesis
+
+from fuzz import judging
+from fuzz import mutation
 from fuzz import targets
 
 _PROPERTY_SHARE = 0.2
 # CPU time for the imports and for each case.
 _CPU_SECONDS = (200, 0.5)
+_MAX_BYTES = 32_768  # Longer cases find nothing new.
 # Wall time over CPU time at which a process counts as hung on a busy machine.
 _CLOCK = 20
 
@@ -75,19 +82,14 @@ def _drill(name, arguments):
   cases = max(2, round(arguments.cases * drill.share))
   n_property = round(cases * _PROPERTY_SHARE) if drill.guided else cases
   row, places = collections.Counter(), {}
-  start = _cpu_seconds()
+  start = sum(os.times()[2:4])  # CPU time of ended processes.
   for guided, n in ((False, n_property), (True, cases - n_property)):
     if n:
       counts, found = _work(name, guided, n, arguments)
       row += counts
       places |= found
-  row['seconds'] = _cpu_seconds() - start
+  row['seconds'] = sum(os.times()[2:4]) - start
   return row, places
-
-
-def _cpu_seconds():
-  usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-  return usage.ru_utime + usage.ru_stime
 
 
 def _work(name, guided, cases, arguments):
@@ -101,10 +103,9 @@ def _work(name, guided, cases, arguments):
     limit, message = round(_CPU_SECONDS[0] + cases * _CPU_SECONDS[1]), ''
     try:
       done = subprocess.run(
-          [sys.executable, str(pathlib.Path(__file__).with_name('worker.py')),
-           json.dumps(dict(
-               name=name, guided=guided, cases=cases, seed=arguments.seed + 1,
-               folder=str(folder), cpu_seconds=limit))],
+          [sys.executable, __file__, json.dumps(dict(
+              name=name, guided=guided, cases=cases, seed=arguments.seed + 1,
+              folder=str(folder), cpu_seconds=limit))],
           cwd=_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
           timeout=_CLOCK * limit, encoding='utf-8', errors='replace',
           env=os.environ | {'JAX_PLATFORMS': 'cpu',
@@ -125,5 +126,60 @@ def _work(name, guided, cases, arguments):
         inputs=len(os.listdir(folder / 'inputs'))), account['places']
 
 
+def _try_cases(name, guided, cases, seed, folder, cpu_seconds):
+  """Tries cases of a target, in a process of its own, and writes the counts.
+
+  The folder has scratch/, failures/ and inputs/, which receives the cases that
+  reached new lines. Coverage guides the cases, or the strategy makes them.
+  """
+  resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 10))
+  drill, scratch = targets.DRILLS[name], os.path.join(folder, 'scratch')
+  with atheris.instrument_imports(include=list(drill.packages)):
+    target = importlib.import_module(f'fuzz.targets.{name}')
+    seeds = target.seeds()
+    for case in seeds:  # Completes the lazy imports.
+      target.check(case, scratch)
+  judging.bound_memory()
+  session = judging.Session(target, scratch, os.path.join(folder, 'failures'))
+
+  def finish():
+    pathlib.Path(folder, 'result.json').write_text(json.dumps(
+        {'counts': session.counts, 'places': session.places}))
+    sys.stdout.flush()
+    os._exit(0)  # Without libFuzzer's own output.
+
+  def try_one(case):
+    session.run(case)
+    if session.counts['n'] >= cases:
+      finish()
+
+  if not guided:
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=cases, database=None, deadline=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.given(target.STRATEGY)
+    def try_all(case):
+      try_one(case)
+
+    try_all()
+    finish()
+  inputs = pathlib.Path(folder, 'inputs')
+  for i, case in enumerate(seeds):
+    (inputs / f'seed{i}').write_bytes(case)
+  options = {'custom_mutator': mutation.mutate} if drill.as_json else {}
+  # `judging` limits the time of a case. With a timeout of 0 atheris would end
+  # the process at the first case during which a new second begins.
+  atheris.Setup(
+      ['fuzz', str(inputs), f'-artifact_prefix={folder}/', f'-seed={seed}',
+       f'-max_len={_MAX_BYTES}', '-len_control=0', '-timeout=999999',
+       '-rss_limit_mb=0', '-verbosity=0', '-handle_segv=0', '-handle_abrt=0'],
+      try_one, **options)
+  atheris.Fuzz()
+
+
 if __name__ == '__main__':
+  if sys.argv[1:2] and sys.argv[1].startswith('{'):
+    _try_cases(**json.loads(sys.argv[1]))
   sys.exit(main())

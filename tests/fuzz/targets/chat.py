@@ -3,8 +3,8 @@
 A case is [generation, [[role, content], ...]].
 """
 
+import dataclasses
 import functools
-import json
 
 from hypothesis import strategies as st
 import jinja2
@@ -46,8 +46,8 @@ def _template(generation):
 def _render(messages, generation, prompt=False):
   """Returns what the exported template makes of a conversation."""
   return _template(generation).render(
-      bos_token='', add_generation_prompt=prompt, messages=[
-          {'role': m.role, 'content': m.content} for m in messages])
+      bos_token='', add_generation_prompt=prompt,
+      messages=list(map(dataclasses.asdict, messages)))
 
 
 def check(case: bytes, folder: str) -> None:
@@ -169,14 +169,10 @@ def _check_text(text, generation):
     raise judging.Loss('plain text is not trained whole')
 
 
-def _case(generation, turns):
-  return json.dumps([generation, turns]).encode()
-
-
 def seeds() -> list[bytes]:
   """Returns conversations of each generation."""
   two = [['user', 'Hi'], ['model', 'Hello there']]
-  return [_case(g, turns) for g in (1, 2, 3, 4) for turns in (
+  return [judging.dump([g, turns]) for g in (1, 2, 3, 4) for turns in (
       two, [['system', 'Be kind <bos>.'], *two, *two],
       [['user', ' <end_of_turn>\n<start_of_turn>model\n'],
        ['model', '<turn|>\n漢 \u2581 é']])]
@@ -190,8 +186,8 @@ _TEXT = st.text(max_size=12) | st.lists(st.sampled_from((
 _ROLES = st.sampled_from(('user', 'model', 'system', 'assistant', '', 'tool'))
 _CONVERSATIONS = st.lists(st.tuples(_TEXT, _TEXT), max_size=3).map(
     lambda pairs: [t for q, a in pairs for t in (['user', q], ['model', a])])
-STRATEGY = st.builds(
-    _case, st.integers(1, 4),
+STRATEGY = st.tuples(
+    st.integers(1, 4),
     _CONVERSATIONS
     | st.builds(lambda s, c: [['system', s], *c], _TEXT, _CONVERSATIONS)
-    | st.lists(st.tuples(_ROLES, _TEXT).map(list), max_size=4))
+    | st.lists(st.tuples(_ROLES, _TEXT), max_size=4)).map(judging.dump)

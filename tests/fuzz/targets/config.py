@@ -85,9 +85,7 @@ def _names_a_file(argument):
 def _check_config(config):
   """A valid config has the types of the default and finite numbers."""
   for key, value in config_lib.leaves(config):
-    wanted = _LEAVES[key]
-    if not isinstance(value, type(wanted)) or isinstance(value, bool) != (
-        isinstance(wanted, bool)):
+    if type(value) is not type(_LEAVES[key]):
       raise judging.Loss(f'{key} became {value!r}')
     if isinstance(value, float) and not math.isfinite(value):
       raise judging.Loss(f'{key} is valid as {value!r}')
@@ -107,23 +105,18 @@ def _check_saved(saved, folder):
       raise judging.Loss('a saved config is none')
 
 
-def _case(**parts):
-  return json.dumps(parts).encode()
-
-
 def seeds() -> list[bytes]:
   """Returns command lines, a saved config, a grid and a search space."""
-  return [
-      _case(arguments=['--config.lora.rank=8', '--workdir=w', '--limit=3']),
-      _case(arguments=["--config.data.buckets=(128, 256)", '--dry_run',
-                       '--config.data.packing=false', '--temperature=0.5']),
-      _case(arguments=['--config.optimizer.learning_rate=1e-4',
-                       "--config.eval.prompts=('a',)", '--prompt=x',
-                       '--config.data.columns=prompt=q,completion=a']),
-      _case(saved=dict(config_lib.leaves(tiny.get_config()))),
-      _case(grid='lora.rank=4,8;data.packing=true,false;'
-                 'data.buckets=(1,2),()'),
-      _case(search='optimizer.learning_rate=1e-5..1e-3:log;lora.rank=4,8')]
+  return list(map(judging.dump, (
+      {'arguments': ['--config.lora.rank=8', '--workdir=w', '--limit=3']},
+      {'arguments': ["--config.data.buckets=(128, 256)", '--dry_run',
+                     '--config.data.packing=false', '--temperature=0.5']},
+      {'arguments': ['--config.optimizer.learning_rate=1e-4',
+                     "--config.eval.prompts=('a',)", '--prompt=x',
+                     '--config.data.columns=prompt=q,completion=a']},
+      {'saved': dict(config_lib.leaves(tiny.get_config()))},
+      {'grid': 'lora.rank=4,8;data.packing=true,false;data.buckets=(1,2),()'},
+      {'search': 'optimizer.learning_rate=1e-5..1e-3:log;lora.rank=4,8'})))
 
 
 _VALUES = st.one_of(
@@ -150,8 +143,9 @@ _SPECS = st.lists(st.builds(
 _SAVED = st.dictionaries(
     _KEYS, st.none() | st.booleans() | st.integers() | _VALUES
     | st.lists(_VALUES, max_size=2), max_size=3)
-STRATEGY = st.one_of(
-    *[st.builds(_case, arguments=_ARGUMENTS)] * 2,
-    *(st.builds(_case, **{name: _SPECS | st.text(max_size=20)})
-      for name in ('grid', 'search')),
-    st.builds(_case, saved=_SAVED | st.text(max_size=20)))
+_TEXT = st.text(max_size=20)
+STRATEGY = st.sampled_from((
+    ('arguments', _ARGUMENTS), ('arguments', _ARGUMENTS),
+    ('grid', _SPECS | _TEXT), ('search', _SPECS | _TEXT),
+    ('saved', _SAVED | _TEXT))).flatmap(
+        lambda part: st.fixed_dictionaries(dict([part]))).map(judging.dump)

@@ -15,9 +15,11 @@ import numpy as np
 from fuzz import judging
 from fuzz import mutation
 from fuzz import targets
+from gemma_sft import model as model_lib
 from gemma_sft.weights import architecture
 from gemma_sft.weights import gguf_file
 from gemma_sft.weights import gguf_writer
+from gemma_sft.weights import load
 from gemma_sft.weights import names
 from gemma_sft.weights import tokenizer_file
 
@@ -74,9 +76,8 @@ def _read(data):
   metadata = {text(): value(take('I')) for _ in range(n_keys)}
   infos = []
   for _ in range(n_tensors):
-    name = text()
-    shape = [take('Q') for _ in range(take('I'))]
-    infos.append((name, shape[::-1], take('I'), take('Q')))
+    infos.append((text(), [take('Q') for _ in range(take('I'))][::-1],
+                  take('I'), take('Q')))
   alignment = metadata.get('general.alignment', 32)
   start = -(-stream.tell() // alignment) * alignment
   return {name: _decode(data[start + offset:], shape, kind)
@@ -97,29 +98,23 @@ def _decode(data, shape, kind):
 
 
 def _write(quantization, generation=3, embed=8):
-  architecture = {v: k for k, v in names.ARCHITECTURES.items()}[generation]
-  half = embed // 2
-  values = {
-      'block_count': 1, 'embedding_length': embed, 'feed_forward_length': embed,
-      'attention.head_count': 2, 'attention.head_count_kv': 1,
-      'attention.key_length': half, 'attention.value_length': half,
-      'attention.sliding_window': 4,
-      'attention.layer_norm_rms_epsilon': 1e-6, 'rope.freq_base': 1e6}
   pieces = ['<pad>', '<eos>', '<bos>', '<unk>', '<end_of_turn>', 'é']
   tokenizer = {
       'model': 'llama', 'tokens': pieces, 'scores': [-1.0] * len(pieces),
       'token_type': [3, 3, 3, 2, 4, 1], 'padding_token_id': 0,
       'eos_token_id': 1, 'bos_token_id': 2, 'unknown_token_id': 3}
-  shapes = names.file_shapes(names.make_weight_layout(
-      generation=generation, layers=1, vocab=len(pieces), embed=embed,
-      hidden=embed, heads=2, kv_heads=1, head_dim=half,
-      transposed_gating=True), 'gguf')
+  model = model_lib.make_model(
+      'custom', generation=generation, vocab_size=len(pieces), num_layers=1,
+      embed_dim=embed, hidden_dim=embed, num_heads=2, num_kv_heads=1,
+      head_dim=embed // 2, sliding_window=4)
+  kind, metadata = architecture.gguf_metadata(
+      model.config, generation, name='x', context_length=64)
+  shapes = names.file_shapes(load.weight_layout(model), 'gguf')
   rng = np.random.default_rng(0)
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder, 'a.gguf')
     gguf_writer.write_model(
-        path, architecture=architecture,
-        metadata={f'{architecture}.{k}': v for k, v in values.items()}
+        path, architecture=kind, metadata=metadata
         | {f'tokenizer.ggml.{k}': v for k, v in tokenizer.items()},
         shapes=shapes, quantization=quantization, n_layers=1,
         tensors=((name, rng.normal(size=shape).astype(np.float32))

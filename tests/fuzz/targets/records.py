@@ -13,11 +13,12 @@ import pathlib
 import re
 
 from hypothesis import strategies as st
+import pyarrow
+from pyarrow import parquet
 
 from fuzz import judging
 from gemma_sft.inputs import records
 
-_ENDINGS = ('csv', 'tsv', 'json', 'jsonl', 'txt', 'parquet')
 _PAIRS = b'# INPUT\nHi\n# OUTPUT\nHello\n\n# INPUT\nWho?\n# OUTPUT\nA b\nc\n'
 
 
@@ -25,8 +26,8 @@ def check(case: bytes, folder: str) -> None:
   """Reads the file as raw records and as validated examples."""
   name, _, data = case.partition(b'\n')
   ending = name.decode('latin-1')
-  if ending not in _ENDINGS:
-    ending, data = _ENDINGS[len(case) % len(_ENDINGS)], case
+  if ending not in _ORACLES:
+    ending, data = list(_ORACLES)[len(case) % len(_ORACLES)], case
   path = pathlib.Path(folder, f'case.{ending}')
   path.write_bytes(data)
   found = _read(path, validated=False)
@@ -45,12 +46,10 @@ def check(case: bytes, folder: str) -> None:
 
 def _read(path, validated):
   """Returns the records, or None if the file is refused with its name."""
-  found = None
   with judging.may_refuse('case.'):
     found = records.read(str(path), validated=validated)
-  if found is not None:
     records.content_hash(found)
-  return found
+    return found
 
 
 def _without_roles(fields):
@@ -144,8 +143,6 @@ def _check_text(text, found):
 
 
 def _check_parquet(data, found):
-  from pyarrow import parquet
-
   _count(parquet.ParquetFile(io.BytesIO(data)).metadata.num_rows, found)
 
 
@@ -158,15 +155,11 @@ _ORACLES = {
 
 def seeds() -> list[bytes]:
   """Returns a good file of each kind, and some edge cases."""
-  import pyarrow
-  from pyarrow import parquet
-
   sink = pyarrow.BufferOutputStream()
   parquet.write_table(pyarrow.table(
       {'prompt': ['Hi', 'é'], 'completion': ['a', 'b'],
        'n': [1.5, None]}), sink)
-  turns = [{'role': 'user', 'content': 'Hi'},
-           {'role': 'assistant', 'content': '1'}]
+  turns = [{'role': role, 'content': 'Hi'} for role in ('user', 'assistant')]
   return [
       b'csv\nprompt,completion\nHi,"a ""b""\nc"\n',
       b'tsv\nprompt\tcompletion\r\nHi\tHello\r\n\r\nA\tB\r\n',
@@ -212,7 +205,7 @@ def _tables(draw, delimiter):
 
 @st.composite
 def _files(draw):
-  ending = draw(st.sampled_from(_ENDINGS[:-1]))
+  ending = draw(st.sampled_from(list(_ORACLES)[:-1]))
   if ending in ('csv', 'tsv'):
     text = draw(_tables(',' if ending == 'csv' else '\t'))
   elif ending == 'json':
@@ -236,4 +229,4 @@ def _files(draw):
 
 STRATEGY = _files() | st.builds(
     lambda ending, data: ending.encode() + b'\n' + data,
-    st.sampled_from(_ENDINGS), st.binary(max_size=200))
+    st.sampled_from(list(_ORACLES)), st.binary(max_size=200))

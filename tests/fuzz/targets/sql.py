@@ -42,15 +42,12 @@ def check(case: bytes, folder: str) -> None:
     text_lib.hardness(taken)
 
 
-def _case(script, query):
-  return json.dumps([script, query]).encode()
-
-
 def seeds() -> list[bytes]:
   """Returns a good case and hostile ones."""
-  return [_case(_GOOD, 'SELECT count(*) FROM t GROUP BY b'),
-          _case(_GOOD, "ATTACH '{folder}/x' AS y"),
-          _case("VACUUM INTO '{folder}/x'", 'SELECT 1')]
+  return list(map(judging.dump, (
+      [_GOOD, 'SELECT count(*) FROM t GROUP BY b'],
+      [_GOOD, "ATTACH '{folder}/x' AS y"],
+      ["VACUUM INTO '{folder}/x'", 'SELECT 1'])))
 
 
 _NAMES = st.sampled_from((
@@ -97,6 +94,6 @@ _STATEMENTS = st.one_of(
         'CREATE VIEW w AS SELECT', 'UPDATE t SET a =', 'REPLACE INTO t SELECT'
     )), _EXPRESSIONS), st.text(max_size=12))
 _MANY = st.lists(_STATEMENTS, max_size=2).map('; '.join)
-STRATEGY = st.builds(
-    _case, st.just(_GOOD) | _MANY | _MANY.map(lambda s: f'{_GOOD}; {s}'),
-    _STATEMENTS | _STATEMENTS | _MANY)
+STRATEGY = st.tuples(
+    st.just(_GOOD) | _MANY | _MANY.map(lambda s: f'{_GOOD}; {s}'),
+    _STATEMENTS | _STATEMENTS | _MANY).map(judging.dump)

@@ -37,6 +37,8 @@ _PAIRS = [pairs_lib.make_pair(f't:{i}', f'Ask {i}', '<script>a</script>', 'b')
           for i in range(3)]
 _SCRIPT = '<script>alert(1)</script>'
 _MOST_RATINGS = 200
+_APPS = 'rate', 'play', 'token'
+_METHODS = 'POST', 'POST', 'GET', 'HEAD', 'PUT', 'OPTIONS'
 
 
 @functools.cache
@@ -109,9 +111,7 @@ def _parse(document):
   document = document if isinstance(document, dict) else {}
   request = {name: document.get(name) for name in (
       'app', 'method', 'path', 'query', 'headers', 'body')}
-  for name, known in (  # The first one replaces others.
-      ('app', ('rate', 'play', 'token')),
-      ('method', ('POST', 'GET', 'HEAD', 'PUT', 'OPTIONS', 'DELETE'))):
+  for name, known in ('app', _APPS), ('method', (*_METHODS, 'DELETE')):
     if request[name] not in known:
       request[name] = known[0]
   for name in ('path', 'query'):
@@ -180,18 +180,19 @@ def _check_guard(request, status, body):
 
 
 def _case(app, method, path, query='', headers=(), body=''):
-  return json.dumps(dict(app=app, method=method, path=path, query=query,
-                         headers=list(headers), body=body)).encode()
+  return judging.dump(locals())
 
 
 _SAMPLING = dict(temperature=0, top_k=0, top_p=1, repetition_penalty=1,
                  max_new_tokens=64, seed=0, stop=['x'])
+_ANSWER = 'play', 'api/answer'
 _BODIES = {
-    'api/rate': {'rater': 'Ana', 'item': _PAIRS[0].item, 'choice': 'first',
-                 'first': {'style': 3}, 'second': {}},
-    'api/undo': {'rater': 'Ana'},
-    'api/answer': {'model': 'base', 'fields': {'prompt': 'Hi'},
-                   'examples': 'few:4', 'sampling': _SAMPLING}}
+    ('rate', 'api/rate'): {
+        'rater': 'Ana', 'item': _PAIRS[0].item, 'choice': 'first',
+        'first': {'style': 3}, 'second': {}},
+    ('rate', 'api/undo'): {'rater': 'Ana'},
+    _ANSWER: {'model': 'base', 'fields': {'prompt': 'Hi'},
+              'examples': 'few:4', 'sampling': _SAMPLING}}
 _CHAT = {'model': 'tuned', 'sampling': _SAMPLING, 'messages': [
     {'role': 'system', 'content': 'x'}, {'role': 'user', 'content': 'Hi'}]}
 
@@ -203,17 +204,13 @@ def seeds() -> list[bytes]:
           '', 'results', 'static/rate.js', 'api/results', 'nothing')),
       _case('rate', 'GET', 'api/next', 'rater=Ana'),
       _case('play', 'GET', 'api/setup'),
-      *(_case(_app_of(route), 'POST', route, body=body)
-        for route, body in (*_BODIES.items(), ('api/answer', _CHAT))),
+      *(_case(app, 'POST', route, body=body)
+        for (app, route), body in (*_BODIES.items(), (_ANSWER, _CHAT))),
       _case('token', 'GET', '', f'token={_TOKEN}'),
       _case('token', 'GET', '', headers=[
           ['cookie', f'gemma_sft_80={_TOKEN}']]),
       _case('rate', 'POST', 'api/undo', headers=[
           ['origin', 'http://evil.example'], ['host', 'evil.example']])]
-
-
-def _app_of(route):
-  return 'play' if route == 'api/answer' else 'rate'
 
 
 _ROUTES = st.sampled_from((
@@ -241,16 +238,13 @@ _HEADERS = st.lists(st.tuples(
 
 @st.composite
 def _changed_bodies(draw):
-  route = draw(st.sampled_from(sorted(_BODIES)))
-  body = dict(_BODIES[route])
+  (app, route), body = draw(st.sampled_from(list(_BODIES.items())))
   key = draw(st.sampled_from(sorted(body) + ['x', '\ud800']))
-  body[key] = draw(_JSON)
-  return _case(_app_of(route), 'POST', route, body=body)
+  return _case(app, 'POST', route, body=body | {key: draw(_JSON)})
 
 
 STRATEGY = _changed_bodies() | st.builds(
-    _case, st.sampled_from(('rate', 'play', 'token')),
-    st.sampled_from(('GET', 'POST', 'POST', 'HEAD', 'PUT', 'OPTIONS')), _ROUTES,
+    _case, st.sampled_from(_APPS), st.sampled_from(_METHODS), _ROUTES,
     st.text(max_size=8) | st.sampled_from(
         ('rater=%00', 'rater=%ff', 'rater=' + 'x' * 500, 'token=é', 'rater=a',
          'rater=%ed%a0%80', '%', '&&&', 'rater=a&rater=b')),
