@@ -1,24 +1,22 @@
-"""The work of every peer: shape, weights, adapters, batches; its process.
+"""The work of every peer: model, weights, adapters, batches; its process.
 
-Imports only numpy and safetensors, which every peer's environment has.
+At once it imports only numpy and safetensors, which every environment has.
 """
 
 import dataclasses
-import datetime
 import json
 import os
 import pathlib
-import platform
+import re
 import subprocess
 import sys
+import time
 from typing import Any
 from typing import Iterator
 from typing import Sequence
 
 import numpy as np
 from safetensors import numpy as safetensors_numpy
-
-from gemma_sft.weights import names
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 RANK = 16
@@ -27,42 +25,13 @@ OPTIMIZER = dict(
     learning_rate=1e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
 N_BATCHES = 2  # Few, so that the loss falls quickly.
 WARM_UP = 1  # The first step compiles or fills allocators: shown apart.
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-  """A text-only Gemma 3 with five local layers per global one."""
-
-  vocab: int
-  layers: int
-  width: int
-  hidden: int
-  heads: int
-  kv_heads: int
-  head_dim: int
-  window: int = 512
-
-  def layer_types(self) -> list[str]:
-    """Returns transformers' names of the layers' attention."""
-    return ['full_attention' if i % 6 == 5 else 'sliding_attention'
-            for i in range(self.layers)]
-
-  def projections(self) -> dict[str, tuple[int, int]]:
-    """Returns {name: (out, in)} of a layer's attention."""
-    q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-    return {'q': (q, self.width), 'k': (kv, self.width),
-            'v': (kv, self.width), 'o': (self.width, q)}
-
-  def body(self) -> int:
-    """Returns the weights of all projections and MLPs."""
-    attention = sum(n * m for n, m in self.projections().values())
-    return self.layers * (attention + 3 * self.width * self.hidden)
-
-
-SHAPES = {
-    'small': Shape(32768, 4, 256, 1024, 4, 1, 64),
-    '270m': Shape(262144, 18, 640, 2048, 4, 1, 256),
-}
+# As config.model has it.
+MODELS = {
+    '270m': dict(name='gemma3_270m'), '1b': dict(name='gemma3_1b'),
+    'small': dict(
+        name='custom', generation=3, vocab_size=32_768, num_layers=4,
+        embed_dim=256, hidden_dim=1024, num_heads=4, num_kv_heads=1,
+        head_dim=64)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +47,9 @@ class Spec:
   steps: int  # Includes `WARM_UP`.
   gpu: bool  # Use a GPU, and measure by the wall clock.
   work: str  # Folder with the weights.
-  # PyTorch peers.
-  attention: str = 'sdpa'  # Or 'eager'.
-  autocast: bool = False  # In bfloat16: the adapters' products too.
+  attention: str = 'sdpa'  # PyTorch's: or 'eager'.
+  autocast: bool = False  # PyTorch, bfloat16: the adapters' products too.
   compiled: bool = False  # By `torch.compile`.
-  # Ours: config.model.layers and config.model.attention.
-  layers: str = 'auto'
-  kernel: str = 'auto'
   started: float = 0.0  # Unix time of the start of the process.
 
   @property
@@ -92,10 +57,11 @@ class Spec:
     """Trained positions of a row."""
     return round(self.share * self.length)
 
-  @property
-  def dimensions(self) -> Shape:
-    """The model's."""
-    return SHAPES[self.shape]
+  def make_model(self) -> Any:
+    """Returns the package's model, where JAX is installed."""
+    from gemma_sft import model as model_lib
+
+    return model_lib.make_model(**MODELS[self.shape])
 
 
 def read_spec() -> Spec:
@@ -105,59 +71,31 @@ def read_spec() -> Spec:
 
 def write_weights(spec: Spec) -> None:
   """Writes random weights, adapters and batches for all peers, once."""
-  folder = pathlib.Path(spec.work)
-  random = np.random.default_rng(0)
-  shape = spec.dimensions
+  from gemma_sft.weights import architecture
+  from gemma_sft.weights import load
+  from gemma_sft.weights import names
+
+  folder, model = pathlib.Path(spec.work), spec.make_model()
+  random, config = np.random.default_rng(0), model.config
   weights = {  # Norms too: Gemma multiplies by 1 + w.
-      name: random.standard_normal(dimensions, np.float32) * np.float32(0.02)
-      for name, dimensions in names.file_shapes(
-          weight_layout(shape), 'hf').items()}
+      name: random.standard_normal(shape, np.float32) * np.float32(0.02)
+      for name, shape in names.file_shapes(
+          load.weight_layout(model), 'hf').items()}
   safetensors_numpy.save_file(
       weights, folder / 'model.safetensors', metadata={'format': 'pt'})
-  (folder / 'config.json').write_text(json.dumps(transformers_config(shape)))
-
+  (folder / 'config.json').write_text(json.dumps(architecture.hf_config(
+      config, 3, vocab_size=config.num_embed, dtype='float32', eos_ids=[1],
+      bos_id=2, pad_id=0) | {'use_cache': False}))
   # PEFT's kaiming_uniform(a=sqrt(5)); the B are zeros.
+  inputs = dict.fromkeys('qkv', config.embed_dim) | {
+      'o': config.num_heads * config.head_dim}
   adapters = {
       f'{i}.{name}': random.uniform(-1, 1, (RANK, n_in)) / np.sqrt(n_in)
-      for i in range(shape.layers)
-      for name, (_, n_in) in shape.projections().items()}
+      for i in range(config.num_layers) for name, n_in in inputs.items()}
   # Id 0 is padding for the official library.
   ids = random.integers(
-      1, shape.vocab, (N_BATCHES, spec.rows, spec.length), np.int32)
+      1, config.num_embed, (N_BATCHES, spec.rows, spec.length), np.int32)
   np.savez(folder / 'work.npz', ids=ids, **adapters)
-
-
-def weight_layout(shape: Shape) -> names.WeightLayout:
-  """Returns the names and shapes of the weights."""
-  return names.make_weight_layout(
-      generation=3, layers=shape.layers, vocab=shape.vocab, embed=shape.width,
-      hidden=shape.hidden, heads=shape.heads, kv_heads=shape.kv_heads,
-      head_dim=shape.head_dim, transposed_gating=True)
-
-
-def transformers_config(shape: Shape) -> dict[str, Any]:
-  """Returns what transformers reads as config.json."""
-  def rope(theta):
-    return {'rope_type': 'default', 'rope_theta': theta}
-
-  return dict(
-      model_type='gemma3_text', architectures=['Gemma3ForCausalLM'],
-      vocab_size=shape.vocab, hidden_size=shape.width,
-      intermediate_size=shape.hidden, num_hidden_layers=shape.layers,
-      num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-      head_dim=shape.head_dim, query_pre_attn_scalar=shape.head_dim,
-      sliding_window=shape.window, layer_types=shape.layer_types(),
-      rope_parameters={'full_attention': rope(1e6),
-                       'sliding_attention': rope(1e4)},
-      hidden_activation='gelu_pytorch_tanh', rms_norm_eps=1e-6,
-      attention_dropout=0.0, use_cache=False, tie_word_embeddings=True,
-      pad_token_id=0, eos_token_id=1, bos_token_id=2)
-
-
-def load_weights(spec: Spec) -> dict[str, np.ndarray]:
-  """Returns {transformers' name: f32 array}."""
-  return safetensors_numpy.load_file(
-      pathlib.Path(spec.work, 'model.safetensors'))
 
 
 def load_adapters(spec: Spec) -> Iterator[tuple[int, str, np.ndarray]]:
@@ -189,30 +127,25 @@ def flops(spec: Spec) -> float:
   pass. The head takes 4 D V per trained position. Gradients of frozen weights,
   recomputation and adapters (below 1 %) do not count.
   """
-  shape = spec.dimensions
-  first = sum(n * m for name, (n, m) in shape.projections().items()
-              if name != 'o')
-  body = 4 * shape.body() - 2 * first
+  c = spec.make_model().config
+  q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+  body = 4 * c.num_layers * c.embed_dim * (2 * q + 2 * kv + 3 * c.hidden_dim)
+  body -= 2 * c.embed_dim * (q + 2 * kv)
   seen = np.minimum(np.arange(spec.length) + 1, [
-      [shape.window if kind == 'sliding_attention' else spec.length]
-      for kind in shape.layer_types()]).mean(axis=1).sum()
-  attention = 3.5 * 4 * shape.heads * shape.head_dim * seen
-  head = 4 * shape.width * shape.vocab
+      [c.sliding_window_size if 'LOCAL' in kind.name else spec.length]
+      for kind in c.attention_types]).mean(axis=1).sum()
+  head = 4 * c.embed_dim * c.num_embed
   return spec.rows * (
-      spec.length * (body + attention) + spec.n_trained * head)
+      spec.length * (body + 3.5 * 4 * q * seen) + spec.n_trained * head)
 
 
 def run_process(
     command: Sequence[str], variables: dict[str, str], *, gpu: bool = False,
-    core: int = -1, **options: Any
-) -> dict[str, Any]:
-  """Runs a command and returns the JSON of its last line.
+    **options: Any) -> dict[str, Any]:
+  """Runs a command and returns the JSON of its last line, and the `load`.
 
-  Without a GPU it gets one thread on one core (see `pinned_core`). `variables`
-  join its environment, and the `load` of the machine before it the result.
-
-  Raises:
-    subprocess.CalledProcessError: if it fails.
+  Without a GPU it gets one thread on one core. `variables` join its
+  environment.
   """
   variables = os.environ | variables | {
       'PYTHONPATH': f'{ROOT / "tests/benchmarks"}:{ROOT}'}
@@ -226,26 +159,23 @@ def run_process(
   done = subprocess.run(
       command, env=variables, stdout=subprocess.PIPE, text=True, check=True,
       preexec_fn=None if gpu else (
-          lambda: os.sched_setaffinity(0, {pinned_core(core)})), **options)
+          lambda: os.sched_setaffinity(0, {core()})), **options)
   return json.loads(done.stdout.strip().splitlines()[-1]) | {'load': load}
 
 
-def pinned_core(core: int) -> int:
-  """Returns the number of a core; -1 is the last one."""
-  return core if core >= 0 else max(os.sched_getaffinity(0))
+def core() -> int:
+  """Returns the core of every process, the last that this one may use."""
+  return max(os.sched_getaffinity(0))
 
 
 def describe_machine() -> dict[str, Any]:
   """Returns what the figures depend on besides the settings."""
-  cpu = next((line.partition(':')[2].strip() for line in
-              pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-              if line.startswith('model name')), platform.machine())
-  changed = output('git', 'status', '--porcelain', 'gemma_sft')
+  cpu = re.search(r'model name\s*: (.*)', pathlib.Path(
+      '/proc/cpuinfo').read_text())
   return {
-      'cpu': cpu, 'cores': os.cpu_count(), 'load': os.getloadavg(),
-      'commit': (output('git', 'rev-parse', '--short', 'HEAD') or 'unknown')
-                + (' with changes' if changed else ''),
-      'time': datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds')}
+      'cpu': cpu[1] if cpu else 'unknown', 'cores': os.cpu_count(),
+      'load': os.getloadavg(), 'time': time.strftime('%FT%TZ', time.gmtime()),
+      'commit': output('git', 'describe', '--always', '--dirty') or 'unknown'}
 
 
 def output(*command: str) -> str:

@@ -6,7 +6,9 @@ from typing import Callable
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
+from safetensors import numpy as safetensors_numpy
 
+from gemma_sft.weights import load as load_lib
 from gemma_sft.weights import names
 from peers import common
 
@@ -15,8 +17,8 @@ LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'gemma')
 
 def load(spec: common.Spec) -> dict[str, Any]:
   """Returns the nested parameters as arrays on the device, in the dtype."""
-  weights = common.load_weights(spec)
-  layout = common.weight_layout(spec.dimensions)
+  weights = safetensors_numpy.load_file(f'{spec.work}/model.safetensors')
+  layout = load_lib.weight_layout(spec.make_model())
   # Copies: on a CPU an aligned numpy array may be used in place.
   params = {
       path: jax.block_until_ready(jnp.array(array, spec.dtype, copy=True))

@@ -35,9 +35,7 @@ class Meter:
   def __init__(self, spec: common.Spec, library: Any):
     """Takes the module of the peer: `library_tree` or `torch_model`."""
     self._spec, self._library = spec, library
-    self._losses: list[float] = []
-    self._cpu: list[float] = []
-    self._wall: list[float] = []
+    self._losses, self._cpu, self._wall = [], [], []
 
   def begin(self) -> None:
     """Marks the moment before the first step."""
@@ -57,12 +55,9 @@ class Meter:
       reset_peak()
 
   def finish(self, trainable: int, *libraries: str, **more: object) -> None:
-    """Prints the result as one line of JSON.
+    """Prints the result, and `more`, as one line of JSON.
 
-    Args:
-      trainable: The number of trained weights.
-      *libraries: More libraries whose versions matter.
-      **more: Added to the result.
+    It has the number of trained weights, and the versions of `libraries`.
     """
     spec = self._spec
     peak_steps = resident_bytes(peak=True)
@@ -78,30 +73,23 @@ class Meter:
         product, number=1,
         timer=time.perf_counter if spec.gpu else time.process_time))
     print(json.dumps(dict(
-        spec=dataclasses.asdict(spec),
-        losses=self._losses,
+        spec=dataclasses.asdict(spec), losses=self._losses,
         step_s=[b - a for a, b in zip(clock[n - 1:], clock[n:])],
         cold_cpu_s=self._cpu[0],
         first_step_cpu_s=self._cpu[0] - self._begun,
         cold_wall_s=self._wall[0] - spec.started,
         peak_first_bytes=self._peak_first - self._resident,
         peak_steps_bytes=peak_steps - self._resident,
-        resident_bytes=self._resident,
-        device_bytes=device_bytes,
+        resident_bytes=self._resident, device_bytes=device_bytes,
         product_gflops=2 * size**3 / best / 1e9,
         versions={name: importlib.metadata.version(name)
                   for name in (*self._library.LIBRARIES, *libraries)},
-        trainable=trainable,
-        **more)), flush=True)
+        trainable=trainable, **more)), flush=True)
 
 
 def measure(
-    spec: common.Spec,
-    library: Any,
-    step: Callable[[int], float],
-    trainable: int,
-    **more: object,
-) -> None:
+    spec: common.Spec, library: Any, step: Callable[[int], float],
+    trainable: int, **more: object) -> None:
   """Takes the steps and prints the measurements; see `Meter`.
 
   `step` takes the index of a batch and returns the loss, once it is read.

@@ -24,23 +24,6 @@ from gemma import peft
 from gemma.gm.nn import _lora
 
 
-def make_model(spec: common.Spec):
-  """Returns the library's transformer."""
-  if spec.shape == '270m':
-    return gm.nn.Gemma3_270M()
-  shape, kind = spec.dimensions, gm.nn.AttentionType
-  return gm.nn.Transformer(config=gm.nn.config.TransformerConfig(
-      num_embed=shape.vocab, embed_dim=shape.width, hidden_dim=shape.hidden,
-      num_heads=shape.heads, num_kv_heads=shape.kv_heads,
-      head_dim=shape.head_dim, final_logit_softcap=None,
-      use_post_attn_norm=True, use_post_ffw_norm=True, use_qk_norm=True,
-      attention_types=tuple(
-          kind.GLOBAL if name == 'full_attention' else kind.LOCAL_SLIDING
-          for name in shape.layer_types()),
-      sliding_window_size=shape.window, transpose_gating_einsum=True,
-      global_base_frequency=1_000_000))
-
-
 def adapted(module):
   """Replaces a module as `gm.nn.LoRA` does: attention only."""
   if not isinstance(module, gm.nn.Einsum) or module.weight_name != 'w':
@@ -51,19 +34,19 @@ def adapted(module):
 
 def make_adapters(spec: common.Spec) -> dict:
   """Returns the tree of a and b; the values share the keys' A."""
-  shape = spec.dimensions
-  tree = {f'layer_{i}': {'attn': {}} for i in range(shape.layers)}
+  c = spec.make_model().config
+  tree = {f'layer_{i}': {'attn': {}} for i in range(c.num_layers)}
   outputs = {
-      'q': ('q_einsum', (shape.heads, shape.head_dim)),
-      'k': ('kv_einsum', (2, shape.kv_heads, shape.head_dim)),
-      'o': ('attn_vec_einsum', (shape.width,))}
+      'q': ('q_einsum', (c.num_heads, c.head_dim)),
+      'k': ('kv_einsum', (2, c.num_kv_heads, c.head_dim)),
+      'o': ('attn_vec_einsum', (c.embed_dim,))}
   for layer, name, a_RI in common.load_adapters(spec):
     if name not in outputs:
       continue
     module, out = outputs[name]
     a = a_RI.T
     if name == 'o':
-      a = a.reshape(shape.heads, shape.head_dim, common.RANK)
+      a = a.reshape(c.num_heads, c.head_dim, common.RANK)
     tree[f'layer_{layer}']['attn'][module] = {'_LoRAEinsum_0': {'lora': {
         'a': jnp.array(a, copy=True),
         'b': jnp.zeros((common.RANK, *out), jnp.float32)}}}
@@ -89,7 +72,8 @@ def make_loss_and_grad(model, dtype: str):
 def main() -> None:
   """Trains and prints the measurements."""
   spec = common.read_spec()
-  loss_and_grad = make_loss_and_grad(make_model(spec), spec.dtype)
+  loss_and_grad = make_loss_and_grad(
+      spec.make_model().transformer, spec.dtype)
   base = library_tree.load(spec)
   adapters = make_adapters(spec)
   settings = dict(common.OPTIMIZER)

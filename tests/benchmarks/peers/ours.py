@@ -1,7 +1,4 @@
-"""This project's `train_step`, and Tunix's default loss over its model.
-
-The only module of the benchmark that imports the package's parts.
-"""
+"""This project's `train_step`, and Tunix's default loss over its model."""
 
 import functools
 
@@ -25,14 +22,8 @@ from peers import meter
 
 def make_program(spec: common.Spec) -> compile_step.Program:
   """Returns the step of a run with default settings."""
-  config, shape = default.get_config(), spec.dimensions
-  config.model.update(
-      name='gemma3_270m' if spec.shape == '270m' else 'custom',
-      vocab_size=shape.vocab, num_layers=shape.layers, embed_dim=shape.width,
-      hidden_dim=shape.hidden, num_heads=shape.heads,
-      num_kv_heads=shape.kv_heads, head_dim=shape.head_dim,
-      sliding_window=shape.window, dtype=spec.dtype, layers=spec.layers,
-      attention=spec.kernel)
+  config = default.get_config()
+  config.model.update(dtype=spec.dtype, **common.MODELS[spec.shape])
   config.data.update(
       max_length=spec.length, batch_size=spec.rows, packing=False)
   config.lora.update(rank=common.RANK, alpha=common.ALPHA, targets='attn/')
@@ -50,42 +41,28 @@ def make_adapters(spec: common.Spec, model: model_lib.Model):
       transposed_gating=model.transposed_gating, seed=0)
   modules = {'q': 'q_einsum', 'k': 'kv_einsum', 'v': 'kv_einsum',
              'o': 'attn_vec_einsum'}
-  n = 0
-  for layer, name, a_RI in common.load_adapters(spec):
+  given = list(common.load_adapters(spec))
+  for layer, name, a_RI in given:
     factors = adapters[f'layer_{layer}']['attn'][modules[name]][name]
     factors['a'] = jnp.array(a_RI.T.reshape(factors['a'].shape), copy=True)
-    n += 1
-  assert 2 * n == len(jax.tree.leaves(adapters))
+  assert 2 * len(given) == len(jax.tree.leaves(adapters))
   return adapters
 
 
 def make_batch(spec: common.Spec, ids_BT: np.ndarray) -> dict[str, np.ndarray]:
   """Returns a batch as `batches.Batches` gives it, of one microbatch."""
-  rows, length = ids_BT.shape
-  targets = np.zeros_like(ids_BT)
-  targets[:, :-1] = ids_BT[:, 1:]
-  mask = np.zeros((rows, length), bool)
-  mask[:, :-1] = common.labels(spec, ids_BT)[:, 1:] >= 0
+  labels_BT = np.full_like(ids_BT, -100)
+  labels_BT[:, :-1] = common.labels(spec, ids_BT)[:, 1:]
+  rows, length = (np.arange(n, dtype=np.int32) for n in ids_BT.shape)
   return {name: array[None] for name, array in {
-      'tokens': ids_BT, 'targets': targets, 'loss_mask': mask,
-      'positions': np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
-      'segment_ids': np.ones_like(ids_BT),
-      'rows': np.arange(rows, dtype=np.int32)}.items()}
-
-
-def own_step(program):
-  """Returns (state, base, batch) -> (state, loss)."""
-  def step(state, base, batch):
-    state, metrics = train.train_step(
-        state, base, batch, optimizer=program.optimizer,
-        settings=program.settings, max_trained=program.max_trained)
-    return state, metrics['loss']
-
-  return step
+      'tokens': ids_BT, 'targets': np.roll(ids_BT, -1, axis=1),
+      'loss_mask': labels_BT >= 0, 'rows': rows,
+      'positions': np.broadcast_to(length, ids_BT.shape),
+      'segment_ids': np.ones_like(ids_BT)}.items()}
 
 
 def tunix_step(program):
-  """Returns the same with the default loss of Tunix 0.1.7's PeftTrainer.
+  """Returns `train_step` with the default loss of Tunix 0.1.7's PeftTrainer.
 
   All logits, and their log-softmax times f32 one-hot targets, written from its
   description; model, adapters and optimizer are ours.
@@ -107,14 +84,15 @@ def tunix_step(program):
         jax.nn.log_softmax(logits_BTV) * one_hot_BTV) / jnp.sum(mask_BT)
 
   @functools.partial(jax.jit, donate_argnums=0)
-  def step(state, base, batch):
+  def step(state, base, batch):  # Of one microbatch.
     batch = {name: array[0] for name, array in batch.items()}
     value, grads = jax.value_and_grad(loss)(state.trainable, base, batch)
     updates, opt_state = program.optimizer.update(
         grads, state.opt_state, state.trainable)
     trainable = jax.tree.map(jnp.add, state.trainable, updates)
     return state_lib.TrainState(
-        step=state.step + 1, trainable=trainable, opt_state=opt_state), value
+        step=state.step + 1, trainable=trainable,
+        opt_state=opt_state), {'loss': value}
 
   return step
 
@@ -134,18 +112,19 @@ def main() -> None:
   base, state = (
       jax.device_put(tree, sharding.tree_shardings(tree, mesh))
       for tree in (base, state))
-  place = sharding.batch_sharding(mesh)
-  batches = [
-      {name: jax.device_put(array, place)
-       for name, array in make_batch(spec, ids_BT).items()}
-      for ids_BT in common.load_ids(spec)]
-  update = (own_step if spec.peer == 'ours' else tunix_step)(program)
+  batches = [sharding.put_batch(make_batch(spec, ids_BT), mesh)
+             for ids_BT in common.load_ids(spec)]
+  update = tunix_step(program)
+  if spec.peer == 'ours':
+    update = functools.partial(
+        train.train_step, optimizer=program.optimizer,
+        settings=program.settings, max_trained=program.max_trained)
   jax.block_until_ready((base, state, batches))
 
   def step(i):
     nonlocal state
-    state, loss = update(state, base, batches[i])
-    return float(loss)
+    state, metrics = update(state, base, batches[i])
+    return float(metrics['loss'])
 
   meter.measure(
       spec, library_tree, step,

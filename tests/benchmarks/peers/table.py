@@ -18,8 +18,7 @@ PEERS = {
     'peft_completion': (
         'PEFT loop by hand, completion logits', 'peft_loop', True,
         'the strongest peer: head over trained positions only'),
-    'peft_full': (
-        'PEFT loop by hand, all logits', 'peft_loop', True, ''),
+    'peft_full': ('PEFT loop by hand, all logits', 'peft_loop', True, ''),
     'trl': (
         'TRL SFTTrainer + PEFT', 'trl_trainer', True,
         'without Triton it scores every position, and folds entropy and top-1'
@@ -30,7 +29,7 @@ PEERS = {
     'tunix_loss': (
         "Tunix's default loss, our model", 'ours', False,
         'their loss in our harness: not their model or trainer'),
-    'unsloth': ('Unsloth', '', True, ''),
+    'unsloth': ('Unsloth', '', False, ''),
 }
 
 
@@ -45,13 +44,8 @@ class Outcome:
 
   @property
   def steps(self) -> list[float]:
-    """Seconds of all measured steps."""
-    return [s for result in self.results for s in result['step_s']]
-
-  @property
-  def best(self) -> float:
-    """Seconds of the best step."""
-    return min(self.steps)
+    """Seconds of all measured steps, sorted."""
+    return sorted(s for result in self.results for s in result['step_s'])
 
   def lowest(self, field: str) -> float:
     """The least of a figure over the rounds."""
@@ -69,28 +63,26 @@ def deviation(outcome: Outcome, ours: Outcome) -> float:
 
 def check_losses(outcomes: list[Outcome], dtype: str) -> list[Outcome]:
   """Hides the speed of every peer whose losses differ from ours."""
-  def checked(outcome):
-    if not outcome.results or (
-        deviation(outcome, outcomes[0]) <= TOLERANCES[dtype]):
-      return outcome
-    return dataclasses.replace(
-        outcome, problem='no speed: its losses differ from ours by'
-        f' {deviation(outcome, outcomes[0]):.1e}')
-
-  return [checked(outcome) for outcome in outcomes]
+  shown = list(outcomes)
+  for i, outcome in enumerate(outcomes):
+    if outcome.results and (
+        by := deviation(outcome, outcomes[0])) > TOLERANCES[dtype]:
+      shown[i] = dataclasses.replace(
+          outcome,
+          problem=f'no speed: its losses differ from ours by {by:.1e}')
+  return shown
 
 
 def ratio(outcome: Outcome, ours: Outcome) -> str:
   """Returns its time over ours: of the best step (range over rounds)."""
   rounds = [min(theirs['step_s']) / min(own['step_s'])
             for theirs, own in zip(outcome.results, ours.results)]
-  return (f'{outcome.best / ours.best:.2f}x'
+  return (f'{outcome.steps[0] / ours.steps[0]:.2f}x'
           f' ({min(rounds):.2f} to {max(rounds):.2f})')
 
 
-def markdown(
-    outcomes: list[Outcome], spec: common.Spec, machine: dict[str, Any]
-) -> str:
+def markdown(outcomes: list[Outcome], spec: common.Spec,
+             machine: dict[str, Any]) -> str:
   """Returns title, table and remarks."""
   ours = outcomes[0]
   peak = max(r['product_gflops'] for o in outcomes for r in o.results)
@@ -110,16 +102,20 @@ def markdown(
     if outcome.problem:
       rows.append((title, outcome.problem, *[''] * (len(header) - 2)))
       continue
+    steps, rate = outcome.steps, work / outcome.steps[0]
+    if spec.gpu:
+      memory = f'{outcome.lowest("device_bytes") / 1e6:,.0f}'
+    else:
+      later, first = (outcome.lowest(f'peak_{name}_bytes') / 1e6
+                      for name in ('steps', 'first'))
+      memory = f'{later:,.0f} / {max(later, first):,.0f}'
     rows.append((
-        title,
-        f'{outcome.best:.3g} / {statistics.median(outcome.steps):.3g}'
-        f' / {max(outcome.steps):.3g}',
-        f'{spec.rows * spec.length / outcome.best:,.0f}',
+        title, f'{steps[0]:.3g} / {statistics.median(steps):.3g}'
+        f' / {steps[-1]:.3g}', f'{spec.rows * spec.length / steps[0]:,.0f}',
         '1' if outcome is ours else ratio(outcome, ours),
-        f'{work / outcome.best:.0f}, {work / outcome.best / peak:.0%};'
+        f'{rate:.0f}, {rate / peak:.0%};'
         f' {max(r["product_gflops"] for r in outcome.results):.0f}',
-        _memory(outcome, spec),
-        _start(outcome, spec),
+        memory, _start(outcome, spec),
         '-' if outcome is ours else f'{deviation(outcome, ours):.0e}'))
   return '\n'.join([
       f'Gemma 3 {spec.shape}, {spec.rows} x {spec.length} tokens, no padding,'
@@ -128,14 +124,6 @@ def markdown(
       f'A step needs {work:.0f} GFLOP; the best product of the same run made'
       f' {peak:.0f} GFLOP/{unit}. Commit {machine["commit"]}.',
       '', pages.table(header, rows), '', *remarks, ''])
-
-
-def _memory(outcome, spec):
-  if spec.gpu:
-    return f'{outcome.lowest("device_bytes") / 1e6:,.0f}'
-  steps, first = (outcome.lowest(f'peak_{name}_bytes') / 1e6
-                  for name in ('steps', 'first'))
-  return f'{steps:,.0f} / {max(steps, first):,.0f}'
 
 
 def _start(outcome, spec):
@@ -158,7 +146,6 @@ def draw(outcomes: list[Outcome], path: pathlib.Path) -> None:
     axes.plot(
         range(1, len(losses) + 1), losses, label=outcome.peer,
         linewidth=2 * (len(shown) - i), alpha=0.7)
-  axes.set_xlabel('step')
-  axes.set_ylabel('loss (nats a trained token)')
+  axes.set(xlabel='step', ylabel='loss (nats a trained token)')
   axes.legend()
   path.write_bytes(pages.to_png(figure))
