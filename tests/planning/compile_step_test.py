@@ -29,13 +29,13 @@ def test_the_program_is_that_of_a_run(run_config, tmp_path, changes):
   run_config.update_from_flattened_dict(changes)
   run = prepare.prepare(run_config, str(tmp_path / 'w'))
   batch = run.source[0]
-  static = dict(optimizer=run.optimizer, settings=run.settings,
-                max_trained=int(batch['max_trained']))
+  max_trained = int(batch['max_trained'])
   real = train.train_step.trace(
       run.enter(run.initial_state), run.base,
-      sharding.put_batch(batch, run.mesh), **static).lower().as_text()
+      sharding.put_batch(batch, run.mesh), optimizer=run.optimizer,
+      settings=run.settings, max_trained=max_trained).lower().as_text()
   program = compile_step.make_program(
-      run_config, jax.devices(), max_trained=static['max_trained'])
+      run_config, jax.devices(), max_trained=max_trained)
   assert program.settings == run.settings
   traced, _ = compile_step.trace(train.train_step, program)
   assert traced.lower().as_text() == real
@@ -55,8 +55,7 @@ def test_nothing_of_the_largest_is_allocated(config):
   # 10.76 G weights in bfloat16, without the embedding, on every device.
   assert _local_bytes(config, 'gemma3_12b', 'v5e-8') == pytest.approx(
       21.5e9, rel=0.01)
-  assert not jax.live_arrays() or max(
-      a.nbytes for a in jax.live_arrays()) < 1e8
+  assert all(array.nbytes < 1e8 for array in jax.live_arrays())
 
 
 def test_a_quantised_base_has_the_bytes_of_its_kind(config):
