@@ -51,8 +51,7 @@ def test_a_compiled_peak_is_parted_into_kinds():
         10**9, 10**9, int(peak), added, available, fits, 1.0, 'test'))
 
   found = memory(2e9, added=10**9)
-  assert found.peak == pytest.approx(2e9)
-  assert found.activations == 3e8
+  assert (found.peak, found.activations) == (pytest.approx(2e9), 3e8)
   assert found.rest > 0 and found.fits
   # Less was used than autodiff keeps: no kind is negative.
   small = memory(found.resident + 10**8, added=10**8)
@@ -84,6 +83,8 @@ def test_time_is_bounded_by_products_and_by_reading_the_weights():
   # 1.0 G weights of two bytes, forward and backward, at 819 GB/s.
   seconds = estimate.step_seconds(program, _PLACE, 1.0)
   assert seconds.quick == pytest.approx(4e9 / 819e9, rel=0.01)
+  # The rate of plain products is measured.
+  assert 1e8 < estimate.product_rate('float32', 256) < 1e15
 
 
 def test_files_have_the_sizes_of_their_arrays(config):
@@ -98,7 +99,3 @@ def test_files_have_the_sizes_of_their_arrays(config):
   assert sizes['hf'] == 2 * n and sizes['gguf-f16'] >= 2 * n
   assert sizes['peft'] == 4 * trained
   assert sizes['gguf-q8_0'] < sizes['gguf-f16']
-
-
-def test_the_rate_of_plain_products_is_measured():
-  assert 1e8 < estimate.product_rate('float32', 256) < 1e15
