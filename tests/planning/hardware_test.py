@@ -23,10 +23,6 @@ def test_slices(name, topology, n, gib):
       (9.0, 19.5e9) if name.startswith('kaggle') else (0, 0))
 
 
-def test_this_machine():
-  assert hardware.parse('cpu').chip is None
-
-
 @pytest.mark.parametrize('name, nearest', [
     ('kagle-tpu', "'kaggle-tpu'"), ('v5e:2x5', "'v5e:2x")])
 def test_an_unknown_name_gets_the_nearest_and_all_known(name, nearest):
@@ -36,10 +32,11 @@ def test_an_unknown_name_gets_the_nearest_and_all_known(name, nearest):
   assert all(name in caught.value.expected for name in hardware.SLICES)
 
 
-def test_devices_that_are_not_there():
+def test_devices_that_are_not_there_and_this_machine():
   devices = hardware.absent_devices(hardware.parse('kaggle-t4x2'))
   assert [d.id for d in devices] == [0, 1]
   assert devices[0].compute_capability == 7.5
+  assert hardware.parse('cpu').chip is None
 
 
 @pytest.mark.parametrize('name, message', [
