@@ -30,15 +30,11 @@ def test_a_second_interrupt_ends_at_once(before):
       _send(signal.SIGINT)
 
 
-def test_the_deadline_is_a_cause_of_its_own():
+def test_the_deadline_is_a_cause_of_its_own_and_handlers_are_put_back():
+  before = signal.getsignal(signal.SIGTERM)
   with stop_lib.StopRequest(1e-9) as stop:
+    assert signal.getsignal(signal.SIGTERM) != before
     assert stop.requested() and stop.cause == 'deadline'
     _send(signal.SIGTERM)
     assert stop.requested() and stop.cause == 'signal'
-
-
-def test_handlers_are_put_back():
-  before = signal.getsignal(signal.SIGTERM)
-  with stop_lib.StopRequest(0):
-    assert signal.getsignal(signal.SIGTERM) != before
   assert signal.getsignal(signal.SIGTERM) == before
