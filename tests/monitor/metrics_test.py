@@ -50,19 +50,13 @@ def test_a_half_written_last_line_is_ignored(tmp_path):
   assert len(path.read_text().splitlines()) == 3
 
 
-def test_lines_are_written_during_the_run(tmp_path):
-  writer = metrics.Writer(str(tmp_path), resume_step=-1)
-  writer.write(1, {'loss': 1.0})
-  assert _steps(tmp_path) == [1]
-  writer.close()
-
-
-def test_other_hosts_write_nothing(tmp_path):
-  writer = metrics.Writer(str(tmp_path), resume_step=-1, active=False)
-  writer.write(1, {'loss': 1.0})
-  writer.close()
-  assert not list(tmp_path.iterdir())
-  assert _steps(tmp_path) == []  # There is no file.
+def test_lines_are_written_during_the_run_by_the_first_host(tmp_path):
+  for active in False, True:
+    writer = metrics.Writer(str(tmp_path), resume_step=-1, active=active)
+    writer.write(1, {'loss': 1.0})
+    assert _steps(tmp_path) == ([1] if active else [])
+    writer.close()
+    assert active or not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('seconds, text', (
@@ -86,8 +80,7 @@ def test_the_progress_line_where_the_peak_is_not_known():
 
 
 @pytest.mark.parametrize('kind, peak', (
-    ('NVIDIA H100 80GB HBM3', 989e12),
-    ('Tesla T4', 65e12),
+    ('NVIDIA H100 80GB HBM3', 989e12), ('Tesla T4', 65e12),
     # The longest name that fits.
     ('TPU v5 lite', 197e12), ('TPU v5', 459e12), ('TPU v5p', 459e12),
     ('TPU v6 lite', 918e12)))
