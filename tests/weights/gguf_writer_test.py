@@ -16,38 +16,37 @@ from gemma_sft.weights import adapters as adapters_lib
 from gemma_sft.weights import architecture
 from gemma_sft.weights import gguf_file
 from gemma_sft.weights import gguf_writer
+from gemma_sft.weights import load
 from gemma_sft.weights import names
 from gemma_sft.weights import tokenizer_file
 
 _Type = gguf.GGMLQuantizationType
 _TOKENIZER = tokenizer_file.to_gguf(tokenizer_file.byte_tokenizer(), 3)
 _VOCAB = len(_TOKENIZER['tokenizer.ggml.tokens'])
-_SIZES = {
-    # Every row can be divided into blocks of 256.
+_SIZES = {  # By what the rows can be divided into; 'odd': not of ffn_down.
     'blocks_of_256': dict(
-        layers=3, embed=256, hidden=256, heads=2, kv_heads=1, head_dim=128),
+        num_layers=3, embed_dim=256, hidden_dim=256, num_heads=2, head_dim=128),
     'blocks_of_32': dict(
-        layers=3, embed=96, hidden=160, heads=4, kv_heads=1, head_dim=24),
-    # Rows of ffn_down cannot be divided into blocks.
+        num_layers=3, embed_dim=96, hidden_dim=160, num_heads=4, head_dim=24),
     'odd': dict(
-        layers=2, embed=32, hidden=48, heads=4, kv_heads=2, head_dim=16),
-}
+        num_layers=2, embed_dim=32, hidden_dim=48, num_heads=4, head_dim=16,
+        num_kv_heads=2)}
 _ODD = _SIZES['odd']
 
 
+def _model(sizes):
+  return model_lib.make_model('custom', **dict(
+      generation=3, vocab_size=_VOCAB, sliding_window=8, num_kv_heads=1
+  ) | sizes)
+
+
 def _layout(sizes):
-  return names.make_weight_layout(
-      generation=3, vocab=_VOCAB, transposed_gating=True, **sizes)
+  return load.weight_layout(_model(sizes))
 
 
 def _metadata(sizes, tokenizer=_TOKENIZER):
-  model = model_lib.make_model(
-      'custom', generation=3, vocab_size=_VOCAB, num_layers=sizes['layers'],
-      embed_dim=sizes['embed'], hidden_dim=sizes['hidden'],
-      num_heads=sizes['heads'], num_kv_heads=sizes['kv_heads'],
-      head_dim=sizes['head_dim'], sliding_window=8)
   return tokenizer | architecture.gguf_metadata(
-      model.config, 3, name='x', context_length=512)[1]
+      _model(sizes).config, 3, name='x', context_length=512)[1]
 
 
 def _random_tensors(shapes):
@@ -62,7 +61,7 @@ def _write(path, sizes, quantization, tensors=None, metadata=None, shapes=None):
       path, architecture='gemma3',
       metadata=_metadata(sizes) if metadata is None else metadata,
       shapes=shapes, tensors=tensors or _random_tensors(shapes),
-      quantization=quantization, n_layers=sizes['layers'])
+      quantization=quantization, n_layers=sizes['num_layers'])
   return path
 
 
@@ -75,19 +74,14 @@ def _read(path):
        for key, field in reader.fields.items()})
 
 
-# llama.cpp's quantiser --------------------------------------------------------
-
-
 class _Parameters(ctypes.Structure):
   """llama_model_quantize_params, larger than in any version so far."""
 
   _fields_ = [
       ('nthread', ctypes.c_int32), ('ftype', ctypes.c_int32),
-      ('types', ctypes.c_int32 * 2),
-      ('allow_requantize', ctypes.c_bool),
+      ('types', ctypes.c_int32 * 2), ('allow_requantize', ctypes.c_bool),
       ('quantize_output_tensor', ctypes.c_bool), ('only_copy', ctypes.c_bool),
-      ('rest', ctypes.c_byte * 1005),
-  ]
+      ('rest', ctypes.c_byte * 1005)]
 
 
 @pytest.fixture(scope='module')
@@ -113,10 +107,8 @@ def llama():
 
   def run(source, target, file_type):
     parameters = library.llama_model_quantize_default_params()
-    parameters.nthread = 1
-    if file_type is None:
-      parameters.only_copy = True
-    else:
+    parameters.nthread, parameters.only_copy = 1, file_type is None
+    if file_type is not None:
       parameters.ftype = file_type
     messages.clear()
     status = library.llama_model_quantize(
@@ -127,18 +119,9 @@ def llama():
   library.llama_log_set(None, None)
 
 
-@pytest.fixture(scope='module')
-def f32_files(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('f32')
-  return {
-      name: _write(folder / f'{name}.gguf', sizes, 'f32')
-      for name, sizes in _SIZES.items()}
-
-
 def _assert_as_llama(ours, theirs):
   got_tensors, got_fields = _read(ours)
   want_tensors, want_fields = _read(theirs)
-  assert got_tensors.keys() == want_tensors.keys()
   assert {n: t.name for n, (t, _) in got_tensors.items()} == {
       n: t.name for n, (t, _) in want_tensors.items()}
   for name, (_, data) in want_tensors.items():
@@ -156,9 +139,10 @@ _QUANTIZED = [name for name in gguf_writer.QUANTIZATIONS if name != 'f32']
       for quantization in _QUANTIZED),
     ('odd', 'q4_k_m'), ('odd', 'q5_k_m'), ('odd', 'q6_k')])
 def test_types_and_bytes_are_llama_cpps(
-    llama, f32_files, tmp_path, size, quantization):
+    llama, tmp_path, size, quantization):
   ours = _write(tmp_path / 'ours.gguf', _SIZES[size], quantization)
-  llama(f32_files[size], tmp_path / 'theirs.gguf',
+  llama(_write(tmp_path / 'f32.gguf', _SIZES[size], 'f32'),
+        tmp_path / 'theirs.gguf',
         gguf_writer.QUANTIZATIONS[quantization].file_type)
   _assert_as_llama(ours, tmp_path / 'theirs.gguf')
   llama(ours, tmp_path / 'copy.gguf', None)
@@ -176,10 +160,9 @@ def test_mix_is_llama_cpps_at_every_depth(llama, tmp_path, n_layers):
       if name != 'attn_v' or layer % 3 != 1:
         shapes[f'blk.{layer}.{name}.weight'] = (2, 256)
   # Also of Gemma 4.
-  shapes['per_layer_token_embd.weight'] = (4, 256)
-  shapes['per_layer_model_proj.weight'] = (4, 256)
-  shapes['per_layer_proj_norm.weight'] = (2, 256)
-  sizes = _SIZES['blocks_of_256'] | dict(layers=n_layers)
+  for name, n in ('token_embd', 4), ('model_proj', 4), ('proj_norm', 2):
+    shapes[f'per_layer_{name}.weight'] = (n, 256)
+  sizes = _SIZES['blocks_of_256'] | dict(num_layers=n_layers)
   for form in ('f32', 'q4_0', 'q8_0', 'q4_k_m', 'q5_k_m'):
     ours = _write(tmp_path / f'{form}.gguf', sizes, form, shapes=shapes,
                   metadata=_metadata(sizes, {}))
@@ -187,9 +170,6 @@ def test_mix_is_llama_cpps_at_every_depth(llama, tmp_path, n_layers):
       llama(tmp_path / 'f32.gguf', tmp_path / 'theirs.gguf',
             gguf_writer.QUANTIZATIONS[form].file_type)
       _assert_as_llama(ours, tmp_path / 'theirs.gguf')
-
-
-# Our own reader ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize('size', _SIZES)
@@ -203,14 +183,15 @@ def test_written_models_are_read_back(tmp_path, size, quantization):
       key: value for key, value in _metadata(sizes).items()
       # Stored in f32.
       if not isinstance(value, float)}.items()
-  shapes = names.file_shapes(opened.layout, 'gguf')
-  types = gguf_writer.tensor_types(shapes, quantization, sizes['layers'])
+  shapes = names.file_shapes(_layout(sizes), 'gguf')
+  n_layers = sizes['num_layers']
+  types = gguf_writer.tensor_types(shapes, quantization, n_layers)
   for name, want in _random_tensors(shapes):
     error = np.linalg.norm(opened.read(name) - want) / np.linalg.norm(want)
     assert error <= gguf_writer.MAX_RELATIVE_ERROR[types[name]], name
     if want.ndim == 1 or quantization == 'f32':
       np.testing.assert_array_equal(opened.read(name), want)
-  assert gguf_writer.n_bytes(shapes, quantization, sizes['layers']) == (
+  assert gguf_writer.n_bytes(shapes, quantization, n_layers) == (
       path.stat().st_size - gguf.GGUFReader(path).data_offset)
 
 
@@ -255,30 +236,20 @@ def test_any_float_type_and_layout_in_memory(tmp_path, dtype, quantization):
   assert first.read_bytes() == second.read_bytes()
 
 
-# Quantisation errors ----------------------------------------------------------
-
-
-_DRAWS = {
-    'normal': lambda rng, shape: rng.normal(size=shape),
-    'small': lambda rng, shape: rng.normal(0, 1 / 30, shape),
-    'uniform': lambda rng, shape: rng.uniform(-1, 1, shape),
-    'laplace': lambda rng, shape: rng.laplace(size=shape),
-    'standard_t': lambda rng, shape: rng.standard_t(4, shape),
-}
-
-
-@pytest.mark.parametrize('draw', _DRAWS)
+@pytest.mark.parametrize('draw, options', [
+    ('normal', (0, 1)), ('normal', (0, 1 / 30)), ('uniform', (-1, 1)),
+    ('laplace', (0, 1)), ('standard_t', (4,))])
 @pytest.mark.parametrize('quantization', gguf_writer.QUANTIZATIONS)
 @pytest.mark.parametrize('columns', [2048, 1184])
 def test_error_is_below_the_bound_and_a_wrong_tensor_above(
-    tmp_path, quantization, columns, draw):
+    tmp_path, quantization, columns, draw, options):
   shape = 64, columns
-  array = 0.03 * _DRAWS[draw](np.random.default_rng(0), shape)
-  array = array.astype(np.float32)
+  rng = np.random.default_rng(0)
+  array = (0.03 * getattr(rng, draw)(*options, shape)).astype(np.float32)
   shapes = dict.fromkeys(
       ('blk.0.attn_q.weight', 'blk.0.attn_v.weight', 'token_embd.weight'),
       shape)
-  _write(tmp_path / 'x.gguf', dict(layers=1), quantization, metadata={},
+  _write(tmp_path / 'x.gguf', dict(num_layers=1), quantization, metadata={},
          shapes=shapes, tensors=((name, array) for name in shapes))
   for tensor in gguf.GGUFReader(tmp_path / 'x.gguf').tensors:
     got = gguf.quants.dequantize(
@@ -289,9 +260,6 @@ def test_error_is_below_the_bound_and_a_wrong_tensor_above(
     assert bound / 6 <= error <= bound
     for wrong in (array[::-1], -array, array + np.float32(1)):
       assert np.linalg.norm(got - wrong) > 4 * bound * np.linalg.norm(wrong)
-
-
-# What is refused --------------------------------------------------------------
 
 
 def test_unknown_quantization_lists_the_known(tmp_path):
@@ -325,14 +293,10 @@ def _swap(tensors):
   tensors[i], tensors[i + 1] = tensors[i + 1], tensors[i]  # Of one shape.
 
 
-def _transpose(tensors):
-  name, array = tensors[0]
-  tensors[0] = name, array.T
-
-
 @pytest.mark.parametrize('change, message', [
     (_swap, 'got blk.0.ffn_up.* of shape .*, not blk.0.ffn_gate'),
-    (_transpose, r'got token_embd.weight of shape \(32,.*, not token_embd'),
+    (lambda tensors: tensors.insert(0, (tensors[0][0], tensors.pop(0)[1].T)),
+     r'got token_embd.weight of shape \(32,.*, not token_embd'),
     (lambda tensors: tensors.pop(), 'got no blk.1.'),
     (lambda tensors: tensors.append(('x', np.zeros(3))),
      'got x of shape .*, not no further tensor'),
@@ -376,9 +340,6 @@ def test_metadata_that_cannot_be_stored(tmp_path, metadata, message):
     _write(tmp_path / 'x.gguf', _ODD, 'f32', metadata=metadata)
 
 
-# Memory -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize('quantization', ['f32', 'bf16', 'q8_0', 'q6_k'])
 def test_peak_memory_is_one_tensor_and_a_chunk(
     tmp_path, monkeypatch, quantization):
@@ -387,7 +348,7 @@ def test_peak_memory_is_one_tensor_and_a_chunk(
   shapes = {f'blk.{i}.ffn_up.weight': shape for i in range(3)}
   tensors = ((name, np.full(shape, 0.5, np.float32)) for name in shapes)
   tracemalloc.start()
-  _write(tmp_path / 'x.gguf', dict(layers=3), quantization, metadata={},
+  _write(tmp_path / 'x.gguf', dict(num_layers=3), quantization, metadata={},
          shapes=shapes, tensors=tensors)
   _, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()
@@ -396,16 +357,12 @@ def test_peak_memory_is_one_tensor_and_a_chunk(
   assert peak < 4 * np.prod(shape) + 12 * 2**20
 
 
-# Adapters ---------------------------------------------------------------------
-
-
 def test_adapter_is_what_llama_cpp_reads(tmp_path):
   rng = np.random.default_rng(0)
   adapters = [
       adapters_lib.TensorAdapter(
           f'blk.{layer}.{name}.weight', rng.normal(size=(4, columns)),
-          rng.normal(size=(rows, 4)), None)
-      for layer in range(2)
+          rng.normal(size=(rows, 4)), None) for layer in range(2)
       for name, columns, rows in (('attn_q', 32, 64), ('ffn_down', 48, 32))]
   gguf_writer.write_adapter(
       tmp_path / 'x.gguf', architecture='gemma3', alpha=8, adapters=adapters)
@@ -428,9 +385,6 @@ def test_adapter_is_what_llama_cpp_reads(tmp_path):
   assert shapes == {name: array.shape for name, array in arrays.items()}
 
 
-# The real 270M ----------------------------------------------------------------
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('quantization', ['q8_0', 'q4_k_m'])
 def test_real_model_is_quantized_as_by_llama_cpp(
@@ -442,22 +396,17 @@ def test_real_model_is_quantized_as_by_llama_cpp(
   shapes = names.file_shapes(source.layout, 'gguf')
   own = ('general.file_type', 'general.quantization_version')
   for form in ('f32', quantization):
-    _write(tmp_path / f'{form}.gguf', dict(layers=18), form, shapes=shapes,
+    _write(tmp_path / f'{form}.gguf', dict(num_layers=18), form, shapes=shapes,
            tensors=((n, source.read(n)) for n in shapes), metadata={
                k: v for k, v in source.metadata.items() if k not in own})
   llama(tmp_path / 'f32.gguf', tmp_path / 'theirs.gguf',
         gguf_writer.QUANTIZATIONS[quantization].file_type)
-  ours, theirs = (
-      {t.name: t for t in gguf.GGUFReader(tmp_path / f'{name}.gguf').tensors}
-      for name in (quantization, 'theirs'))
-  assert ours.keys() == theirs.keys() == shapes.keys()
-  for name, tensor in theirs.items():
-    assert ours[name].tensor_type == tensor.tensor_type, name
-    np.testing.assert_array_equal(ours[name].data, tensor.data, name)
+  _assert_as_llama(tmp_path / f'{quantization}.gguf', tmp_path / 'theirs.gguf')
+  for tensor in gguf.GGUFReader(tmp_path / 'theirs.gguf').tensors:
+    name, kind = tensor.name, tensor.tensor_type
     if quantization == 'q4_k_m':  # The official file has the same types.
-      assert source._tensors[name].tensor_type == tensor.tensor_type, name
-    want = source.read(name)
-    got = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+      assert source._tensors[name].tensor_type == kind, name
+    want, got = source.read(name), gguf.quants.dequantize(tensor.data, kind)
     error = np.linalg.norm(got.reshape(want.shape) - want)
     assert error <= np.linalg.norm(want) * gguf_writer.MAX_RELATIVE_ERROR[
-        tensor.tensor_type], name
+        kind], name
