@@ -31,6 +31,78 @@ _SCRIPT = _TABLES + """
         (3, 'Cy', 40, 0.1), (4, NULL, 20, 0.2);
     INSERT INTO song VALUES (1, 1, 'x'), (2, 1, 'y'), (3, 2, 'x');
 """
+_Q = {'question': 'q'}
+_SQL = {'query': 'SELECT 1'}
+_NAMES = frozenset('singer song id name age fee singer_id title'.split())
+
+
+_EQUAL = [
+    ('select NAME from Singer', 'SELECT name FROM singer'),
+    ('SELECT  count( * ) FROM song', 'select COUNT(*) from song'),
+    ('SELECT T1.name FROM singer AS T1 JOIN song AS T2 ON T1.id = T2.singer_id',
+     'SELECT singer.name FROM singer INNER JOIN song'
+     ' ON singer.id = song.singer_id'),
+    ('SELECT s.name FROM singer s', 'SELECT name FROM singer'),
+    ('SELECT singer.name FROM singer ORDER BY age ASC',
+     'SELECT name FROM singer ORDER BY age'),
+    ('SELECT name FROM singer WHERE age <> 3',
+     'SELECT name FROM singer WHERE age != 3'),
+    ('SELECT count(*) AS n FROM song', 'SELECT count(*) FROM song'),
+    ('SELECT id FROM singer WHERE "name" = "Ada"',
+     "SELECT id FROM singer WHERE name = 'Ada'"),
+    # The inner T1 is another table than the outer.
+    ('SELECT T1.name FROM singer AS T1 WHERE T1.id IN (SELECT T1.singer_id'
+     ' FROM song AS T1)',
+     'SELECT name FROM singer WHERE id IN (SELECT singer_id FROM song)')]
+_DIFFERENT = [
+    ('SELECT name FROM singer', 'SELECT age FROM singer'),
+    ('SELECT name FROM singer', 'SELECT DISTINCT name FROM singer'),
+    ("SELECT id FROM singer WHERE name = 'Ada'",
+     "SELECT id FROM singer WHERE name = 'ada'"),
+    ('SELECT name FROM singer ORDER BY age',
+     'SELECT name FROM singer ORDER BY age DESC'),
+    ('SELECT count(*) AS n FROM song GROUP BY id ORDER BY n',
+     'SELECT count(*) FROM song GROUP BY id ORDER BY id'),
+    # A self join: which of the two is asked for matters.
+    ('SELECT a.name FROM singer AS a JOIN singer AS b ON a.id = b.age',
+     'SELECT b.name FROM singer AS a JOIN singer AS b ON a.id = b.age'),
+    ('SELECT age AS id FROM singer ORDER BY id',
+     'SELECT age FROM singer ORDER BY id'),
+    ('SELECT id FROM singer WHERE "name" = 1',
+     "SELECT id FROM singer WHERE 'name' = 1")]
+_MANY = [[i % 2 if j % 2 else 1 - i % 2 for j in range(40)] for i in range(6)]
+_ENDLESS = ('WITH RECURSIVE a(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM a)'
+            ' SELECT {} FROM a')
+_LONG = ("r(x) AS (SELECT 'aaaaaaaaaa' UNION ALL SELECT x || x FROM r"
+         ' LIMIT 16), n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n'
+         ' LIMIT 20000)')
+_HOSTILE = {
+    'not a SELECT': [
+        'DROP TABLE song', 'DELETE FROM song', "UPDATE singer SET Name = 'x'",
+        'INSERT INTO song VALUES (9, 9, 9)', 'CREATE TEMP TABLE t (a)',
+        "ATTACH '{path}' AS other", "VACUUM INTO '{path}'",
+        'PRAGMA hard_heap_limit = 0'],
+    'not authorized': ['WITH a AS (SELECT 1) DELETE FROM song',
+                       "SELECT * FROM pragma_table_info('song')"],
+    'dbstat': ['SELECT * FROM dbstat'], 'random': ['SELECT random()'],
+    'load_extension': ["SELECT load_extension('x')"], 'binding': ['SELECT ?'],
+    'readfile': ["SELECT readfile('/etc/hostname')"],
+    'writefile': ["SELECT writefile('{path}', 'x')"],
+    'fts3_tokenizer': ["SELECT fts3_tokenizer('simple')"],
+    'randomblob': ['SELECT hex(randomblob(900000000))'],
+    'zeroblob': ['SELECT length(zeroblob(900000000))'],
+    'printf': ["SELECT printf('%.*c', 900000000, 'x')"],
+    'stopped after 20000000 steps': [
+        _ENDLESS.format('count(*)'), 'SELECT count(*) FROM ' + ', '.join(
+            f'singer a{i}' for i in range(20))],
+    'the result is too large': [_ENDLESS.format('x')],
+    'too big': ["SELECT replace(hex(x), '6', '" + 'y' * 100 + "') FROM (WITH"
+                f' RECURSIVE {_LONG} SELECT max(x) AS x FROM r)'],
+    'out of memory': [f'WITH RECURSIVE {_LONG} SELECT max(x) || i AS y FROM r,'
+                      ' n GROUP BY i ORDER BY y'],
+    'parser stack overflow': ['SELECT ' + '(' * 900 + '1' + ')' * 900],
+    'too large': ['SELECT ' + ' + '.join(['1'] * 2000)],
+    'one statement': ['SELECT 1; DROP TABLE song']}
 
 
 def _record(query='SELECT 1', where='x.jsonl:1', **fields):
@@ -62,18 +134,16 @@ def _text_file(folder):
 
 def test_a_database_is_the_same_in_each_form(folder):
   where = str(folder / 'train.jsonl:7')
-  forms = [
-      _record(where=where, db_id='text'), _record(where=where, db_id='binary'),
-      _record(context=_SCRIPT), _record(context=_TABLES),
-      _record(schema=_SCRIPT)]
+  forms = [_record(where=where, db_id='text'),
+           _record(where=where, db_id='binary'), _record(context=_SCRIPT),
+           _record(context=_TABLES), _record(schema=_SCRIPT)]
   prompts = [task.to_messages(r) for r in forms]
   assert all(p == prompts[0] for p in prompts)
   user, model = prompts[0]
-  assert user.content == (
-      'singer(id int, Name text, age int, fee real)\n'
-      'song(id int, singer_id int, title text)\n'
-      'song.singer_id = singer.id\n\n'
-      'Question: Which?\nWrite the SQLite query.')
+  assert user.content == ('singer(id int, Name text, age int, fee real)\n'
+                          'song(id int, singer_id int, title text)\n'
+                          'song.singer_id = singer.id\n\n'
+                          'Question: Which?\nWrite the SQLite query.')
   assert model.content == 'SELECT 1'
   judged = task.judge(forms, ['SELECT 1'] * 5)
   assert [r.get('execution') for r in judged.rows] == [
@@ -97,8 +167,7 @@ def test_the_hash_of_the_data_covers_the_databases_it_names(folder):
   assert splits.data_hash(inside, task) == records_lib.content_hash(inside)
 
 
-def test_a_changed_table_is_other_data(
-    run_config, folder, tokenizer, tmp_path, monkeypatch):
+def test_changed_tables(run_config, folder, tokenizer, tmp_path, monkeypatch):
   rows = [{'question': f'Which {i}?', 'query': f'SELECT {i}', 'db_id': 'text'}
           for i in range(4)]
   path = folder / 'train.jsonl'
@@ -136,10 +205,6 @@ def test_a_form_has_no_query(fields, schema):
   assert model.content == ''
 
 
-_Q = {'question': 'q'}
-_SQL = {'query': 'SELECT 1'}
-
-
 @pytest.mark.parametrize('fields, got', [
     (_Q | {'db_id': 'text'}, 'columns question, db_id'),
     (_Q | {'context': _TABLES}, 'columns question, context'),
@@ -150,8 +215,7 @@ _SQL = {'query': 'SELECT 1'}
     (_Q | _SQL, "db_id is ''"), (_Q | _SQL | {'db_id': 'none'}, 'none.sqlite'),
     # A name is not a path, even if the path exists.
     (_Q | _SQL | {'db_id': 'text/../text'}, 'db_id is'),
-    (_Q | _SQL | {'context': 'CREATE TABEL t (a)'}, 'near "TABEL"'),
-])
+    (_Q | _SQL | {'context': 'CREATE TABEL t (a)'}, 'near "TABEL"')])
 def test_mistakes_name_the_place(folder, fields, got):
   where = str(folder / 'train.jsonl:3')
   with pytest.raises(errors.UserError, match=rf'train.jsonl:3(.*\n)*.*{got}'):
@@ -159,7 +223,6 @@ def test_mistakes_name_the_place(folder, fields, got):
 
 
 @pytest.mark.parametrize('answer, query', [
-    ('SELECT a FROM t', 'SELECT a FROM t'),
     ('select a from t ;', 'select a from t'),
     ('```sql\nSELECT a\n\nFROM t;\n```\nIt counts.', 'SELECT a\n\nFROM t'),
     ('```\nSELECT a FROM t\n```\nor\n```\nSELECT b FROM t\n```',
@@ -170,16 +233,13 @@ def test_mistakes_name_the_place(folder, fields, got):
      "SELECT a FROM t WHERE b = 'x; y'"),
     ('To get all, use `SELECT a FROM t`.', 'SELECT a FROM t'),
     ('With pleasure: SELECT 1', 'SELECT 1'),
-    ('WITH x AS (SELECT 1) SELECT * FROM x',
-     'WITH x AS (SELECT 1) SELECT * FROM x'),
     ('SELECT a FROM t\n\nQuestion: Next?\nWrite', 'SELECT a FROM t'),
     ('SELECT a\nFROM t\nThis query gives a.', 'SELECT a\nFROM t'),
     ('SELECT a\n\nFROM t\n\nHope it helps', 'SELECT a\n\nFROM t'),
     ("SELECT 'it''s; ok' FROM t; done", "SELECT 'it''s; ok' FROM t"),
-    ('SELECT 1 -- a; b\nFROM t', 'SELECT 1 -- a; b\nFROM t'),
-    ('SELECT 1; -- done', 'SELECT 1'),
-    ('I cannot.', 'I cannot.'), ('', ''),
-])
+    ('SELECT 1; -- done', 'SELECT 1'), *((text, text) for text in (
+        'SELECT a FROM t', 'WITH x AS (SELECT 1) SELECT * FROM x',
+        'SELECT 1 -- a; b\nFROM t', 'I cannot.', ''))])
 def test_the_query_is_found(answer, query):
   assert text_lib.extract(answer) == (query, '')
 
@@ -192,47 +252,6 @@ def test_two_statements_are_refused(answer):
   row = _row('SELECT count(*) FROM song', answer)
   assert (row['valid'], row['execution'], row['error']) == (
       False, False, 'several statements')
-
-
-_NAMES = frozenset('singer song id name age fee singer_id title'.split())
-
-
-_EQUAL = [
-    ('select NAME from Singer', 'SELECT name FROM singer'),
-    ('SELECT  count( * ) FROM song', 'select COUNT(*) from song'),
-    ('SELECT T1.name FROM singer AS T1 JOIN song AS T2 ON T1.id = T2.singer_id',
-     'SELECT singer.name FROM singer INNER JOIN song'
-     ' ON singer.id = song.singer_id'),
-    ('SELECT s.name FROM singer s', 'SELECT name FROM singer'),
-    ('SELECT singer.name FROM singer ORDER BY age ASC',
-     'SELECT name FROM singer ORDER BY age'),
-    ('SELECT name FROM singer WHERE age <> 3',
-     'SELECT name FROM singer WHERE age != 3'),
-    ('SELECT count(*) AS n FROM song', 'SELECT count(*) FROM song'),
-    ('SELECT id FROM singer WHERE "name" = "Ada"',
-     "SELECT id FROM singer WHERE name = 'Ada'"),
-    # The inner T1 is another table than the outer.
-    ('SELECT T1.name FROM singer AS T1 WHERE T1.id IN (SELECT T1.singer_id'
-     ' FROM song AS T1)',
-     'SELECT name FROM singer WHERE id IN (SELECT singer_id FROM song)'),
-]
-_DIFFERENT = [
-    ('SELECT name FROM singer', 'SELECT age FROM singer'),
-    ('SELECT name FROM singer', 'SELECT DISTINCT name FROM singer'),
-    ("SELECT id FROM singer WHERE name = 'Ada'",
-     "SELECT id FROM singer WHERE name = 'ada'"),
-    ('SELECT name FROM singer ORDER BY age',
-     'SELECT name FROM singer ORDER BY age DESC'),
-    ('SELECT count(*) AS n FROM song GROUP BY id ORDER BY n',
-     'SELECT count(*) FROM song GROUP BY id ORDER BY id'),
-    # A self join: which of the two is asked for matters.
-    ('SELECT a.name FROM singer AS a JOIN singer AS b ON a.id = b.age',
-     'SELECT b.name FROM singer AS a JOIN singer AS b ON a.id = b.age'),
-    ('SELECT age AS id FROM singer ORDER BY id',
-     'SELECT age FROM singer ORDER BY id'),
-    ('SELECT id FROM singer WHERE "name" = 1',
-     "SELECT id FROM singer WHERE 'name' = 1"),
-]
 
 
 @pytest.mark.parametrize('a, b', _EQUAL + _DIFFERENT)
@@ -267,44 +286,32 @@ def test_what_cannot_be_parsed_has_no_form():
     ('SELECT name FROM singer WHERE id NOT IN (SELECT singer_id FROM song)',
      'hard'),
     ('SELECT id FROM singer UNION SELECT id FROM song', 'hard'),
-    ('SELECT id, name FROM singer EXCEPT SELECT id, title FROM song', 'extra'),
-])
+    ('SELECT id, name FROM singer EXCEPT SELECT id, title FROM song', 'extra')])
 def test_hardness(query, level):
   assert text_lib.hardness(query) == level
 
 
 @pytest.mark.parametrize('a, b, ordered, same', [
-    ([[1], [2]], [[2], [1]], False, True),
-    ([[1], [2]], [[2], [1]], True, False),
-    ([[1], [1], [2]], [[1], [2], [2]], False, False),  # Not as sets.
-    ([[1], [1]], [[1]], False, False),
-    ([[0.1 + 0.2]], [[0.3]], False, True),
-    ([[0.3]], [[0.3000001]], False, False),
-    ([[3]], [[3.0]], False, True),
-    ([[123456789012]], [[123456789013]], False, False),  # Whole numbers: exact.
-    ([[1]], [['1']], False, False),
-    ([['a']], [['A']], False, False),
-    ([[None]], [[0]], False, False),
-    ([[{'blob': '41'}]], [['A']], False, False),
-    ([[1, 'a'], [2, 'b']], [['a', 1], ['b', 2]], False, True),
+    *((a, b, False, True) for a, b in (
+        ([[1], [2]], [[2], [1]]), ([[0.1 + 0.2]], [[0.3]]), ([[3]], [[3.0]]),
+        ([[1, 'a'], [2, 'b']], [['a', 1], ['b', 2]]), ([], []),
+        ([[1, 2, 2], [2, 1, 2]], [[2, 1, 2], [2, 2, 1]]))),
+    *((a, b, False, False) for a, b in (
+        ([[1], [1], [2]], [[1], [2], [2]]),  # Not as sets.
+        ([[123456789012]], [[123456789013]]),  # Whole numbers: exact.
+        ([[1], [1]], [[1]]), ([[0.3]], [[0.3000001]]), ([[1]], [['1']]),
+        ([['a']], [['A']]), ([[None]], [[0]]), ([[{'blob': '41'}]], [['A']]),
+        ([[1, 'a'], [2, 'b']], [['b', 1], ['a', 2]]), ([[1, 2]], [[1]]),
+        # The same columns as multisets, but not the same rows.
+        ([[1, 2], [2, 1]], [[1, 1], [2, 2]]), ([[1]], []))),
+    ([[1], [2]], [[2], [1]], True, False), ([], [[1]], True, False),
     ([[1, 'a'], [2, 'b']], [['a', 1], ['b', 2]], True, True),
-    ([[1, 'a'], [2, 'b']], [['b', 1], ['a', 2]], False, False),
-    # The same columns as multisets, but not the same rows.
-    ([[1, 2], [2, 1]], [[1, 1], [2, 2]], False, False),
-    ([[1, 2, 2], [2, 1, 2]], [[2, 1, 2], [2, 2, 1]], False, True),
-    ([[1, 2]], [[1]], False, False), ([], [], False, True),
-    ([[1]], [], False, False), ([], [[1]], True, False),
-])
+    # Many equal columns take a short time.
+    (_MANY, [row[::-1] for row in _MANY], False, True),
+    (_MANY, [row[:-1] + [7] for row in _MANY], False, False)])
 def test_same_rows(a, b, ordered, same):
   assert result.same(a, b, ordered) is same
   assert result.same(b, a, ordered) is same
-
-
-def test_many_equal_columns_take_a_short_time():
-  rows = [[i % 2 if j % 2 else 1 - i % 2 for j in range(40)] for i in range(6)]
-  other = [row[:-1] + [7] for row in rows]
-  assert result.same(rows, [row[::-1] for row in rows], False)
-  assert not result.same(rows, other, False)
 
 
 @pytest.mark.parametrize('gold, answer, right', [
@@ -320,8 +327,7 @@ def test_many_equal_columns_take_a_short_time():
      'SELECT id FROM singer UNION SELECT 9 ORDER BY 1 DESC', False),
     ('SELECT count(*) FROM song', 'I cannot.', False),
     ('SELECT count(*) FROM song', '', False),
-    ('SELECT count(*) FROM song', 'SELECT nope FROM song', False),
-])
+    ('SELECT count(*) FROM song', 'SELECT nope FROM song', False)])
 def test_execution(gold, answer, right):
   assert _row(gold, answer)['execution'] is right
 
@@ -353,6 +359,10 @@ def test_judge_counts_queries_that_say_something():
   row = judged.rows[1]
   assert (row['result'], row['expected']) == ('40', 'Bo')
   assert row['hardness'] == 'easy' and row['execution_easy'] is False
+  bad, = task.check_answers([
+      _record(where='a.jsonl:1'), _record('SELECT nope', where='a.jsonl:2'),
+      _record('SELECT count(*) FROM song', where='a.jsonl:3')])
+  assert bad == 'a.jsonl:2: the query does not run: no such column: nope'
 
 
 def test_judge_of_a_form():
@@ -364,9 +374,7 @@ def test_judge_of_a_form():
   row, = task.judge(
       [records_lib.Record({'question': 'Who?'}, 'form')], ['SELECT 1']).rows
   assert row == {'query': 'SELECT 1'}
-
-
-def test_rows_are_json_and_short():
+  # Rows are JSON, and short.
   judged = task.judge([_record('SELECT Name FROM singer')] * 2, [
       'SELECT * FROM singer a, singer b, singer c, singer d, singer e',
       "SELECT x'00ff'"])
@@ -374,74 +382,33 @@ def test_rows_are_json_and_short():
   assert len(text) < 3000 and '... 1024 rows' in text and '00ff' in text
 
 
-def test_check_answers_names_the_place():
-  bad, = task.check_answers([
-      _record(where='a.jsonl:1'), _record('SELECT nope', where='a.jsonl:2'),
-      _record('SELECT count(*) FROM song', where='a.jsonl:3')])
-  assert bad == 'a.jsonl:2: the query does not run: no such column: nope'
-
-
-_ENDLESS = ('WITH RECURSIVE a(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM a)'
-            ' SELECT {} FROM a')
-_LONG = ("r(x) AS (SELECT 'aaaaaaaaaa' UNION ALL SELECT x || x FROM r"
-         ' LIMIT 16), n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n'
-         ' LIMIT 20000)')
-_HOSTILE = {
-    'DROP TABLE song': 'not a SELECT',
-    'DELETE FROM song': 'not a SELECT',
-    "UPDATE singer SET Name = 'x'": 'not a SELECT',
-    'INSERT INTO song VALUES (9, 9, 9)': 'not a SELECT',
-    'WITH a AS (SELECT 1) DELETE FROM song': 'not authorized',
-    'CREATE TEMP TABLE t (a)': 'not a SELECT',
-    "ATTACH '{path}' AS other": 'not a SELECT',
-    "VACUUM INTO '{path}'": 'not a SELECT',
-    'PRAGMA hard_heap_limit = 0': 'not a SELECT',
-    "SELECT * FROM pragma_table_info('song')": 'not authorized',
-    'SELECT * FROM dbstat': 'dbstat',
-    "SELECT load_extension('x')": 'load_extension',
-    "SELECT readfile('/etc/hostname')": 'readfile',
-    "SELECT writefile('{path}', 'x')": 'writefile',
-    "SELECT fts3_tokenizer('simple')": 'fts3_tokenizer',
-    'SELECT random()': 'random',
-    'SELECT hex(randomblob(900000000))': 'randomblob',
-    'SELECT length(zeroblob(900000000))': 'zeroblob',
-    "SELECT printf('%.*c', 900000000, 'x')": 'printf',
-    _ENDLESS.format('count(*)'): 'stopped after 20000000 steps',
-    _ENDLESS.format('x'): 'the result is too large',
-    'SELECT count(*) FROM ' + ', '.join(
-        f'singer a{i}' for i in range(20)): 'stopped after 20000000 steps',
-    "SELECT replace(hex(x), '6', '" + 'y' * 100 + "') FROM (WITH RECURSIVE "
-    + _LONG + ' SELECT max(x) AS x FROM r)': 'too big',
-    f'WITH RECURSIVE {_LONG} SELECT max(x) || i AS y FROM r, n GROUP BY i'
-    ' ORDER BY y': 'out of memory',
-    'SELECT ' + '(' * 900 + '1' + ')' * 900: 'parser stack overflow',
-    'SELECT ' + ' + '.join(['1'] * 2000): 'too large',
-    'SELECT 1; DROP TABLE song': 'one statement',
-    'SELECT ?': 'binding',
-}
-
-
 def test_hostile_queries_are_refused(tmp_path, folder):
   path = tmp_path / 'written'
   database = folder / 'database' / 'binary' / 'binary.sqlite'
   before = database.read_bytes()
+  cases = [({**place, 'query': query.replace('{path}', str(path))}, reason)
+           for reason, queries in _HOSTILE.items() for query in queries
+           for place in ({'path': str(database)}, {'script': _SCRIPT})]
   jobs = []
-  for query in _HOSTILE:
-    query = query.replace('{path}', str(path))
-    for place in ({'path': str(database)}, {'script': _SCRIPT}):
-      jobs += [{**place, 'query': query},
-               {**place, 'query': 'SELECT count(*) FROM song'}]
+  for job, _ in cases:
+    jobs += [job, {**job, 'query': 'SELECT count(*) FROM song'}]
   answers = worker.run_all(jobs)
-  for job, answer, after in zip(jobs[::2], answers[::2], answers[1::2]):
-    reason = _HOSTILE[job['query'].replace(str(path), '{path}')]
+  for (job, reason), answer, after in zip(cases, answers[::2], answers[1::2]):
     assert reason in answer['error'], (job['query'], answer)
     assert after == {'rows': [[3]], 'filled': True}  # Nothing was changed.
   assert database.read_bytes() == before and not path.exists()
   assert [p.name for p in database.parent.iterdir()] == ['binary.sqlite']
 
 
-def test_a_query_that_ends_the_process_does_not_affect_others():
-  # Each comparison is one long step.
+def test_processes_of_queries(tmp_path, monkeypatch):
+  path = tmp_path / 'a.sqlite'  # Its text is not UTF-8.
+  with contextlib.closing(sqlite3.connect(path)) as connection:
+    connection.execute('CREATE TABLE t (a TEXT)')
+    connection.execute("INSERT INTO t VALUES (CAST(x'61ff' AS TEXT))")
+    connection.commit()
+  job = {'path': str(path), 'query': 'SELECT a FROM t'}
+  assert worker.run_all([job])[0]['rows'] == [['a\ufffd']]
+  # A query that ends its process, by one long step, does not affect others.
   slow = (f'WITH RECURSIVE {_LONG} SELECT count(*) FROM r a, n, r b'
           " WHERE instr(a.x, b.x || 'b')")
   good = {'script': _SCRIPT, 'query': 'SELECT count(*) FROM singer'}
@@ -449,16 +416,13 @@ def test_a_query_that_ends_the_process_does_not_affect_others():
       [good, {'script': _SCRIPT, 'query': slow}, good])
   assert first == last == {'rows': [[4]], 'filled': True}
   assert bad == {'error': worker.TOO_LONG}
-
-
-def test_a_process_that_does_not_start_is_an_error(monkeypatch):
+  # A process that does not start is an error.
   monkeypatch.setattr(sys, 'executable', '/bin/false')
   with pytest.raises(RuntimeError, match='ended with status 1'):
     worker.run_all([{'script': _SCRIPT, 'query': 'SELECT 1'}])
 
 
 @pytest.mark.parametrize('script, reason', [
-    ("ATTACH '{path}' AS x", 'not authorized'),
     ("VACUUM INTO '{path}'", 'denied'),
     ("CREATE TABLE t (a); INSERT INTO t VALUES (readfile('{path}'))",
      'no such function'),
@@ -469,18 +433,16 @@ def test_a_process_that_does_not_start_is_an_error(monkeypatch):
      ' DEFAULT VALUES', 'too big'),
     ("CREATE TABLE t (a DEFAULT (load_extension('x'))); INSERT INTO t DEFAULT"
      ' VALUES', 'load_extension|not authorized|unsafe'),
-    ('CREATE TABLE t (a); DROP TABLE t', 'not authorized'),
-    ('CREATE TEMP TABLE t (a)', 'not authorized'),
-    ('CREATE VIRTUAL TABLE t USING fts5(a)', 'not authorized'),
-    ('CREATE TABLE t (a); CREATE TRIGGER u AFTER INSERT ON t BEGIN'
-     ' INSERT INTO t VALUES (1); END', 'not authorized'),
-    # A script cannot multiply its data.
-    (_ENDLESS.format('count(*)'), 'not authorized'),
-    ('CREATE TABLE t (a); INSERT INTO t VALUES (1);'
-     'INSERT INTO t SELECT a FROM t', 'prohibited'),
-    ('CREATE TABLE t (a); CREATE TABLE u AS SELECT a FROM t', 'prohibited'),
-    ('CREATE TABLE t (a); SELECT t.a FROM t, t AS u, t AS v', 'prohibited'),
-])
+    *((script, 'not authorized') for script in (
+        'CREATE TABLE t (a); DROP TABLE t', 'CREATE TEMP TABLE t (a)',
+        'CREATE VIRTUAL TABLE t USING fts5(a)', _ENDLESS.format('count(*)'),
+        'CREATE TABLE t (a); CREATE TRIGGER u AFTER INSERT ON t BEGIN'
+        ' INSERT INTO t VALUES (1); END', "ATTACH '{path}' AS x")),
+    *((f'CREATE TABLE t (a); {rest}', 'prohibited') for rest in (
+        # A script cannot multiply its data.
+        'INSERT INTO t VALUES (1);INSERT INTO t SELECT a FROM t',
+        'CREATE TABLE u AS SELECT a FROM t',
+        'SELECT t.a FROM t, t AS u, t AS v'))])
 def test_hostile_scripts_are_refused(tmp_path, script, reason):
   path = tmp_path / 'written'
   record = _record(context=script.replace('{path}', str(path)))
@@ -514,16 +476,6 @@ def test_connections_only_read(folder, name):
         connection.execute(statement)
 
 
-def test_text_that_is_not_utf8_is_read(tmp_path):
-  path = tmp_path / 'a.sqlite'
-  with contextlib.closing(sqlite3.connect(path)) as connection:
-    connection.execute('CREATE TABLE t (a TEXT)')
-    connection.execute("INSERT INTO t VALUES (CAST(x'61ff' AS TEXT))")
-    connection.commit()
-  job = {'path': str(path), 'query': 'SELECT a FROM t'}
-  assert worker.run_all([job])[0]['rows'] == [['a\ufffd']]
-
-
 @pytest.mark.parametrize('arguments, output', [
     # The cage runs without the package and what the package needs.
     (['-I', '-S', cage.__file__], 'ready\n'),
@@ -532,7 +484,6 @@ def test_text_that_is_not_utf8_is_read(tmp_path):
       'import gemma_sft.tasks.sql.task; print('
       '{"sqlglot", "jax", "tensorflow"} & set(sys.modules))'], 'set()\n')])
 def test_few_modules_are_imported(arguments, output):
-  done = subprocess.run(
-      [sys.executable, *arguments], cwd='/', input='', text=True,
-      capture_output=True)
+  done = subprocess.run([sys.executable, *arguments], cwd='/', input='',
+                        text=True, capture_output=True)
   assert (done.stdout, done.stderr) == (output, '')
