@@ -11,8 +11,7 @@ from gemma_sft.tasks.blop import run_js
 from gemma_sft.tasks.blop import task
 from gemma_sft.tasks.blop import text
 
-needs_node = pytest.mark.skipif(
-    shutil.which('node') is None, reason='no Node.js')
+needs_node = pytest.mark.skipif(not shutil.which('node'), reason='no Node.js')
 needs_compiler = pytest.mark.skipif(
     bool(task.compiler_problem()), reason=task.compiler_problem())
 
@@ -28,11 +27,9 @@ _HOSTILE = {
     'endless loop on loading': ('while (true) {} function Hi(a) {}', 'stopped'),
     'endless promises': (
         '(async () => { for (;;) await 0 })(); function Hi(a) {}', 'stopped'),
-    'promises after the result': (
-        '(async () => { for (;;) await 0 })(); $FINE', 'fine'),
+    'promises later': ('(async () => { for (;;) await 0 })(); $FINE', 'fine'),
     'a timer': ('setInterval(() => { while (true) {} }, 1); $FINE', 'fine'),
-    'slow regular expression': (
-        "return /(a+)+$/.test('a'.repeat(40) + 'b')", 'fails'),
+    'slow pattern': ("return /(a+)+$/.test('a'.repeat(40) + 'b')", 'fails'),
     # By the clock or by the heap, whichever is first.
     'memory': ('const x = []; for (;;) x.push(new Array(1e6).fill(1.5))',
                'stopped or fails'),
@@ -49,16 +46,13 @@ _HOSTILE = {
         " e.constructor.constructor('return process')().pid }"
         " catch (x) { found = 'refused' } }); function Hi(a) { $SHOWS }",
         'finerefused'),
-    'the constructor of the global': (
-        "this.constructor.constructor('return process')()", 'fails'),
-    'the constructor of the harness': (
-        "blopCage__.step.constructor('return 7')()", 'fails'),
+    'the global': ("this.constructor.constructor('return process')()", 'fails'),
+    'the harness': ("blopCage__.step.constructor('return 7')()", 'fails'),
     'eval': ("eval('1')", 'fails'),
     'process.exit': ('process.exit(0)', 'fails'),
-    'the network': (
-        "const found = typeof fetch('http://127.0.0.1/').then"
-        ' + typeof XMLHttpRequest; function Hi(a) { $SHOWS }',
-        'finefunctionundefined'),
+    'the network': ("const found = typeof fetch('http://127.0.0.1/').then"
+                    ' + typeof XMLHttpRequest; function Hi(a) { $SHOWS }',
+                    'finefunctionundefined'),
     'changed prototypes': (
         "Object.prototype.toJSON = () => 'forged'; Array.prototype.push = null;"
         "JSON.stringify = () => '7'; String.prototype.slice = () => 'forged';"
@@ -75,17 +69,134 @@ _HOSTILE = {
         'throw new Proxy({}, { get() { while (true) {} },'
         ' getPrototypeOf() { while (true) {} } }); function Hi(a) {}',
         'stopped'),
-    'a getter that throws': (
-        "return blop.h('p', { get id() { throw 1 } }, [])", 'fails'),
+    'a getter': ("return blop.h('p', { get id() { throw 1 } }, [])", 'fails'),
     'a proxy that traps': (
         "return blop.h('p', { id: new Proxy({}, { ownKeys() { throw 1 } }) },"
         " ['fine'])", 'fine'),
-    'exports that trap': (
-        'module.exports = { get Hi() { while (true) {} } }', 'stopped'),
+    'exports': ('module.exports = { get Hi() { while (true) {} } }', 'stopped'),
     'lines that look like answers': (
         "return blop.h('p', {}, ['fine\\n{\"traces\": {}}\\n'])",
-        'fine\n{"traces": {}}\n'),
-}
+        'fine\n{"traces": {}}\n')}
+_LIST = """def UserList(attributes) {
+  <ul class='users'>
+    for user in attributes.users {
+      <li>user.name</li>
+    }
+  </ul>
+}"""
+_BUTTON = """def LikeButton(attributes) {
+  { song, onLike } = attributes
+  <button on={ click: () => onLike(song.id) }>song.title</button>
+}"""
+_STEPS = """def Steps(_attributes, _children, node) {
+  { value as count, setState } = node.useState('count', 0)
+  <div>
+    <span>count</span>
+    <button on={ click: () => setState(count + 1) }>'More'</button>
+  </div>
+}"""
+_SUM = """def total(prices) {
+  sum = 0
+  for price in prices {
+    sum := sum + price
+  }
+  return sum
+}"""
+_ACCOUNT = """class Account {
+  def constructor(balance) {
+    this.balance = balance
+  }
+  def deposit(amount) {
+    this.balance = this.balance + amount
+    return this.balance
+  }
+}"""
+_MARK = """def Mark(attributes) {
+  { points } = attributes
+  <li class=if points > 50 => 'passed' else 'failed'>points</li>
+}"""
+# {prompt: (reference, {what it is: (verdict, *edits)})}. The verdict is yes, no
+# or nothing on component, right and same_tags; an edit is the whole answer, or
+# what stands in the answer before and what after.
+_ANSWERS = {
+    'Write UserList in Blop: a list item with the name of each user.': (_LIST, {
+        'the same': ('yyy',), 'another name': ('nnn', ('UserList', 'Users')),
+        'another wrapper, class and variable': (
+            'yyn', ("<ul class='users'>", '<div><ul>'),
+            ('</ul>', '</ul></div>'), ('for user', 'for one'),
+            ('user.name', 'one.name')),
+        'another tag': ('ynn', ('li>', 'td>')),
+        'a field that the prompt names': ('yny', ('user.name', 'user.email')),
+        'only the first': ('ynn', 'def UserList(attributes) {\n  <ul>\n'
+                           '    <li>attributes.users[0].name</li>\n  </ul>\n}'),
+        'does not compile': ('nnn', _LIST + ';'),
+        'throws': ('nnn', ('attributes.users', 'attributes.a.b'))}),
+    'Write a Blop component with a list item for the name of each user.': (
+        _LIST, {'a name left open': ('yyy', ('UserList', 'Users'))}),
+    'Write UserList in Blop: a list item for each user.': (_LIST, {
+        'a field that it leaves open': ('yyy', ('user.name', 'user.email'))}),
+    'Write LikeButton: takes `song` and `onLike`, shows the title.': (_BUTTON, {
+        'the same call': (
+            'yyy', (': () => onLike(song.id)', ''),
+            ('  <', '  click = () => {\n    onLike(song.id)\n  }\n  <')),
+        'a call with something else': ('yny', ('song.id', 'song.title')),
+        'no handler': ('yny', (' on={ click: () => onLike(song.id) }', ''),
+                       (', onLike', '')),
+        'another event': ('yny', ('click', 'mouseenter'))}),
+    'Write Steps: a number, and a button More that adds one.': (_STEPS, {
+        'state that counts by two': ('yny', ('count + 1', 'count + 2')),
+        'state in a class': ('yyn', """import { Component } from 'blop'
+
+class Steps extends Component {
+  def render() {
+    this.count = this.count || 0
+    more = () => {
+      this.count = this.count + 1
+      this.refresh()
+    }
+    <p>
+      = this.count
+      <button on={ click: more }>'More'</button>
+    </p>
+  }
+}""")}),
+    "Write Mark: class 'passed' above 50 points, else 'failed'.": (_MARK, {
+        'a class the other way round': ('yny', ('> 50', '<= 50')),
+        'a limit off by one': ('yny', ('> 50', '>= 50'))}),
+    'Write total(prices) in Blop.': (_SUM, {
+        'another way to the same result': (
+            'yy-', 'def total(prices) {\n  return prices.reduce('
+            '(a, b) => a + b, 0)\n}'),
+        'a wrong start': ('yn-', ('sum = 0', 'sum = 1'))}),
+    'Write the class Account with deposit(amount).': (_ACCOUNT, {
+        'a class': ('yy-', ('this.balance', 'this.money')),
+        'a class that forgets': (
+            'yn-', ('this.balance = this.balance + amount\n    ', ''))}),
+    'Write the async function later(x).': (
+        'async def later(x) {\n  return x * 2\n}', {'a promise': (
+            'yy-', 'def later(x) {\n  return new Promise((done) =>'
+            ' done(x + x))\n}')}),
+    'Log hello in Blop.': ("x = 1\nconsole.log('hello')", {
+        'output': ('-n-', ('hello', 'bye'))}),
+    # Nothing to compare: its words are the author's choice.
+    'Write Empty, a friendly message.': ("def Empty() {\n  <p>'None'</p>\n}", {
+        'a static page': ('y-y', ('None', 'Nothing here'))})}
+
+
+def _edited(code, edits):
+  for edit in edits:
+    code = edit if isinstance(edit, str) else code.replace(*edit)
+  return code
+
+
+_PAIRS = {
+    name: (records.Record({'prompt': prompt, 'completion': reference}, 'x:1'),
+           _edited(reference, edits),
+           tuple({'y': True, 'n': False, '-': None}[c] for c in verdict))
+    for prompt, (reference, answers) in _ANSWERS.items()
+    for name, (verdict, *edits) in answers.items()}
+_GOOD_ANSWER = ('Blop is a language for the web with HTML-like tags in code.'
+                ' It compiles to ES6 JavaScript and renders a virtual DOM.')
 
 
 def _program(js):
@@ -140,21 +251,13 @@ def test_the_process_has_no_rights(script):
   flags = run_js.permission_flags()
   if not flags and 'require' in script:
     pytest.skip('this Node has no permissions')
-  done = subprocess.run(
-      run_js.command(f"{script}; console.log('done')", flags),
-      capture_output=True, text=True, check=False, timeout=60)
+  done = subprocess.run(run_js.command(f"{script}; console.log('done')", flags),
+                        capture_output=True, text=True, check=False, timeout=60)
   assert done.returncode and 'done' not in done.stdout
 
 
 @needs_node
-def test_a_cage_that_does_not_start_is_an_error(monkeypatch):
-  monkeypatch.setattr(run_js, '_inside', lambda: 'throw 1')
-  with pytest.raises(run_js.CageError):
-    run_js.run([run_js.ProgramPair(_REFERENCE, None)])
-
-
-@needs_node
-def test_inputs_have_the_shapes_that_the_reference_reads():
+def test_plans_of_runs(monkeypatch):
   js = ('function Hi(a) { let items = a.items.map((i) => i.label);'
         ' let keys = Object.keys(a.prices);'
         ' return blop.h("p", { on: { click: () => a.go(a.user.id) } },'
@@ -170,6 +273,10 @@ def test_inputs_have_the_shapes_that_the_reference_reads():
   first = trace['traces']['Hi']['runs'][0]
   assert 'undefined' not in str(first) and 'NaN' not in str(first)
   assert first['events'][0]['turns'][0]['effects'][0][0] == 'call'
+  # A cage that does not start is an error.
+  monkeypatch.setattr(run_js, '_inside', lambda: 'throw 1')
+  with pytest.raises(run_js.CageError):
+    run_js.run([run_js.ProgramPair(_REFERENCE, None)])
 
 
 def test_literals_are_what_a_program_compares_with():
@@ -179,139 +286,6 @@ def test_literals_are_what_a_program_compares_with():
   assert 'sun' in found['texts'] and 'low' in found['texts']
   assert {50, 49, 51} <= set(found['numbers'])
   assert 'Tab' in found['keyNames']
-
-
-_LIST = """def UserList(attributes) {
-  <ul class='users'>
-    for user in attributes.users {
-      <li>user.name</li>
-    }
-  </ul>
-}"""
-_BUTTON = """def LikeButton(attributes) {
-  { song, onLike } = attributes
-  <button on={ click: () => onLike(song.id) }>song.title</button>
-}"""
-_STEPS = """def Steps(_attributes, _children, node) {
-  { value as count, setState } = node.useState('count', 0)
-  <div>
-    <span>count</span>
-    <button on={ click: () => setState(count + 1) }>'More'</button>
-  </div>
-}"""
-_SUM = """def total(prices) {
-  sum = 0
-  for price in prices {
-    sum := sum + price
-  }
-  return sum
-}"""
-_ACCOUNT = """class Account {
-  def constructor(balance) {
-    this.balance = balance
-  }
-  def deposit(amount) {
-    this.balance = this.balance + amount
-    return this.balance
-  }
-}"""
-_MARK = """def Mark(attributes) {
-  { points } = attributes
-  <li class=if points > 50 => 'passed' else 'failed'>points</li>
-}"""
-_YES, _WRAPPED, _WRONG = (True, True, True), (True, True, False), (
-    True, False, True)
-_NONE = (False, False, False)
-# {prompt: (reference, {what it is: (answer, (component, right, same_tags))})}.
-_ANSWERS = {
-    'Write UserList in Blop: a list item with the name of each user.': (_LIST, {
-        'the same': (_LIST, _YES),
-        'another wrapper, class and variable': (
-            _LIST.replace("<ul class='users'>", '<div><ul>')
-            .replace('</ul>', '</ul></div>').replace('for user', 'for one')
-            .replace('user.name', 'one.name'), _WRAPPED),
-        'another name': (_LIST.replace('UserList', 'Users'), _NONE),
-        'another tag': (_LIST.replace('li>', 'td>'), (True, False, False)),
-        'a field that the prompt names': (
-            _LIST.replace('user.name', 'user.email'), _WRONG),
-        'only the first': (
-            'def UserList(attributes) {\n  <ul>\n'
-            '    <li>attributes.users[0].name</li>\n  </ul>\n}',
-            (True, False, False)),
-        'does not compile': (_LIST + ';', _NONE),
-        'throws': (_LIST.replace('attributes.users', 'attributes.a.b'), _NONE),
-    }),
-    'Write a Blop component with a list item for the name of each user.': (
-        _LIST, {'a name that the prompt leaves open': (
-            _LIST.replace('UserList', 'Users'), _YES)}),
-    'Write UserList in Blop: a list item for each user.': (
-        _LIST, {'a field that it leaves open': (
-            _LIST.replace('user.name', 'user.email'), _YES)}),
-    'Write LikeButton: takes `song` and `onLike`, shows the title.': (_BUTTON, {
-        'the same call': (
-            _BUTTON.replace(': () => onLike(song.id)', '').replace(
-                '  <', '  click = () => {\n    onLike(song.id)\n  }\n  <'),
-            _YES),
-        'a call with something else': (
-            _BUTTON.replace('song.id', 'song.title'), _WRONG),
-        'no handler': (
-            _BUTTON.replace(' on={ click: () => onLike(song.id) }', '')
-            .replace(', onLike', ''), _WRONG),
-        'another event': (_BUTTON.replace('click', 'mouseenter'), _WRONG),
-    }),
-    'Write Steps: a number, and a button More that adds one.': (_STEPS, {
-        'state that counts by two': (
-            _STEPS.replace('count + 1', 'count + 2'), _WRONG),
-        'state in a class': ("""import { Component } from 'blop'
-
-class Steps extends Component {
-  def render() {
-    this.count = this.count || 0
-    more = () => {
-      this.count = this.count + 1
-      this.refresh()
-    }
-    <p>
-      = this.count
-      <button on={ click: more }>'More'</button>
-    </p>
-  }
-}""", _WRAPPED),
-    }),
-    "Write Mark: class 'passed' above 50 points, else 'failed'.": (_MARK, {
-        'a class the other way round': (_MARK.replace('> 50', '<= 50'), _WRONG),
-        'a limit off by one': (_MARK.replace('> 50', '>= 50'), _WRONG),
-    }),
-    'Write total(prices) in Blop.': (_SUM, {
-        'another way to the same result': (
-            'def total(prices) {\n  return prices.reduce('
-            '(a, b) => a + b, 0)\n}', (True, True, None)),
-        'a wrong start': (
-            _SUM.replace('sum = 0', 'sum = 1'), (True, False, None)),
-    }),
-    'Write the class Account with deposit(amount).': (_ACCOUNT, {
-        'a class': (
-            _ACCOUNT.replace('this.balance', 'this.money'), (True, True, None)),
-        'a class that forgets': (
-            _ACCOUNT.replace('this.balance = this.balance + amount\n    ', ''),
-            (True, False, None)),
-    }),
-    'Write the async function later(x).': (
-        'async def later(x) {\n  return x * 2\n}', {'a promise': (
-            'def later(x) {\n  return new Promise((done) => done(x + x))\n}',
-            (True, True, None))}),
-    'Log hello in Blop.': ("x = 1\nconsole.log('hello')", {
-        'output': ("x = 1\nconsole.log('bye')", (None, False, None))}),
-    # Nothing to compare: its words are the author's choice.
-    'Write Empty, a friendly message.': ("def Empty() {\n  <p>'None'</p>\n}", {
-        'a static page': ("def Empty() {\n  <p>'Nothing here'</p>\n}",
-                          (True, None, True))}),
-}
-_PAIRS = {
-    name: (records.Record({'prompt': prompt, 'completion': reference}, 'x:1'),
-           answer, verdict)
-    for prompt, (reference, answers) in _ANSWERS.items()
-    for name, (answer, verdict) in answers.items()}
 
 
 @pytest.fixture(scope='module')
@@ -330,21 +304,12 @@ def test_the_verdict_on_an_answer(judged, name):
   assert bool(row['why']) == (expected[1] is False)
 
 
-@needs_compiler
-def test_totals_are_means_of_the_rows_that_have_them(judged):
-  for name in ('component', 'right', 'same_tags'):
-    values = [row[name] for row in judged.rows if name in row]
-    assert 0 < len(values) < len(_PAIRS) + (name == 'component')
-    assert judged.metrics[name] == sum(values) / len(values)
-
-
 @pytest.mark.parametrize('code, habits', [
     ('x = 1;', ['semicolons']), ('const x = 1', ['const, let, var']),
-    ('function A() {\n}', ['function']),
-    ('export x = 1', ['export']), ('if a === b {\n}', ['===']),
-    ('x = a ? b : c', ['? :']), ('x = a?.b', ['?. ??']), ('i++', ['++ --']),
-    ('} else if a {', ['else if']), ('for (a of b) {', ['for (...)']),
-    ('<p id={name}>', ['JSX attributes']),
+    ('function A() {\n}', ['function']), ('export x = 1', ['export']),
+    ('if a === b {\n}', ['===']), ('x = a ? b : c', ['? :']),
+    ('x = a?.b', ['?. ??']), ('i++', ['++ --']), ('} else if a {', ['else if']),
+    ('for (a of b) {', ['for (...)']), ('<p id={name}>', ['JSX attributes']),
     ('<p style={{ a: 1 }}>', ['JSX attributes']),
     ('<p>{name}</p>', ['JSX braces']),
     ('<ul>\n  {items.map((i) => i)}\n</ul>', ['JSX braces']),
@@ -363,10 +328,6 @@ def test_totals_are_means_of_the_rows_that_have_them(judged):
         "{ a as b } = c", 'console.log(1)', 'window.print()', "f''a' b'"))])
 def test_habits_of_other_languages(code, habits):
   assert text.habits(code) == habits
-
-
-_GOOD_ANSWER = ('Blop is a language for the web with HTML-like tags in code.'
-                ' It compiles to ES6 JavaScript and renders a virtual DOM.')
 
 
 @pytest.mark.parametrize('answer, knows', [
@@ -397,8 +358,7 @@ def test_free_prompts():
   assert judged.rows[1]['wrong'] and judged.rows[3] == {}
   assert judged.rows[2]['habits'] == 'semicolons'
   assert judged.rows[2]['strict'] is False
-  # They leave the rates over records alone.
-  row, _, _ = _PAIRS['the same']
+  row, _, _ = _PAIRS['the same']  # They leave the rates over records alone.
   prompt = row.fields['prompt']
   judged = judge.judge_answers(
       task, [row] * 4, [_LIST, 'def', 'def', 'def'],
