@@ -18,8 +18,6 @@ from gemma_sft.nn import head
 
 _MODEL = flags.DEFINE_string('model', 'gemma2_2b', 'A preset.')
 _ROWS = flags.DEFINE_integer('rows', 8, 'Rows.')
-_LENGTH = flags.DEFINE_integer('length', 2048, 'Tokens of a row.')
-_CHUNK = flags.DEFINE_integer('chunk', 1024, 'config.train.loss_chunk.')
 
 
 def _plain(x_BTD, embedding_VD, targets_BT, softcap):
@@ -32,20 +30,19 @@ def _plain(x_BTD, embedding_VD, targets_BT, softcap):
   return jnp.sum(jax.nn.logsumexp(logits_BTV, axis=2) - picked_BT)
 
 
-def main(argv):
-  del argv
+def main(_):
   config = model_lib.make_model(_MODEL.value).config
-  B, T, D, V = _ROWS.value, _LENGTH.value, config.embed_dim, config.num_embed
+  B, T, D, V = _ROWS.value, 2048, config.embed_dim, config.num_embed
   softcap = config.final_logit_softcap
-  x_BTD = jax.ShapeDtypeStruct((B, T, D), jnp.bfloat16)
-  embedding_VD = jax.ShapeDtypeStruct((V, D), jnp.bfloat16)
-  targets_BT = jax.ShapeDtypeStruct((B, T), jnp.int32)
-  mask_BT = jax.ShapeDtypeStruct((B, T), jnp.bool)
+  arguments = [  # Activations, embedding, targets, mask.
+      jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (
+          ((B, T, D), jnp.bfloat16), ((V, D), jnp.bfloat16),
+          ((B, T), jnp.int32), ((B, T), jnp.bool))]
 
   def ours(x, e, t, m, frozen_head):
     return head.masked_nll(
-        x, e, t, m, max_trained=B * T, chunk_size=_CHUNK.value,
-        softcap=softcap, frozen_head=frozen_head)[0]
+        x, e, t, m, max_trained=B * T, chunk_size=1024, softcap=softcap,
+        frozen_head=frozen_head)[0]
 
   cases = {
       'frozen head': (lambda *a: ours(*a, True), (0,)),
@@ -57,7 +54,7 @@ def main(argv):
   rows = []
   for name, (fn, argnums) in cases.items():
     memory = jax.jit(jax.value_and_grad(fn, argnums)).lower(
-        x_BTD, embedding_VD, targets_BT, mask_BT).compile().memory_analysis()
+        *arguments).compile().memory_analysis()
     rows.append((name, f'{memory.temp_size_in_bytes / 1e9:.2f}',
                  f'{memory.output_size_in_bytes / 1e9:.2f}'))
   print(pages.table(('', 'temporaries GB', 'gradients GB'), rows))

@@ -51,10 +51,8 @@ def _write(folder, splits, ending='.jsonl', line=(
 
 
 def _grouped(rows, split_of):
-  splits = {'train': [], 'validation': [], 'test': []}
-  for row in rows:
-    splits[split_of(row)].append(row)
-  return splits
+  return {split: [row for row in rows if split_of(row) == split]
+          for split in ('train', 'validation', 'test')}
 
 
 def _poetry(source, out):
@@ -101,15 +99,12 @@ def _sql(source, out):
 
 def _blop(source, out):
   parts = source.joinpath('input.txt').read_text('utf-8').split('# INPUT')[1:]
-
-  def split_of(part):
-    return _split(part.partition('# OUTPUT')[0].strip().lower())
-
-  _write(out, _grouped(parts, split_of), '.txt', '# INPUT{}'.format)
+  _write(out, _grouped(parts, lambda part: _split(
+      part.partition('# OUTPUT')[0].strip().lower())), '.txt',
+         '# INPUT{}'.format)
 
 
 def main() -> None:
-  """Splits every domain that the source has."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--source', type=pathlib.Path, required=True)
   parser.add_argument('--out', type=pathlib.Path, required=True)

@@ -23,8 +23,6 @@ from gemma_sft.weights import load
 from gemma_sft.weights import names
 from gemma_sft.weights import tokenizer_file
 
-# A tiny GGUF ------------------------------------------------------------------
-
 _PROTO = tokenizer_file.byte_tokenizer()
 
 
@@ -175,42 +173,30 @@ def test_config_differs_in_what_shapes_cannot_tell(tiny, tmp_path):
   assert info.value.expected.startswith('8,')
 
 
-def _break_unfinished(folder):
-  partial = folder.with_name(folder.name + '.partial')
-  folder.rename(partial)
-  (partial / 'meta.json').unlink()
-
-
-def _break_meta(folder):
-  (folder / 'meta.json').unlink()
-
-
-def _break_sizes(folder):
-  file = max(folder.rglob('*'), key=lambda p: p.is_file() and p.stat().st_size)
-  file.write_bytes(file.read_bytes()[:-1])
-
-
-@pytest.mark.parametrize(
-    'damage', [_break_unfinished, _break_meta, _break_sizes])
+@pytest.mark.parametrize('damage', ['unfinished', 'no meta', 'a cut file'])
 def test_damaged_cache_is_rebuilt(
     tiny, converted, tmp_path, damage, warnings):
   path, before, _ = converted
   cache = tmp_path / 'cache'
   shutil.copytree(before, cache)
-  damage(next(cache.glob('gguf-*')))
+  folder = next(cache.glob('gguf-*'))
+  if damage == 'a cut file':
+    file = max(
+        folder.rglob('*'), key=lambda p: p.is_file() and p.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1])
+  else:
+    (folder / 'meta.json').unlink()
+  if damage == 'unfinished':
+    folder.rename(folder.with_name(folder.name + '.partial'))
   resolved = load.resolve(str(path), cache)
   assert len(warnings) == 1
   assert not list(cache.glob('*.partial'))
   _assert_tree_equal(_load(tiny, resolved), tiny[2])
 
 
-# Orbax --------------------------------------------------------------------
-
-
 def _save(path, params):
-  gm = model.import_gemma()
-  gm.ckpts.save_params(params, path, wait_until_finished=True)
-  return path
+  model.import_gemma().ckpts.save_params(
+      params, path, wait_until_finished=True)
 
 
 def _flat_layout(arrays):
@@ -284,9 +270,6 @@ def test_content_hash_tells_checkpoints_apart(tmp_path):
   assert hashes[0] == hashes[1] != hashes[2]
 
 
-# Random -------------------------------------------------------------------
-
-
 def test_random_is_a_function_of_seed_and_path_only(tiny, tmp_path):
   resolved = load.resolve('random', tmp_path)
   params = _load(tiny, resolved)
@@ -307,11 +290,8 @@ def test_random_is_a_function_of_seed_and_path_only(tiny, tmp_path):
       np.std(layer['attn']['attn_vec_einsum']['w']), 64**-0.5, rtol=0.05)
 
 
-# The real 270M against llama.cpp --------------------------------------------
-
 _PROMPTS = (
-    'The capital of France is',
-    'Water boils at',
+    'The capital of France is', 'Water boils at',
     'def fibonacci(n):\n  """Returns the n-th number."""\n  if n < 2:\n   ',
     'Die Hauptstadt von \u00d6sterreich hei\u00dft',
     '\u092d\u093e\u0930\u0924 \u0915\u0940 \u0930\u093e\u091c\u0927\u093e'
@@ -324,7 +304,7 @@ _PROMPTS = (
 def _write_f32_gguf(source, target):
   """Copies a GGUF with its tensors dequantised; uses none of our code."""
   reader = gguf.GGUFReader(source)
-  writer = gguf.GGUFWriter(target, 'gemma3')
+  writer = gguf.GGUFWriter(target, 'gemma3', use_temp_file=True)
   for key, field in reader.fields.items():
     if key.startswith('GGUF.') or key in (
         'general.architecture', 'general.file_type'):
@@ -335,15 +315,11 @@ def _write_f32_gguf(source, target):
         field.types[-1] if is_array else None)
   writer.add_file_type(gguf.LlamaFileType.ALL_F32)
   for tensor in reader.tensors:
-    shape = [int(size) for size in reversed(tensor.shape)]
-    writer.add_tensor_info(
-        tensor.name, shape, np.dtype(np.float32), 4 * int(np.prod(shape)))
+    writer.add_tensor(tensor.name, gguf.quants.dequantize(
+        tensor.data, tensor.tensor_type))
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
-  writer.write_ti_data_to_file()
-  for tensor in reader.tensors:
-    writer.write_tensor_data(
-        gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+  writer.write_tensors_to_file()
   writer.close()
 
 

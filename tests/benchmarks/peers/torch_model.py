@@ -67,7 +67,6 @@ def product(spec: common.Spec, n: int) -> Callable[[], Any]:
 
 def device_bytes(spec: common.Spec, *, peak: bool) -> int:
   """Returns the allocated bytes, now or at their peak; 0 on a CPU."""
-  if not spec.gpu:
-    return 0
-  return (torch.cuda.max_memory_allocated() if peak
-          else torch.cuda.memory_allocated())
+  read = (torch.cuda.max_memory_allocated if peak
+          else torch.cuda.memory_allocated)
+  return read() if spec.gpu else 0
