@@ -27,20 +27,20 @@ def test_every_query_is_its_own_answer(split):
        *(f'execution_{h}' for h in text.HARDNESS)], 1.0)
 
 
-def test_sizes():
+def test_sizes_and_that_nothing_stands_twice():
   assert len(_ALL) >= 420 and len(_DATABASES) == 8
   for split, least in (('train', 300), ('validation', 45), ('test', 90)):
     assert len(_RECORDS[split]) >= least, split
-    # A rate by hardness needs a few of each.
-    counts = collections.Counter(
+    counts = collections.Counter(  # A rate by hardness needs a few of each.
         text.hardness(r.fields['query']) for r in _RECORDS[split])
     for level in text.HARDNESS:
       assert counts[level] >= 8, (split, level)
-
-
-def test_no_database_is_in_two_splits():
   names = [{r.fields['db_id'] for r in split} for split in _RECORDS.values()]
   assert len(set.union(*names)) == sum(map(len, names))
+  # Two databases may have the same question.
+  for field in ('question', 'query'):
+    reading.assert_unique(
+        (r.fields['db_id'], r.fields[field].lower()) for r in _ALL)
 
 
 @pytest.mark.parametrize('name', _DATABASES)
@@ -92,16 +92,8 @@ def test_order_and_limit_leave_no_choice():
       assert a[-n:] != b[-n:] or a[:-n] == b[:-n], (record.where, a, b)
 
 
-def test_no_question_and_no_query_stands_twice():
-  # Two databases may have the same question.
-  for field in ('question', 'query'):
-    reading.assert_unique(
-        (r.fields['db_id'], r.fields[field].lower()) for r in _ALL)
-
-
 def test_house_style():
-  # A small model learns from a consistent style.
-  keywords = re.compile(
+  keywords = re.compile(  # A small model learns from a consistent style.
       r'\b(select|from|where|group by|order by|having|limit|join|on|as|and|or'
       r'|not|in|like|between|is|null|distinct|union|intersect|except|desc)\b')
   others = re.compile(
