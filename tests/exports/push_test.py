@@ -20,6 +20,9 @@ from gemma_sft.exports import push
 
 _TOKEN = 'hf_' + 'aB3' * 12
 _KEY = '0123456789abcdef' * 2
+_NAMES = ('hf/config.json', 'hf/model-00001-of-00002.safetensors',
+          'peft/adapter_config.json', 'gguf/model-q8_0.gguf', 'gguf/Modelfile',
+          'README.md', 'export.json')
 
 
 class _Service:
@@ -49,7 +52,6 @@ class _Service:
     await responses.JSONResponse(answer, status)(scope, receive, send)
 
   def named(self, pattern):
-    """Returns (path, parsed body) of the requests that match."""
     return [
         (path, json.loads(body)
          if headers.get('content-type') == 'application/json' else body)
@@ -69,7 +71,8 @@ def serve():
     def start(changes, answers):
       # The changes first, also where they replace an answer.
       service = _Service(changes | answers | changes)
-      service.url = stack.enter_context(local_server.running(service))
+      url = stack.enter_context(local_server.running(service))
+      service.url = url.rstrip('/')
       return service
     yield start
 
@@ -77,14 +80,11 @@ def serve():
 @pytest.fixture
 def export(tmp_path):
   """A finished export with a file of each kind."""
-  folder = tmp_path / 'blop'
-  for name in ('hf/config.json', 'hf/model-00001-of-00002.safetensors',
-               'peft/adapter_config.json', 'gguf/model-q8_0.gguf',
-               'gguf/Modelfile', 'README.md', 'export.json'):
-    path = folder / name
+  for name in _NAMES:
+    path = tmp_path / 'blop' / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'content of {name}')
-  return folder
+  return tmp_path / 'blop'
 
 
 @pytest.fixture(autouse=True)
@@ -121,18 +121,24 @@ def _failure(*arguments, **options):
   return str(caught.value)
 
 
-# Targets ----------------------------------------------------------------------
+def _check_login(service, capfd, secret, header):
+  """Checks that the login is in one header, and nowhere else."""
+  for _, path, headers, body in service.requests:
+    assert secret not in path and secret.encode() not in body
+    for name, value in headers.items():
+      assert name == 'authorization' or (
+          secret not in value and header not in value)
+  assert secret not in ''.join(capfd.readouterr())
 
 
 @pytest.mark.parametrize('text, service, name', [
     ('org/name', 'huggingface', 'org/name'),
     ('Some-Org/gemma-3.1_blop', 'huggingface', 'Some-Org/gemma-3.1_blop'),
     ('kaggle:owner/model', 'kaggle', 'owner/model'),
-    ('kaggle:owner/model/gguf/small', 'kaggle', 'owner/model/gguf/small'),
-])
+    ('kaggle:owner/model/gguf/small', 'kaggle', 'owner/model/gguf/small')])
 def test_targets(text, service, name):
-  target = push.parse_target(text)
-  assert target == push.Target(service, name)
+  target = push.Target(service, name)
+  assert push.parse_target(text) == target
   assert push.hub_repository([push.Target('kaggle', 'a/b'), target]) == (
       name if service == 'huggingface' else '')
 
@@ -147,9 +153,6 @@ def test_wrong_targets(text):
       errors.UserError, match='expected: ORGANISATION/NAME') as caught:
     push.parse_target(text)
   assert _TOKEN not in str(caught.value)
-
-
-# The Hugging Face Hub ---------------------------------------------------------
 
 
 def _modes(_, body):
@@ -184,8 +187,7 @@ def hub(monkeypatch, serve):
         r'PUT /storage/': (200, {}),
         r'POST /api/\w+/org/[\w-]+/commit/main': (200, {
             'commitUrl': 'https://huggingface.co/org/blop/commit/1',
-            'commitOid': '1'}),
-    })
+            'commitOid': '1'})})
     monkeypatch.setattr(constants, 'ENDPOINT', service.url)
     monkeypatch.setenv('HF_TOKEN', _TOKEN)
     return service
@@ -213,24 +215,15 @@ def test_an_export_on_the_hub(hub, export, capfd):
   (_, created), = service.named('repos/create')
   assert (created['organization'], created['name']) == ('org', 'blop')
   assert created.get('visibility') != 'private'
-  files, deleted = _committed(service, 'blop')
-  assert files == {name.removeprefix('hf/'): f'content of {name}' for name in (
-      'hf/config.json', 'hf/model-00001-of-00002.safetensors',
-      'peft/adapter_config.json', 'gguf/model-q8_0.gguf', 'gguf/Modelfile',
-      'README.md', 'export.json')}
-  assert not deleted
+  assert _committed(service, 'blop') == (
+      {n.removeprefix('hf/'): f'content of {n}' for n in _NAMES}, [])
   assert not service.named('/api/datasets/')
-  # The login: in one header, for the Hub alone, and nowhere else.
-  for method, path, headers, body in service.requests:
-    assert _TOKEN not in path and _TOKEN.encode() not in body
-    for name, value in headers.items():
-      assert _TOKEN not in value or name == 'authorization'
+  _check_login(service, capfd, _TOKEN, _TOKEN)
+  for method, path, headers, _ in service.requests:
     if path.startswith('/storage/'):
       assert _TOKEN not in str(headers)
     elif path.startswith('/api/') and 'harness' not in path:
       assert headers['authorization'] == f'Bearer {_TOKEN}', method
-  printed = capfd.readouterr()
-  assert _TOKEN not in printed.out + printed.err
 
 
 def test_a_data_set_beside_it_and_weights_of_an_earlier_export(
@@ -260,31 +253,34 @@ def test_a_data_set_beside_it_and_weights_of_an_earlier_export(
     ('org/blop', 'no login for the Hugging Face Hub',
      ['HF_TOKEN', 'hf auth login']),
     ('kaggle:owner/blop', 'no login for Kaggle', ['KAGGLE_API_TOKEN'])])
-def test_no_login(export, target, start, parts):
+def test_no_login_and_nothing_to_upload(
+    monkeypatch, tmp_path, export, target, start, parts):
   if target.startswith('kaggle'):
     pytest.importorskip('kagglehub')
   text = _failure(export, target)
   assert text.startswith(start) and all(part in text for part in parts)
+  monkeypatch.setenv('HF_TOKEN', _TOKEN)
+  (tmp_path / 'empty').mkdir()
+  for folder in (tmp_path / 'none', tmp_path / 'empty'):
+    assert 'a finished export' in _failure(folder, target)
 
 
-def _contents(folder):
-  return {path: path.read_bytes() for path in folder.rglob('*')
-          if path.is_file()}
-
-
-def _check_no_network(export, capfd, target, service, secret):
-  before = _contents(export)
+@pytest.mark.parametrize('target, service, secret', [
+    ('org/blop', 'the Hugging Face Hub', _TOKEN),
+    ('kaggle:owner/blop', 'Kaggle', _KEY)])
+def test_no_network(
+    request, monkeypatch, export, capfd, target, service, secret):
+  monkeypatch.setenv('HF_TOKEN', _TOKEN)
+  if service == 'Kaggle':  # Its client would say that the login is wrong.
+    request.getfixturevalue('kaggle')(url='http://127.0.0.1:1')
   text = _failure(export, target)
   assert text.split('\n')[0] == (
       f'{service} cannot be reached ([Errno 111] Connection refused); the files'
       f' stay in {export}')
-  assert _contents(export) == before
+  assert {str(path.relative_to(export)): path.read_text()
+          for path in export.rglob('*') if path.is_file()} == {
+              name: f'content of {name}' for name in _NAMES}
   assert secret not in text + ''.join(capfd.readouterr())
-
-
-def test_no_network(monkeypatch, export, capfd):
-  monkeypatch.setenv('HF_TOKEN', _TOKEN)
-  _check_no_network(export, capfd, 'org/blop', 'the Hugging Face Hub', _TOKEN)
   monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
   text = _failure(export)
   assert 'cannot be reached' in text and 'HF_HUB_OFFLINE' in text
@@ -301,15 +297,14 @@ def test_a_network_that_goes_away(monkeypatch, hub, export):
     (401, 'GET /api/whoami-v2', 'refused, no valid login'),
     (403, 'POST /api/repos/create', 'refused, no right to write there'),
     (403, 'POST .*/commit/', 'refused, no right to write there'),
-    (400, 'POST .*/commit/', 'the Hugging Face Hub: '),
-])
+    (400, 'POST .*/commit/', 'the Hugging Face Hub: ')])
 def test_what_the_hub_refuses(hub, export, status, where, expected):
   # The worst server: its message repeats the login.
   answer = {'error': f'no, not with Bearer {_TOKEN} or {_TOKEN}'}
   service = hub({where: (status, answer)})
   text = _failure(export)
-  assert expected in text.split('\n')[0]
-  assert f'the files stay in {export}' in text.split('\n')[0]
+  line = text.split('\n')[0]
+  assert expected in line and f'the files stay in {export}' in line
   assert _TOKEN not in text
   # Nothing is made with a login that is not accepted.
   assert bool(service.named('repos/create')) == ('whoami' not in where)
@@ -331,8 +326,7 @@ def test_a_token_in_the_files_is_not_published(hub, export, name, data):
   (export / name).write_text(f'{{"token": "{_TOKEN}"}}')
   service = hub()
   text = _failure(export, **data)
-  assert text.startswith(f'{name} contains the token')
-  assert _TOKEN not in text
+  assert text.startswith(f'{name} contains the token') and _TOKEN not in text
   assert not service.requests
 
 
@@ -347,35 +341,20 @@ def test_timeouts(monkeypatch, hub, export):
   monkeypatch.setattr(huggingface_hub.HfApi, 'whoami', spy)
   hub()
   _push(export)
-  timeout, = seen
-  assert (timeout.connect, timeout.read) == (10, 30)
-  # The client keeps its own.
+  assert [(timeout.connect, timeout.read) for timeout in seen] == [(10, 30)]
   assert huggingface_hub.get_session().timeout.read is None
 
 
-def test_nothing_to_upload(tmp_path, monkeypatch):
-  monkeypatch.setenv('HF_TOKEN', _TOKEN)
-  (tmp_path / 'empty').mkdir()
-  for target in ('org/blop', 'kaggle:owner/blop'):
-    if target[0] == 'k':
-      pytest.importorskip('kagglehub')
-    for folder in (tmp_path / 'none', tmp_path / 'empty'):
-      assert 'a finished export' in _failure(folder, target)
-
-
-def test_two_files_for_one_place(export):
-  (export / 'hf' / 'README.md').write_text('another')
-  assert 'README.md is there and in hf/' in _failure(export)
-
-
-@pytest.mark.parametrize('names', [
-    ['a/train.txt', 'b/train.txt'], ['a/README.md'], ['a/none.txt']])
-def test_data_files_that_cannot_be_laid_out(export, tmp_path, names):
+def test_files_that_cannot_be_laid_out(export, tmp_path):
   for name in ('a/train.txt', 'b/train.txt', 'a/README.md'):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text('x')
-  assert 'files of the data set' in _failure(
-      export, data_files=[str(tmp_path / name) for name in names])
+  for names in (
+      ['a/train.txt', 'b/train.txt'], ['a/README.md'], ['a/none.txt']):
+    assert 'files of the data set' in _failure(
+        export, data_files=[str(tmp_path / name) for name in names]), names
+  (export / 'hf' / 'README.md').write_text('another')
+  assert 'README.md is there and in hf/' in _failure(export)
 
 
 def test_a_missing_client(monkeypatch, export):
@@ -385,12 +364,8 @@ def test_a_missing_client(monkeypatch, export):
   assert "pip install 'gemma_sft[push]'" in str(caught.value)
 
 
-# Kaggle -----------------------------------------------------------------------
-
-
 @pytest.fixture
 def kaggle(monkeypatch, serve):
-  """Starts a Kaggle with a login."""
   pytest.importorskip('kagglehub')
   from kagglehub import clients
   from kagglesdk import kaggle_env
@@ -444,26 +419,17 @@ def test_an_export_on_kaggle(kaggle, export, capfd):
   assert service.requests[0][:2] == ('HEAD', '/')
   made = {body['body']['instanceSlug']: (body, files)
           for body, files in _uploaded(service, 'CreateModelInstance$')}
-  assert {name: files for name, (_, files) in made.items()} == {
-      variation: {name.removeprefix(f'{part}/'): f'content of {name}'
-                  for name in ('README.md', 'export.json', *names)}
-      for variation, part, names in (
-          ('merged', 'hf',
-           ['hf/config.json', 'hf/model-00001-of-00002.safetensors']),
-          ('adapter', 'peft', ['peft/adapter_config.json']),
-          ('llama-cpp', 'gguf', ['gguf/model-q8_0.gguf', 'gguf/Modelfile']))}
-  for name, framework in (('merged', 'TRANSFORMERS'),
-                          ('adapter', 'TRANSFORMERS'), ('llama-cpp', 'GGUF')):
-    body, _ = made[name]
+  assert made.keys() == {'merged', 'adapter', 'llama-cpp'}
+  for name, part, framework in (
+      ('merged', 'hf', 'TRANSFORMERS'), ('adapter', 'peft', 'TRANSFORMERS'),
+      ('llama-cpp', 'gguf', 'GGUF')):
+    body, files = made[name]
+    assert files == {n.removeprefix(f'{part}/'): f'content of {n}'
+                     for n in _NAMES if '/' not in n or n.startswith(part)}
     assert (body['ownerSlug'], body['modelSlug']) == ('owner', 'blop')
     assert framework in body['body']['framework'].upper()
-  login = base64.b64encode(f'alice:{_KEY}'.encode()).decode()
-  for _, path, headers, body in service.requests:
-    assert _KEY not in path and _KEY.encode() not in body
-    for name, value in headers.items():
-      assert name == 'authorization' or (
-          _KEY not in value and login not in value)
-  assert _KEY not in ''.join(capfd.readouterr())
+  _check_login(service, capfd, _KEY,
+               base64.b64encode(f'alice:{_KEY}'.encode()).decode())
 
 
 def test_one_variation_of_ones_own_and_a_data_set(kaggle, export, tmp_path):
@@ -488,20 +454,13 @@ def test_a_folder_that_no_variation_takes(kaggle, export):
   assert 'onnx/model.onnx belongs to no part' in text and not service.requests
 
 
-def test_no_network_to_kaggle(kaggle, export, capfd):
-  kaggle(url='http://127.0.0.1:1')
-  # kagglehub itself would say that the login is wrong.
-  _check_no_network(export, capfd, 'kaggle:owner/blop', 'Kaggle', _KEY)
-
-
 @pytest.mark.parametrize('where, status, answer, expected', [
     ('Hello', 401, {'code': 401, 'message': f'bad {_KEY}'},
      'Kaggle refused, no valid login'),
     ('CreateModel$', 403, {'code': 403, 'message': f'not with {_KEY}'},
      'Kaggle refused, no right to write there'),
     ('CreateModelInstance$', 200, {'error': f'no {_KEY}', 'errorCode': 400},
-     'Kaggle: '),
-])
+     'Kaggle: ')])
 def test_what_kaggle_refuses(kaggle, export, where, status, answer, expected):
   service = kaggle({where: (status, answer)})
   text = _failure(export, 'kaggle:owner/blop')
