@@ -60,9 +60,8 @@ _tokenizer = functools.cache(conftest.make_tokenizer)
 
 @functools.cache
 def _processor(generation):
-  processor = sentencepiece.SentencePieceProcessor()
-  processor.LoadFromSerializedProto(_tokenizer(generation).proto)
-  return processor
+  return sentencepiece.SentencePieceProcessor(
+      model_proto=_tokenizer(generation).proto)
 
 
 def _encode(generation, text):
@@ -97,18 +96,20 @@ def test_pinned_text():
       '<bos><start_of_turn>user\nS\n\nU<end_of_turn>\n<start_of_turn>model\n')
   assert _jinja(4, messages, prompt=True) == (
       '<bos><|turn>system\nS<turn|>\n<|turn>user\nU<turn|>\n<|turn>model\n')
+  for build in templates.jinja, templates.ollama:
+    with pytest.raises(errors.UserError, match='generation 5'):
+      build(5)
 
 
 @pytest.mark.parametrize('generation', _GENERATIONS)
 @pytest.mark.parametrize('roles', [
     '', 's', 'm', 'uu', 'umm', 'su?su', 'us', 'sm', 't', 'ust'])
 def test_jinja_refuses_the_wrong_order(generation, roles):
-  prompt = '?' in roles
   names = {'s': 'system', 'u': 'user', 'm': 'assistant', 't': 'tool'}
   messages = [{'role': names[role], 'content': 'x'}
               for role in roles.replace('?', '')]
   with pytest.raises(jinja2.TemplateError):
-    _jinja(generation, messages, prompt=prompt)
+    _jinja(generation, messages, prompt='?' in roles)
 
 
 @pytest.mark.parametrize('content', [
@@ -122,15 +123,6 @@ def test_jinja_refuses_what_is_no_text(generation, empty, content):
   messages[empty]['content'] = content
   with pytest.raises(jinja2.TemplateError, match='empty or no text'):
     _jinja(generation, messages)
-
-
-@pytest.mark.parametrize('build', [templates.jinja, templates.ollama])
-def test_unknown_generation(build):
-  with pytest.raises(errors.UserError, match='generation 5'):
-    build(5)
-
-
-# Ollama -------------------------------------------------------------------
 
 
 _GO_FUNCTIONS = {
@@ -165,7 +157,6 @@ def _go(template, root):
   def value(text):
     return call(re.findall(r'"[^"]*"|[()]|[^\s()]+', text))
 
-  # A dash removes the white space on its side.
   parts = re.split(r'(?:\s*\{\{-\s|\{\{)(.*?)(?:\s-\}\}\s*|\}\})', template)
   assert '{{' not in ''.join(parts[::2])
   for i, part in enumerate(parts):
@@ -206,11 +197,10 @@ def _go(template, root):
 
 def _ollama(generation, messages):
   """Renders as Ollama does, which gathers the system texts first."""
-  data = {
+  return _go(templates.ollama(generation), {
       'System': '\n\n'.join(m.content for m in messages if m.role == 'system'),
       'Messages': [{'Role': m['role'], 'Content': m['content']}
-                   for m in _hf(messages)]}
-  return _go(templates.ollama(generation), data)
+                   for m in _hf(messages)]})
 
 
 @pytest.mark.parametrize('name', _CONVERSATIONS)
