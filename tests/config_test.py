@@ -20,8 +20,7 @@ def valid():
 
 def test_leaves_are_dotted_and_in_order(valid):
   keys = [key for key, _ in config_lib.leaves(valid)]
-  assert keys == sorted(keys, key=lambda key: key.split('.'))
-  assert len(set(keys)) == len(keys)
+  assert keys == sorted(set(keys), key=lambda key: key.split('.'))
   assert dict(config_lib.leaves({'a': {'b': (1, 2)}, 'c': 'x'})) == {
       'a.b': [1, 2], 'c': 'x'}
 
@@ -35,24 +34,24 @@ def test_a_config_comes_back_from_json(valid):
   back = config_lib.from_json(text, default.get_config())
   assert back.to_dict() == valid.to_dict()
   assert back.data.buckets == (16, 32)  # A tuple again.
-  assert back.is_locked
+  assert back.is_locked and isinstance(valid, ml_collections.ConfigDict)
+  with pytest.raises(AttributeError, match='rnk'):
+    valid.lora.rnk = 3
 
 
-def test_a_saved_config_may_lack_newer_keys(valid):
+def test_a_saved_config_may_lack_newer_keys_and_have_keys_of_curation(valid):
   saved = json.loads(config_lib.to_json(valid))
-  del saved['sampling.top_p']
+  # Before curation had its own config, a run saved its settings too.
+  older = saved | {'curate.source': 'raw.csv', 'curate.text': ['text']}
   template = default.get_config()
+  back = config_lib.from_json(json.dumps(older), template)
+  assert config_lib.differences(older, back) == []
+  del saved['sampling.top_p']
   back = config_lib.from_json(json.dumps(saved), template)
   assert back.sampling.top_p == template.sampling.top_p
   assert template.data.train == ''  # The template is not written to.
-
-
-def test_a_saved_config_may_have_keys_of_curation(valid):
-  # Before curation had its own config, a run saved its settings too.
-  saved = json.loads(config_lib.to_json(valid)) | {
-      'curate.source': 'raw.csv', 'curate.text': ['text']}
-  back = config_lib.from_json(json.dumps(saved), default.get_config())
-  assert config_lib.differences(saved, back) == []
+  assert config_lib.differences({'lora.a': 1}, {'lora.b': 2}) == [
+      'lora.a: 1 -> None', 'lora.b: None -> 2']
 
 
 @pytest.mark.parametrize('key, value', (
@@ -81,17 +80,6 @@ def test_what_a_resume_may_change(valid, key, value):
   assert config_lib.differences(saved, valid) == []
 
 
-def test_removed_and_added_keys_are_differences():
-  assert config_lib.differences({'lora.a': 1}, {'lora.b': 2}) == [
-      'lora.a: 1 -> None', 'lora.b: None -> 2']
-
-
-def test_the_defaults_are_valid_except_for_the_data(valid):
-  config_lib.validate(valid)
-  with pytest.raises(errors.UserError, match="config.data.train is ''"):
-    config_lib.validate(default.get_config())
-
-
 @pytest.mark.parametrize('name, arg', (
     ('blop', '270m'), *(('tiny', generation) for generation in '1234')))
 def test_every_config_is_a_valid_delta(name, arg):
@@ -102,12 +90,14 @@ def test_every_config_is_a_valid_delta(name, arg):
       key for key, _ in config_lib.leaves(default.get_config())}
 
 
-def test_missing_weights_are_reported():
+def test_missing_weights_and_data_are_reported():
   config = importlib.import_module('configs.blop').get_config('gemma1_2b')
   with pytest.raises(errors.UserError, match="config.model.weights is ''"):
     config_lib.validate(config)
   config.model.weights = 'somewhere'
   config_lib.validate(config)
+  with pytest.raises(errors.UserError, match="config.data.train is ''"):
+    config_lib.validate(default.get_config())
 
 
 _WRONG = {
@@ -159,17 +149,15 @@ def test_an_api_key_given_as_project_is_not_shown(valid, key):
   assert key not in str(caught.value)
 
 
-def test_values_at_their_limits_are_valid(valid):
-  for key, value in (
-      ('data.max_cut_share', 1.0), ('lora.dropout', 0.0), ('eval.judged', -1),
-      ('sampling.top_p', 1.0), ('sampling.temperature', 0.0),
-      ('optimizer.warmup_ratio', 1.0), ('mesh.fsdp', -1),
-      ('track.wandb', 'entity/my-project_1.2')):
-    valid.update_from_flattened_dict({key: value})
+def test_the_defaults_and_values_at_their_limits_are_valid(valid):
+  config_lib.validate(valid)
+  valid.update_from_flattened_dict({
+      'data.max_cut_share': 1.0, 'lora.dropout': 0.0, 'eval.judged': -1,
+      'sampling.top_p': 1.0, 'sampling.temperature': 0.0, 'mesh.fsdp': -1,
+      'optimizer.warmup_ratio': 1.0, 'track.wandb': 'entity/my-project_1.2'})
   config_lib.validate(valid)
   # Unused values are not checked.
-  valid.lora.enabled = False
-  valid.lora.rank = 0
+  valid.lora.update(enabled=False, rank=0)
   config_lib.validate(valid)
 
 
@@ -180,10 +168,3 @@ def test_parse_columns():
   for text in ('prompt', 'prompt=', '=question', 'a=b,c'):
     with pytest.raises(errors.UserError, match='config.data.columns has'):
       config_lib.parse_columns(text)
-
-
-def test_the_config_is_locked():
-  config = default.get_config()
-  assert isinstance(config, ml_collections.ConfigDict)
-  with pytest.raises(AttributeError, match='rnk'):
-    config.lora.rnk = 3
