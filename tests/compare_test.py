@@ -59,10 +59,7 @@ def write_scores(folder, verdicts, *, first=0, split='test', place='data',
 
 @pytest.fixture
 def make(tmp_path):
-  """Returns a function that writes a workdir and returns its path.
-
-  Losses are on validation, after 0, 10, ... updates.
-  """
+  # Losses are on validation, after 0, 10, ... updates.
   def make(name, config=(), *, losses=(3.0, 1.0), scored=None, answers=(),
            **record):
     write_run(
@@ -83,8 +80,9 @@ def _compare(*workdirs) -> compare_runs.Comparison:
       for w, name in zip(workdirs, compare_runs.names(workdirs))])
 
 
-def _strict_gain(found):
-  return next(r for r in found.gains if r['metric'] == 'judge/strict')
+def _strict_gain(*workdirs):
+  return next(r for r in _compare(*workdirs).gains
+              if r['metric'] == 'judge/strict')
 
 
 def test_what_differs_is_shown_and_what_decides_nothing_apart(make):
@@ -121,14 +119,11 @@ def test_results_are_side_by_side(make):
       'tokens/s, median': ['1,234', '-'], 'peak memory': ['2.50 GB', '-'],
       'trained weights': ['1,000', '1,000']}
   assert any('b has not ended' in note for note in found.notes)
-
-
-def test_the_best_is_by_the_metric_and_mode_of_the_run(make):
+  # The best is by the metric and mode of the run; ties go to the later step, as
+  # in training.
   run = compare_runs.load(
-      make('a', {'eval.mode': 'max'}, losses=(2., 3., 3.)), 'a', {})
-  # Ties go to the later step, as in training.
-  assert compare_runs.best_of(run) == {
-      'metric': 'loss', 'value': 3.0, 'step': 20}
+      make('c', {'eval.mode': 'max'}, losses=(2., 3., 3.)), 'c', {})
+  assert compare_runs.best_of(run) == dict(metric='loss', value=3.0, step=20)
 
 
 @pytest.mark.parametrize('mine, theirs, said', (
@@ -137,10 +132,10 @@ def test_the_best_is_by_the_metric_and_mode_of_the_run(make):
     ([1, 0] * 20, [0, 1] * 20, 'cannot be told apart: strict +0.0'),
     ([1] * 40, [1] * 40, 'cannot be told apart: strict +0.0')))
 def test_the_sentence_says_whether_it_is_chance(make, mine, theirs, said):
-  found = _compare(make('a', scored=theirs),
-                   make('b', {'lora.rank': 8}, scored=mine))
+  runs = (make('a', scored=theirs), make('b', {'lora.rank': 8}, scored=mine))
+  found = _compare(*runs)
   assert said in found.sentences[0] and '40 records' in found.sentences[0]
-  row = _strict_gain(found)
+  row = _strict_gain(*runs)
   assert row['run'] == 'b' and row['n'] == 40 and row['low'] <= row['gain']
   assert found.scores[0] == ['test split', 'a', 'b']
 
@@ -148,30 +143,25 @@ def test_the_sentence_says_whether_it_is_chance(make, mine, theirs, said):
 def test_a_paired_interval_is_narrower_than_the_two_would_say(make):
   # 38 of 40 records alike: what is left is certain, though 50 % and 55 % are
   # not told apart by their own intervals.
-  theirs = [1] * 20 + [0] * 20
-  row = _strict_gain(_compare(
-      make('a', scored=theirs),
-      make('b', scored=theirs[:20] + [1] * 2 + [0] * 18)))
+  row = _strict_gain(make('a', scored=[1] * 20 + [0] * 20),
+                     make('b', scored=[1] * 22 + [0] * 18))
   assert row['gain'] == pytest.approx(0.05)
   assert row['high'] - row['low'] < 0.15  # Unpaired: over 0.4.
 
 
 def test_records_are_the_same_by_what_they_ask(make):
   a = make('a', scored=[0] * 10)
-  row = _strict_gain(_compare(
-      a, make('b', scored=[1] * 10, answers={'place': 'elsewhere'})))
+  row = _strict_gain(
+      a, make('b', scored=[1] * 10, answers={'place': 'elsewhere'}))
   assert (row['n'], row['gain']) == (10, 1.0)
   # The same lines of the same file, but other questions: 6 are shared.
   found = _compare(
       a, make('c', scored=[1] * 6 + [0] * 4, answers={'first': 4}))
   assert [(r['metric'], r['n']) for r in found.gains] == [('judge/strict', 6)]
   assert any('6 records of test are in both' in note for note in found.notes)
-
-
-def test_answers_decoded_differently_are_not_paired(make):
+  # Answers that were decoded differently are not paired.
   found = _compare(
-      make('a', scored=[0] * 10),
-      make('b', scored=[1] * 10, answers={'temperature': 0.7}))
+      a, make('d', scored=[1] * 10, answers={'temperature': 0.7}))
   assert not found.gains
   assert any('decoded differently (temperature 0.0 and 0.7)' in note
              for note in found.notes)
@@ -180,13 +170,13 @@ def test_answers_decoded_differently_are_not_paired(make):
 
 def test_one_training_twice_and_two_places_of_it(make):
   found = _compare(make('a'), make('b'), make('c', {'checkpoint.keep': 1}))
-  assert found.sentences[0].startswith('b is the same training as a. ')
-  assert found.sentences[1].startswith(
+  first, second = found.sentences
+  assert first.startswith('b is the same training as a. ')
+  assert second.startswith(
       'c is the same training as a: only checkpoint.keep differs, which does'
       ' not affect the result.')
   assert not found.config and not found.origin
-  assert 'Config: no difference affects the result.' in (
-      compare_page.text(found))
+  assert 'Config: no difference affects the result.' in compare_page.text(found)
 
 
 def test_an_older_run_is_shown_with_what_it_has(make, tmp_path):
@@ -200,18 +190,13 @@ def test_an_older_run_is_shown_with_what_it_has(make, tmp_path):
   assert any('b has no run.json' in note for note in found.notes)
   assert ['best', 'loss 1 after 10', 'loss 1 after 10'] in found.results
   # A config that lacks a key has its default.
-  saved = json.loads((tmp_path / 'b' / 'config.json').read_text())
+  config = tmp_path / 'b' / 'config.json'
+  saved = json.loads(config.read_text())
   del saved['lora.use_dora']
-  (tmp_path / 'b' / 'config.json').write_text(json.dumps(saved))
+  config.write_text(json.dumps(saved))
   assert _compare(a, b).config == found.config
   (tmp_path / 'b' / 'metrics.jsonl').unlink()
   assert ['updates', '10 of 10', '-'] in _compare(a, b).results
-
-
-def test_names_that_are_alike_or_mean_something_become_paths():
-  assert compare_runs.names(['x/a', 'x/b/']) == ['a', 'b']
-  assert compare_runs.names(['x/a', 'y/a', 'tuned']) == [
-      './x/a', './y/a', './tuned']
 
 
 def test_the_page_is_whole_and_escapes(make, tmp_path, capsys):
@@ -229,18 +214,15 @@ def test_the_page_is_whole_and_escapes(make, tmp_path, capsys):
   for part in ('<th>a</th><th>b</th>', 'Scores on the test split',
                'Gain over a'):
     assert part in page
-
-
-def test_a_picture_needs_curves(make):
-  a, b = (compare_runs.load(make(name, losses=()), name, {}) for name in 'ab')
-  assert compare_page.picture([a, b]) is None
+  # A picture needs curves.
+  assert compare_page.picture([
+      compare_runs.load(make(n, losses=()), n, {}) for n in 'cd']) is None
 
 
 @pytest.mark.parametrize('workdirs, out, got', (
     ('a', None, 'compare was given 1 runs'),
     ('aa', None, 'compare was given 2 runs'),
-    ('an', None, 'n is not a folder'),
-    ('ae', None, 'has no config.json'),
+    ('an', None, 'n is not a folder'), ('ae', None, 'has no config.json'),
     # Named before anything is read.
     ('xy', 'page.txt', '--out='), ('xy', 'none/page.html', '--out=')))
 def test_wrong_folders_are_named(make, tmp_path, workdirs, out, got):
@@ -252,7 +234,11 @@ def test_wrong_folders_are_named(make, tmp_path, workdirs, out, got):
   assert got in caught.value.got and caught.value.fix
 
 
-def test_the_command_takes_folders(monkeypatch):
+def test_the_command_takes_folders_and_names_that_are_alike_become_paths(
+    monkeypatch):
   monkeypatch.setattr('sys.argv', ['compare', 'a', 'b'])
   assert cli._parse('gemma_sft.compare', (), 'workdirs') == {
       'workdirs': ['a', 'b']}
+  assert compare_runs.names(['x/a', 'x/b/']) == ['a', 'b']
+  assert compare_runs.names(['x/a', 'y/a', 'tuned']) == [
+      './x/a', './y/a', './tuned']
