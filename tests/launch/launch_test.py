@@ -27,10 +27,8 @@ def test_syntax(script):
 @pytest.mark.skipif(
     not scripts.find('shellcheck'), reason='shellcheck is not installed')
 def test_shellcheck():
-  done = subprocess.run(
-      [scripts.find('shellcheck'), '-x', *map(str, _SCRIPTS)],
-      cwd=conftest.ROOT, text=True, capture_output=True, check=False)
-  assert done.returncode == 0, done.stdout
+  subprocess.run([scripts.find('shellcheck'), '-x', *map(str, _SCRIPTS)],
+                 cwd=conftest.ROOT, check=True)
 
 
 def test_dry_run_prints_the_steps_and_changes_nothing(tmp_path, monkeypatch):
@@ -44,13 +42,10 @@ def test_dry_run_prints_the_steps_and_changes_nothing(tmp_path, monkeypatch):
   assert '--config.lora.rank=8' in commands and '--workdir=mine' in commands
 
 
-def test_serve_requires_a_file():
+def test_serve_requires_a_file_and_reports_why_the_server_ended(tmp_path):
   done = _bash('launch/serve.sh')
   assert done.returncode == 2
   assert 'FILE.gguf' in done.stderr and 'Traceback' not in done.stderr
-
-
-def test_serve_reports_why_the_server_ended(tmp_path):
   server = tmp_path / 'llama-server'
   scripts.write_program(server, 'echo no such model; exit 1')
   done = _bash('launch/serve.sh', 'x.gguf', 'Hi', LLAMA_SERVER=str(server),
@@ -59,28 +54,26 @@ def test_serve_reports_why_the_server_ended(tmp_path):
   assert 'no such model' in done.stderr and 'set PORT' in done.stderr
 
 
-def _find_python(path: pathlib.Path, **environment):
-  return _bash('-c', '. launch/environment.sh; find_python',
-               PATH=str(path), **{'PYTHON': ''} | environment)
+def _find_python(path: pathlib.Path, python=''):
+  return _bash('-c', '. launch/environment.sh; find_python', PATH=str(path),
+               PYTHON=python)
 
 
-def test_a_missing_python_is_reported_in_one_line(tmp_path):
+def test_the_first_suitable_python_is_taken_and_a_missing_one_reported(
+    tmp_path):
   # A version that is too old.
   scripts.write_program(tmp_path / 'python3', 'exit 1')
   done = _find_python(tmp_path)
   assert done.returncode == 2 and done.stdout == ''
-  assert 'needs Python 3.12 or newer' in done.stderr
-  assert 'PYTHON=/path/to/python3.12' in done.stderr
-  assert len(done.stderr.strip().splitlines()) == 1
-
-
-def test_the_first_suitable_python_is_taken(tmp_path):
+  line, = done.stderr.strip().splitlines()
+  assert 'needs Python 3.12 or newer' in line
+  assert 'PYTHON=/path/to/python3.12' in line
   for name, status in {
       'python3.12': 1, 'python3.13': 0, 'python3': 0, 'own': 0}.items():
     scripts.write_program(tmp_path / name, f'exit {status}')
   assert _find_python(tmp_path).stdout.strip() == 'python3.13'
   own = str(tmp_path / 'own')
-  assert _find_python(tmp_path, PYTHON=own).stdout.strip() == own
+  assert _find_python(tmp_path, own).stdout.strip() == own
 
 
 def test_without_npm_the_compiler_is_left_out(tmp_path):
