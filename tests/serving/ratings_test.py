@@ -49,20 +49,15 @@ def test_a_rating_is_on_disk_as_soon_as_it_is_given(store):
   assert ratings.Store(store.path).ratings() == [given]
 
 
-def test_a_rater_rates_a_pair_once(store):
-  assert _add(store, _rating('Ana', 'x', 'a'), _rating('Ana', 'x', 'b'),
-              _rating('Bo', 'x', 'b')) == [True, False, True]
-  assert [(r.rater, r.choice) for r in store.ratings()] == [
-      ('Ana', 'a'), ('Bo', 'b')]
-
-
-def test_undo_takes_back_the_raters_last_of_these_pairs(store):
-  _add(store, _rating('Ana', 'x', 'a', style='12'), _rating('Ana', 'y', 'tie'),
-       _rating('Ana', 'of another comparison', 'b'), _rating('Bo', 'y', 'b'))
-  items = ['x', 'y']
-  assert store.undo('Ana', items) == _rating('Ana', 'y', 'tie')
-  assert store.undo('Ana', items) == _rating('Ana', 'x', 'a', style='12')
-  assert store.undo('Ana', items) is None
+def test_a_rater_rates_a_pair_once_and_undoes_the_last_of_these_pairs(store):
+  rated = [_rating('Ana', 'x', 'a', style='12'), _rating('Ana', 'y', 'tie')]
+  others = [_rating('Ana', 'of another comparison', 'b'),
+            _rating('Bo', 'y', 'b')]
+  assert _add(store, *rated, _rating('Ana', 'x', 'b'), *others) == [
+      True, True, False, True, True]
+  assert store.ratings() == [*rated, *others]
+  assert [store.undo('Ana', ['x', 'y']) for _ in range(3)] == [
+      *rated[::-1], None]
   assert [(r.rater, r.item) for r in store.ratings()] == [
       ('Ana', 'of another comparison'), ('Bo', 'y')]
   # It stays in the file, and the pair can be rated again.
@@ -70,24 +65,23 @@ def test_undo_takes_back_the_raters_last_of_these_pairs(store):
   assert _add(store, _rating('Ana', 'x', 'b')) == [True]
 
 
-@pytest.mark.parametrize('wrong', [
-    _rating('Ana', 'x', 'c'), _rating('Ana', 'x', 'a', 'z'),
-    _rating('Ana', 'x', 'a', style='60')], ids=('choice', 'first', 'mark'))
-def test_an_invalid_rating_is_not_stored(store, wrong):
-  with pytest.raises(sqlite3.IntegrityError):
-    _add(store, wrong)
-  assert store.ratings() == []
+def test_an_invalid_rating_is_not_stored(store):
+  for wrong in (_rating('Ana', 'x', 'c'), _rating('Ana', 'x', 'a', 'z'),
+                _rating('Ana', 'x', 'a', style='60')):
+    with pytest.raises(sqlite3.IntegrityError):
+      _add(store, wrong)
+    assert store.ratings() == []
 
 
-@pytest.mark.parametrize('name, match', (
-    ('notes.txt', 'choose another --out'), ('other.sqlite', 'another program'),
-    ('notes.txt/in a file', 'choose another --out')))
-def test_another_kind_of_file_is_refused(tmp_path, name, match):
+def test_another_kind_of_file_is_refused(tmp_path):
   text = tmp_path / 'notes.txt'
   text.write_text('not a database, and long enough to tell' * 9)
   _execute(tmp_path / 'other.sqlite', 'CREATE TABLE songs (name)')
-  with pytest.raises(errors.UserError, match=match):
-    ratings.Store(str(tmp_path / name))
+  for name, match in (('notes.txt', 'choose another --out'),
+                      ('other.sqlite', 'another program'),
+                      ('notes.txt/in a file', 'choose another --out')):
+    with pytest.raises(errors.UserError, match=match):
+      ratings.Store(str(tmp_path / name))
   assert text.read_text().startswith('not a')
 
 
@@ -103,9 +97,8 @@ def test_alpha_knows_full_agreement_chance_and_its_opposite():
   ]) == pytest.approx(0.815, abs=5e-4)
   assert ratings.krippendorff_alpha([[0, 0], [1, 1], [2, 2]]) == 1
   assert ratings.krippendorff_alpha([[0, 2], [2, 0], [0, 2]]) < 0
-  rng = np.random.default_rng(0)
   # 2,000 units: the standard error is about 0.02.
-  chance = rng.integers(0, 3, (2000, 3)).tolist()
+  chance = np.random.default_rng(0).integers(0, 3, (2000, 3)).tolist()
   assert abs(ratings.krippendorff_alpha(chance)) < 0.06
   # A tie is nearer to either than they are to each other.
   near = ratings.krippendorff_alpha([[0, 1], [0, 0], [1, 1], [2, 2]])
@@ -125,11 +118,8 @@ def test_win_rate_counts_a_tie_half_and_a_pair_once():
   many = ratings.win_rate([['a'] * 9, ['b'] * 9])[1]
   assert many == ratings.win_rate([['a'], ['b']])[1]  # Not of 18.
   assert ratings.win_rate([]) == (None, (0.0, 1.0))
-
-
-def test_the_interval_holds_the_true_rate_as_often_as_it_says():
-  rng = np.random.default_rng(1)
-  hits = 0
+  # The interval holds the true rate as often as it says.
+  rng, hits = np.random.default_rng(1), 0
   for _ in range(400):
     drawn = rng.choice(ratings.CHOICES, 40, p=(0.4, 0.3, 0.3))
     low, high = ratings.win_rate([[c] for c in drawn])[1]
@@ -142,11 +132,8 @@ def test_summary():
   rated = [
       _rating('Ana', 'x', 'a', 'a', style='42', meaning='3.'),
       _rating('Ana', 'y', 'tie', 'b', style='33'),
-      _rating('Ana', 'z', 'b', 'a'),
-      _rating('Bo', 'x', 'a', 'b', style='52'),
-      _rating('Bo', 'y', 'b', 'b'),
-      _rating('Cy', 'gone', 'b', 'b'),
-  ]
+      _rating('Ana', 'z', 'b', 'a'), _rating('Bo', 'x', 'a', 'b', style='52'),
+      _rating('Bo', 'y', 'b', 'b'), _rating('Cy', 'gone', 'b', 'b')]
   got = ratings.summarise(rated, ['x', 'y', 'z', 'unseen'])
   del got['win_interval']
   assert got == {
