@@ -24,30 +24,20 @@ def _values(text, name):
 
 def test_pinned_text():
   assert _render() == (
-      'FROM ./gguf/model-q8_0.gguf\n'
-      'TEMPLATE """{{ .Prompt }}"""\n'
-      'PARAMETER temperature 0.2\n'
-      'PARAMETER repeat_penalty 1.1\n'
-      'PARAMETER top_k 64\n'
-      'PARAMETER top_p 0.95\n'
-      'PARAMETER num_ctx 2048\n'
-      'PARAMETER stop <end_of_turn>\n'
-      'PARAMETER stop <eos>\n'
+      'FROM ./gguf/model-q8_0.gguf\nTEMPLATE """{{ .Prompt }}"""\n'
+      'PARAMETER temperature 0.2\nPARAMETER repeat_penalty 1.1\n'
+      'PARAMETER top_k 64\nPARAMETER top_p 0.95\nPARAMETER num_ctx 2048\n'
+      'PARAMETER stop <end_of_turn>\nPARAMETER stop <eos>\n'
       'LICENSE """Gemma\nterms"""\n')
   modelfile_parser.parse(_render())
-
-
-@pytest.mark.parametrize('generation', [1, 2, 3, 4])
-def test_the_template_survives(generation):
-  template = templates.ollama(generation)
-  assert _values(_render(template=template), 'template') == [template]
+  for template in map(templates.ollama, (1, 2, 3, 4)):
+    assert _values(_render(template=template), 'template') == [template]
 
 
 @pytest.mark.parametrize('text', [
     'x', '"', '""', '"quoted"', '\n', '\n\n', 'a\nb', 'a"\nb', '"a"\n"b"',
     ' a ', '\ta', 'a # b', '# a', 'FROM x', "it's", '\\n', '{{ x',
-    'three """ inside', '"""a', 'caf\u00e9 \u65e5\u672c', 'ends in "',
-])
+    'three """ inside', '"""a', 'caf\u00e9 \u65e5\u672c', 'ends in "'])
 def test_every_value_comes_back(text):
   out = _render(stops=(text, 'x'), license=text)
   assert _values(out, 'parameter stop') == [text, 'x']
@@ -56,14 +46,9 @@ def test_every_value_comes_back(text):
 
 @pytest.mark.parametrize('text, message', [
     ('a """\nb', 'line 1 of the value ends in three quotes'),
-    ('a\nb """  \nc', 'line 2 of the value'),
-    ('"""\nb', 'line 1 of the value'),
-    ('a\u00a0b', r'U\+00A0'),
-    ('a\rb', r'U\+000D'),
-    ('a\x0cb', r'U\+000C'),
-    ('a\u200db', r'U\+200D'),
-    ('', 'an empty value'),
-])
+    ('a\nb """  \nc', 'line 2 of the value'), ('"""\nb', 'line 1 of the value'),
+    ('a\u00a0b', r'U\+00A0'), ('a\rb', r'U\+000D'), ('a\x0cb', r'U\+000C'),
+    ('a\u200db', r'U\+200D'), ('', 'an empty value')])
 def test_what_cannot_be_written_is_refused(text, message):
   for change in (dict(stops=(text,)), dict(license=text)):
     with pytest.raises(errors.UserError, match=message):
@@ -79,27 +64,19 @@ def test_paths_and_numbers():
     _render(temperature=float('nan'))
 
 
-# The parser itself ------------------------------------------------------------
-
-
 @pytest.mark.parametrize('text, message', [
     ('# FROM x\nLICENSE y', 'no FROM'), ('FROM x\nTEMPLAT y', 'no command'),
     ('FROM x\nLICENSE', 'no command with a value'), ('FROM: x', 'no command'),
     ('FROM \nLICENSE y', "from of ''"),
     ('FROM x\n\nPARAMETER temprature 1', 'no command'),
-    ('FROM x\nPARAMETER  top_k 1', 'no command'),
-    ('FROM x\nPARAMETER top_k', 'no command'),
-    ('FROM x\nPARAMETER top_k many', "top_k of 'many'"),
-    ('FROM x\nPARAMETER top_k 2.5', "top_k of '2.5'"),
-    ('FROM x\nPARAMETER num_ctx None', "num_ctx of 'None'"),
-    ('FROM x\nPARAMETER top_p 1,5', "top_p of '1,5'"),
-    ('FROM x\nPARAMETER temperature nan', 'temperature of'),
-    ('FROM x\nPARAMETER stop ""', "stop of ''"),
-    ('FROM x\nLICENSE """a\nb\n', 'quotes do not close'),
-    ('FROM x\nLICENSE "a\nb', 'quotes do not close'),
-    ('FROM x\nLICENSE """a\nb"""c', 'quotes do not close'),
-    ('FROM x\nLICENSE """a\nb\u200dc"""', r'U\+200D'),
-])
+    *((f'FROM x\nPARAMETER {text}', message) for text, message in (
+        (' top_k 1', 'no command'), ('top_k', 'no command'),
+        ('top_k many', "top_k of 'many'"), ('top_k 2.5', "top_k of '2.5'"),
+        ('num_ctx None', "num_ctx of 'None'"), ('top_p 1,5', "top_p of '1,5'"),
+        ('temperature nan', 'temperature of'), ('stop ""', "stop of ''"))),
+    *((f'FROM x\nLICENSE {text}', 'quotes do not close')
+      for text in ('"""a\nb\n', '"a\nb', '"""a\nb"""c')),
+    ('FROM x\nLICENSE """a\nb\u200dc"""', r'U\+200D')])
 def test_the_parser_refuses_bad_files(text, message):
   for good in ('from x\n', '# c\n\n  FROM x y\n', 'FROM x\r\nLICENSE y\r\n',
                'FROM "x"\nPARAMETER stop "a\nb"\nPARAMETER temperature .5'):
