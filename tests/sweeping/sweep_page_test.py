@@ -72,16 +72,13 @@ def test_differences_without_spread():
   assert significance.crossed(np.ones((3, 10))).p == 2.0 ** -9
 
 
-def test_holm_by_hand():
+def test_holm_and_pareto_by_hand():
   adjusted = [d and d.adjusted for d in significance.adjust([None, *(
       significance.Difference(0, 0, 0, p, 3, 0)
       for p in (0.01, 0.04, 0.03, None))])]
   # The smallest times 3, then 0.03 * 2, then 0.04 * 1 but no less.
   np.testing.assert_allclose(adjusted[1:4], [0.03, 0.06, 0.06])
   assert adjusted[0] is None and adjusted[4] is None
-
-
-def test_pareto_by_hand():
   # Front, beaten by 0, front, equal to 2: both stand, beaten by 2.
   assert significance.pareto(
       [1.0, 2.0, 3.0, 3.0, 4.0], [0.5, 0.4, 0.9, 0.9, 0.9]) == [
@@ -92,7 +89,6 @@ _RECORDS = 40
 
 
 def _write_run(run, *, share, loss, seconds=60.0, gigabytes=2.0, seed=0):
-  """Writes a finished run as training and evaluation do."""
   rng = np.random.default_rng(1000 * run.seed + seed)
   # The same questions are hard for all.
   hard = np.random.default_rng(7).random(_RECORDS)
@@ -135,7 +131,6 @@ def make_sweep(tmp_path):
 
 @pytest.fixture
 def write(make_sweep, tmp_path, monkeypatch):
-  """Returns a function that writes the page of cells with these shares."""
   def write(seeds=3, n_runs=None, messages=(), draw=False, **shares):
     if not draw:
       monkeypatch.setattr(pages, 'to_png', lambda figure: b'')
@@ -224,7 +219,6 @@ def test_an_unfinished_sweep_shows_what_failed(write, tmp_path):
   html = _kept(tmp_path, 'sweep.html')
   assert '&lt;b&gt;matches&lt;/b&gt;' in html and '<b>matches' not in html
   json.loads(_kept(tmp_path, 'sweep.json'), parse_constant=pytest.fail)
-  # Nothing at all.
   empty = write(base=None, other=None, n_runs=1)
   assert empty['sentences'][1] == 'No run is finished.'
 
