@@ -61,7 +61,6 @@ def check(case: bytes, folder: str) -> None:
     _check_that_the_template_refuses(messages, generation)
   else:
     _check_rendered(example, messages, generation)
-    _check_the_prompt(example, messages, tokenizer)
   for message in messages:
     _check_text(message.content, generation)
 
@@ -98,18 +97,12 @@ def _as_written(text):
   return text.replace('\u2581', ' ')
 
 
-def _turns(messages, generation):
-  """Returns the turns that the model reads."""
+def _check_rendered(example, messages, generation):
+  tokenizer, _, start, end = _tokenizer(generation)
   turns = [(m.role, m.content.strip()) for m in messages]
   if turns[0][0] == 'system' and generation < 4:
     (_, system), (role, first), *rest = turns
     turns = [(role, f'{system}\n\n{first}'), *rest]
-  return turns
-
-
-def _check_rendered(example, messages, generation):
-  tokenizer, _, start, end = _tokenizer(generation)
-  turns = _turns(messages, generation)
   texts, marks = _segments(example.tokens, generation)
   if marks != [tokenizer.bos_id, *[start, end] * len(turns)]:
     raise judging.Loss(f'control tokens {marks} for {len(turns)} turns')
@@ -130,9 +123,6 @@ def _check_rendered(example, messages, generation):
   text, tags = _render(messages, generation), _TAGS[generation]
   if text != ''.join(f'{tags[0]}{r}\n{t}{tags[1]}\n' for r, t in turns):
     raise judging.Loss(f'the template renders {text!r:.300}')
-
-
-def _check_the_prompt(example, messages, tokenizer):
   if len(messages) > 1 and messages[-2].role == 'user':
     prompt = chat.render_prompt(messages[:-1], tokenizer)
     if prompt != example.tokens[:len(prompt)].tolist() or (

@@ -161,18 +161,17 @@ async def _send(app, request):
 
 def _check_guard(request, status, body):
   """Checks what the guard promises."""
-  host = request['headers'].get('host', '127.0.0.1:80')
+  headers = request['headers']
+  host = headers.get('host', '127.0.0.1:80')
   names_us = host.rpartition(':')[0].endswith('127.0.0.1')
-  text = body.decode('utf-8', 'replace')
   if request['app'] == 'token':
-    known = _TOKEN in request['query'] or _TOKEN in request[
-        'headers'].get('cookie', '')
-    if not known and status != 401 or _TOKEN in text:
+    known = _TOKEN in request['query'] + headers.get('cookie', '')
+    if not known and status != 401 or _TOKEN in body.decode('utf-8', 'replace'):
       raise judging.Loss(f'without the token the status is {status}')
   elif 'example' in host and not names_us and status != 403:
     raise judging.Loss(f'status {status} for the host {host!r}')
-  elif request['method'] == 'POST' and 'example' in request['headers'].get(
-      'origin', '') and status != 403:
+  elif (request['method'] == 'POST' and status != 403
+        and 'example' in headers.get('origin', '')):
     raise judging.Loss(f'status {status} for another site')
   if len(request['body']) > guard.MAX_BODY and status < 400 and (
       request['method'] not in ('GET', 'HEAD')):
