@@ -58,8 +58,6 @@ _hf, _gguf = tiny_models.hf_config, tiny_models.gguf_metadata
 _check = tiny_models.check_hf_config
 
 
-# What is written -------------------------------------------------------------
-
 # From Google's own text_config: width, MLP, layers, heads, key-value heads,
 # those of global layers, window, width of the per-layer inputs, layers that
 # share keys and values, values that are keys, double MLP, positions, period.
@@ -103,7 +101,7 @@ def test_hf_config_of_presets_is_googles(name):
       'pad_token_id': 0, 'dtype': 'float32'}.items()
 
 
-def test_gguf_metadata_of_e2b():
+def test_gguf_metadata():
   name, metadata = _gguf(model_lib.make_model('gemma4_e2b'))
   assert name == 'gemma4'
   assert metadata == {
@@ -123,9 +121,7 @@ def test_gguf_metadata_of_e2b():
           'rope.dimension_count': 512, 'rope.dimension_count_swa': 256,
           'rope.freq_base': 1e6, 'rope.freq_base_swa': 1e4,
           'final_logit_softcapping': 30.0}.items()}}
-
-
-def test_gguf_metadata_of_31b_counts_heads_by_layer():
+  # Of 31B, heads by layer.
   _, metadata = _gguf(model_lib.make_model('gemma4_31b'))
   assert metadata['gemma4.attention.head_count_kv'] == (
       10 * [16, 16, 16, 16, 16, 4])
@@ -150,9 +146,6 @@ def test_without_global_layers_there_are_no_rope_freqs():
   model = _small(num_layers=2)
   assert not architecture.extra_gguf_tensors(model.config, 4)
   assert _gguf(model)
-
-
-# What cannot be expressed ----------------------------------------------------
 
 
 _SHARING = _small(**_SHARED).config.kv_cache_sharing_config
@@ -186,9 +179,6 @@ def test_what_cannot_be_expressed_is_refused(
       build(model)
   if gguf:
     assert _gguf(model)
-
-
-# What a file is checked for --------------------------------------------------
 
 
 @pytest.mark.parametrize('form', _FORMS)
@@ -249,8 +239,6 @@ def test_a_contradiction_is_named(key, value):
   _check(model, hf, key.removeprefix('global_'))
 
 
-# Logits ----------------------------------------------------------------------
-
 _COMPARED = ('plain', 'e2b', '31b')  # 'e4b' has less than 'e2b'.
 _PROMPT = [2, *np.random.default_rng(1).integers(110, _PIECES, 39).tolist()]
 
@@ -263,12 +251,9 @@ def _random_arrays(model):
   rng = np.random.default_rng(0)
   arrays = {}
   for path, shape in load.weight_layout(model).shapes.items():
-    if path.endswith('scale'):
-      array = rng.uniform(0.5, 1.5, shape)
-    elif path.endswith(('input_embedding', 'per_layer_embeddings')):
-      array = rng.normal(0, 0.6, shape)
-    else:
-      array = rng.normal(0, 0.3, shape)
+    size = 0.6 if path.endswith(('embedding', 'embeddings')) else 0.3
+    array = (rng.uniform(0.5, 1.5, shape) if path.endswith('scale')
+             else rng.normal(0, size, shape))
     arrays[path] = np.asarray(array, np.float32)
   return arrays
 
