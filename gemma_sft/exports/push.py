@@ -184,7 +184,9 @@ def _reach_kaggle():
   import requests
 
   endpoint = kaggle_env.get_endpoint(kaggle_env.get_env())
-  requests.head(endpoint, timeout=_TIMEOUT_OF_LOGIN[:2])
+  # bandit wants a number.
+  requests.head(  # nosec B113
+      endpoint, timeout=_TIMEOUT_OF_LOGIN[:2])
 
 
 def _kaggle_uploads(folder, handle):

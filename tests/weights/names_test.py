@@ -30,7 +30,7 @@ def _layout(name: str) -> names.WeightLayout:
 @pytest.mark.parametrize('name', [*_LAYOUTS, 'gemma4'])
 def test_round_trip_is_exact_and_has_the_announced_shapes(name, form):
   layout = load.weight_layout(tiny_models.model(
-      '4_shared', num_layers=6, shared_kv_layers=3)
+      '4_shared', num_layers=6, shared_kv_layers=3, local_layers_per_global=2)
   ) if name == 'gemma4' else _layout(name)
   arrays = tiny_models.exact_arrays(layout)
   file = dict(names.from_library(layout, form, arrays.__getitem__))
