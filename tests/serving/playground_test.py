@@ -45,19 +45,17 @@ def play(served):
       _records({'prompt': 'Blue?', 'completion': 'sky'}))
 
 
+def _client(play, answer=sample.answer):
+  return serving.make_client(playground.make_app(play, answer))
+
+
 @pytest.fixture
 def client(play):
   return _client(play)
 
 
-def _client(play, answer=sample.answer):
-  return serving.make_client(playground.make_app(play, answer))
-
-
 _SAMPLING = dict(temperature=0, top_k=0, top_p=1, repetition_penalty=1,
                  max_new_tokens=64, seed=0, stop=[])
-
-
 _CHAT = [{'role': 'user', 'content': 'Red?'}]
 
 
@@ -83,30 +81,36 @@ def test_the_answer_is_that_of_sample(client):
   events = _ask(client)
   assert _answer(events) == _SCRIPT
   assert ''.join(e['text'] for e in events if 'text' in e).strip() == _SCRIPT
-  assert events[0]['prompt'] == [{'role': 'user', 'content': 'Red?'}]
+  assert events[0]['prompt'] == _CHAT
   assert _SCRIPT not in _answer(_ask(client, model='base'))
   assert _answer(_ask(client, messages=_CHAT)) == _SCRIPT
   assert _answer(_ask(client, stop=['alert'])) == '<script>'
 
 
-def test_a_base_that_knows_no_turns_reads_a_transcript(play, client):
+def test_which_prompt_a_model_reads(play, client):
+  # A base that knows no turns reads a transcript.
   for base_prompt, role in (('text', 'transcript'), ('turns', 'user')):
     play.models['base'].config.eval.base_prompt = base_prompt
     prompts = [_ask(client, model=name, max_new_tokens=4)[0]['prompt']
                for name in ('tuned', 'base')]
     assert [p[-1]['role'] for p in prompts] == ['user', role]
   play.models['base'].config.eval.base_prompt = 'text'
+  # Examples are shown before the question.
+  few, rag = (_ask(client, prompt='Blue?', examples=kind)[0]['prompt']
+              for kind in ('few:4', 'rag:4'))
+  assert [m['role'] for m in few] == ['user', 'model'] * 4 + ['user']
+  assert [m['content'] for m in rag[-3:]] == ['Blue?', 'sky', 'Blue?']
 
 
 def test_setup_says_what_the_page_draws(client):
   setup = client.get('/api/setup').json()
   assert [m['name'] for m in setup['models']] == ['tuned', 'base']
-  assert setup['task'] == 'chat'
-  assert setup['fields'] == [
-      {'name': 'prompt', 'required': True, 'choices': []}]
-  assert setup['samples'] == [{'prompt': 'Blue?'}]
-  assert setup['examples'] == ['zero', 'few:4', 'rag:4']
   assert setup['sampling']['max_new_tokens'] == 64
+  expected = {
+      'task': 'chat', 'samples': [{'prompt': 'Blue?'}],
+      'fields': [{'name': 'prompt', 'required': True, 'choices': []}],
+      'examples': ['zero', 'few:4', 'rag:4']}
+  assert {key: setup[key] for key in expected} == expected
 
 
 def test_a_column_of_few_short_values_is_a_choice(served):
@@ -126,29 +130,20 @@ def test_a_column_of_few_short_values_is_a_choice(served):
   assert few['examples'] == ['zero'] and not few['fields'][1]['choices']
 
 
-def test_examples_are_shown_before_the_question(client):
-  roles = [m['role'] for m in _ask(client, examples='few:4')[0]['prompt']]
-  assert roles == ['user', 'model'] * 4 + ['user']
-  prompt = _ask(client, prompt='Blue?', examples='rag:4')[0]['prompt']
-  assert [m['content'] for m in prompt[-3:]] == ['Blue?', 'sky', 'Blue?']
-
-
 @pytest.mark.parametrize('changes, status, message', [
     (dict(prompt=' '), 400, 'prompt is empty'),
     (dict(prompt='long ' * 3000), 400, r'the prompt has \d+ tokens'),
     (dict(fields={'beauty': 'x'}), 400, "the form has a field 'beauty'"),
     (dict(fields={'prompt': 'x'}, messages=[]), 400, 'the question'),
     (dict(messages=[{'role': 'user', 'content': ' '}]), 400, '.*empty'),
-    (dict(messages=[{'role': 'model', 'content': 'x'}]), 400, '.*role user'),
-    (dict(messages=[]), 400, '.*role user'),
-    (dict(messages=[], examples='rag:4'), 400, '.*role user'),
+    *((changes, 400, '.*role user') for changes in (
+        dict(messages=[{'role': 'model', 'content': 'x'}]), dict(messages=[]),
+        dict(messages=[], examples='rag:4'))),
     (dict(model='other'), 400, "no model 'other'"),
-    (dict(examples='few:9'), 422, 'examples: '),
     (dict(top_p=0), 400, r'config.sampling.top_p is 0'),
-    (dict(temperature=-1), 422, 'sampling.temperature: '),
-    (dict(max_new_tokens=10**9), 422, 'sampling.max_new_tokens: '),
-    (dict(seed=2**40), 422, 'sampling.seed: '),
-])
+    (dict(examples='few:9'), 422, 'examples: '),
+    *(({name: value}, 422, f'sampling.{name}: ') for name, value in (
+        ('temperature', -1), ('max_new_tokens', 10**9), ('seed', 2**40)))])
 def test_a_wrong_question_is_one_message(client, changes, status, message):
   got = _ask(client, **changes)
   assert got[0] == status and re.match(message, got[1]), got
@@ -161,7 +156,7 @@ def _with_judge(play, judge):
   return _client(play)
 
 
-def test_the_verdict_stands_under_the_answer(play):
+def test_the_verdict_stands_under_the_answer(play, capsys):
   def judge(records, completions, training):
     assert 'completion' not in records[0].fields and len(training) == 4
     return tasks.Judged({}, [{
@@ -172,9 +167,7 @@ def test_the_verdict_stands_under_the_answer(play):
   assert _ask(client)[-1] == {
       'verdict': {'length': len(_SCRIPT), 'fine': True}, 'note': 'a note'}
   assert _ask(client, messages=_CHAT)[-1] == {'verdict': {}, 'note': ''}
-
-
-def test_a_judge_that_needs_a_reference_says_nothing(play, capsys):
+  # A judge that needs a reference says nothing.
   events = _ask(_with_judge(
       play, lambda records, *_: records[0].fields['completion']))
   assert _answer(events) == _SCRIPT
@@ -199,8 +192,7 @@ def test_a_failure_within_an_answer_is_reported_and_the_next_one_works(play):
 class _Slow:
   """Stands for `sample.answer`: writes a piece at a time until nobody reads."""
 
-  def __init__(self):
-    self.running = self.most = self.ended = 0
+  running = most = ended = 0
 
   def __call__(self, served, sampling, conversation, write, *_):
     self.running += 1
@@ -257,9 +249,8 @@ def test_tuned_and_base_share_what_has_no_adapter(run_config, tmp_path):
   train.main(run_config, workdir, False)
   both = playground.load_models(run_config, workdir, base_only=False, step=-1)
   alone = restore.load_weights(run_config, workdir, base=False, step=-1)
-  for got, want in zip(*map(jax.tree.leaves, (
-      both['tuned'].params, alone.params))):
-    np.testing.assert_array_equal(got, want)
+  jax.tree.map(
+      np.testing.assert_array_equal, both['tuned'].params, alone.params)
   assert both['tuned'].description == alone.description
   assert both['base'].description == 'custom, untouched'
   tuned, base = (both[n].params['embedder']['input_embedding']
@@ -270,9 +261,6 @@ def test_tuned_and_base_share_what_has_no_adapter(run_config, tmp_path):
   only = playground.load_models(
       run_config, str(tmp_path / 'none'), base_only=True, step=0)
   assert list(only) == ['base']
-
-
-# In a browser ----------------------------------------------------------------
 
 
 @pytest.fixture(scope='module')
@@ -307,7 +295,6 @@ def test_the_playground_answers_side_by_side(chromium, play, tmp_path):
     assert saved['answers'][0]['text'] == _SCRIPT
     assert '## tuned (custom, tuned 60 updates' in (
         tmp_path / 'txt').read_text('utf-8')
-    # A mistake is one message, and leaves no card.
     page.fill('#field-prompt', '   ')
     page.click('#generate')
     page.wait_for_selector('#error:visible')
