@@ -13,8 +13,7 @@ from gemma_sft.monitor import self_test
 from gemma_sft.run import prepare
 
 
-def test_passes_on_eight_devices_and_is_recorded(
-    run_config, tmp_path, capsys):
+def test_passes_on_eight_devices_and_is_recorded(run_config, tmp_path, capsys):
   run_config.mesh.update(data=2, fsdp=2, tensor=2)
   run_config.train.steps = 1
   train.main(run_config, str(tmp_path), False, self_test=True)
@@ -39,8 +38,7 @@ def test_passes_for_every_kind_of_run(run_config, tmp_path, mesh, changes):
   assert len(differences) == 3 and max(differences.values()) < 1e-5
 
 
-def _mean_of_means(
-    sound, trainable, base, batch, step, loss_scale, **options):
+def _mean_of_means(sound, trainable, base, batch, step, loss_scale, **options):
   """The usual mistake: each microbatch is divided by its own tokens."""
 
   def mean(microbatch):
@@ -54,20 +52,19 @@ def _mean_of_means(
           n.sum())
 
 
-def _no_packing_mask(
-    sound, trainable, base, batch, step, loss_scale, **options):
+def _no_packing_mask(sound, trainable, base, batch, *rest, **options):
   """Packed examples see their neighbours."""
   segments = jnp.minimum(batch['segment_ids'], 1)
-  return sound(trainable, base, batch | {'segment_ids': segments}, step,
-               loss_scale, **options)
+  return sound(
+      trainable, base, batch | {'segment_ids': segments}, *rest, **options)
 
 
 @pytest.mark.parametrize('fault', [_mean_of_means, _no_packing_mask])
 def test_a_planted_fault_stops_the_run(
     run_config, tmp_path, monkeypatch, fault):
   run_config.mesh.update(data=2, fsdp=2, tensor=2)
-  sound = train.gradient_sums
-  monkeypatch.setattr(train, 'gradient_sums', functools.partial(fault, sound))
+  monkeypatch.setattr(train, 'gradient_sums', functools.partial(
+      fault, train.gradient_sums))
   with pytest.raises(errors.UserError, match='depends on how the batch') as e:
     train.main(run_config, str(tmp_path), False, self_test=True)
   assert 'nothing was trained' in str(e.value)
