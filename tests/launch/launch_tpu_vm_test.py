@@ -188,12 +188,10 @@ def test_a_mistake_is_reported_in_one_line(script, arguments, variables, got):
   scripts.check_refused(got, f'tpu_vm/{script}', *arguments, **variables)
 
 
-@pytest.mark.usefixtures('cloud')
-def test_settings_may_come_from_a_file(tmp_path):
-  settings = tmp_path / 'tpu.env'
-  settings.write_text('ZONE=there\nACCELERATOR=v6e-16\nSPOT=0\n'
-                      'CREATE_FLAGS="--internal-ips --network=n"\n')
-  _launch('create', TPU_SETTINGS=str(settings))
+def test_settings_may_come_from_a_file(cloud):
+  _put(cloud, 'tpu.env', 'ZONE=there', 'ACCELERATOR=v6e-16', 'SPOT=0',
+       'CREATE_FLAGS="--internal-ips --network=n"')
+  _launch('create', TPU_SETTINGS=str(cloud / 'tpu.env'))
   call, = scripts.calls('create')
   assert call.endswith(
       '--accelerator-type=v6e-16 --runtime-version=v2-alpha-tpuv6e'
@@ -253,16 +251,14 @@ def test_a_preempted_run_continues_on_another_slice(cloud):
 
 
 @pytest.mark.parametrize('states, answers, events, printed', [
-    pytest.param(['ACTIVE'], ['running', 'exit 0'], [], 'the run has ended',
-                 id='a run in progress is watched'),
-    pytest.param(['ACTIVE'], ['exit 2', 'running', 'stopped'], _START[1:],
-                 'stopped', id='the end of an earlier run does not count'),
-    pytest.param([], ['none', 'running', 'none', 'exit 0'],
-                 [*_START, *_START[1:]], 'the run has ended',
-                 id='after a reboot the run starts again'),
-    pytest.param([], ['none', 'running', 'exit 75'], _START,
-                 'continues from gs://bucket/blop',
-                 id='a deadline ends the watch')])
+    (['ACTIVE'], ['running', 'exit 0'], [], 'the run has ended'),
+    # The end of an earlier run does not count.
+    (['ACTIVE'], ['exit 2', 'running', 'stopped'], _START[1:], 'stopped'),
+    # After a reboot the run starts again.
+    ([], ['none', 'running', 'none', 'exit 0'], [*_START, *_START[1:]],
+     'the run has ended'),
+    ([], ['none', 'running', 'exit 75'], _START,
+     'continues from gs://bucket/blop')])
 def test_a_watch_that_ends_well(cloud, states, answers, events, printed):
   _put(cloud, 'states', *states)
   _put(cloud, 'answers', *answers)
@@ -271,16 +267,13 @@ def test_a_watch_that_ends_well(cloud, states, answers, events, printed):
   assert printed in done.stdout
 
 
-def test_crashes_are_limited_and_mistakes_final(cloud):
+def test_connections_may_break_crashes_are_limited_and_mistakes_final(cloud):
   _put(cloud, 'answers', 'none', *['exit 1'] * 9)
   _launch('watch', *_RUN, RESTARTS='2', status=1)
   assert _events() == [*_START, *['host.sh stop', *_START[1:]] * 2]
   _put(cloud, 'answers', 'none', 'exit 2')
   _launch('watch', *_RUN, status=2)
   assert scripts.calls('tail -n 20')
-
-
-def test_a_watch_survives_lost_connections(cloud):
   _put(cloud, 'broken', 'scp', 'host.sh status', 'host.sh start')
   _put(cloud, 'answers', 'none', 'none', 'none', 'running', 'exit 0')
   _launch('watch', *_RUN)
@@ -335,7 +328,6 @@ def _new_disk(tmp_path):
 
 
 def _on(*arguments, **environment):
-  """Runs host.sh on the host and returns its output."""
   return _launch(
       'host', *arguments, cwd='../gemma_sft', **environment).stdout.strip()
 
@@ -387,19 +379,20 @@ def test_a_run_is_copied_to_the_bucket_and_continues_from_there(
   arguments = (host / 'arguments').read_text()
   assert arguments.startswith('-m gemma_sft.train --config=configs/blop.py ')
   assert '--workdir=workdirs/bucket/blop' in arguments
+  # Nothing is deleted after a failed copy.
+  _put(cloud, 'broken', 'rsync --recursive --exclude')
+  _run_on('exit 1')
+  assert {'checkpoints/2/a', 'checkpoints/3/a'} <= _files(bucket)
+  assert (bucket / 'checkpoints/latest').read_text() == '3\n'
 
 
-def test_a_run_is_copied_while_it_runs_and_is_not_started_twice(cloud, host):
+def test_a_run_is_copied_while_it_runs_and_saves_before_it_stops(cloud, host):
+  _on('stop')  # Without a run this does nothing.
   _start_waiting(host, SYNC_SECONDS='0.05')
   _wait((cloud / 'bucket/blop/checkpoints/latest').exists)
   assert _on('status') == 'running'
   assert 'in progress already' in _on('start', *_RUN)
   assert (host / 'log').read_text().count('== ') == 1
-
-
-def test_a_stopped_run_saves_first(cloud, host):
-  _on('stop')  # Without a run this does nothing.
-  _start_waiting(host)
   _on('stop')
   assert _on('status') == 'stopped'
   _check_terminated_once(cloud, host)
@@ -422,17 +415,6 @@ def test_a_bucket_that_cannot_be_written_is_reported_first(cloud, host):
   assert 'PERMISSION_DENIED' in (host / 'log').read_text()
   (host / 'train_status').write_text('2')
   _run_on('exit 2')  # The run's own status.
-
-
-@pytest.mark.usefixtures('host')
-def test_nothing_is_deleted_after_a_failed_copy(cloud):
-  bucket = cloud / 'bucket' / 'blop'
-  for _ in range(2):
-    _run_on('exit 0')
-  _put(cloud, 'broken', 'rsync --recursive --exclude')
-  _run_on('exit 1')
-  assert {'checkpoints/1/a', 'checkpoints/2/a'} <= _files(bucket)
-  assert (bucket / 'checkpoints/latest').read_text() == '2\n'
 
 
 def test_only_the_first_host_writes(cloud, host, tmp_path):
