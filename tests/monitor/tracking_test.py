@@ -1,7 +1,4 @@
-"""Weights & Biases: the real package, offline, and without a login or network.
-
-Its processes are started anew in each case: the package keeps its login.
-"""
+"""Weights & Biases: the real package, offline, without a login or network."""
 
 import json
 import os
@@ -10,6 +7,7 @@ import struct
 import subprocess
 import sys
 import types
+from unittest import mock
 
 import conftest
 import pytest
@@ -34,7 +32,8 @@ def _record(workdir, starts=1):
           'end': {'reason': 'finished', 'step': 3}})
 
 
-def _offline(monkeypatch, tmp_path):
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
   monkeypatch.setenv('WANDB_MODE', 'offline')
   monkeypatch.setenv('HOME', str(tmp_path))
 
@@ -83,8 +82,8 @@ def _log_records(data):
       part = b''
 
 
-def test_offline_has_the_numbers_the_config_and_the_end(monkeypatch, tmp_path):
-  _offline(monkeypatch, tmp_path)
+@pytest.mark.usefixtures('offline')
+def test_offline_has_the_numbers_the_config_and_the_end(tmp_path):
   tracking.check('me/blop')
   for start in (1, 2):  # The second goes on from step 2, which comes again.
     writer = metrics.Writer(
@@ -94,22 +93,19 @@ def test_offline_has_the_numbers_the_config_and_the_end(monkeypatch, tmp_path):
       writer.write(step, {'loss': 1 / step, 'chain': 'ab'})
       writer.write(step, {'eval/loss': 2 / step})
     writer.close()
-  first, second = _sent(tmp_path)
-  assert first[0] == second[0]  # One run there.
-  assert first[2] == {1: {'loss': 1.0, 'eval/loss': 2.0},
-                      2: {'loss': 0.5, 'eval/loss': 1.0}}
-  assert second[2].keys() == {2, 3}
-  config = second[1]
+  (name, _, history, _), (again, config, later, summary) = _sent(tmp_path)
+  assert name == again  # One run there.
+  assert history == {1: {'loss': 1.0, 'eval/loss': 2.0},
+                     2: {'loss': 0.5, 'eval/loss': 1.0}}
+  assert later.keys() == {2, 3}
   assert config['lora'] == {'rank': 4} and config['seed'] == 0
-  assert len(config['run']['starts']) == 2
-  assert config['run']['starts'][0]['commit'] == 'c' * 40
+  assert [s['commit'] for s in config['run']['starts']] == ['c' * 40] * 2
   assert 'alice' not in json.dumps(config)
-  assert second[3]['end'] == {'reason': 'finished', 'step': 3}
+  assert summary['end'] == {'reason': 'finished', 'step': 3}
 
 
-def test_a_training_is_tracked_to_its_end_once(
-    run_config, monkeypatch, tmp_path, capsys):
-  _offline(monkeypatch, tmp_path)
+@pytest.mark.usefixtures('offline')
+def test_a_training_is_tracked_to_its_end_once(run_config, tmp_path, capsys):
   run_config.train.steps = 2
   run_config.track.wandb = 'blop'
   workdir = tmp_path / 'w'
@@ -136,22 +132,13 @@ def test_nothing_is_tracked_unless_asked_for(tmp_path):
   assert tracking.start('blop', record) is None
 
 
-class _Broken:
-
-  class summary:
-    update = None
-
-  def log(self, values, step):
-    raise ConnectionError('no route')
-
-  def finish(self):
-    raise ConnectionError('no route')
-
-
 def test_a_failure_is_reported_once_and_stops_nothing(tmp_path, capsys):
+  fail = mock.Mock(side_effect=ConnectionError('no route'))
+  broken = types.SimpleNamespace(
+      log=fail, finish=fail, summary=types.SimpleNamespace(update=None))
   writer = metrics.Writer(
       str(tmp_path), resume_step=-1,
-      mirror=tracking.Mirror(_Broken(), _record(tmp_path)))
+      mirror=tracking.Mirror(broken, _record(tmp_path)))
   for step in (1, 2):
     writer.write(step, {'loss': 1.0})
   writer.close()
@@ -193,10 +180,10 @@ def test_without_a_network_the_run_is_kept(tmp_path):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-  monkeypatch.setitem(sys.modules, 'wandb', None)
-  with pytest.raises(errors.UserError, match='wandb cannot be imported'):
-    tracking.check('blop')
-  # A folder of that name, as offline runs leave, is no package.
-  monkeypatch.setitem(sys.modules, 'wandb', types.ModuleType('wandb'))
-  with pytest.raises(errors.UserError, match='is not installed'):
-    tracking.check('blop')
+  for module, message in (
+      (None, 'wandb cannot be imported'),
+      # A folder of that name, as offline runs leave, is no package.
+      (types.ModuleType('wandb'), 'is not installed')):
+    monkeypatch.setitem(sys.modules, 'wandb', module)
+    with pytest.raises(errors.UserError, match=message):
+      tracking.check('blop')
