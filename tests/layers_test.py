@@ -3,7 +3,11 @@
 import ast
 import pathlib
 import re
+import resource
+import subprocess
 import sys
+
+import pytest
 
 from configs import default
 from gemma_sft import config as config_lib
@@ -189,3 +193,23 @@ def test_public_functions_are_documented():
       for path, tree in _TREES.items() for node in tree.body
       if isinstance(node, (ast.FunctionDef, ast.ClassDef))
       and not node.name.startswith('_') and not ast.get_docstring(node)]
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_help_is_quick_and_loads_no_model(name):
+  before = resource.getrusage(resource.RUSAGE_CHILDREN)
+  done = subprocess.run(
+      [sys.executable, '-X', 'importtime', '-m', f'gemma_sft.{name}', '--help'],
+      capture_output=True, text=True, cwd=_ROOT)
+  after = resource.getrusage(resource.RUSAGE_CHILDREN)
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert f'python -m gemma_sft.{name}' in done.stdout
+  assert '--workdir' in done.stdout or '--config' in done.stdout
+  imported = {line.rpartition('|')[2].strip().partition('.')[0]
+              for line in done.stderr.splitlines() if '|' in line}
+  assert 'gemma_sft' in imported  # The list was read.
+  assert not imported & {'jax', 'jaxlib', 'gemma', 'flax', 'tensorflow',
+                         'orbax', 'grain', 'kauldron'}
+  seconds = (after.ru_utime + after.ru_stime
+             - before.ru_utime - before.ru_stime)
+  assert seconds < 3
