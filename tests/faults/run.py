@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Callable
 
 _TESTS = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(_TESTS.parent), str(_TESTS)]
@@ -77,10 +76,10 @@ class Row:
     self.cases: list[list[str]] = []  # The failures of each.
 
   def pytest_runtest_logreport(self, report):
-    # What comes before and after a test counts only if it fails.
-    if report.when == 'call' or not report.passed:
-      self.cases.append(
-          [] if report.passed else [f'{report.nodeid}: {report.outcome}'])
+    if not report.passed:
+      self.cases.append([f'{report.nodeid}: {report.outcome}'])
+    elif report.when == 'call':
+      self.cases.append([])
 
 
 def main() -> int:
@@ -106,9 +105,6 @@ def main() -> int:
   return 1 if failures else 0
 
 
-# Kills -----------------------------------------------------------------------
-
-
 def kill(folder: pathlib.Path, n: int, rng: random.Random) -> dict[str, Row]:
   """Returns a row for each phase of a run, and one for exports."""
   rows = collections.defaultdict(Row)
@@ -127,10 +123,15 @@ def kill(folder: pathlib.Path, n: int, rng: random.Random) -> dict[str, Row]:
     start = time.time()
     process = _train(command, workdir)
     wait, pause = _moment(phase, workdir, newest, start, rng)
-    _until(wait, process)
+    deadline = time.monotonic() + _TIMEOUT
+    while not wait() and process.poll() is None:
+      if time.monotonic() > deadline:
+        process.kill()
+        raise SystemExit(f'nothing in {_TIMEOUT} s: {process.communicate()}')
+      time.sleep(0.002)  # So that the run has a core.
     time.sleep(pause)
     before = _intact(workdir)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     out, err = process.communicate()
     failures = _resumed(out, newest, i)
     if process.returncode != -signal.SIGKILL:
@@ -142,8 +143,8 @@ def kill(folder: pathlib.Path, n: int, rng: random.Random) -> dict[str, Row]:
       failures.append(f'kill {i}: checkpoints {before} before, {after} after')
     newest = after[-1] if after else 0
     rows[f'kill -9, {phase}'].cases.append(failures)
-    print(' | '.join([f'kill {i + 1}: {phase}, newest checkpoint {newest}',
-                      *failures]), flush=True)
+    print(f'kill {i + 1}: {phase}, newest checkpoint {newest}', *failures,
+          sep=' | ', flush=True)
   out = _finish(_train(command, workdir), 'the last start')
   rows['the run after all these kills'].cases.append(
       _resumed(out, newest, 'last') + _differences(workdir, straight, steps))
@@ -155,10 +156,7 @@ def _train(command, workdir):
   return conftest.start('train', *command, f'--workdir={workdir}', devices=1)
 
 
-def _moment(
-    phase: str, workdir: pathlib.Path, newest: int, start: float,
-    rng: random.Random
-) -> tuple[Callable[[], bool], float]:
+def _moment(phase, workdir, newest, start, rng):
   """Returns a condition to wait for, and a pause in seconds after it."""
   if phase == 'starting':
     return lambda: True, rng.uniform(0.2, 8.0)
@@ -177,24 +175,13 @@ def _moment(
   if phase == 'evaluation':
     target = (newest // _EVALUATE_EVERY + 1) * _EVALUATE_EVERY
     pause = 0.6
-  return lambda: has_newer() and _logged(
-      workdir, start) >= target, rng.uniform(0, pause)
+  return lambda: has_newer() and any(
+      row['step'] >= target and 'loss' in row and row['time'] > start
+      for row in _metrics(workdir)), rng.uniform(0, pause)
 
 
-def _until(wait, process):
-  deadline = time.monotonic() + _TIMEOUT
-  while not wait() and process.poll() is None:
-    if time.monotonic() > deadline:
-      process.kill()
-      raise SystemExit(f'nothing in {_TIMEOUT} s: {process.communicate()}')
-    time.sleep(0.002)  # So that the run has a core.
-
-
-def _logged(workdir, start):
-  """Returns the last step logged since a time, after earlier runs."""
-  rows = metrics.read_jsonl(os.path.join(workdir, 'metrics.jsonl'))
-  return max((row['step'] for row in rows
-              if 'loss' in row and row['time'] > start), default=0)
+def _metrics(workdir):
+  return metrics.read_jsonl(os.path.join(workdir, 'metrics.jsonl'))
 
 
 def _intact(workdir):
@@ -213,21 +200,17 @@ def _resumed(out, newest, i):
 
 
 def _differences(workdir, straight, steps):
-  failures = [
-      f'the {name} differ'
-      for name, read in (('losses', conftest.losses),
-                         ('evaluations', _evaluations),
-                         ('checkpoints', _intact))
-      if read(workdir) != read(straight)]
+  failures = [f'the {name} differ' for name, read in (
+      ('losses', conftest.losses), ('evaluations', _evaluations),
+      ('checkpoints', _intact)) if read(workdir) != read(straight)]
   ours, theirs = (conftest.saved_state(w, steps) for w in (workdir, straight))
   return failures + [f'{path} differs' for path in theirs
                      if not np.array_equal(ours.get(path), theirs[path])]
 
 
 def _evaluations(workdir):
-  rows = metrics.read_jsonl(os.path.join(workdir, 'metrics.jsonl'))
   return {row['step']: {k: v for k, v in row.items() if k.startswith('eval/')}
-          for row in rows if 'eval/loss' in row}
+          for row in _metrics(workdir) if 'eval/loss' in row}
 
 
 def _finish(process, name):
@@ -235,9 +218,6 @@ def _finish(process, name):
   if process.returncode:
     raise SystemExit(f'{name} ended with {process.returncode}:\n{err[-3000:]}')
   return out
-
-
-# Exports ---------------------------------------------------------------------
 
 
 def _kill_exports(folder, workdir, n, rng):
@@ -253,20 +233,18 @@ def _kill_exports(folder, workdir, n, rng):
     try:
       process.communicate(timeout=rng.uniform(0.3, 0.95) * seconds)
     except subprocess.TimeoutExpired:
-      process.send_signal(signal.SIGKILL)
+      process.kill()
       process.communicate()
     # A file with its final name must be complete.
     after = _hashes(out)
-    failures = [f'export {i}: {name} is there but differs'
-                for name, digest in after.items()
-                if name in reference and digest != reference[name]]
+    failures = [f'export {i}: {name} is there but differs' for name in after
+                if after[name] != reference.get(name, after[name])]
     _finish(_export(workdir, out, '--overwrite'), f'export {i}, again')
     if _hashes(out) != reference:
       failures.append(f'export {i}: the repeated export differs')
     row.cases.append(failures)
-    print(' | '.join([
-        f'killed export {i + 1}: left {sorted(after) or "nothing"}',
-        *failures]), flush=True)
+    print(f'killed export {i + 1}: left {sorted(after) or "nothing"}',
+          *failures, sep=' | ', flush=True)
   return row
 
 
@@ -281,9 +259,6 @@ def _hashes(out):
   return {str(path.relative_to(out)): hashlib.sha256(
       path.read_bytes()).hexdigest() for path in out.rglob('*')
           if path.suffix in ('.safetensors', '.gguf')}
-
-
-# Planted faults --------------------------------------------------------------
 
 
 def plant() -> dict[str, Row]:
