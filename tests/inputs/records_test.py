@@ -1,7 +1,6 @@
 """Every format reads back what was written; every mistake names its place."""
 
 import csv
-import importlib.util
 import json
 import subprocess
 import sys
@@ -16,6 +15,12 @@ from gemma_sft import errors
 from gemma_sft.inputs import records
 
 _PAIR = {'prompt': 'p', 'completion': 'c'}
+_TWO = {'prompt': 'a\u2028b\x85', 'completion': 'c'}
+_LINE = json.dumps(_TWO, ensure_ascii=False)
+_LONG = 'x' * 200_000  # The csv module takes 131,072 characters by default.
+_text = st.text(
+    st.characters(blacklist_categories=['Cs'], blacklist_characters='\0'),
+    min_size=1).filter(str.strip)
 
 
 def _write(folder, name, content):
@@ -35,19 +40,6 @@ def _error(source, **kwargs):
   with pytest.raises(errors.UserError) as caught:
     records.read(source, **kwargs)
   return caught.value
-
-
-def _needs(module):
-  return pytest.mark.skipif(
-      importlib.util.find_spec(module) is None, reason=f'needs {module}')
-
-
-# --- formats
-
-
-_TWO = {'prompt': 'a\u2028b\x85', 'completion': 'c'}
-_LINE = json.dumps(_TWO, ensure_ascii=False)
-_LONG = 'x' * 200_000  # The csv module takes 131,072 characters by default.
 
 
 @pytest.mark.parametrize(('name', 'content', 'fields', 'places'), [
@@ -95,28 +87,26 @@ def test_formats(tmp_path, name, content, fields, places):
   assert [record.where for record in found] == [path + at for at in places]
 
 
-@_needs('pyarrow')
 def test_parquet_adds_no_column_from_the_folder_name(tmp_path):
-  import pyarrow
-  from pyarrow import parquet
-
+  pyarrow = pytest.importorskip('pyarrow')
+  parquet = pytest.importorskip('pyarrow.parquet')
   folder = tmp_path / 'lang=de'
   folder.mkdir()
   path = str(folder / 'a.parquet')
-  conversation = [
-      {'role': 'user', 'content': 'u', 'name': None},
-      {'role': 'assistant', 'content': 'm', 'name': None}]
+  conversation = [{'role': 'user', 'content': 'u', 'name': None},
+                  {'role': 'assistant', 'content': 'm', 'name': None}]
   table = pyarrow.Table.from_pylist([{'messages': conversation, 'text': None}])
   parquet.write_table(table, path)
   turns = [{'role': 'user', 'content': 'u'}, {'role': 'model', 'content': 'm'}]
   assert records.read(path) == [
       records.Record({'messages': turns}, f'{path}[0]')]
+  path = _write(tmp_path, 'a.parquet', 'hello')
+  assert _error(path).got.startswith(f'{path}: Parquet file size is 5 bytes')
 
 
-@_needs('grain')
 def test_array_record_of_json(tmp_path):
+  pytest.importorskip('grain')
   from array_record.python import array_record_module
-
   path = str(tmp_path / 'a.array_record')
   writer = array_record_module.ArrayRecordWriter(path, 'group_size:1')
   for data in (json.dumps(_PAIR), '{"prompt": "p"'):
@@ -141,46 +131,21 @@ def test_hub_goes_through_the_datasets_library(monkeypatch):
 
 @pytest.mark.parametrize(('module', 'name', 'package'), [
     ('datasets', 'hub:org/name', 'gemma_sft[hub]'),
-    ('pyarrow', 'a.parquet', 'pyarrow'),
-    ('grain', 'a.array_record', 'grain'),
+    ('pyarrow', 'a.parquet', 'pyarrow'), ('grain', 'a.array_record', 'grain'),
     ('tensorflow_datasets', 'tfds:name', 'tensorflow-datasets')])
 def test_missing_library_names_what_to_install(
     tmp_path, monkeypatch, module, name, package):
   monkeypatch.setitem(sys.modules, module, None)
-  source = name if ':' in name else _write(tmp_path, name, 'x')
-  error = _error(source)
+  error = _error(name if ':' in name else _write(tmp_path, name, 'x'))
   assert f'without the module {module!r}' in error.got
   assert f"pip install '{package}'" in error.fix
 
 
-@_needs('pyarrow')
-def test_file_that_is_not_parquet(tmp_path):
-  path = _write(tmp_path, 'a.parquet', 'hello')
-  assert _error(path).got.startswith(f'{path}: Parquet file size is 5 bytes')
-
-
 def test_import_is_light():
-  code = """
-import sys
-from gemma_sft.inputs import records
-heavy = 'numpy jax pyarrow grain tensorflow_datasets tensorflow datasets'
-print(sorted(set(sys.modules) & set(heavy.split())))
-"""
-  done = subprocess.run(
-      [sys.executable, '-c', code], capture_output=True, text=True, check=True,
-      cwd=conftest.ROOT)
-  assert done.stdout == '[]\n'
-
-
-def test_glob_reads_all_files_in_order(tmp_path):
-  for name in ('b', 'a'):
-    _write(tmp_path, f'{name}.jsonl', json.dumps({'text': name}))
-  assert _fields(str(tmp_path / '*.jsonl')) == [{'text': 'a'}, {'text': 'b'}]
-
-
-_text = st.text(
-    st.characters(blacklist_categories=['Cs'], blacklist_characters='\0'),
-    min_size=1).filter(str.strip)
+  code = ('import sys; from gemma_sft.inputs import records; assert not {'
+          '"numpy", "jax", "pyarrow", "grain", "tensorflow_datasets",'
+          '"tensorflow", "datasets"} & set(sys.modules)')
+  subprocess.run([sys.executable, '-c', code], check=True, cwd=conftest.ROOT)
 
 
 @hypothesis.given(
@@ -192,8 +157,7 @@ def test_any_text_survives(tmp_path_factory, pairs, ending):
   path = tmp_path_factory.getbasetemp() / f'any.{ending}'
   with path.open('w', encoding='utf-8', newline='') as file:
     if ending in ('csv', 'tsv'):
-      delimiter = ',' if ending == 'csv' else '\t'
-      writer = csv.writer(file, delimiter=delimiter)
+      writer = csv.writer(file, delimiter=',' if ending == 'csv' else '\t')
       writer.writerows([('prompt', 'completion'), *pairs])
     elif ending == 'json':
       json.dump(expected, file, ensure_ascii=False)
@@ -204,14 +168,19 @@ def test_any_text_survives(tmp_path_factory, pairs, ending):
   assert _fields(str(path)) == expected
 
 
-# --- canonical form
-
-
-def test_columns_rename_and_may_swap(tmp_path):
+def test_options_of_reading(tmp_path):
   content = 'completion,prompt,sys\np,c,s\n'
   columns = {'prompt': 'completion', 'completion': 'prompt', 'note': 'sys'}
   path = _write(tmp_path, 'a.csv', content)
   assert _fields(path, columns=columns) == [{**_PAIR, 'note': 's'}]
+  for name in ('b', 'a'):
+    _write(tmp_path, f'{name}.jsonl', json.dumps({'text': name}))
+  assert _fields(str(tmp_path / '*.jsonl')) == [{'text': 'a'}, {'text': 'b'}]
+  # Without validation blank text stays.
+  path = _write(tmp_path, 'a.jsonl', '{"text": "", "x": "y"}\n{"text": "la"}\n')
+  assert 'text is empty' in _error(path).got
+  assert _fields(path, validated=False) == [
+      {'text': '', 'x': 'y'}, {'text': 'la'}]
 
 
 def test_validate_returns_a_new_record():
@@ -277,9 +246,6 @@ def test_five_bad_records_are_shown_and_the_rest_counted(tmp_path):
   assert 'a.jsonl:5: column 2: Expecting property name' in shown[3]
   assert shown[5:] == ['and 3 more bad records']
   assert 'Fill it in' in error.fix and 'Correct the record' in error.fix
-
-
-# --- mistakes in files
 
 
 @pytest.mark.parametrize(('name', 'content', 'got', 'fix'), [
@@ -358,10 +324,7 @@ def test_bad_source(tmp_path, source, options, got, expected, fix):
   assert expected in ('', error.expected)
 
 
-# --- content hash
-
-
-def test_content_hash_is_of_fields_in_record_order(tmp_path):
+def test_content_hash_and_kept_fields(tmp_path):
   first, second = {'prompt': 'é', 'completion': 'c'}, _PAIR
   a = [records.Record(first, 'a:1'), records.Record(second, 'a:2')]
   swapped = {'completion': 'c', 'prompt': 'é'}
@@ -372,9 +335,6 @@ def test_content_hash_is_of_fields_in_record_order(tmp_path):
   # sha256 of '{"completion": "c", "prompt": "p"}\n', by another program.
   assert records.content_hash(a[1:]) == (
       '7952e28eab99348e15e577458da0e798128166ca099283cd25c3fa619ad43d4b')
-
-
-def test_keep_fields():
   record = records.Record({'Slang': 'a', 'Description': 'b', 'Context': 'c'},
                           'f:2')
   kept = records.keep_fields(record, ('Slang', 'Description'))
@@ -382,10 +342,3 @@ def test_keep_fields():
   with pytest.raises(errors.UserError, match="f:2: no field 'Slagn'") as error:
     records.keep_fields(record, ('Slagn',))
   assert 'Slang' in str(error.value)
-
-
-def test_without_validation_blank_text_stays(tmp_path):
-  path = _write(tmp_path, 'a.jsonl', '{"text": "", "x": "y"}\n{"text": "la"}\n')
-  assert 'text is empty' in _error(path).got
-  assert _fields(path, validated=False) == [
-      {'text': '', 'x': 'y'}, {'text': 'la'}]
