@@ -43,12 +43,16 @@ def test_good_examples_are_counted(tokenizer, examples):
   assert str(report) == (
       'train: 3 examples, 73 tokens, 13 trained (18%), longest 26, 2 with'
       ' control-token text (kept as ordinary text)')
-
-
-def _last_untrained(mask):
-  mask = mask.copy()
-  mask[np.flatnonzero(mask)[-1]] = False
-  return mask
+  _refused([], tokenizer, 'the train split has no examples')
+  _, report = _check([*examples, examples[0], examples[0]], tokenizer)
+  assert report.n_duplicates == 2
+  assert '2 duplicates' in str(report)
+  # The same tokens with another mask are another example.
+  mask = examples[0].loss_mask.copy()
+  mask[np.flatnonzero(mask)[0]] = False
+  _, report = _check(
+      [*examples, dataclasses.replace(examples[0], loss_mask=mask)], tokenizer)
+  assert report.n_duplicates == 0
 
 
 @pytest.mark.parametrize('row, change, got', [
@@ -59,7 +63,8 @@ def _last_untrained(mask):
      "0 BOS tokens, the first token is '<start_of_turn>'"),
     (1, lambda e: dict(tokens=np.roll(e.tokens, 1)),
      '1 BOS tokens, the first token is'),
-    (2, lambda e: dict(loss_mask=_last_untrained(e.loss_mask)),
+    (2, lambda e: dict(
+        loss_mask=e.loss_mask & (np.cumsum(e.loss_mask) < e.loss_mask.sum())),
      "the last trained token is 'at'"),
     (3, lambda e: dict(loss_mask=np.zeros_like(e.loss_mask)),
      'no token is trained'),
@@ -71,10 +76,6 @@ def test_a_wrong_example_is_refused(tokenizer, examples, row, change, got):
   faulty = [dataclasses.replace(e, **change(e)) if i == row else e
             for i, e in enumerate(examples, 1)]
   _refused(faulty, tokenizer, rf'train\.txt:{row}: {got}')
-
-
-def test_no_examples_are_refused(tokenizer):
-  _refused([], tokenizer, 'the train split has no examples')
 
 
 def test_the_share_that_it_names_lets_the_rows_be_cut(tokenizer, examples):
@@ -93,6 +94,9 @@ def test_the_share_that_it_names_lets_the_rows_be_cut(tokenizer, examples):
   assert [len(e.tokens) for e in checked] == [24, 25, 23]
   np.testing.assert_array_equal(checked[1].tokens, examples[1].tokens[:25])
   assert len(checked[1].loss_mask) == 25
+  # Not if that leaves no answer.
+  _refused(examples, tokenizer, r'train\.txt:1: no token is trained',
+           max_length=12, max_cut_share=1.0)
 
 
 def test_a_cut_through_the_answer(tokenizer):
@@ -108,41 +112,20 @@ def test_a_cut_through_the_answer(tokenizer):
   assert whole.target_bytes == len(answer)
 
 
-def test_a_cut_that_leaves_no_answer_is_refused(tokenizer, examples):
-  _refused(examples, tokenizer, r'train\.txt:1: no token is trained',
-           max_length=12, max_cut_share=1.0)
-
-
-def test_duplicates_are_counted(tokenizer, examples):
-  _, report = _check([*examples, examples[0], examples[0]], tokenizer)
-  assert report.n_duplicates == 2
-  assert '2 duplicates' in str(report)
-  # The same tokens with another mask are another example.
-  mask = examples[0].loss_mask.copy()
-  mask[np.flatnonzero(mask)[0]] = False
-  _, report = _check(
-      [*examples, dataclasses.replace(examples[0], loss_mask=mask)], tokenizer)
-  assert report.n_duplicates == 0
-
-
-# Leakage ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize('disguised', (
-    'What is Blop?',
-    'what IS blop',
-    '  What is\n"Blop"?!',
-    'Ｗｈａｔ　ｉｓ　Ｂｌｏｐ？',
-    'What—is—Blop…',
-))
-def test_a_prompt_of_train_in_another_split_is_found(disguised):
-  train = [('Who are you?', 'train.txt:1'), ('What is Blop?', 'train.txt:4')]
-  for split in ('validation', 'test'):
+    'What is Blop?', 'what IS blop', '  What is\n"Blop"?!',
+    'Ｗｈａｔ　ｉｓ　Ｂｌｏｐ？', 'What—is—Blop…'))
+def test_a_prompt_of_another_split_is_found(disguised):
+  first = [('Who are you?', 'a.txt:1'), ('What is Blop?', 'a.txt:4')]
+  # Validation chooses the checkpoint that test measures.
+  for one, other in (('train', 'validation'), ('train', 'test'),
+                     ('validation', 'test')):
     with pytest.raises(errors.UserError, match=(
-        r'x\.txt:9 has the prompt of train\.txt:4; 1 of 2 prompts of'
-        f' {split}')):
+        r'b\.txt:9 has the prompt of a\.txt:4; 1 of 2 prompts of'
+        f' {other} are in {one}')):
       audit.check_leakage({
-          'train': train, split: [('New?', 'x.txt:8'), (disguised, 'x.txt:9')]})
+          'train': [('What is a Blop?', 'c.txt:1')], one: first,
+          other: [('New?', 'b.txt:8'), (disguised, 'b.txt:9')]})
 
 
 @pytest.mark.parametrize('prompts', (
@@ -155,15 +138,6 @@ def test_a_prompt_of_train_in_another_split_is_found(disguised):
 def test_other_prompts_are_no_leak(prompts):
   audit.check_leakage({
       split: [(prompt, split)] for split, prompt in prompts.items()})
-
-
-def test_validation_and_test_may_not_share_prompts():
-  # Validation chooses the checkpoint that test measures.
-  with pytest.raises(errors.UserError, match='c has the prompt of b'):
-    audit.check_leakage({
-        'train': [('What is Blop?', 'a')],
-        'validation': [('What is a Blop?', 'b')],
-        'test': [('what is a Blop', 'c')]})
 
 
 def test_normal_form():
