@@ -29,10 +29,9 @@ def _assert_equal(one, other):
 @pytest.fixture(scope='module')
 def examples():
   tokenizer = conftest.make_tokenizer(3)
-  return [
-      chat.render([chat.Message('user', 'x' * (3 * i + 1)),
-                   chat.Message('model', 'é' * (i % 5 + 1))],
-                  tokenizer, f'Größe.txt:{i}') for i in range(20)]
+  return [chat.render([chat.Message('user', 'x' * (3 * i + 1)),
+                       chat.Message('model', 'é' * (i % 5 + 1))],
+                      tokenizer, f'Größe.txt:{i}') for i in range(20)]
 
 
 @pytest.fixture(scope='module')
@@ -42,7 +41,7 @@ def split(examples):
       token_cache.make(examples, keys), {'split': 'train', 'n': 20})
 
 
-def test_indexing_gives_views_of_the_examples(examples):
+def test_views_of_the_examples_and_sums_over_them(examples):
   table = token_cache.make(examples)
   _assert_equal(table, examples)
   _assert_equal([table[-1], table[3]], [examples[-1], examples[3]])
@@ -51,10 +50,6 @@ def test_indexing_gives_views_of_the_examples(examples):
     table[20]
   assert np.shares_memory(table[3].tokens, table[3].tokens)
   assert token_cache.make(table) is table
-
-
-def test_sums_over_all_examples(examples):
-  table = token_cache.make(examples)
   assert table.lengths().tolist() == [len(e.tokens) - 1 for e in examples]
   assert table.trained().tolist() == [
       int(e.loss_mask[1:].sum()) for e in examples]
@@ -63,13 +58,6 @@ def test_sums_over_all_examples(examples):
   mask = np.ones_like(examples[0].loss_mask)
   odd = dataclasses.replace(examples[0], loss_mask=mask)
   assert token_cache.make([odd, odd]).trained().tolist() == 2 * [len(mask) - 1]
-
-
-def test_no_examples(tmp_path):
-  table = token_cache.make([])
-  assert list(table) == [] and table.trained().tolist() == []
-  token_cache.save(tmp_path, 'k', token_cache.CachedSplit(table, {}))
-  assert list(token_cache.load(tmp_path, 'k').examples) == []
 
 
 def test_what_is_loaded_equals_what_was_saved(tmp_path, split, examples):
@@ -98,6 +86,10 @@ def test_an_entry_is_found_under_its_own_key_only(tmp_path, split):
   assert token_cache.load(tmp_path / 'nowhere', 'k') is None
   shutil.copytree(tmp_path / 'k', tmp_path / 'other')
   assert token_cache.load(tmp_path, 'other') is None
+  table = token_cache.make([])  # A split may have no examples.
+  assert list(table) == [] and table.trained().tolist() == []
+  token_cache.save(tmp_path, 'k', token_cache.CachedSplit(table, {}))
+  assert list(token_cache.load(tmp_path, 'k').examples) == []
 
 
 def _flip(data, i):
@@ -196,9 +188,6 @@ def test_a_key_knows_where_a_part_ends(tmp_path):
   assert len(keys) == 4
 
 
-# Splits -----------------------------------------------------------------------
-
-
 def _load(config, tokenizer, names=('train', 'validation')):
   return splits.load_splits(
       config.data, names, tasks.load(config.task), tokenizer)
@@ -213,6 +202,16 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_a_split_is_rendered_once(config, tokenizer, folder, monkeypatch):
+  config.data.max_length = 10
+  for _ in range(2):  # What was refused is refused again.
+    with pytest.raises(errors.UserError, match='longer than the limit'):
+      _load(config, tokenizer)
+  config.data.max_length = 64
+  assert not folder.exists()
+  monkeypatch.setattr(splits, '_MIN_SECONDS', 60.0)
+  _load(config, tokenizer)
+  assert not folder.exists()  # It took less.
+  monkeypatch.setattr(splits, '_MIN_SECONDS', -1.0)
   first = _load(config, tokenizer)
   assert len(list(folder.iterdir())) == 2
   monkeypatch.setattr(chat, 'render', None)  # Must not be called.
@@ -223,36 +222,20 @@ def test_a_split_is_rendered_once(config, tokenizer, folder, monkeypatch):
     assert again[name].records == first[name].records
 
 
-def test_a_small_split_is_not_cached(config, tokenizer, folder, monkeypatch):
-  monkeypatch.setattr(splits, '_MIN_SECONDS', 60.0)
-  _load(config, tokenizer)
-  assert not folder.exists()
-
-
 def test_all_that_decides_is_in_the_key(config, tokenizer, folder, tmp_path):
   train, moved = tmp_path / 'train.txt', tmp_path / 'moved.txt'
-  changes = (
-      lambda: None,
-      lambda: config.data.update(max_length=63),
-      lambda: config.data.update(max_cut_share=0.5),
-      lambda: config.update(task='blop'),
-      lambda: conftest.write_pairs(train, [('A?', 'B.')]),
-      # Messages name the file.
-      lambda: config.data.update(train=str(train.rename(moved))))
+  changes = (lambda: None, lambda: config.data.update(max_length=63),
+             lambda: config.data.update(max_cut_share=0.5),
+             lambda: config.update(task='blop'),
+             lambda: conftest.write_pairs(train, [('A?', 'B.')]),
+             # Messages name the file.
+             lambda: config.data.update(train=str(train.rename(moved))))
   for n_files, change in enumerate(changes, 1):
     change()
     _load(config, tokenizer, ('train',))
     assert len(list(folder.iterdir())) == n_files
   _load(config, conftest.make_tokenizer(2), ('train',))
   assert len(list(folder.iterdir())) == len(changes) + 1
-
-
-def test_what_was_refused_is_refused_again(config, tokenizer, folder):
-  config.data.max_length = 10
-  for _ in range(2):
-    with pytest.raises(errors.UserError, match='longer than the limit'):
-      _load(config, tokenizer)
-  assert not folder.exists()
 
 
 def test_a_common_prompt_is_found_among_cached_splits(
@@ -265,7 +248,6 @@ def test_a_common_prompt_is_found_among_cached_splits(
     with pytest.raises(errors.UserError, match=r'b.txt:1 has the prompt of'):
       _load(config, tokenizer)
   assert len(list(folder.iterdir())) == 2
-  # A prompt twice in one split is no leak.
-  config.data.validation = ''
+  config.data.validation = ''  # A prompt twice in one split is no leak.
   config.data.train = conftest.write_pairs(tmp_path / 'a.txt', 2 * pairs)
   _load(config, tokenizer)
