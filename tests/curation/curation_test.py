@@ -31,6 +31,9 @@ _MARKUP = st.lists(_NAMES, max_size=10).map(''.join)
 _STEPS = (characters.strip_html, characters.repair_encoding,
           characters.remove_invisible, characters.compose_nukta,
           characters.regular_whitespace, characters.lower)
+_VERSE = 'the river carries every lamp that we forgot to light'
+_NATIVE = 'कागा रे, मायके जा कह देना, झूला मैं भी डालूँगी'
+_SONG = [f'line {i}' for i in range(10)]
 
 
 def _rows(*fields, start=1):
@@ -57,28 +60,11 @@ def test_a_clean_text_stays_as_it_is(step, text):
 
 @pytest.mark.parametrize('step', _STEPS[:-1], ids=lambda f: f.__name__)
 def test_what_is_right_is_not_touched(step):
-  for text in (
-      'I <3 you & 3 > 2', 'x<y and y>z', 'if a <b and c> d', '“a” ‘b’',
-      'R&D, ?a=1&copy=2', 'तुझे देखा तो ये', '春眠不覺曉，處處聞啼鳥。',
-      'a <x1> b', 'র‍্যাব', 'क्‌ष', 'می‌خواهم', '👩‍👩‍👧', 'naïve café',
-      'एक।\nदो॥\n\nतीन'):
+  for text in ('I <3 you & 3 > 2', 'x<y and y>z', 'if a <b and c> d', '“a” ‘b’',
+               'R&D, ?a=1&copy=2', 'तुझे देखा तो ये',
+               '春眠不覺曉，處處聞啼鳥。', 'a <x1> b', 'র‍্যাব', 'क्‌ष',
+               'می‌خواهم', '👩‍👩‍👧', 'naïve café', 'एक।\nदो॥\n\nतीन'):
     assert step(text) == text
-
-
-@pytest.mark.parametrize('raw, text', (
-    ('a<br />\nb<br>c', 'a\nb\nc'),
-    ('<div class="x">one</div><div>two</div>three', 'one\ntwo\nthree'),
-    ('<p>a</p><p>b</p>', 'a\n\nb'),
-    ('it&#39;s &lt;3&nbsp;me', "it's <3\u00a0me"),
-    ('a &amp;amp; b &lt;br&gt; c', 'a & b \nc'),
-    ('x<script>alert("<b>")</script><style>b{}</style>y', 'xy'),
-    ('<html><head><title>T</title></head><body>hi <b>you</b>', 'hi you'),
-    ('x<y <b>and</b> z', 'x<y and z'),
-    ('?a&copy=1 &amp; <b>x', '?a&copy=1 & x'), ('a<!-- <b> -->b', 'ab'),
-    ('<i title="a>b">x</i>', 'x'),
-    ('I <3 <b>you</b> & 3 > 2', 'I <3 you & 3 > 2')))
-def test_html_is_what_a_browser_shows(raw, text):
-  assert characters.strip_html(raw).strip('\n') == text
 
 
 def _repair(text):
@@ -86,32 +72,54 @@ def _repair(text):
       characters.remove_invisible(characters.repair_encoding(text)))
 
 
-@pytest.mark.parametrize('function, text, expected', (
-    (_repair, 'modelâ€™s ðŸ‘‰', 'model’s 👉'),
-    # The default of ftfy makes a comma and straight quotes of these.
-    (_repair, '春，“眠”', '春，“眠”'),
-    (_repair, 'e\u0301 \ufeffa\u200bb\u00ad \ufb01', 'é ab fi'),
-    (characters.regular_whitespace,
-     ' a\u00a0\t b \r\n\r\n\n\u3000c\u2028d \n', 'a b\n\nc\nd'),
-    # A nukta after the vowel sign, and twice; Unicode has no such अ.
-    (characters.compose_nukta, 'ग\u0948\u093cब', '\u095a\u0948ब'),
-    (characters.compose_nukta, 'ज\u093cि\u093c', '\u095bि'),
-    (characters.compose_nukta, 'अ\u093c', 'अ\u093c'),
-    (characters.capitals_inside, 'tujhe dekhA to ye jAnA sanam', 1 / 3),
-    (characters.capitals_inside, 'tujhe dekhā to ye jānā', 0),
-    (characters.capitals_inside, 'तुझे देखा', 0),
-    (characters.capitals_inside, 'My iPhone and YOU. Mr. Jones', 1 / 6),
-    (words.words, 'तुझे देखा, तो ये!', ['तुझे', 'देखा', 'तो', 'ये']),
-    (words.words, 'র‍্যাব এলো', ['র‍্যাব', 'এলো']),
-    (words.words, "Don't rock-n-roll, it’s 3",
-     ["Don't", 'rock', 'n', 'roll', 'it’s', '3']),
-    (words.words, '春眠 ok。曉', ['春', '眠', 'ok', '曉']),
-    (words.aksharas, 'क्षत्रिय हिन्दी', ['क्ष', 'त्रि', 'य', 'हि', 'न्दी']),
-    (words.aksharas, '春 眠', ['春', '眠']),
-    (words.script, 'तुझे ok देखा।', 'Devanagari'),
-    (words.script, 'ভালো', 'Bengali'), (words.script, '12 !', '')))
-def test_functions_of_texts(function, text, expected):
-  assert function(text) == expected
+def _shown(html):
+  return characters.strip_html(html).strip('\n')
+
+
+@pytest.mark.parametrize('function, cases', (
+    (_shown, {  # What a browser shows.
+        'a<br />\nb<br>c': 'a\nb\nc', '<p>a</p><p>b</p>': 'a\n\nb',
+        '<div class="x">one</div><div>two</div>three': 'one\ntwo\nthree',
+        'it&#39;s &lt;3&nbsp;me': "it's <3\u00a0me",
+        'a &amp;amp; b &lt;br&gt; c': 'a & b \nc',
+        'x<script>alert("<b>")</script><style>b{}</style>y': 'xy',
+        '<html><head><title>T</title></head><body>hi <b>you</b>': 'hi you',
+        'x<y <b>and</b> z': 'x<y and z', 'a<!-- <b> -->b': 'ab',
+        '?a&copy=1 &amp; <b>x': '?a&copy=1 & x', '<i title="a>b">x</i>': 'x',
+        'I <3 <b>you</b> & 3 > 2': 'I <3 you & 3 > 2'}),
+    (_repair, {
+        'modelâ€™s ðŸ‘‰': 'model’s 👉',
+        # The default of ftfy makes a comma and straight quotes of these.
+        '春，“眠”': '春，“眠”',
+        'e\u0301 \ufeffa\u200bb\u00ad \ufb01': 'é ab fi'}),
+    (characters.regular_whitespace, {
+        ' a\u00a0\t b \r\n\r\n\n\u3000c\u2028d \n': 'a b\n\nc\nd'}),
+    (characters.compose_nukta, {
+        # A nukta after the vowel sign, and twice; Unicode has no such अ.
+        'ग\u0948\u093cब': '\u095a\u0948ब', 'ज\u093cि\u093c': '\u095bि',
+        'अ\u093c': 'अ\u093c'}),
+    (characters.capitals_inside, {
+        'tujhe dekhA to ye jAnA sanam': 1 / 3, 'tujhe dekhā to ye jānā': 0,
+        'तुझे देखा': 0, 'My iPhone and YOU. Mr. Jones': 1 / 6}),
+    (words.words, {
+        'तुझे देखा, तो ये!': ['तुझे', 'देखा', 'तो', 'ये'],
+        'র‍্যাব এলো': ['র‍্যাব', 'এলো'],
+        "Don't rock-n-roll, it’s 3": [
+            "Don't", 'rock', 'n', 'roll', 'it’s', '3'],
+        '春眠 ok。曉': ['春', '眠', 'ok', '曉']}),
+    (words.aksharas, {
+        'क्षत्रिय हिन्दी': ['क्ष', 'त्रि', 'य', 'हि', 'न्दी'],
+        '春 眠': ['春', '眠']}),
+    (words.script, {
+        'तुझे ok देखा।': 'Devanagari', 'ভালো': 'Bengali', '12 !': ''}),
+    (romanise.romanise, {
+        'क\u093cदम': 'qadama', '\u0958दम': 'qadama', 'कॉफ़ी': 'kôfī',
+        'ऑफ': 'ôpha', 'हँसी': 'ham̐sī', 'पढ़ना': 'par̤hanā',
+        'আমায\u09bc': 'āmāẏa', 'আমা\u09df': 'āmāẏa', 'ভালোবাসা': 'bhālobāsā',
+        'স্বপ্ন': 'svapna', 'র\u200d্যাব': 'ryāba', 'হঠাৎ': 'haṭhāt',
+        'दिल। love 春': 'dila| love 春', 'گل': 'گل', '': ''})))
+def test_functions_of_texts(function, cases):
+  assert {text: function(text) for text in cases} == cases
 
 
 @pytest.mark.parametrize('text, kept', (
@@ -131,15 +139,12 @@ def test_nukta_letters_are_one_character():
     assert unicodedata.normalize('NFC', letter) == pair
     assert characters.compose_nukta(pair) == letter
     assert characters.compose_nukta(letter) == letter
-
-
-def test_shingles_ignore_case_punctuation_and_lines():
-  same = words.shingles('Abc, d\nE!', 2)
-  assert same == {'ab', 'bc', 'cd', 'de'} == words.shingles('abcde', 2)
-  assert words.shingles('a', 3) == {'a'}
-  assert words.shingles('?!', 3) == {'?!'}
-  assert words.shingles(' ', 3) == set()
-  assert 'क्षत्रि' in words.shingles('क्षत्रिय', 2)
+  from indic_transliteration import sanscript
+  for native, name in (('क़दम ज़रा बड़ा ग़म', sanscript.DEVANAGARI),
+                       ('আমায় বড় ভালো', sanscript.BENGALI)):
+    latin = romanise.romanise(native, 'iso')
+    back = sanscript.transliterate(latin, sanscript.ISO, name)
+    assert characters.compose_nukta(back) == characters.compose_nukta(native)
 
 
 def test_lists(tmp_path):
@@ -162,16 +167,6 @@ def test_lists(tmp_path):
     assert len(words.load_list(name)) > 10
 
 
-@pytest.mark.parametrize('native, latin', (
-    ('क\u093cदम', 'qadama'), ('\u0958दम', 'qadama'), ('कॉफ़ी', 'kôfī'),
-    ('ऑफ', 'ôpha'), ('हँसी', 'ham̐sī'), ('पढ़ना', 'par̤hanā'),
-    ('আমায\u09bc', 'āmāẏa'), ('আমা\u09df', 'āmāẏa'), ('ভালোবাসা', 'bhālobāsā'),
-    ('স্বপ্ন', 'svapna'), ('র\u200d্যাব', 'ryāba'), ('হঠাৎ', 'haṭhāt'),
-    ('दिल। love 春', 'dila| love 春'), ('گل', 'گل'), ('', '')))
-def test_romanise(native, latin):
-  assert romanise.romanise(native) == latin
-
-
 @pytest.mark.parametrize('scheme', romanise.SCHEMES)
 def test_no_letter_of_hindi_or_bengali_is_left(scheme):
   for text in ('क़ख़ग़ज़ड़ढ़फ़ ऑफ कॉफ़ी हँसी दुःख नहीं १२३।',
@@ -181,30 +176,17 @@ def test_no_letter_of_hindi_or_bengali_is_left(scheme):
     assert romanise.romanise(apart, scheme) == romanise.romanise(text, scheme)
 
 
-def test_romanised_nukta_letters_come_back():
-  from indic_transliteration import sanscript
-  for native, name in (('क़दम ज़रा बड़ा ग़म', sanscript.DEVANAGARI),
-                       ('আমায় বড় ভালো', sanscript.BENGALI)):
-    latin = romanise.romanise(native, 'iso')
-    back = sanscript.transliterate(latin, sanscript.ISO, name)
-    assert characters.compose_nukta(back) == characters.compose_nukta(native)
-
-
-def test_lists_of_lines_stay_lists():
+def test_cells_of_tables():
   log = table.ChangeLog()
   rows = _rows({'lines': ['a<br>b', 'c']}, {'lines': 'a<br>b'}, {'lines': 7},
                {'lines': []}, {'lines': None})
-  table.apply_text(
-      rows, log, 'html', ['lines'], characters.strip_html, 'why')
+  table.apply_text(rows, log, 'html', ['lines'], characters.strip_html, 'why')
   assert [row.fields['lines'] for row in rows] == [
       ['a', 'b', 'c'], 'a\nb', 7, [], None]
   assert rows[0].read == {'lines': ['a<br>b', 'c']}
   assert [(c.where, c.before, c.after) for c in log.changes] == [
       ('f:1', ['a<br>b', 'c'], ['a', 'b', 'c']), ('f:2', 'a<br>b', 'a\nb')]
-
-
-def test_missing_cells_are_filled_from_their_group():
-  log = table.ChangeLog()
+  log = table.ChangeLog()  # Missing cells are filled from their group.
   rows = _rows(
       {'song': 'Rain', 'poet': 'Ada'}, {'song': ' rain ', 'poet': '  '},
       {'song': 'Sun', 'poet': None}, {'song': 'Fog', 'poet': 'A'},
@@ -217,14 +199,10 @@ def test_missing_cells_are_filled_from_their_group():
       ('f:2', '  ', 'from f:1, of the same song')]
   assert log.notes == [
       'fill: f:6 has no poet, and the rows of its song disagree: A, B']
-
-
-def test_rows_that_lack_too_much_are_removed():
-  log = table.ChangeLog()
-  rows = _rows(
-      {'text': 'a\nb', 'poet': 'p', 'year': 1}, {'text': ' \n', 'poet': 'p'},
-      {'text': 'a\n\nb', 'poet': ''}, {'text': 'a\n \n', 'poet': 'p', 'year': 0}
-  )
+  log = table.ChangeLog()  # Rows that lack too much are removed.
+  rows = _rows({'text': 'a\nb', 'poet': 'p', 'year': 1},
+               {'text': ' \n', 'poet': 'p'}, {'text': 'a\n\nb', 'poet': ''},
+               {'text': 'a\n \n', 'poet': 'p', 'year': 0})
   kept = table.remove_incomplete(
       rows, log, required=['text'], max_missing=0.5, min_lines=2,
       text=['text'], known=['text', 'poet', 'year'])
@@ -256,10 +234,7 @@ def test_a_couplet_gets_the_marks_of_the_other_couplets():
   for texts in (['एक दिल\nदो दिल।\nतीन दिल\nचार दिल'] * 9,
                 ['a.\nb.\nc.\nd.\ne']):
     assert _punctuated(*texts)[0] == texts
-
-
-def test_a_text_gets_the_mark_of_the_column():
-  whole = ['It is one.'] * 9 + ['Is it?']
+  whole = ['It is one.'] * 9 + ['Is it?']  # A text gets the mark of the column.
   texts, log = _punctuated(
       *whole, 'It is two', 'It goes on:', 'It “ends”', 'दिल', share=0.7)
   assert texts == [*whole, 'It is two.', 'It goes on:', 'It “ends”.', 'दिल']
@@ -267,9 +242,6 @@ def test_a_text_gets_the_mark_of_the_column():
       (where, '10 of 13 comparable lines of the column end with a mark')
       for where in ('f:11', 'f:13')]
   assert not _punctuated(*whole, 'It is two', 'a', 'b', share=0.8)[1].changes
-
-
-_VERSE = 'the river carries every lamp that we forgot to light'
 
 
 def test_the_fuller_of_two_stays_and_is_named():
@@ -293,9 +265,13 @@ def test_similar_pairs_are_exact():
     assert likeness == len(sets[i] & sets[j]) / len(sets[i] | sets[j])
   assert {(i, j) for i, j, _ in pairs} == {(0, 1), (0, 2), (1, 2)}
   assert duplicates.similar_pairs(texts, 0.99, 3) == []
-
-
-_NATIVE = 'कागा रे, मायके जा कह देना, झूला मैं भी डालूँगी'
+  # Shingles ignore case, punctuation and lines.
+  same = words.shingles('Abc, d\nE!', 2)
+  assert same == {'ab', 'bc', 'cd', 'de'} == words.shingles('abcde', 2)
+  assert words.shingles('a', 3) == {'a'}
+  assert words.shingles('?!', 3) == {'?!'}
+  assert words.shingles(' ', 3) == set()
+  assert 'क्षत्रि' in words.shingles('क्षत्रिय', 2)
 
 
 @pytest.mark.parametrize('texts, threshold, n, kept, why', (
@@ -370,29 +346,23 @@ def test_leaks_are_found():
       ('f:1', 'f:3'), ('f:1', 'f:4')]
   assert found[0].why == "song is 'a' in both"
   assert (found[0].split, found[0].other_split) == ('train', 'test')
-
-
-@pytest.mark.parametrize('text, num_lines, opening', (
-    ('one long line\nsecond long line\nthird', 2,
-     'one long line\nsecond long line'),
-    ('a long line of prose with many more words', 1,
-     'a long line of prose with'), ('oh my\nlove', 2, '')))
-def test_openings(text, num_lines, opening):
-  row, = _rows({'text': text})
-  assert splits.opening(row, ['text'], num_lines) == opening
-
-
-_SONG = [f'line {i}' for i in range(10)]
+  for text, num_lines, opening in (
+      ('one long line\nsecond long line\nthird', 2,
+       'one long line\nsecond long line'),
+      ('a long line of prose with many more words', 1,
+       'a long line of prose with'), ('oh my\nlove', 2, '')):
+    row, = _rows({'text': text})
+    assert splits.opening(row, ['text'], num_lines) == opening
 
 
 def _augmented(method, fields, log=None, **kwargs):
   arguments = dict(share=1.0, names=['text'], templates=(), keep=(), seed=0)
-  return augment.augment(
-      _rows(*fields), log or table.ChangeLog(), methods=[method],
-      **(arguments | kwargs))
+  return augment.augment(_rows(*fields), log or table.ChangeLog(),
+                         methods=[method], **(arguments | kwargs))
 
 
-def test_couplets_or_stanzas_change_places_between_the_first_and_the_last():
+def test_methods_of_augmentation():
+  # Couplets or stanzas change places between the first and the last.
   (row,) = _augmented('line_order', [{'text': _SONG}])
   lines = row.fields['text']
   assert sorted(lines) == sorted(_SONG) and lines != _SONG
@@ -405,16 +375,21 @@ def test_couplets_or_stanzas_change_places_between_the_first_and_the_last():
   (row,) = _augmented('line_order', [{'text': text}])
   assert sorted(row.fields['text'].split('\n\n')) == text.split('\n\n')
   assert row.fields['text'] != text
-
-
-def test_a_span_is_left_out():
-  (row,) = _augmented('span_dropout', [{'text': _SONG}])
+  (row,) = _augmented('span_dropout', [{'text': _SONG}])  # A span is left out.
   assert len(row.fields['text']) == 8
   assert [x for x in _SONG if x in row.fields['text']] == row.fields['text']
   words_ = [f'w{i}' for i in range(20)]
   (row,) = _augmented('span_dropout', [{'text': ' '.join(words_)}])
   left = row.fields['text'].split()
   assert len(left) == 17 and (left[0], left[-1]) == ('w0', 'w19')
+  # A template paraphrases.
+  (row,) = _augmented('paraphrase', [{'text': 'x', 'term': 'rizz'}],
+                      templates=['text={term} stands for {text}{gone}'])
+  assert row.fields['text'] == 'rizz stands for x'
+  augment.check_templates(['text={term}'], ['text', 'term'])
+  for bad in ('text', 'nope={text}', 'text={nope}', 'text={', 'text={}'):
+    with pytest.raises(errors.UserError, match='augment_templates'):
+      augment.check_templates([bad], ['text', 'term'])
 
 
 def test_kept_phrases_are_not_moved_or_left_out():
@@ -425,17 +400,9 @@ def test_kept_phrases_are_not_moved_or_left_out():
     (row,) = _augmented('span_dropout', [{'text': ' '.join(_SONG)}],
                         keep=['4 line 5'], seed=seed)
     assert '4 line 5' in row.fields['text']
-
-
-def test_paraphrase_by_template():
-  (row,) = _augmented(
-      'paraphrase', [{'text': 'x', 'term': 'rizz'}],
-      templates=['text={term} stands for {text}{gone}'])
-  assert row.fields['text'] == 'rizz stands for x'
-  augment.check_templates(['text={term}'], ['text', 'term'])
-  for bad in ('text', 'nope={text}', 'text={nope}', 'text={', 'text={}'):
-    with pytest.raises(errors.UserError, match='augment_templates'):
-      augment.check_templates([bad], ['text', 'term'])
+  log = table.ChangeLog()
+  assert _augmented('line_order', [{'text': 'a\nb\nc'}], log) == []
+  assert log.notes == ['augment: line_order could not change 1 of 1 rows']
 
 
 def test_augmentation_is_a_function_of_the_seed():
@@ -449,12 +416,6 @@ def test_augmentation_is_a_function_of_the_seed():
   assert 5 < len(made(3)) < 25
   # The source rows are not written to.
   assert fields[0] == {'text': [f'0 {i}' for i in range(12)]}
-
-
-def test_what_cannot_be_augmented_is_noted():
-  log = table.ChangeLog()
-  assert _augmented('line_order', [{'text': 'a\nb\nc'}], log) == []
-  assert log.notes == ['augment: line_order could not change 1 of 1 rows']
 
 
 @pytest.mark.parametrize('before, after, shown', (
