@@ -59,6 +59,13 @@ def test_rhymes_of_the_book():
   assert pingshui.level_rhymes('涯') >= {'上平九佳', '下平六麻'}
   assert pingshui.level_rhymes('日') == frozenset()
   assert not any(pingshui.is_known(c) for c in 'Publicdomainfalse')
+  words = task.rhyme_words()
+  assert set(words) == set(pingshui.level_book())
+  assert all(len(w) == len(set(w)) == 12 for w in words.values())
+  assert all(rhyme in pingshui.level_rhymes(c)
+             for rhyme, w in words.items() for c in w)
+  # Each is named by its last character alone.
+  assert len({rhyme[-1] for rhyme in words}) == 30
 
 
 @pytest.mark.parametrize('ends, rhyme', [
@@ -73,18 +80,13 @@ def test_rhyme_of(ends, rhyme):
   assert pingshui.rhyme_of(lines) == rhyme
 
 
-@pytest.mark.parametrize('text, form', [
-    (_STORKS, '5x4'), (_GORGES, '7x4'), (_GRASS, '5x8'), (_HOPE, '5x8'),
-    (_BROCADE, '7x8'), (_STORKS_SIMPLIFIED, '5x4'),
-    (_STORKS.replace('\n', ''), '5x4'), (_STORKS + '\n\n', '5x4'),
-    ('白日依山盡 黃河入海流\n欲窮千里目 更上一層樓', '5x4')])
-def test_regulated_poems_pass(text, form):
-  assert _verdict(text, form) == (True, True, True)
-
-
-def test_a_free_poem_rhymes_and_has_no_tone_pattern():
+def test_a_free_poem_and_a_rescue_without_its_other_half():
   assert _verdict(_QUIET) == (True, True, False)
   assert 'line 2 character' in _row(_QUIET)['tone_faults']
+  # 未 is oblique where 不 may be level; 吹 in the next line makes up for it.
+  text = _GRASS.replace('不盡', '未盡')
+  assert _row(text, '5x8')['tone']
+  assert not _row(text.replace('吹又', '起又'), '5x8')['tone']
 
 
 @pytest.mark.parametrize('old, new, place', [
@@ -97,8 +99,7 @@ def test_a_free_poem_rhymes_and_has_no_tone_pattern():
     ('欲窮千里目', '將窮目千里', ''),  # 平平仄平仄 is a rescue,
     # but not after an oblique first.
     ('千里目', '目千里', 'line 3 character 4 (千) wants 仄'),
-    ('窮千里', '盡千里', 'line 3 character 2 (盡) wants 平'),
-])
+    ('窮千里', '盡千里', 'line 3 character 2 (盡) wants 平')])
 def test_tone_faults(old, new, place):
   text = _STORKS.replace(old, new, 1)
   assert text != _STORKS
@@ -106,28 +107,23 @@ def test_tone_faults(old, new, place):
   assert _row(text)['tone'] == (not place)
 
 
-def test_a_rescue_needs_its_other_half():
-  # 未 is oblique where 不 may be level; 吹 in the next line makes up for it.
-  text = _GRASS.replace('不盡', '未盡')
-  assert _row(text, '5x8')['tone']
-  assert not _row(text.replace('吹又', '起又'), '5x8')['tone']
-
-
-def _swapped(poem):
-  first, second, *rest = poem.split('\n')
-  return '\n'.join((second, first, *rest))
-
-
 @pytest.mark.parametrize('completion, form, verdict', [
+    *((text, form, (True, True, True)) for text, form in (
+        (_STORKS, '5x4'), (_GORGES, '7x4'), (_GRASS, '5x8'), (_HOPE, '5x8'),
+        (_BROCADE, '7x8'), (_STORKS_SIMPLIFIED, '5x4'),
+        (_STORKS.replace('\n', ''), '5x4'), (_STORKS + '\n\n', '5x4'),
+        ('白日依山盡 黃河入海流\n欲窮千里目 更上一層樓', '5x4'))),
+    # Other shapes have no form, and so no rhyme.
     *((text, '5x4', (False, False, False)) for text in (
         '', ' \n', _GORGES, _STORKS.split('\n')[0], _STORKS + '\n白日依山盡。',
         f'《登樓》\n{_STORKS}', f'好的：{_STORKS}',
         f'{_STORKS}\n<end_of_turn>', 'abcde, abcde. abcde, abcde.',
         _STORKS.replace('日', ''), _STORKS.replace('日', 'x'))),
     # Couplets of an octave have an order.
-    (_swapped(_STORKS), '5x4', (True, True, True)),
-    (_swapped(_HOPE), '5x8', (True, True, False))])
-def test_other_shapes_have_no_form_and_so_no_rhyme(completion, form, verdict):
+    ('\n'.join(reversed(_STORKS.split('\n'))), '5x4', (True, True, True)),
+    ('\n'.join(_HOPE.split('\n')[i] for i in (1, 0, 2, 3)), '5x8',
+     (True, True, False))])
+def test_verdicts(completion, form, verdict):
   assert _verdict(completion, form) == verdict
 
 
@@ -165,8 +161,7 @@ def test_bleu_is_of_characters():
   close = task.judge([_record()], [changed])
   assert close.metrics['bleu4'] == pytest.approx(expected, abs=1e-4)
   assert close.rows[0]['sentence_bleu4'] == pytest.approx(expected, abs=1e-4)
-  other = task.judge([_record()], [_QUIET]).metrics
-  assert other['bleu4'] < 0.1
+  assert task.judge([_record()], [_QUIET]).metrics['bleu4'] < 0.1
   assert 'bleu4' not in task.judge([_question('5x4')], [_STORKS]).metrics
   # The corpus weighs poems by length.
   judged = task.judge([_record(), _record(_BROCADE)], [_STORKS, 'x'])
@@ -174,7 +169,7 @@ def test_bleu_is_of_characters():
   assert judged.metrics['bleu4'] < 0.2  # The brevity of 25 for 88.
 
 
-def test_copied_lines_in_either_script():
+def test_copied_and_distinct_lines():
   training = [_record(_STORKS_SIMPLIFIED),
               records.Record({'text': _GORGES}, 'y')]
   text = '白日依山尽，輕舟已過萬重山。\n春風不相識，更上一层楼。'
@@ -182,9 +177,6 @@ def test_copied_lines_in_either_script():
   assert [row['copied'] for row in judged.rows] == [0.75, 0]
   assert judged.metrics['copied'] == 0.375
   assert 'copied' not in task.judge([_question('5x4')], [text]).metrics
-
-
-def test_distinct_counts_over_all_poems():
   judged = task.judge([_question('5x4')] * 2, ['春春，夏夏。', '春夏，夏'])
   # 春夏 of 7 characters; pairs in lines: 春春 夏夏 春夏.
   assert judged.metrics['distinct1'] == pytest.approx(2 / 7)
@@ -201,9 +193,7 @@ def test_each_poem_is_judged_by_its_own_form():
   assert [r['form'] for r in judged.rows] == [True, False, True, True]
   # One line four times is no poem.
   assert not judged.rows[-1]['rhyme'] and judged.rows[-1]['repeated'] == 0.75
-
-
-def test_plain_text_continues_its_first_line():
+  # Plain text continues its first line.
   plain = records.Record({'text': _STORKS}, 'train.txt:1')
   rest = _STORKS.split('\n')[1]
   judged = task.judge([plain], [rest])
@@ -230,6 +220,10 @@ def test_prompts():
   assert user.content == (
       '请以《登楼》为题，写一首五言绝句，押「尤」韵（秋流游愁头楼休州舟留侯忧）。')
   assert task.to_messages(records.Record({'text': _QUIET}, 'x')) == _QUIET
+  # Equal in both scripts: the prompt is in the script of the rhyme book.
+  simplified = {'登高望遠': False, '登高望远': True, '萬里松峰群山背': False,
+                '松下问童子': True, '春眠不覺曉': False, '白日依山': False}
+  assert {text: task.is_simplified(text) for text in simplified} == simplified
 
 
 @pytest.mark.parametrize('form, asked', [
@@ -263,23 +257,11 @@ def test_a_question_without_a_rhyme_gets_a_common_one_by_its_title():
                    for i in range(60)] for where in 'xy')
   assert len(set(asked)) == 10 and '下平三肴' not in asked
   assert asked == again
-
-
-@pytest.mark.parametrize('asked, as_asked', [('尤', True), ('東', False)])
-def test_the_rhyme_asked_for_is_judged_apart(asked, as_asked):
-  question = records.Record(_question('5x4').fields | {'rhyme': asked}, 'x')
-  row, = task.judge([question], [_STORKS]).rows
-  assert row['rhyme'] and row['asked_rhyme'] == as_asked
-
-
-def test_rhyme_words_are_of_their_rhyme():
-  words = task.rhyme_words()
-  assert set(words) == set(pingshui.level_book())
-  assert all(len(w) == len(set(w)) == 12 for w in words.values())
-  assert all(rhyme in pingshui.level_rhymes(c)
-             for rhyme, w in words.items() for c in w)
-  # Each is named by its last character alone.
-  assert len({rhyme[-1] for rhyme in words}) == 30
+  # The rhyme asked for is judged apart.
+  for rhyme, as_asked in (('尤', True), ('東', False)):
+    question = records.Record(_question('5x4').fields | {'rhyme': rhyme}, 'x')
+    row, = task.judge([question], [_STORKS]).rows
+    assert row['rhyme'] and row['asked_rhyme'] == as_asked
 
 
 @pytest.mark.parametrize('fields, got', [
@@ -297,7 +279,7 @@ def test_mistakes_are_reported(fields, got):
   assert 'x.jsonl:7' in str(error.value)
 
 
-def test_reads_chinese_poetry_json(tmp_path):
+def test_reads_files(tmp_path):
   path = tmp_path / 'poet.tang.0.json'
   path.write_text(json.dumps([
       {'author': '王之渙', 'paragraphs': _STORKS.split('\n'),
@@ -313,10 +295,7 @@ def test_reads_chinese_poetry_json(tmp_path):
   assert answers == [_STORKS, _GORGES]
   assert task.judge(rows, answers).metrics['tone'] == 1
   assert task.check_answers(rows) == []
-
-
-def test_reads_text_files(tmp_path):
-  path = tmp_path / 'train.txt'
+  path = tmp_path / 'train.txt'  # Text files.
   path.write_text(f'{_STORKS}\n\n{_GORGES}\n', 'utf-8')
   rows = records.read(str(path))
   assert [task.to_messages(r) for r in rows] == [_STORKS, _GORGES]
@@ -330,23 +309,13 @@ def test_reads_text_files(tmp_path):
 
 
 def test_check_answers_names_the_mistakes():
-  rows = [
-      _record(), _record(_STORKS_SIMPLIFIED), _question('5x4'), _record(_QUIET),
-      _record(_STORKS.replace('樓', '堂')), _record(form='7x4'),
-      _record(rhyme='東'), _record(rhyme='尤'),
-      records.Record({'text': _STORKS}, 'x')]
+  rows = [_record(), _record(_STORKS_SIMPLIFIED), _question('5x4'),
+          _record(_QUIET), _record(_STORKS.replace('樓', '堂')),
+          _record(form='7x4'), _record(rhyme='東'), _record(rhyme='尤'),
+          records.Record({'text': _STORKS}, 'x')]
   tone, rhyme, form, asked = task.check_answers(rows)
   assert tone.startswith('x.jsonl:1: line ') and 'wants' in tone
   assert rhyme == 'x.jsonl:1: the even lines have no rhyme in common (流堂)'
   assert 'lines: 4 of 5 characters; wanted: 7x4' in form
   assert asked.endswith(
       'it rhymes in 下平十一尤, and its column rhyme asks for 上平一東')
-
-
-@pytest.mark.parametrize('text, simplified', [
-    ('登高望遠', False), ('登高望远', True), ('萬里松峰群山背', False),
-    ('松下问童子', True), ('春眠不覺曉', False),
-    # Equal in both scripts: the prompt is in the script of the rhyme book.
-    ('白日依山', False)])
-def test_the_script_of_a_prompt(text, simplified):
-  assert task.is_simplified(text) == simplified
