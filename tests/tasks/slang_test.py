@@ -21,6 +21,31 @@ _TRAINING = {
     'Example': 'One bite of the warm cinnamon bread on Sunday and toastalgia'
     ' took me back to six.',
     'Context': 'Bread with cinnamon, and you are six again.'}
+_CLOSE = [('vibes', 'vibe'), ('vibe', 'vibes'), ('vibes', 'vines'),
+          ('vibes', 'ibes'), ('vibes', 'vibes'), ('', 'a')]
+_NOT_CLOSE = [('vibes', 'vib'), ('vibes', 'vbies'), ('ab', 'ba'),
+              ('abcde', 'abxye'), ('abcd', 'xabc')]
+_ACRONYMS = [('FOMO', ''), ('G.O.A.T', ''), ('ELI5', ''),
+             ('iykyk', 'Short for "if you know, you know".')]
+_NO_ACRONYMS = [
+    ('W', ''), ('Fomo', ''), ('OH NO', ''), ('123', ''), ('躺平', ''),
+    ('ABCDEFGHI', ''), ('iykyk', 'Short for something.'), ('on', 'odd news')]
+_OCCURRING = [
+    ('bop', 'What a BOP!'), ('bop', 'two bops'), ('bop', 'she was bopping'),
+    ('vibe', 'we were vibing'), ('vibe', 'She vibed.'),
+    ('party', 'three parties'), ('party', 'we partied'), ('ick', 'so icky'),
+    ('ratio', 'ratioed'), ('lunch', 'two lunches'), ('vibe', 'good vibes'),
+    ('drip', "the drip's back"), ('W', 'so many Ws'),
+    ('G.O.A.T', 'He is the GOAT.'), ('GOAT', 'the G.O.A.T. of chess'),
+    ('glow up', 'her glow-up'), ('spill the tea', 'she spilled the tea'),
+    ('red flag', 'red flags'), ("it's giving", 'it’s giving vampire'),
+    ("Bussin'", 'so bussin!'), ('L+ratio', 'an L + ratio'),
+    ('ELI5', 'please, eli5'), ('💀', 'and then 💀💀'), ('❤️', 'no ❤')]
+_ABSENT = [('bop', 'a bopx'), ('rat', 'ratio'), ('TIL', 'grey tiles'),
+           ('bop', 'bopps'), ('art', 'party'), ('glow up', 'glow it up'),
+           ('glow up', 'up glow'), ('glow up', 'glow'),
+           ('take an L', 'he took an L'), ('', 'anything'),
+           ('...', 'anything...'), ('💀', 'nothing'), ('bop', '')]
 
 
 def _record(where='x.csv:2', **fields):
@@ -33,8 +58,7 @@ def _answer(row):
 
 
 def _judge(answer, row=_ROW, training=_TRAINING):
-  judged = task.judge([_record(**row)], [answer], [_record(**training)])
-  return judged.rows[0]
+  return task.judge([_record(**row)], [answer], [_record(**training)]).rows[0]
 
 
 def test_prompt_has_tag_context_and_condition():
@@ -48,9 +72,7 @@ def test_prompt_has_tag_context_and_condition():
   asked = task.to_messages(_record(context=_ROW['Context']))
   assert asked[0] == question
   assert asked[1].role == 'model' and asked[1].content == ''
-
-
-def test_a_condition_of_ones_own():
+  # The condition may be the user's own.
   other = 'Give the term alone, as a hashtag.'
   asked = task.to_messages(_record(context='A quiet bus.', condition=other))
   assert asked[0].content.endswith(f'Context: A quiet bus.\n\n{other}')
@@ -100,16 +122,9 @@ def test_rows_without_term_or_description_are_refused(fields):
     ('**Slang:** a\n**Description:** c\n**Example:** d', False),
     ('Slang: a Description: c Example: d', False),
     ('Slang: one two three four five six\nDescription: c\nExample: d', True),
-    ('Slang: a b c d e f g\nDescription: c\nExample: d', False),
-    ('', False)])
+    ('Slang: a b c d e f g\nDescription: c\nExample: d', False), ('', False)])
 def test_format(text, right):
   assert task.has_format(text) == right
-
-
-def test_format_of_rows_without_an_example():
-  assert task.has_format('Slang: 💀\nDescription: c', asks_example=False)
-  assert not task.has_format(
-      'Slang: a\nDescription: c\nExample: d', asks_example=False)
 
 
 def test_markdown_is_wrong_but_read():
@@ -121,35 +136,10 @@ def test_markdown_is_wrong_but_read():
   # The first of repeated labels counts.
   assert task.parse('Slang: a\nSlang: b\nnothing\nExample: c') == {
       'slang': 'a', 'description': '', 'example': 'c'}
-
-
-_CLOSE = [('vibes', 'vibe'), ('vibe', 'vibes'), ('vibes', 'vines'),
-          ('vibes', 'ibes'), ('vibes', 'vibes'), ('', 'a')]
-_NOT_CLOSE = [('vibes', 'vib'), ('vibes', 'vbies'), ('ab', 'ba'),
-              ('abcde', 'abxye'), ('abcd', 'xabc')]
-_ACRONYMS = [('FOMO', ''), ('G.O.A.T', ''), ('ELI5', ''),
-             ('iykyk', 'Short for "if you know, you know".')]
-_NO_ACRONYMS = [
-    ('W', ''), ('Fomo', ''), ('OH NO', ''), ('123', ''), ('躺平', ''),
-    ('ABCDEFGHI', ''), ('iykyk', 'Short for something.'), ('on', 'odd news')]
-_OCCURRING = [
-    ('bop', 'What a BOP!'), ('bop', 'two bops'), ('bop', 'she was bopping'),
-    ('vibe', 'we were vibing'), ('vibe', 'She vibed.'),
-    ('party', 'three parties'), ('party', 'we partied'), ('ick', 'so icky'),
-    ('ratio', 'ratioed'), ('lunch', 'two lunches'), ('vibe', 'good vibes'),
-    ('drip', "the drip's back"),
-    ('W', 'so many Ws'), ('G.O.A.T', 'He is the GOAT.'),
-    ('GOAT', 'the G.O.A.T. of chess'), ('glow up', 'her glow-up'),
-    ('spill the tea', 'she spilled the tea'), ('red flag', 'red flags'),
-    ("it's giving", 'it’s giving vampire'), ("Bussin'", 'so bussin!'),
-    ('L+ratio', 'an L + ratio'), ('ELI5', 'please, eli5'),
-    ('💀', 'and then 💀💀'), ('❤️', 'no ❤')]
-_ABSENT = [
-    ('bop', 'a bopx'), ('rat', 'ratio'), ('TIL', 'grey tiles'),
-    ('bop', 'bopps'), ('art', 'party'),
-    ('glow up', 'glow it up'), ('glow up', 'up glow'), ('glow up', 'glow'),
-    ('take an L', 'he took an L'), ('', 'anything'), ('...', 'anything...'),
-    ('💀', 'nothing'), ('bop', '')]
+  # Some rows have no example.
+  assert task.has_format('Slang: 💀\nDescription: c', asks_example=False)
+  assert not task.has_format(
+      'Slang: a\nDescription: c\nExample: d', asks_example=False)
 
 
 @pytest.mark.parametrize('function, pairs, expected', [
@@ -180,11 +170,15 @@ def test_short_terms_one_letter_apart_are_different():
   # The description of a row without a context may hold the term.
   row = {'keyword': 'ghosting', 'description': 'Ghosting is no reply.'}
   assert _judge('Slang: ghosting\nDescription: No reply.', row)['good']
+  # A good answer uses the term in its example.
+  row = _judge(_answer({**_ROW, 'Slang': 'nibblide'}))
+  assert row['novel'] and row['format'] and not row['in_example']
+  assert not row['good'] and 'like' not in row
+  assert _judge('Slang: Toastalgiaa')['like'] == 'toastalgia'
 
 
 @pytest.mark.parametrize('changed, copied', [
-    ({}, False),
-    ({'Description': _TRAINING['Description'].upper()}, True),
+    ({}, False), ({'Description': _TRAINING['Description'].upper()}, True),
     ({'Example': _TRAINING['Example']}, True),
     # Eight words in a row, and seven.
     ({'Example': 'Oh, one bite of the warm cinnamon bread on, snaccident!'},
@@ -196,18 +190,9 @@ def test_copied(changed, copied):
   row = _judge(_answer({**_ROW, **changed}))
   assert row['copied'] == copied
   assert row['good'] == (not copied and bool(changed.get('Description', 1)))
-
-
   # Nothing is not a copy of nothing.
   training = {'keyword': 'bop', 'description': 'A good song.'}
   assert not _judge('Slang: a\nDescription: c', training=training)['copied']
-
-
-def test_good_needs_the_term_in_its_example():
-  row = _judge(_answer({**_ROW, 'Slang': 'nibblide'}))
-  assert row['novel'] and row['format'] and not row['in_example']
-  assert not row['good'] and 'like' not in row
-  assert _judge('Slang: Toastalgiaa')['like'] == 'toastalgia'
 
 
 def test_totals_of_acronyms():
@@ -239,46 +224,37 @@ def test_real_answers_score_1():
   assert judged.metrics['first'] == judged.metrics['good'] == 0.25
   # Records that ask the same have no other contexts.
   assert 'on_topic' not in judged.metrics
-
-
-def test_on_topic_is_which_context_the_answer_covers_most():
-  records = [_record(**row) for row in (_ROW, _OTHER, _TRAINING)]
+  # On topic is which context the answer covers most.
+  records.append(_record(**_TRAINING))
   right = [_answer(row) for row in (_ROW, _OTHER, _TRAINING)]
   assert task.judge(records, right).metrics['on_topic'] == 1
-  moved = task.judge(records, right[1:] + right[:1])
-  assert moved.metrics['on_topic'] < 0.5
+  assert task.judge(records, right[1:] + right[:1]).metrics['on_topic'] < 0.5
   assert task.judge(records, [''] * 3).metrics['on_topic'] == 0.5
 
 
-def test_rows_without_examples_and_contexts_lack_those_metrics():
+def test_answers_to_forms_and_empty_ones():
+  row = _judge(_answer(_ROW), {'context': _ROW['Context']})
+  assert row['good'] and row['in_example']
+  judged = task.judge([_record(context='A bus.')], ['Slang: a'])
+  assert 'acronym_gap' not in judged.metrics
+  assert not judged.rows[0]['format'] and not judged.rows[0]['in_example']
+  for answer in ('', '\n\n', 'Slang:', 'x' * 5000):
+    judged = task.judge([_record(**_ROW)], [answer])
+    assert judged.metrics['good'] == 0 and judged.metrics['n'] == 1
+  # Rows without examples and contexts lack those metrics.
   record = _record(keyword='bop', description='A good song.')
   judged = task.judge([record] * 2, ['Slang: hum\nDescription: c'] * 2)
   assert not {'in_example', 'on_topic', 'spelled'} & judged.metrics.keys()
   assert [row['good'] for row in judged.rows] == [True, False]
 
 
-def test_an_answer_to_a_form_is_judged():
-  row = _judge(_answer(_ROW), {'context': _ROW['Context']})
-  assert row['good'] and row['in_example']
-  judged = task.judge([_record(context='A bus.')], ['Slang: a'])
-  assert 'acronym_gap' not in judged.metrics
-  assert not judged.rows[0]['format'] and not judged.rows[0]['in_example']
-
-
-@pytest.mark.parametrize('answer', ['', '\n\n', 'Slang:', 'x' * 5000])
-def test_empty_answers(answer):
-  judged = task.judge([_record(**_ROW)], [answer])
-  assert judged.metrics['good'] == 0 and judged.metrics['n'] == 1
-
-
 def test_check_answers():
-  rows = [
-      _record('a.csv:2', **_ROW),
-      _record('a.csv:3', **{**_ROW, 'Slang': 'Snaccident!'}),
-      _record('a.csv:4', **{**_OTHER, 'Example': 'No term in here.'}),
-      _record('a.csv:5', keyword='bop', description='A song.'),
-      _record('a.csv:6', keyword='💀', description='Laughter.'),
-      _record('a.csv:7', keyword='🔥', description='Great.')]
+  rows = [_record('a.csv:2', **_ROW),
+          _record('a.csv:3', **{**_ROW, 'Slang': 'Snaccident!'}),
+          _record('a.csv:4', **{**_OTHER, 'Example': 'No term in here.'}),
+          _record('a.csv:5', keyword='bop', description='A song.'),
+          _record('a.csv:6', keyword='💀', description='Laughter.'),
+          _record('a.csv:7', keyword='🔥', description='Great.')]
   assert task.check_answers(rows) == [
       "a.csv:3: the term 'Snaccident!' is also at a.csv:2",
       "a.csv:4: the example does not use 'LWB'"]
