@@ -12,41 +12,43 @@ from gemma_sft.tasks.lyrics import task
 from gemma_sft.tasks.lyrics import verse
 
 # A song whose first line comes back after every third line.
-_SONG = [
-    'नाव चली रे धीरे-धीरे, दूर किनारा है',
-    'चाँद हमारे साथ चला है, साथ सितारा है',
-    'पानी बोला, गीत सुनाओ, रात बड़ी लंबी',
-    'हमने बोला, तुम भी गाओ, बात बड़ी लंबी',
-    'लहर-लहर में नाम किसी का हमने पुकारा है',
-    'नाव चली रे धीरे-धीरे, दूर किनारा है',
-    'भोर हुई तो घाट पे देखा, कोई नहीं आया',
-    'सूना आँगन, सूनी देहरी, सूनी है छाया',
-    'फिर भी उसके लौट आने का एक सहारा है',
-    'नाव चली रे धीरे-धीरे, दूर किनारा है']
+_SONG = ['नाव चली रे धीरे-धीरे, दूर किनारा है',
+         'चाँद हमारे साथ चला है, साथ सितारा है',
+         'पानी बोला, गीत सुनाओ, रात बड़ी लंबी',
+         'हमने बोला, तुम भी गाओ, बात बड़ी लंबी',
+         'लहर-लहर में नाम किसी का हमने पुकारा है',
+         'नाव चली रे धीरे-धीरे, दूर किनारा है',
+         'भोर हुई तो घाट पे देखा, कोई नहीं आया',
+         'सूना आँगन, सूनी देहरी, सूनी है छाया',
+         'फिर भी उसके लौट आने का एक सहारा है',
+         'नाव चली रे धीरे-धीरे, दूर किनारा है']
 # Couplets whose second lines end in the words that end both of the first.
-_GHAZAL = [
-    'शाम से पहले दीप जलाना अच्छा लगता है',
-    'घर की सीढ़ी चढ़ कर आना अच्छा लगता है',
-    'बादल आएँ, बिजली चमके, खिड़की खोल के हम',
-    'सुनते हैं जो बूँदों का गाना अच्छा लगता है',
-    'यूँ तो सब कुछ मिल जाता है अब बाज़ारों में',
-    'माँ के हाथों का ही खाना अच्छा लगता है',
-    'दुनिया भर के महल भी देखे, देखे बाग़ मगर',
-    'लौट के अपने गाँव में जाना अच्छा लगता है']
-_BENGALI = [
-    'মেঘের নৌকা ভেসে চলে নীল আকাশের গায়',
-    'আমার মনের একলা পাখি তারেই খুঁজতে যায়',
-    'বাড়ির পাশে তালের সারি, তাহার পাশে নদী',
-    'একটু বসে গল্প করো, সময় থাকে যদি',
-    'মেঘের নৌকা ভেসে চলে নীল আকাশের গায়']
-_URDU = [
-    'ہوا کے ساتھ چلنا سیکھ لیں ہم',
-    'گرے تو پھر سنبھلنا سیکھ لیں ہم',
-    'اندھیری رات لمبی ہے تو کیا ہے',
-    'چراغوں جیسا جلنا سیکھ لیں ہم']
-_ROMAN = [
-    'dīpa jale to rāta ḍhale', 'rāha kahe tū calā cale',
-    'dhūpa meṃ jo sāyā bane', 'dīpa jale to rāta ḍhale']
+_GHAZAL = ['शाम से पहले दीप जलाना अच्छा लगता है',
+           'घर की सीढ़ी चढ़ कर आना अच्छा लगता है',
+           'बादल आएँ, बिजली चमके, खिड़की खोल के हम',
+           'सुनते हैं जो बूँदों का गाना अच्छा लगता है',
+           'यूँ तो सब कुछ मिल जाता है अब बाज़ारों में',
+           'माँ के हाथों का ही खाना अच्छा लगता है',
+           'दुनिया भर के महल भी देखे, देखे बाग़ मगर',
+           'लौट के अपने गाँव में जाना अच्छा लगता है']
+_BENGALI = ['মেঘের নৌকা ভেসে চলে নীল আকাশের গায়',
+            'আমার মনের একলা পাখি তারেই খুঁজতে যায়',
+            'বাড়ির পাশে তালের সারি, তাহার পাশে নদী',
+            'একটু বসে গল্প করো, সময় থাকে যদি',
+            'মেঘের নৌকা ভেসে চলে নীল আকাশের গায়']
+_URDU = ['ہوا کے ساتھ چلنا سیکھ لیں ہم', 'گرے تو پھر سنبھلنا سیکھ لیں ہم',
+         'اندھیری رات لمبی ہے تو کیا ہے', 'چراغوں جیسا جلنا سیکھ لیں ہم']
+_ROMAN = ['dīpa jale to rāta ḍhale', 'rāha kahe tū calā cale',
+          'dhūpa meṃ jo sāyā bane', 'dīpa jale to rāta ḍhale']
+_WHOLE = _SONG[2:]
+_LONG_SONG = _SONG[:2] + [f'{line} {i}' for i in range(2) for line in _SONG]
+# Couplets of the ghazal's radif.
+_NEW = ['पेड़ों पर जब फल आते हैं', 'पंछी का यूँ शोर मचाना अच्छा लगता है'] * 3
+_RADIF = [line for line in _NEW if line.endswith('है')]
+_PLAIN = ['पानी आया', 'रात को', 'गाता जाए', 'आता जाए', 'मोर नाचे', 'चोर नाचे']
+# Four aksharas a line; then lines of 4, 2 and 8.
+_SYLLABLES = ['कमलन', 'चलमन', 'कमलन', 'कम', 'कमलनकमलन']
+_FAR = ['रात जाए', 'क', 'ख', 'ग', 'दिन गाए']
 
 
 def _record(lines, **fields) -> records.Record:
@@ -67,9 +69,8 @@ def _joined(lines):
 def test_the_prompt_opens_the_song_and_the_answer_is_the_rest():
   fields = {'style': 'boat song', 'language': 'Hindi'}
   user, model = task.to_messages(_record(_SONG, **fields))
-  assert user.content == (
-      'Continue this Hindi boat song, line by line.\n\n'
-      f'{_SONG[0]}\n{_SONG[1]}')
+  assert user.content == ('Continue this Hindi boat song, line by line.\n\n'
+                          f'{_SONG[0]}\n{_SONG[1]}')
   assert model.content == _joined(_SONG[2:])
   # An opening alone words the same prompt.
   asked = task.to_messages(records.Record(
@@ -86,12 +87,9 @@ def test_the_prompt_opens_the_song_and_the_answer_is_the_rest():
 
 
 @pytest.mark.parametrize('fields, message', [
-    ({'lines': _SONG[:2]}, '2 lines'),
-    ({'lines': [1, 2, 3]}, 'columns lines'),
-    ({'lines': 5}, 'columns lines'),
-    ({'poem': 'x'}, 'columns poem'),
-    ({'opening': ' \n'}, 'the opening is empty'),
-])
+    ({'lines': _SONG[:2]}, '2 lines'), ({'lines': [1, 2, 3]}, 'columns lines'),
+    ({'lines': 5}, 'columns lines'), ({'poem': 'x'}, 'columns poem'),
+    ({'opening': ' \n'}, 'the opening is empty')])
 def test_records_without_a_song_are_refused(fields, message):
   with pytest.raises(errors.UserError, match=message):
     task.to_messages(records.Record(fields, 'songs.jsonl:3'))
@@ -115,16 +113,10 @@ def test_another_script_scores_0():
       (_SONG, _BENGALI, _URDU, _ROMAN), 2):
     row = _judge(expected, other[2:])
     assert row['script'] == 0 and row['form'] == 0
-
-
-_WHOLE = _SONG[2:]
-_LONG_SONG = _SONG[:2] + [f'{line} {i}' for i in range(2) for line in _SONG]
-# Couplets of the ghazal's radif.
-_NEW = ['पेड़ों पर जब फल आते हैं', 'पंछी का यूँ शोर मचाना अच्छा लगता है'] * 3
-_RADIF = [line for line in _NEW if line.endswith('है')]
-_PLAIN = ['पानी आया', 'रात को', 'गाता जाए', 'आता जाए', 'मोर नाचे', 'चोर नाचे']
-# Four aksharas a line; then lines of 4, 2 and 8.
-_SYLLABLES = ['कमलन', 'चलमन', 'कमलन', 'कम', 'कमलनकमलन']
+  # A few letters of it lower the form.
+  row = _judge(_SONG, [*_WHOLE, 'la la la'])
+  assert 0.9 < row['script'] < 1 and row['refrain'] == 1
+  assert row['form'] == pytest.approx(row['script'])
 
 
 @pytest.mark.parametrize('song, completion, expected', [
@@ -173,12 +165,6 @@ def test_a_completion(song, completion, expected):
   assert {name: row[name] for name in expected} == pytest.approx(expected)
 
 
-def test_letters_of_another_script_lower_the_form():
-  row = _judge(_SONG, [*_WHOLE, 'la la la'])
-  assert 0.9 < row['script'] < 1 and row['refrain'] == 1
-  assert row['form'] == pytest.approx(row['script'])
-
-
 @pytest.mark.parametrize('opening, rest, ending', [
     (_GHAZAL[:2], _GHAZAL[2:], 'अच्छा लगता है'),
     # An ending is whole words that come often.
@@ -195,18 +181,14 @@ def test_refrain(opening, rest, ending):
   assert found == (ending and re.compile(f'(.* )?{re.escape(ending)}'))
 
 
-_FAR = ['रात जाए', 'क', 'ख', 'ग', 'दिन गाए']
-
-
 @pytest.mark.parametrize('opening, rest, share', [
     ([], ['रात जाए', 'दिन गाए'], 1),
     ([], ['काली शाम', 'तेरा नाम'], 1),  # Without a vowel sign.
     ([], ['rāta jāe', 'dina gāe'], 0),  # Three of Latin.
-    ([], ['मेरा गाना', 'तेरा जाला'], 0),
-    ([], ['kālī śāma', 'terā nāma'], 1),
+    ([], ['मेरा गाना', 'तेरा जाला'], 0), ([], ['kālī śāma', 'terā nāma'], 1),
     ([], ['रात जाए', 'रात जाए,'], 0),  # One line twice.
-    (['रात जाए'], ['क', 'दिन गाए'], 0.5),
-    (_FAR[:1], _FAR[1:], 0), (_FAR[:1], _FAR[2:], 1 / 3), (['रात जाए'], [], 0)])
+    (['रात जाए'], ['क', 'दिन गाए'], 0.5), (_FAR[:1], _FAR[1:], 0),
+    (_FAR[:1], _FAR[2:], 1 / 3), (['रात जाए'], [], 0)])
 def test_rhyme_is_between_neighbours_of_other_words(opening, rest, share):
   assert verse.rhyme(opening, rest) == share
 
@@ -229,9 +211,6 @@ def test_copied_counts_lines_of_training_songs():
   assert 'copied' not in _judge(_SONG, _SONG[2:])
   assert _judge(_SONG, '', training)['copied'] == 0
   assert 'copied' in task.LOWER_IS_BETTER
-
-
-def test_forms_of_a_letter_are_one():
   # U+095B and ज + nukta; U+09DC and ড + nukta; a joiner.
   assert verse.key('\u095bमीन') == verse.key('\u091c\u093cमीन')
   assert verse.key('বা\u09dcি') == verse.key('বা\u09a1\u09bcি')
@@ -240,8 +219,7 @@ def test_forms_of_a_letter_are_one():
 
 
 def test_overlap_with_the_reference():
-  judged = task.judge(
-      [_record(_SONG), _record(_GHAZAL)], [_joined(_WHOLE)] * 2)
+  judged = task.judge([_record(_SONG), _record(_GHAZAL)], [_joined(_WHOLE)] * 2)
   assert [row['exact'] for row in judged.rows] == [1, 0]
   assert judged.metrics['exact'] == 0.5
   assert judged.rows[0]['sentence_bleu'] > 0.99
@@ -249,24 +227,13 @@ def test_overlap_with_the_reference():
   # Corpus scores lie between those of the songs.
   assert 0.3 < judged.metrics['bleu'] < 0.7
   assert 0.4 < judged.metrics['chrf'] < 0.8
-
-
   row = _judge(_SONG, _GHAZAL[2:])
   chrf = sacrebleu.metrics.CHRF(word_order=2)
   assert row['sentence_chrf'] == pytest.approx(chrf.sentence_score(
       ' '.join(_GHAZAL[2:]), [' '.join(_WHOLE)]).score / 100)
   # A danda is split from its word; with the tokenisation 13a none would match.
-  song = [*_SONG[:2], 'राम। श्याम। काम। नाम।']
-  row = _judge(song, 'राम श्याम काम नाम')
+  row = _judge([*_SONG[:2], 'राम। श्याम। काम। नाम।'], 'राम श्याम काम नाम')
   assert 0.05 < row['sentence_bleu'] < 1
-
-
-def test_a_mean_is_over_the_rows_that_have_the_metric():
-  judged = task.judge(
-      [_record(_SONG), _record(_PLAIN), _record(_GHAZAL)],
-      [_joined(_WHOLE), _joined(_PLAIN[2:]), 'x'])
-  assert 'refrain' not in judged.rows[1]
-  assert judged.metrics['refrain'] == 0.5 and judged.metrics['n'] == 3
 
 
 def test_judge_of_openings_and_of_nothing():
@@ -278,6 +245,11 @@ def test_judge_of_openings_and_of_nothing():
   assert task.judge([], []).metrics == {task.HEADLINE: 0, 'n': 0}
   judged = task.judge([_record(_SONG)], [''])
   assert judged.metrics['form'] == 0 and judged.metrics['chrf'] == 0
+  # A mean is over the rows that have the metric.
+  judged = task.judge([_record(_SONG), _record(_PLAIN), _record(_GHAZAL)],
+                      [_joined(_WHOLE), _joined(_PLAIN[2:]), 'x'])
+  assert 'refrain' not in judged.rows[1]
+  assert judged.metrics['refrain'] == 0.5 and judged.metrics['n'] == 3
 
 
 def test_check_answers_names_what_is_wrong():
