@@ -24,10 +24,6 @@ def _songs(name):
   return [song for split in _SPLITS[name].values() for song in split]
 
 
-def _trigrams(lines):
-  return reading.ngrams(' '.join(map(verse.key, dict.fromkeys(lines))), 3)
-
-
 @pytest.fixture(scope='module')
 def raw():
   path = reading.FOLDER / 'lyrics' / 'raw.csv'
@@ -36,46 +32,44 @@ def raw():
 
 
 @languages
-def test_sizes(name):
+def test_sizes_and_proportions_of_styles(name):
   sizes = [len(split) for split in _SPLITS[name].values()]
   assert all(n >= least for n, least in zip(sizes, _LEAST[name]))
   assert sum(sizes) >= {'hindi': 200, 'bengali': 60}[name]
+  splits = _SPLITS[name]
+  total = collections.Counter(s.fields['style'] for s in _songs(name))
+  assert 6 <= len(total) <= 8
+  for split, songs in splits.items():
+    counts = collections.Counter(s.fields['style'] for s in songs)
+    for style, n in total.items():
+      # Within one song of the exact share.
+      share = n * len(songs) / sum(total.values())
+      assert abs(counts[style] - share) <= 1, (split, style)
 
 
 @languages
-def test_fields(name):
-  songs = _songs(name)
+def test_fields_and_lines(name):
+  songs, script = _songs(name), _LANGUAGES[name]
   for field in ('id', 'title'):
     reading.assert_unique(song.fields[field] for song in songs)
+  # No line is in two songs, nor are the first lines of two songs the same.
+  reading.assert_unique(line for song in songs
+                        for line in {*map(verse.key, song.fields['lines'])})
   for song in songs:
     assert set(song.fields) == {
         'id', 'title', 'style', 'language', 'lines', 'romanized'}
     assert song.fields['language'] == name.capitalize()
-    assert 8 <= len(song.fields['lines']) <= 14, song.where
-
-
-@languages
-def test_lines_are_clean_text_of_one_script(name):
-  script = _LANGUAGES[name]
-  for song in _songs(name):
-    for line in song.fields['lines']:
-      place = f'{song.where}: {line}'
-      assert line == unicodedata.normalize('NFC', line).strip(), place
-      assert '  ' not in line, place
-      assert verse.script_share(line, script) == 1, place
+    lines, latin = song.fields['lines'], song.fields['romanized']
+    assert 8 <= len(lines) <= 14 and len(lines) == len(latin), song.where
+    for native, line in zip(lines, latin):
+      place = f'{song.where}: {native}, {line}'
+      assert native == unicodedata.normalize('NFC', native).strip(), place
+      assert '  ' not in native, place
+      assert verse.script_share(native, script) == 1, place
       # Characters of the script, comma and hyphen; no digits or joiners.
       assert regex.fullmatch(
-          rf'[\p{{{script.title()}}} ,\-]+', line) and not regex.search(
-              r'\p{N}', line), place
-
-
-@languages
-def test_romanised_beside_the_native_lines(name):
-  for song in _songs(name):
-    lines, latin = song.fields['lines'], song.fields['romanized']
-    assert len(lines) == len(latin), song.where
-    for native, line in zip(lines, latin):
-      place = f'{song.where}: {line}'
+          rf'[\p{{{script.title()}}} ,\-]+', native) and not regex.search(
+              r'\p{N}', native), place
       assert not romanise.leftover(line), place
       assert verse.script(line) == 'LATIN', place
       # As many words and about as many syllables (ai and au in hiatus, as in कई
@@ -97,33 +91,13 @@ def test_the_judge_finds_them_whole(name):
 
 
 @languages
-def test_styles_are_in_proportion(name):
-  splits = _SPLITS[name]
-  total = collections.Counter(s.fields['style'] for s in _songs(name))
-  assert 6 <= len(total) <= 8
-  for split, songs in splits.items():
-    counts = collections.Counter(s.fields['style'] for s in songs)
-    for style, n in total.items():
-      # Within one song of the exact share.
-      share = n * len(songs) / sum(total.values())
-      assert abs(counts[style] - share) <= 1, (split, style)
-
-
-@languages
 def test_splits_do_not_overlap(name):
   train, *held_out = _SPLITS[name].values()
   # Songs on one subject in one metre have a similarity of 0.2.
-  reading.assert_unlike(*(
-      [(song.where, _trigrams(song.fields['lines'])) for song in songs]
-      for songs in (sum(held_out, []), train)), 0.4)
-
-
-@languages
-def test_no_line_is_in_two_songs(name):
-  # Nor are the first lines of two songs the same.
-  reading.assert_unique(
-      line for song in _songs(name)
-      for line in {*map(verse.key, song.fields['lines'])})
+  reading.assert_unlike(*([
+      (song.where, reading.ngrams(' '.join(map(
+          verse.key, dict.fromkeys(song.fields['lines']))), 3))
+      for song in songs] for songs in (sum(held_out, []), train)), 0.4)
 
 
 def test_raw_csv_needs_curation(raw):
@@ -135,23 +109,20 @@ def test_raw_csv_needs_curation(raw):
   def n(pattern):
     return sum(bool(regex.search(pattern, row['text'])) for row in raw)
 
-  for least, pattern in (
-      (5, '<[a-z]+[^>]*>'),  # Tags.
-      (3, '&[a-z]+;'),  # Entities.
-      (3, '[♪★☆]'), (3, '  |\t'), (5, '।\n'), (3, '\u200b'),
-      (3, '[\u0958-\u095f]'),  # Composed nukta letters,
-      (20, '[\u0915-\u0939]\u093c'),  # and decomposed ones.
-      (2, 'à[¤¥¦§]'),  # Mojibake.
-      (3, r'^\P{Devanagari}*\p{Latin}{2}')):  # Romanised.
+  for least, pattern in ((5, '<[a-z]+[^>]*>'),  # Tags.
+                         (3, '&[a-z]+;'),  # Entities.
+                         (3, '[♪★☆]'), (3, '  |\t'), (5, '।\n'), (3, '\u200b'),
+                         (3, '[\u0958-\u095f]'),  # Composed nukta letters,
+                         (20, '[\u0915-\u0939]\u093c'),  # and decomposed ones.
+                         (2, 'à[¤¥¦§]'),  # Mojibake.
+                         (3, r'^\P{Devanagari}*\p{Latin}{2}')):  # Romanised.
     assert n(pattern) >= least, pattern
   assert n('कमबख़्त|उल्लू का पट्ठा') == 2
   assert sum(not all(row.values()) for row in raw) >= 4
   openings = collections.Counter(
       regex.sub(r'<[^>]*>|[^\p{L}\p{M}]', '', row['text'])[:20] for row in raw)
   assert sum(k > 1 for k in openings.values()) >= 3  # Near-duplicates.
-
-
-def test_raw_csv_has_no_held_out_song(raw):
+  # It has no held-out song.
   lines = {verse.key(line) for row in raw for line in row['text'].split('\n')}
   for splits in _SPLITS.values():
     for song in (*splits['validation'], *splits['test']):
