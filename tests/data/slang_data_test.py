@@ -17,25 +17,29 @@ def test_sizes_and_header():
   for record in _ALL:
     assert list(record.fields) == ['Slang', 'Description', 'Example', 'Context']
     assert all(cell == cell.strip() and cell for cell in record.fields.values())
+  # Acronyms are a fifth of each split, and spelled.
+  for split, found in _SPLITS.items():
+    rows = [task.columns(r) for r in found]
+    acronyms = [r for r in rows
+                if terms.is_acronym(r['slang'], r['description'])]
+    assert 0.19 <= len(acronyms) / len(rows) <= 0.23, split
+    for row in acronyms:
+      assert terms.spells(row['slang'], row['description']), row['slang']
 
 
-def test_every_example_has_its_term_literally():
-  for where, row in _ROWS:
-    # Stricter than the judge: the whole term as it is written, in any case. The
-    # context must not contain it.
-    pattern = re.compile(rf'(?<!\w){re.escape(row["slang"])}(?!\w)',
-                         re.IGNORECASE)
-    assert pattern.search(row['example']), where
-    assert not pattern.search(row['context']), where
-
-
-def test_lengths():
+def test_rows():
   for where, row in _ROWS:
     assert 12 <= len(row['example'].split()) <= 35, where
     assert 6 <= len(row['context'].split()) <= 40, where
     # One sentence, with a full stop at its end.
     assert re.fullmatch(r'[A-Z"][^.!?]*\.', row['description']), where
     assert row['example'][-1] in '.?!', where
+    # Stricter than the judge: the whole term as it is written, in any case. The
+    # context must not contain it.
+    pattern = re.compile(rf'(?<!\w){re.escape(row["slang"])}(?!\w)',
+                         re.IGNORECASE)
+    assert pattern.search(row['example']), where
+    assert not pattern.search(row['context']), where
 
 
 def test_terms_and_contexts_are_unique():
@@ -46,24 +50,11 @@ def test_terms_and_contexts_are_unique():
       assert len(a) < 5 or len(b) < 5 or not terms.is_close(a, b), (a, b)
   for name in ('context', 'example', 'description'):
     reading.assert_unique(row[name].lower() for _, row in _ROWS)
-
-
-def test_no_near_duplicates():
   # Two sentences with a higher similarity of character 5-grams say the same.
   for name in ('context', 'example'):
     found = [(where, reading.ngrams(row[name].lower())) for where, row in _ROWS]
     for i, one in enumerate(found):
       reading.assert_unlike([one], found[:i], 0.3)
-
-
-def test_acronyms_are_a_fifth_of_each_split_and_spelled():
-  for split, found in _SPLITS.items():
-    rows = [task.columns(r) for r in found]
-    acronyms = [r for r in rows
-                if terms.is_acronym(r['slang'], r['description'])]
-    assert 0.19 <= len(acronyms) / len(rows) <= 0.23, split
-    for row in acronyms:
-      assert terms.spells(row['slang'], row['description']), row['slang']
 
 
 def test_the_judge_gives_the_answers_full_marks():
