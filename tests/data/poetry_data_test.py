@@ -13,11 +13,6 @@ _SPLITS = reading.read('poetry', '.jsonl')
 _ALL = [r for split in _SPLITS.values() for r in split]
 
 
-def _pairs(text):
-  return {line[i:i + 2] for line in task.split_lines(text)
-          for i in range(len(line) - 1)}
-
-
 def test_every_poem_keeps_form_rhyme_and_tones():
   judged = reading.judge(task, _ALL)
   assert [judged.metrics[k] for k in ('form', 'rhyme', 'tone')] == [1, 1, 1]
@@ -27,7 +22,7 @@ def test_every_poem_keeps_form_rhyme_and_tones():
   assert max(rhymes.values()) < 0.1 * len(judged.rows)
 
 
-def test_sizes():
+def test_sizes_and_style():
   assert len(_ALL) >= 200
   for split, least in (('train', 150), ('validation', 20), ('test', 30)):
     assert len(_SPLITS[split]) >= least
@@ -35,9 +30,6 @@ def test_sizes():
     assert forms.keys() == task.FORMS.keys()
     # There are more quatrains than octaves, but a fair number of each.
     assert min(forms.values()) >= len(_SPLITS[split]) / 10
-
-
-def test_one_style():
   for record in _ALL:
     assert list(record.fields) == ['title', 'form', 'text']
     title, text = record.fields['title'], record.fields['text']
@@ -48,17 +40,16 @@ def test_one_style():
     assert task.to_traditional(title + text) == title + text
 
 
-def test_no_title_and_no_line_is_there_twice():
+def test_splits_do_not_overlap():
   reading.assert_unique(r.fields['title'] for r in _ALL)
   reading.assert_unique(
       line for r in _ALL for line in task.split_lines(r.fields['text']))
-
-
-def test_splits_do_not_overlap():
   # Two quatrains of 20 characters with a similarity of 0.15 share five of their
   # 16 pairs of characters.
-  train, *held_out = ([(r.where, _pairs(r.fields['text'])) for r in records]
-                      for records in _SPLITS.values())
+  train, *held_out = (
+      [(r.where, {line[i:i + 2] for line in task.split_lines(r.fields['text'])
+                  for i in range(len(line) - 1)}) for r in records]
+      for records in _SPLITS.values())
   reading.assert_unlike(sum(held_out, []), train, 0.15)
 
 
