@@ -57,9 +57,6 @@ def _settings(draw):
 _MANY = hypothesis.settings(max_examples=60, deadline=None)
 
 
-# The plan ---------------------------------------------------------------------
-
-
 def _checked_plan(lengths, layout, seed, epoch):
   """Returns a plan that holds every example, with no row over full."""
   plan = batches_lib.plan_epoch(lengths, layout, seed=seed, epoch=epoch)
@@ -110,8 +107,7 @@ def test_epochs_and_seeds_differ(packing, same_length):
     ([3, 4, 5], dict(batch_size=2), [(16, [[0], [1]]), (16, [[2], []])]),
     # An example goes to the smallest bucket that holds it.
     ([4, 5, 8, 9, 1], dict(batch_size=1, buckets=(4, 8, 16)),
-     [(4, [[0]]), (8, [[1]]), (8, [[2]]), (16, [[3]]), (4, [[4]])]),
-))
+     [(4, [[0]]), (8, [[1]]), (8, [[2]]), (16, [[3]]), (4, [[4]])])))
 def test_unpacked_rows(lengths, changes, wanted):
   assert batches_lib.plan_epoch(
       lengths, _layout(packing=False, **changes), seed=None, epoch=0) == wanted
@@ -127,8 +123,7 @@ _REAL = {
     'questions with the tables of ten databases': lambda rng: [
         int(n) for base in (90, 100, 130, 150, 180, 210, 230, 250, 340, 355)
         for n in base + rng.integers(0, 30, 60)],
-    'any up to 200': lambda rng: rng.integers(30, 201, 300).tolist(),
-}
+    'any up to 200': lambda rng: rng.integers(30, 201, 300).tolist()}
 
 
 @pytest.mark.parametrize('kind', _REAL)
@@ -184,17 +179,13 @@ def test_sums_of_lengths(lengths):
     (dict(batch_size=0), 'batch_size is 0'),
     (dict(packing=False, buckets=(4, 8)), r'buckets is \(4, 8\)'),
     (dict(packing=False, buckets=(16, 8)), r'buckets is \(16, 8\)'),
-    (dict(packing=False, buckets=(8, 8, 16)), r'buckets is \(8, 8, 16\)'),
-))
+    (dict(packing=False, buckets=(8, 8, 16)), r'buckets is \(8, 8, 16\)')))
 def test_a_layout_that_does_not_work_out_is_refused(changes, got):
   with pytest.raises(errors.UserError, match=got) as caught:
     _layout(**changes)
   if 'batch_size' in changes:  # What it suggests works.
     _layout(**changes | dict(batch_size=int(re.search(
         r'batch_size=(\d+)', caught.value.fix)[1])))
-
-
-# The batches ------------------------------------------------------------------
 
 
 def test_a_packed_row_token_by_token():
@@ -295,9 +286,6 @@ def test_epochs_follow_one_another():
   # In any order of access.
   _assert_equal(endless[5], source[5])
   _assert_equal(endless[0], source[0])
-
-
-# Resume -----------------------------------------------------------------------
 
 
 def _source(packing=True, **changes):

@@ -124,8 +124,7 @@ _WRONG = {
     'sampling.top_k': [-1], 'sampling.top_p': [0.0, 1.1],
     'sampling.max_new_tokens': [0], 'deadline_minutes': [-1.0],
     'mesh.data': [0], 'mesh.fsdp': [-2], 'mesh.tensor': [0],
-    'track.wandb': ['a b', 'a/b/c'],
-}
+    'track.wandb': ['a b', 'a/b/c']}
 
 
 @pytest.mark.parametrize('changes', [

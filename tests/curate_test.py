@@ -81,17 +81,15 @@ def test_files_and_counts(config, source, tmp_path, capsys):
       ('duplicates', f'100% the same as {source}:{where}')]
   assert len(kept) == 40 and len(kept) + len(removed) == 43
   report = json.loads(files['report.json'])
-  assert (report['read'], report['kept'], report['removed']) == (43, 40, 3)
-  assert report['leaks'] == []
+  assert [report[name] for name in ('read', 'kept', 'removed', 'leaks')] == [
+      43, 40, 3, []]
   assert report['config']['min_lines'] == 3
   out = capsys.readouterr().out
   assert '43 rows read = 40 kept + 3 removed' in out
   assert out.startswith(files['report.md'].strip()[:400])
   # Cleaned, filled, romanised beside the native text.
-  texts = [row['text'] for row in kept]
-  assert not any(re.search('<|&amp;|  ', text) for text in texts)
-  (filled,) = [row for row in kept if row['song'] == 's5']
-  assert filled['poet'] == 'p1'
+  assert not any(re.search('<|&amp;|  ', row['text']) for row in kept)
+  assert [row['poet'] for row in kept if row['song'] == 's5'] == ['p1']
   assert all(row['text_iast'].startswith(('dila', 'nadī', 'śiuli', 'rain',
                                           'lamp &')) for row in kept)
   # Groups stay together, and styles in proportion.
@@ -210,8 +208,7 @@ def test_a_dry_run_writes_nothing(source):
     ('curate', ('--config=configs/lyrics.py', '--out=out')),
     ('curate', ('--config=configs/curation.py', '--config.curate.lower=true')),
     ('curate', ('--config=OWN', '--out=out'))))
-def test_settings_where_they_were_before_are_redirected(
-    tmp_path, command, flags):
+def test_former_settings_are_redirected(tmp_path, command, flags):
   own = tmp_path / 'own.py'
   own.write_text('from configs import default\n\n\ndef get_config():\n'
                  '  config = default.get_config()\n'

@@ -181,9 +181,6 @@ def _load(path, config):
       layout=load.weight_layout(model)))
 
 
-# The whole way ---------------------------------------------------------------
-
-
 def test_gguf_is_proven_and_loads_as_what_was_trained(
     any_run, tmp_path, capsys):
   config, workdir = any_run
@@ -279,9 +276,6 @@ def test_full_fine_tuning_is_exported(trained, tmp_path, capsys):
 
 def test_the_untouched_base_is_exported(run, tmp_path, capsys):
   _prove(capsys, run[1], tmp_path / 'out', 'gguf-f32', base=True)
-
-
-# Planted faults --------------------------------------------------------------
 
 
 def _without_plus_one(name, array, _):
@@ -412,9 +406,6 @@ def test_wrong_magnitudes_are_not_exported(dora_run, tmp_path, monkeypatch):
   assert not (tmp_path / 'out').exists()
 
 
-# Round trips -----------------------------------------------------------------
-
-
 @pytest.mark.parametrize('name, open_file', [
     ('hf', safetensors_file.open_folder), ('gguf-f32', gguf_file.open_gguf)])
 def test_round_trip_is_equal_to_the_bit(run, tmp_path, name, open_file):
@@ -432,9 +423,6 @@ def test_round_trip_is_equal_to_the_bit(run, tmp_path, name, open_file):
   for tensor in a.shapes:
     np.testing.assert_array_equal(
         a.read(tensor), b.read(tensor), err_msg=tensor)
-
-
-# Mistakes --------------------------------------------------------------------
 
 
 def test_unproven_and_earlier_exports(run, tmp_path, capsys):
@@ -471,8 +459,7 @@ def test_unproven_and_earlier_exports(run, tmp_path, capsys):
     (dict(step=3), 'no checkpoint of step 3'),
     (dict(llama_server='/nowhere'), r'(?s)not a program.*gemma_sft\[export\]'),
     (dict(formats=['hf'], runtime_python='/nowhere'),
-     '(?s)transformers and peft.*launch/runtimes.sh'),
-])
+     '(?s)transformers and peft.*launch/runtimes.sh')])
 def test_mistakes_are_found_before_writing(run, tmp_path, changes, message):
   with pytest.raises(errors.UserError, match=message):
     export.main(**{**_FLAGS, 'workdir': run[1], 'out': str(tmp_path / 'o'),

@@ -163,8 +163,6 @@ def test_compute_follows_the_weights_dtype(kind):
   ).dtype == jnp.float32
 
 
-# Architectures ----------------------------------------------------------------
-
 _COUNTS = {
     'gemma1_2b': 2_506_434_560,
     'gemma1_7b': 8_538_074_112,
@@ -179,8 +177,7 @@ _COUNTS = {
     # As the library builds them; nobody publishes a count of the text part.
     'gemma4_e2b': 4_647_449_891,
     'gemma4_e4b': 7_518_069_034,
-    'gemma4_31b': 30_697_345_340,
-}
+    'gemma4_31b': 30_697_345_340}
 
 
 @pytest.mark.parametrize('name', model_lib.PRESETS)
@@ -215,15 +212,11 @@ def test_dimensions_of_a_custom_model():
     ('llama', {}, 'one of gemma1_2b'),
     ('custom', dict(generation=5), 'generation is 5'),
     ('custom', dict(generation=3, num_kv_heads=3), '4 query heads and 3'),
-    ('custom', dict(generation=3, num_kv_heads=0), '4 query heads and 0'),
-))
+    ('custom', dict(generation=3, num_kv_heads=0), '4 query heads and 0')))
 def test_mistakes(name, changes, got):
   dimensions = conftest.DIMENSIONS | changes if name == 'custom' else {}
   with pytest.raises(errors.UserError, match=got):
     model_lib.make_model(name, **dimensions)
-
-
-# The library ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('kind', ('3', '4'))

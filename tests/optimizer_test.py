@@ -35,8 +35,7 @@ _LINEAR, _CONSTANT = dict(schedule='linear'), dict(schedule='constant')
      {20: 0.1, 60: 0.075, 100: 0.05, 1000: 0.05}),
     ({}, {25: 0.05 * (1 + math.sqrt(0.5)), 50: 0.05, 100: 0.0, 1000: 0.0}),
     (dict(warmup_ratio=0.2, final_share=0.1),
-     {20: 0.1, 60: 0.055, 100: 0.01, 1000: 0.01}),
-))
+     {20: 0.1, 60: 0.055, 100: 0.01, 1000: 0.01})))
 def test_schedules(changes, values):
   schedule = _schedule(**changes)
   for step, value in values.items():

@@ -65,8 +65,7 @@ def test_flags_override_the_run(trained, capsys):
     ('a## b', ('b', '##'), ('a', True)),  # The first in the text, not the list.
     ('abc', ('', 'c'), ('ab', True)),  # An empty stop text is none.
     ('', ('x',), ('', False)),
-    ('END', ('END',), ('', True)),
-])
+    ('END', ('END',), ('', True))])
 def test_cut_at_stop(text, stops, cut):
   assert sample.cut_at_stop(text, stops) == cut
 

@@ -35,8 +35,6 @@ from gemma_sft.tasks.sql import task
 from gemma_sft.tasks.sql import worker
 from gemma_sft.weights import safetensors_file
 
-# The code itself -------------------------------------------------------------
-
 _FILES = sorted(path for folder in ('gemma_sft', 'configs', 'data', 'launch')
                 for path in (conftest.ROOT / folder).rglob('*.py'))
 # Modules that make objects or code from bytes.
@@ -114,9 +112,6 @@ def test_bandit_finds_nothing():
   assert not found['errors'] and not found['results']
 
 
-# Paths in data ---------------------------------------------------------------
-
-
 @pytest.mark.parametrize('name', [
     '../other.safetensors', '/etc/passwd', 'sub/a.safetensors', '..', '',
     'a.safetensors\0', 'ä.safetensors', 7, None])
@@ -163,9 +158,6 @@ def test_a_database_that_is_none_is_named(tmp_path, ending, data):
       task.to_messages(_sql_record(tmp_path, 'a'))
   else:  # For SQLite an empty file is a database without tables.
     assert task.to_messages(_sql_record(tmp_path, 'a'))
-
-
-# Cages -----------------------------------------------------------------------
 
 
 def test_the_schema_of_a_database_is_no_way_out(tmp_path):
@@ -238,8 +230,7 @@ _PROGRAMS = [
     "(() => { for (let i = 0; i < 1e7; i++) console.log('x'.repeat(1000));"
     " return 'done' })()",
     "process.binding('fs')",
-    "(() => { ({}).constructor.prototype.cage = 'forged'; return 'fine' })()",
-]
+    "(() => { ({}).constructor.prototype.cage = 'forged'; return 'fine' })()"]
 
 
 @pytest.mark.skipif(shutil.which('node') is None, reason='no Node.js')
@@ -261,9 +252,6 @@ def test_programs_that_look_for_the_host(monkeypatch, tmp_path):
     # The reference was traced first and is unaffected.
     shown = lines[1]['traces']['Hi']['runs'][0]['tree'][3]
     assert shown == ['name_1'], program
-
-
-# Pages -----------------------------------------------------------------------
 
 
 def test_no_other_site_is_let_in():
@@ -289,8 +277,6 @@ def test_headers_that_do_not_parse(header, value, status):
           'content-type': 'application/json', header: value.encode('latin-1')})
   assert answer.status_code == status
 
-
-# Secrets ---------------------------------------------------------------------
 
 _SECRETS = {'HF_TOKEN': 'hf_' + 'Zq7' * 10, 'WANDB_API_KEY': 'wb' * 20,
             'KAGGLE_KEY': '0123456789abcdef' * 2, 'MY_OWN_KEY': 'Xy9' * 8}
@@ -330,9 +316,6 @@ def test_a_key_in_the_config_is_refused_without_being_shown(config):
   with pytest.raises(errors.UserError) as error:
     config_lib.validate(config)
   assert 'ab12ab12' not in str(error.value)
-
-
-# Sizes -----------------------------------------------------------------------
 
 
 def test_json_that_is_none_is_named(tmp_path):

@@ -102,16 +102,12 @@ def test_a_sharding_is_written_as_xla_writes_it(mesh):
     ({'layer_0': {'attn': {'new_einsum': {'w': jnp.zeros((2, 2))}}}}, (),
      r'no sharding rule covers layer_0/attn/new_einsum/w \(2, 2\)'),
     ({'mlp': {'linear': jnp.zeros((2, 2))}}, ((r'mlp/', P()),),
-     r"mlp/linear is covered by .*'mlp/'"),
-))
+     r"mlp/linear is covered by .*'mlp/'")))
 def test_a_name_without_a_rule_or_with_two_is_an_error(
     tree, rules, message, mesh, monkeypatch):
   monkeypatch.setattr(sharding, 'RULES', (*sharding.RULES, *rules))
   with pytest.raises(ValueError, match=message):
     sharding.tree_shardings(tree, mesh)
-
-
-# The mesh ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('sizes, expected', (

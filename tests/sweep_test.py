@@ -61,9 +61,6 @@ def _plan(source, text, workdir, seeds=1):
       sweep.cells, sweep.seeds)
 
 
-# Cells -----------------------------------------------------------------------
-
-
 def test_a_grid_is_every_combination_with_values_of_the_keys_types():
   sweep = grid.make_sweep(
       _TINY, tiny.get_config(), seeds=2,
@@ -121,8 +118,7 @@ _MISTAKES = {
               'does not exist'),
              ('task=chat,caht', 'cell task=caht', "'chat'"),
              ('config=3,2,nine', 'nine')),
-    'shard': tuple((text, '--shard=') for text in ('2/2', '1', 'a/b', '-1/2')),
-}
+    'shard': tuple((text, '--shard=') for text in ('2/2', '1', 'a/b', '-1/2'))}
 
 
 @pytest.mark.parametrize(
@@ -173,9 +169,6 @@ def test_slangs_attempts_are_one_comparison():
   assert len(sweep.seeds) == 3
   assert source.arguments(sweep.cells[1].changes) == [
       f'--config={slang.__file__}:attempt2']
-
-
-# The runs --------------------------------------------------------------------
 
 
 def test_a_run_is_identified_by_what_decides_its_result(source, tmp_path):
@@ -234,9 +227,6 @@ def test_parallel_runs_have_a_device_each(tmp_path):
   for i in range(4):
     (tpus / f'accel{i}').touch()
   assert slots(4, tpus)[1] == ['0', '1', '2', '3']
-
-
-# Whole sweeps ----------------------------------------------------------------
 
 
 _TIMEOUT = 1200  # Seconds, for a busy machine.
@@ -391,9 +381,6 @@ def test_a_workdir_has_one_sweep_at_a_time(sweep, tmp_path):
   with workdir_lib.lock_workdir(str(tmp_path / 'w')):
     with pytest.raises(errors.UserError, match='is in use by process'):
       sweep(grid='lora.rank=4')
-
-
-# Searches --------------------------------------------------------------------
 
 
 def test_a_space_has_ranges_and_choices():

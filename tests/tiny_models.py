@@ -29,8 +29,7 @@ KINDS = {
     '3': dict(generation=3),
     '4': dict(generation=4),
     '4_shared': dict(
-        generation=4, num_layers=3, per_layer_input_dim=8, shared_kv_layers=1),
-}
+        generation=4, num_layers=3, per_layer_input_dim=8, shared_kv_layers=1)}
 
 
 @functools.cache

@@ -118,9 +118,6 @@ def evaluated(tmp_path_factory):
   return _run(config, folder / 'w')
 
 
-# Resume ----------------------------------------------------------------------
-
-
 @pytest.fixture(scope='module')
 def long(tmp_path_factory):
   """(config, workdir) of 18 updates, which are several epochs."""
@@ -290,9 +287,6 @@ def test_resume_on_another_mesh_is_within_tolerance(stopped, finished):
   assert rows == [r['chain'] for r in conftest.train_rows(straight)]
 
 
-# What a step computes --------------------------------------------------------
-
-
 # Between runs whose gradients differ in the order of float32 sums alone (2e-7
 # or so of each), a few Adam updates keep losses equal to 1e-5; a wrong divisor
 # or a token lost shows at 1e-3 and more.
@@ -409,9 +403,6 @@ def test_a_handful_of_pairs_is_memorised(run_config, tmp_path):
   assert result['scores']['judge/exact'] == 1.0
 
 
-# Evaluation, best and early stopping -----------------------------------------
-
-
 @pytest.mark.parametrize('step', (0, 2, 6))
 def test_evaluation_n_is_of_the_weights_after_n_updates(evaluated, step):
   during = _eval_losses(evaluated)
@@ -478,9 +469,6 @@ def test_init_from_what_would_mean_something_else_is_refused(
     run_config, finished, tmp_path, changes, part):
   run_config.init_from = finished[1]
   _refused(_changed(run_config, changes), tmp_path / 'second', part)
-
-
-# Bad input -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('changes, parts', [

@@ -45,9 +45,6 @@ def _hidden(kind, params, adapters=None):
 _assert_close = tiny_models.assert_close
 
 
-# In the model -----------------------------------------------------------------
-
-
 @pytest.mark.parametrize('kind', _KINDS)
 def test_in_the_model(kind):
   base_TD = _hidden(kind, _params(kind))
@@ -88,9 +85,6 @@ def test_an_adapter_of_k_leaves_v_alone():
   merged = _merge('3', adapters)['layer_1']['attn']['kv_einsum']['w']
   np.testing.assert_allclose(merged, by_hand, rtol=0, atol=1e-6)  # f32.
   np.testing.assert_array_equal(merged[1], before[1])
-
-
-# Merging ----------------------------------------------------------------------
 
 
 def _as_linear(kind, layer, name):
@@ -154,8 +148,6 @@ def test_merging_sums_in_f32_and_keeps_the_dtype():
   np.testing.assert_array_equal(merged, jnp.asarray(exact, jnp.bfloat16))
 
 
-# Which, how large, how many ---------------------------------------------------
-
 _ATTN = ['attn_vec_einsum/o', 'kv_einsum/k', 'kv_einsum/v', 'q_einsum/q']
 _MLP = ['gating_einsum/gate', 'gating_einsum/up', 'linear/down']
 
@@ -165,8 +157,7 @@ _MLP = ['gating_einsum/gate', 'gating_einsum/up', 'linear/down']
     ('3', 'attn/|mlp/', _ATTN + _MLP, _ATTN + _MLP),
     ('3', '/(q|v)$', *2 * (['kv_einsum/v', 'q_einsum/q'],)),
     ('3', 'layer_1/.*/(o|down)$', [], ['attn_vec_einsum/o', 'linear/down']),
-    ('1_fused', '/(q|v)$', *2 * (['qkv_einsum/q', 'qkv_einsum/v'],)),
-))
+    ('1_fused', '/(q|v)$', *2 * (['qkv_einsum/q', 'qkv_einsum/v'],))))
 def test_targets(kind, targets, layer_0, layer_1):
   assert _names(_fresh(kind, targets)) == [
       f'layer_{i}/{"mlp" if name in _MLP else "attn"}/{name}'
@@ -231,8 +222,6 @@ def test_what_no_forward_reads_gets_no_adapter():
   assert kinds[3] == {'q_einsum', 'kv_einsum', 'attn_vec_einsum'}
   assert kinds[4] == kinds[5] == {'q_einsum', 'attn_vec_einsum'}
 
-
-# Dropout ----------------------------------------------------------------------
 
 _LINEAR = ('layer_0', 'mlp', 'linear')
 

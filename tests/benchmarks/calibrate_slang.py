@@ -55,8 +55,7 @@ def answers(rows, training, rng) -> dict[str, list[str]]:
       'last line cut off': ['\n'.join(_lines(r)[:-1]) for r in rows],
       'goes on after it': [f'{_text(r)}\n{_text(o)}'
                            for r, o in zip(rows, others)],
-      'the first answer, always': [_text(rows[0])] * len(rows),
-  }
+      'the first answer, always': [_text(rows[0])] * len(rows)}
   if all(r['example'] for r in rows):
     kinds["another row's example"] = [
         _text({**r, 'example': o['example']}) for r, o in zip(rows, others)]

@@ -38,8 +38,7 @@ _RENAMED = {
     'lora.rank_stabilised': 'lora.use_rslora',
     'optimizer.clip_norm': 'optimizer.max_grad_norm',
     'optimizer.warmup_share': 'optimizer.warmup_ratio',
-    'train.microbatches': 'train.gradient_accumulation_steps',
-}
+    'train.microbatches': 'train.gradient_accumulation_steps'}
 # Lines of metrics.jsonl have these in both runs, or in neither.
 _ALWAYS = ('chain', 'grad_norm', 'loss', 'eval/loss')
 _TIMES = ('time', 'first_step_seconds', 'tokens_per_second')
@@ -89,8 +88,7 @@ VARIANTS = {
     'gemma2-bfloat16': Variant(
         {'model.dtype': 'bfloat16', 'model.attention': 'einsum',
          'train.remat': 'none'}, generation=2),
-    'gemma4': Variant({}, generation=4),
-}
+    'gemma4': Variant({}, generation=4)}
 
 
 class Failed(Exception):
@@ -119,8 +117,9 @@ def run(
   shutil.rmtree(folder, ignore_errors=True)
   folder.mkdir(parents=True)
   settings = _SETTINGS | variant.settings
+  draw = random.Random(0)
   for split, n in (('train', 30), ('validation', 6)):
-    (folder / f'{split}.txt').write_text(_examples(n), encoding='utf-8')
+    (folder / f'{split}.txt').write_text(_examples(n, draw), encoding='utf-8')
     settings[f'data.{split}'] = str(folder / f'{split}.txt')
   environment = os.environ | {
       'PYTHONPATH': str(checkout), 'JAX_PLATFORMS': 'cpu',
@@ -156,18 +155,18 @@ def run(
           str(path.relative_to(exported)):
               hashlib.sha256(path.read_bytes()).hexdigest()
           for path in sorted(exported.rglob('*'))
-          if path.is_file() and path.name not in _NOT_COMPARED}}
+          if path.is_file()
+          and str(path.relative_to(exported)) not in _NOT_COMPARED}}
   kept.write_text(json.dumps(result, indent=1))
   return result
 
 
-def _examples(n):
+def _examples(n, draw):
   """Returns prompts and answers of many lengths.
 
   Packed, 30 make two epochs of three batches that share one bound on their
   trained tokens, so the step is compiled once.
   """
-  draw = random.Random(n)
   words = ('lark sings over the mill while rain falls on häuser and 山 42'
            ' stones, slowly; nobody = there').split()
 

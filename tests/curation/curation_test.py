@@ -72,12 +72,9 @@ def _repair(text):
       characters.remove_invisible(characters.repair_encoding(text)))
 
 
-def _shown(html):
-  return characters.strip_html(html).strip('\n')
-
-
 @pytest.mark.parametrize('function, cases', (
-    (_shown, {  # What a browser shows.
+    (lambda html: characters.strip_html(html).strip('\n'), {
+        # What a browser shows.
         'a<br />\nb<br>c': 'a\nb\nc', '<p>a</p><p>b</p>': 'a\n\nb',
         '<div class="x">one</div><div>two</div>three': 'one\ntwo\nthree',
         'it&#39;s &lt;3&nbsp;me': "it's <3\u00a0me",
@@ -87,11 +84,16 @@ def _shown(html):
         'x<y <b>and</b> z': 'x<y and z', 'a<!-- <b> -->b': 'ab',
         '?a&copy=1 &amp; <b>x': '?a&copy=1 & x', '<i title="a>b">x</i>': 'x',
         'I <3 <b>you</b> & 3 > 2': 'I <3 you & 3 > 2'}),
-    (_repair, {
-        'modelâ€™s ðŸ‘‰': 'model’s 👉',
-        # The default of ftfy makes a comma and straight quotes of these.
-        '春，“眠”': '春，“眠”',
-        'e\u0301 \ufeffa\u200bb\u00ad \ufb01': 'é ab fi'}),
+    (_repair, {'modelâ€™s ðŸ‘‰': 'model’s 👉',
+               # The default of ftfy makes a comma and straight quotes of these.
+               '春，“眠”': '春，“眠”',
+               'e\u0301 \ufeffa\u200bb\u00ad \ufb01': 'é ab fi'}),
+    (characters.remove_invisible, {  # Joiners stay where they mean something.
+        **{text: text for text in (
+            'ক\u200dখ', 'क्\u200dष', 'क्\u200c', 'می\u200cخواهم', '👩\u200d👧')},
+        **{text: re.sub('[\u200c\u200d]', '', text) for text in (
+            'a\u200db', 'क \u200dख', 'क\u200c', '\u200dक', '春\u200c眠',
+            '👩\u200c👧')}}),
     (characters.regular_whitespace, {
         ' a\u00a0\t b \r\n\r\n\n\u3000c\u2028d \n': 'a b\n\nc\nd'}),
     (characters.compose_nukta, {
@@ -101,17 +103,14 @@ def _shown(html):
     (characters.capitals_inside, {
         'tujhe dekhA to ye jAnA sanam': 1 / 3, 'tujhe dekhā to ye jānā': 0,
         'तुझे देखा': 0, 'My iPhone and YOU. Mr. Jones': 1 / 6}),
-    (words.words, {
-        'तुझे देखा, तो ये!': ['तुझे', 'देखा', 'तो', 'ये'],
-        'র‍্যাব এলো': ['র‍্যাব', 'এলো'],
-        "Don't rock-n-roll, it’s 3": [
-            "Don't", 'rock', 'n', 'roll', 'it’s', '3'],
-        '春眠 ok。曉': ['春', '眠', 'ok', '曉']}),
-    (words.aksharas, {
-        'क्षत्रिय हिन्दी': ['क्ष', 'त्रि', 'य', 'हि', 'न्दी'],
-        '春 眠': ['春', '眠']}),
-    (words.script, {
-        'तुझे ok देखा।': 'Devanagari', 'ভালো': 'Bengali', '12 !': ''}),
+    (words.words, {'तुझे देखा, तो ये!': ['तुझे', 'देखा', 'तो', 'ये'],
+                   'র‍্যাব এলো': ['র‍্যাব', 'এলো'],
+                   "Don't rock-n-roll, it’s 3": [
+                       "Don't", 'rock', 'n', 'roll', 'it’s', '3'],
+                   '春眠 ok。曉': ['春', '眠', 'ok', '曉']}),
+    (words.aksharas, {'क्षत्रिय हिन्दी': ['क्ष', 'त्रि', 'य', 'हि', 'न्दी'],
+                      '春 眠': ['春', '眠']}),
+    (words.script, {'तुझे ok देखा।': 'Devanagari', 'ভালো': 'Bengali', '12 !': ''}),
     (romanise.romanise, {
         'क\u093cदम': 'qadama', '\u0958दम': 'qadama', 'कॉफ़ी': 'kôfī',
         'ऑफ': 'ôpha', 'हँसी': 'ham̐sī', 'पढ़ना': 'par̤hanā',
@@ -120,16 +119,6 @@ def _shown(html):
         'दिल। love 春': 'dila| love 春', 'گل': 'گل', '': ''})))
 def test_functions_of_texts(function, cases):
   assert {text: function(text) for text in cases} == cases
-
-
-@pytest.mark.parametrize('text, kept', (
-    ('ক\u200dখ', True), ('क्\u200dष', True), ('क्\u200c', True),
-    ('می\u200cخواهم', True), ('👩\u200d👧', True), ('a\u200db', False),
-    ('क \u200dख', False), ('क\u200c', False), ('\u200dक', False),
-    ('春\u200c眠', False), ('👩\u200c👧', False)))
-def test_joiners_stay_where_they_mean_something(text, kept):
-  bare = re.sub('[\u200c\u200d]', '', text)
-  assert characters.remove_invisible(text) == (text if kept else bare)
 
 
 def test_nukta_letters_are_one_character():
@@ -156,10 +145,8 @@ def test_lists(tmp_path):
     return [' '.join(e.words) for e in words.find_listed(text, entries)]
 
   assert found('यह बुरा है') == ['बुरा']
-  assert found('बुराई') == []  # Whole words.
-  assert found('Spill THE tea, ज\u093cहर') == [
-      'spill the tea', '\u095bह']
-  assert found('spill tea') == []
+  assert found('बुराई') == found('spill tea') == []  # Whole words.
+  assert found('Spill THE tea, ज\u093cहर') == ['spill the tea', '\u095bह']
   with pytest.raises(errors.UserError, match="no list 'hindu'.*\n.*\n.*hindi"):
     words.load_list('hindu')
   assert words.builtin_lists() == ['bengali', 'english', 'hindi']
@@ -220,8 +207,7 @@ def _punctuated(*texts, share=0.5):
 
 
 def test_a_couplet_gets_the_marks_of_the_other_couplets():
-  song = 'एक,\nदो।\n' * 3 + 'तीन\nचार\n\nपाँच,\nछह॥'
-  (text,), log = _punctuated(song)
+  (text,), log = _punctuated('एक,\nदो।\n' * 3 + 'तीन\nचार\n\nपाँच,\nछह॥')
   assert text == 'एक,\nदो।\n' * 3 + 'तीन,\nचार।\n\nपाँच,\nछह॥'
   assert log.changes[0].why == (
       '4 of 4 comparable lines of the text end with a mark')
@@ -244,7 +230,7 @@ def test_a_couplet_gets_the_marks_of_the_other_couplets():
   assert not _punctuated(*whole, 'It is two', 'a', 'b', share=0.8)[1].changes
 
 
-def test_the_fuller_of_two_stays_and_is_named():
+def test_duplicates_and_likeness():
   log = table.ChangeLog()
   rows = _rows(
       {'text': _VERSE, 'poet': ''}, {'text': _VERSE.upper() + '!', 'poet': 'p'},
@@ -255,9 +241,7 @@ def test_the_fuller_of_two_stays_and_is_named():
   (removal,) = log.removals
   assert removal.where == 'f:1' and removal.why == '100% the same as f:2'
   assert removal.fields == {'text': _VERSE, 'poet': ''}
-
-
-def test_similar_pairs_are_exact():
+  # Similar pairs are exact.
   texts = [f'{_VERSE} {end}' for end in ('now', 'today', 'and there it is')]
   pairs = duplicates.similar_pairs([*texts, 'x y z', ''], 0.5, 3)
   sets = [words.shingles(text, 3) for text in texts]
@@ -323,18 +307,7 @@ def test_every_row_is_in_one_split_with_its_group(cells, fractions, seed):
   assert parts == splits.split(rows, members, fractions, 'style', seed)
 
 
-def test_styles_are_in_proportion():
-  rows = _rows(*({'style': 'big'},) * 80, *({'style': 'small'},) * 20)
-  members = splits.groups(rows, [])
-  parts = splits.split(rows, members, (0.8, 0.1, 0.1), 'style', 0)
-  for name, big, small in (
-      ('train', 64, 16), ('validation', 8, 2), ('test', 8, 2)):
-    styles = [rows[i].fields['style'] for i in parts[name]]
-    assert (styles.count('big'), styles.count('small')) == (big, small)
-  assert parts != splits.split(rows, members, (0.8, 0.1, 0.1), 'style', 1)
-
-
-def test_leaks_are_found():
+def test_splits():
   first = 'a long and winding opening of a song'
   parts = {
       'train': _rows({'song': 'A', 'text': f'{first}\nx\ny'},
@@ -353,6 +326,15 @@ def test_leaks_are_found():
        'a long line of prose with'), ('oh my\nlove', 2, '')):
     row, = _rows({'text': text})
     assert splits.opening(row, ['text'], num_lines) == opening
+  # Styles are in proportion.
+  rows = _rows(*({'style': 'big'},) * 80, *({'style': 'small'},) * 20)
+  members = splits.groups(rows, [])
+  parts = splits.split(rows, members, (0.8, 0.1, 0.1), 'style', 0)
+  for name, big, small in (
+      ('train', 64, 16), ('validation', 8, 2), ('test', 8, 2)):
+    styles = [rows[i].fields['style'] for i in parts[name]]
+    assert (styles.count('big'), styles.count('small')) == (big, small)
+  assert parts != splits.split(rows, members, (0.8, 0.1, 0.1), 'style', 1)
 
 
 def _augmented(method, fields, log=None, **kwargs):
@@ -392,20 +374,7 @@ def test_methods_of_augmentation():
       augment.check_templates([bad], ['text', 'term'])
 
 
-def test_kept_phrases_are_not_moved_or_left_out():
-  keep = [f'line {i}' for i in (2, 4, 6)]
-  for method in ('line_order', 'span_dropout'):
-    assert _augmented(method, [{'text': _SONG}], keep=keep) == []
-  for seed in range(20):
-    (row,) = _augmented('span_dropout', [{'text': ' '.join(_SONG)}],
-                        keep=['4 line 5'], seed=seed)
-    assert '4 line 5' in row.fields['text']
-  log = table.ChangeLog()
-  assert _augmented('line_order', [{'text': 'a\nb\nc'}], log) == []
-  assert log.notes == ['augment: line_order could not change 1 of 1 rows']
-
-
-def test_augmentation_is_a_function_of_the_seed():
+def test_seeds_and_kept_phrases():
   fields = [{'text': [f'{j} {i}' for i in range(12)]} for j in range(30)]
 
   def made(seed):
@@ -416,6 +385,17 @@ def test_augmentation_is_a_function_of_the_seed():
   assert 5 < len(made(3)) < 25
   # The source rows are not written to.
   assert fields[0] == {'text': [f'0 {i}' for i in range(12)]}
+  # Kept phrases are not moved or left out.
+  keep = [f'line {i}' for i in (2, 4, 6)]
+  for method in ('line_order', 'span_dropout'):
+    assert _augmented(method, [{'text': _SONG}], keep=keep) == []
+  for seed in range(20):
+    (row,) = _augmented('span_dropout', [{'text': ' '.join(_SONG)}],
+                        keep=['4 line 5'], seed=seed)
+    assert '4 line 5' in row.fields['text']
+  log = table.ChangeLog()
+  assert _augmented('line_order', [{'text': 'a\nb\nc'}], log) == []
+  assert log.notes == ['augment: line_order could not change 1 of 1 rows']
 
 
 @pytest.mark.parametrize('before, after, shown', (

@@ -24,27 +24,32 @@ def _songs(name):
   return [song for split in _SPLITS[name].values() for song in split]
 
 
-@pytest.fixture(scope='module')
-def raw():
-  path = reading.FOLDER / 'lyrics' / 'raw.csv'
-  with open(path, encoding='utf-8', newline='') as file:
-    return list(csv.DictReader(file))
-
-
 @languages
-def test_sizes_and_proportions_of_styles(name):
+def test_splits(name):
   sizes = [len(split) for split in _SPLITS[name].values()]
   assert all(n >= least for n, least in zip(sizes, _LEAST[name]))
   assert sum(sizes) >= {'hindi': 200, 'bengali': 60}[name]
-  splits = _SPLITS[name]
   total = collections.Counter(s.fields['style'] for s in _songs(name))
   assert 6 <= len(total) <= 8
-  for split, songs in splits.items():
+  for split, songs in _SPLITS[name].items():
+    judged = reading.judge(task, songs)
+    assert judged.metrics['form'] == 1
+    # Every song has a refrain or a radif. Lines rhyme and are of one length;
+    # lines of shuffled words would score about a half.
+    assert all('refrain' in row for row in judged.rows), split
+    assert judged.metrics['rhyme'] > 0.55, split
+    assert judged.metrics['line_length'] > 0.9, split
     counts = collections.Counter(s.fields['style'] for s in songs)
     for style, n in total.items():
       # Within one song of the exact share.
       share = n * len(songs) / sum(total.values())
       assert abs(counts[style] - share) <= 1, (split, style)
+  train, *held_out = _SPLITS[name].values()
+  # Songs on one subject in one metre have a similarity of 0.2.
+  reading.assert_unlike(*([
+      (song.where, reading.ngrams(' '.join(map(
+          verse.key, dict.fromkeys(song.fields['lines']))), 3))
+      for song in songs] for songs in (sum(held_out, []), train)), 0.4)
 
 
 @languages
@@ -78,29 +83,10 @@ def test_fields_and_lines(name):
       assert 0 <= verse.syllables(native) - verse.syllables(line) <= 7, place
 
 
-@languages
-def test_the_judge_finds_them_whole(name):
-  for split, songs in _SPLITS[name].items():
-    judged = reading.judge(task, songs)
-    assert judged.metrics['form'] == 1
-    # Every song has a refrain or a radif. Lines rhyme and are of one length;
-    # lines of shuffled words would score about a half.
-    assert all('refrain' in row for row in judged.rows), split
-    assert judged.metrics['rhyme'] > 0.55, split
-    assert judged.metrics['line_length'] > 0.9, split
-
-
-@languages
-def test_splits_do_not_overlap(name):
-  train, *held_out = _SPLITS[name].values()
-  # Songs on one subject in one metre have a similarity of 0.2.
-  reading.assert_unlike(*([
-      (song.where, reading.ngrams(' '.join(map(
-          verse.key, dict.fromkeys(song.fields['lines']))), 3))
-      for song in songs] for songs in (sum(held_out, []), train)), 0.4)
-
-
-def test_raw_csv_needs_curation(raw):
+def test_raw_csv_needs_curation():
+  path = reading.FOLDER / 'lyrics' / 'raw.csv'
+  with open(path, encoding='utf-8', newline='') as file:
+    raw = list(csv.DictReader(file))
   assert len(raw) >= 60
   assert list(raw[0]) == [
       'song_id', 'title', 'poet', 'style', 'language', 'text']

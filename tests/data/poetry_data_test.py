@@ -22,7 +22,7 @@ def test_every_poem_keeps_form_rhyme_and_tones():
   assert max(rhymes.values()) < 0.1 * len(judged.rows)
 
 
-def test_sizes_and_style():
+def test_splits_and_style():
   assert len(_ALL) >= 200
   for split, least in (('train', 150), ('validation', 20), ('test', 30)):
     assert len(_SPLITS[split]) >= least
@@ -38,9 +38,6 @@ def test_sizes_and_style():
     # Prompt and poem are in traditional characters.
     assert task.to_messages(record)[0].content.startswith('請以')
     assert task.to_traditional(title + text) == title + text
-
-
-def test_splits_do_not_overlap():
   reading.assert_unique(r.fields['title'] for r in _ALL)
   reading.assert_unique(
       line for r in _ALL for line in task.split_lines(r.fields['text']))

@@ -40,9 +40,6 @@ def test_rows():
                          re.IGNORECASE)
     assert pattern.search(row['example']), where
     assert not pattern.search(row['context']), where
-
-
-def test_terms_and_contexts_are_unique():
   keys = [terms.key(row['slang']) for _, row in _ROWS]
   reading.assert_unique(keys)
   for i, a in enumerate(keys):

@@ -36,8 +36,7 @@ def test_bootstrap_of_a_large_sample_is_the_normal_interval():
     (np.linspace(0, 1, 15) ** 2, 0.1908163265306122, 0.5149744897959182),
     ([0.0, 1.0, 1.0, 0.0, 1.0], 0.2, 1.0),
     ([0.25] * 4, 0.25, 0.25),
-    ([1.0], 1.0, 1.0),
-))
+    ([1.0], 1.0, 1.0)))
 def test_bootstrap_is_repeatable_and_degenerate_without_a_warning(
     values, low, high):
   with warnings.catch_warnings(action='error'):

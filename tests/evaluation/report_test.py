@@ -53,8 +53,7 @@ def test_table(tmp_path):
        '75.0% (30 of 40; 95 %: 60% to 86%)', '+75.0 (95 %: +60 to +88)'],
       ['lint free', '-', '100.0% (40 of 40; 95 %: 91% to 100%)', '-'],
       ['records', '40', '40', ''],
-      ['weights', 'the base weights', 'the tuned weights', ''],
-  ]
+      ['weights', 'the base weights', 'the tuned weights', '']]
   (tmp_path / 'test-base.json').unlink()
   header, *_ = _cells(report.table(str(tmp_path), 'test'))
   assert header == ['test split', 'tuned']

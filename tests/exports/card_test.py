@@ -111,16 +111,13 @@ def test_the_hub_reads_the_scores():
       card.render(summary)))).data.to_dict() == data.to_dict()
 
 
-def test_no_scores_no_model_index():
+def test_nothing_unknown_is_claimed_and_any_text_is_yaml():
   for metrics in (None, card.metrics_of(
       {'base': {'scores': {'loss': 2.5}, 'records': 1, 'weights': ''}},
       'test')):
     assert not {'model-index', 'model_name'} & set(_front(metrics=metrics))
   assert card.metrics_of({}, 'test') is None
   assert 'Not evaluated' in card.render(_summary(metrics=None))
-
-
-def test_nothing_unknown_is_claimed_and_any_text_is_yaml():
   front = _front(languages=(), method='full', artifacts=[], parity=[],
                  base=_summary()['base'] | {'hugging_face': ''})
   assert 'base_model' not in front and 'language' not in front
@@ -141,7 +138,6 @@ def test_scores_with_intervals():
   # A mean over answers, no rate: it has no such interval.
   assert ['reach', '-', '86.4%'] in rows
   assert ['weights', 'as downloaded', 'step 120'] in rows
-  # Answers stay out of the summary.
   kept = _summary()['metrics']['tuned']
   assert set(kept) == {'records', 'weights', 'scores'}
   # 30 of 40 in the formula of Wilson (1927).
@@ -164,6 +160,13 @@ def test_parity_table():
   rows = _rows(card.render(_summary(parity=[row])))
   assert ['`hf`', 'llama.cpp 86a2835', '0.02', '-', '-', '-', '-', '**NO**',
           'no torch'] in rows
+  # The JSON is the summary.
+  summary = _summary(parity=[_parity('hf', kl_max=math.inf, kl_mean=math.nan)])
+  loaded = json.loads(card.to_json(summary))
+  assert loaded['config'] == summary['config']
+  assert loaded['metrics']['tuned']['scores']['loss'] == {'value': 0.75}
+  row = loaded['parity'][0]
+  assert (row['kl_max'], row['kl_mean']) == ('inf', 'nan')
 
 
 @pytest.mark.parametrize('changes, names', [
@@ -207,7 +210,6 @@ def test_a_base_other_than_the_original(changes, texts):
   for part in texts:
     assert part in text
   assert ['base rounded to', changes.get('rounded_to', '-')] in _rows(text)
-  # The snippet may not put the adapter on the original weights either.
   assert "from_pretrained('google/gemma-3-270m')" not in text
 
 
@@ -217,7 +219,6 @@ def test_commands():
   text = card.render(summary)
   for line in (
       'ollama create blop-gemma3-270m -f gguf/Modelfile',
-      # The smaller of the two.
       'llama-server -m gguf/model-q8_0.gguf --jinja --temp 0.2'
       ' --repeat-penalty 1.1',
       'llama-server -m BASE.gguf --lora gguf/adapter.gguf --jinja --temp 0.2'
@@ -257,15 +258,6 @@ def test_how_it_was_made_and_under_which_terms():
                               parity=[_parity('hf', note='one\ntwo')]))
   assert re.search(r'^\| `lora.targets` +\| `"attn/\\\|mlp/"` +\|$', text, re.M)
   assert '| one two |' in text
-
-
-def test_json_is_the_summary():
-  summary = _summary(parity=[_parity('hf', kl_max=math.inf, kl_mean=math.nan)])
-  loaded = json.loads(card.to_json(summary))
-  assert loaded['config'] == summary['config']
-  assert loaded['metrics']['tuned']['scores']['loss'] == {'value': 0.75}
-  row = loaded['parity'][0]
-  assert (row['kl_max'], row['kl_mean']) == ('inf', 'nan')
 
 
 @pytest.fixture
@@ -332,19 +324,18 @@ def test_paths_and_tokens(private, text, expected):
 def test_keys_named_like_secrets_and_secrets_of_the_caller():
   value = {'token': 'a', 'push.hf_token': 'b', 'password': 'c', 'api_key': '',
            'eos_token': '<eos>', 'tokenizer': 'auto', 'max_new_tokens': 5}
-  assert scrub.scrub(value) == value | {
-      'token': '[removed]', 'push.hf_token': '[removed]',
-      'password': '[removed]'}
+  assert scrub.scrub(value) == value | dict.fromkeys(
+      ('token', 'push.hf_token', 'password'), '[removed]')
   assert scrub.scrub({'a': ['of alice', 3]}, ['alice']) == {
       'a': ['of [removed]', 3]}
 
 
 def test_data_card(private):
-  data = _summary()['data'] + [
-      {'split': 'test', 'files': [f'{private}/test.txt'], 'records': 40,
-       'sha256': 'de' * 32, 'origin': ''}]
   text = card.data_card(
-      data, name='blop-data', task='blop', licence='apache-2.0',
+      _summary()['data'] + [dict(
+          split='test', files=[f'{private}/test.txt'], records=40,
+          sha256='de' * 32, origin='')],
+      name='blop-data', task='blop', licence='apache-2.0',
       schema={'prompt': 'What is asked.', 'completion': 'The answer.'})
   assert yaml.safe_load(text.split('---\n')[1]) == {
       'license': 'apache-2.0', 'task_categories': ['text-generation'],

@@ -23,8 +23,7 @@ _CONVERSATIONS = {
     'system': [('system', 'Be brief.'), ('user', 'in <b>bold</b>: {{ x }}')],
     'system_three': [
         ('system', 'Be "brief".\nNo lists.'), ('user', 'a\nb'),
-        ('model', "It's  `so`."), ('user', 'caf\u00e9 \U0001f600')],
-}
+        ('model', "It's  `so`."), ('user', 'caf\u00e9 \U0001f600')]}
 
 
 def _messages(name, answer='', pad=''):

@@ -100,9 +100,6 @@ def test_bfloat16_is_computed_in_float32(answers):
     np.testing.assert_allclose(found, _rounded().logits(ids)[-2:], atol=1e-4)
 
 
-# What can go wrong ----------------------------------------------------------
-
-
 def _check_refused(root, texts, **changes):
   done = _run(_request(root, 'tiny', **changes))
   assert done.returncode == 1

@@ -65,8 +65,7 @@ PLANTED = {
     'a loss that is not finite': [
         _TRAIN + 'the_checkpoint_before_a_step_that_is_not_finite_is_whole',
         _TRAIN + 'a_base_that_is_not_finite_stops_at_step_1'],
-    'several hosts: kills, signals, mistakes': ['tests/run/multihost_test.py'],
-}
+    'several hosts: kills, signals, mistakes': ['tests/run/multihost_test.py']}
 
 
 class Row:

@@ -208,9 +208,6 @@ def test_rows_that_continue_alone_say_the_same(
   assert answers[1:] == answers[:1] * 2
 
 
-# Sampling ---------------------------------------------------------------------
-
-
 def test_samples_are_a_function_of_seed_and_row():
   hot = dict(temperature=2.0)
   answers = _generate(**hot)

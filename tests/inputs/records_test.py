@@ -25,10 +25,7 @@ _text = st.text(
 
 def _write(folder, name, content):
   path = folder / name
-  if isinstance(content, bytes):
-    path.write_bytes(content)
-  else:
-    path.write_text(content, encoding='utf-8', newline='')
+  path.write_bytes(content if isinstance(content, bytes) else content.encode())
   return str(path)
 
 
@@ -133,8 +130,7 @@ def test_hub_goes_through_the_datasets_library(monkeypatch):
     ('datasets', 'hub:org/name', 'gemma_sft[hub]'),
     ('pyarrow', 'a.parquet', 'pyarrow'), ('grain', 'a.array_record', 'grain'),
     ('tensorflow_datasets', 'tfds:name', 'tensorflow-datasets')])
-def test_missing_library_names_what_to_install(
-    tmp_path, monkeypatch, module, name, package):
+def test_missing_libraries(tmp_path, monkeypatch, module, name, package):
   monkeypatch.setitem(sys.modules, module, None)
   error = _error(name if ':' in name else _write(tmp_path, name, 'x'))
   assert f'without the module {module!r}' in error.got
@@ -183,17 +179,6 @@ def test_options_of_reading(tmp_path):
       {'text': '', 'x': 'y'}, {'text': 'la'}]
 
 
-def test_validate_returns_a_new_record():
-  turns = _turns('system', 'user', 'assistant', 'user', 'model')
-  turns[3]['content'] = 7
-  record = records.Record({'messages': turns}, 'x:1')
-  found = records.validate(record).fields['messages']
-  roles = [turn['role'] for turn in found]
-  assert roles == ['system', 'user', 'model', 'user', 'model']
-  assert found[3]['content'] == '7'
-  assert turns[2]['role'] == 'assistant'
-
-
 def _turns(*roles):
   return [{'role': role, 'content': 'x'} for role in roles]
 
@@ -209,25 +194,24 @@ def _turns(*roles):
     ({'text': float('nan')}, 'a.jsonl:2: text is nan'),
     ({'text': 'a\0b'}, 'a.jsonl:2: text has a NUL'),
     ({'text': 'a', 'id': ['\ud800']}, 'a.jsonl:2: id has a NUL or an unp'),
-    ({'messages': 'hi'}, "messages is 'hi'"),
-    ({'messages': ['hi']}, "messages[0] is 'hi'"),
-    ({'messages': []}, 'messages has no model turn at its end'),
-    ({'messages': _turns('system')}, 'no model turn at its end'),
-    ({'messages': _turns('user')}, 'no model turn at its end'),
-    ({'messages': _turns('user', 'model', 'user')}, 'no model turn'),
-    ({'messages': _turns('model')}, "messages[0] has the role 'model' wh"),
-    ({'messages': _turns('user', 'user')},
-     "messages[1] has the role 'user' where 'model' is due"),
-    ({'messages': _turns('user', 'system', 'model')},
-     "messages[1] has the role 'system' where 'model' is due"),
-    ({'messages': _turns('system', 'system', 'user', 'model')},
-     "messages[1] has the role 'system' where 'user' is due"),
-    ({'messages': _turns('user', 'tool')}, "the role 'tool'"),
-    ({'messages': [{'from': 'human', 'value': 'x'}]}, "'from', 'value'"),
-    ({'messages': [{'role': 'user', 'content': ''}]},
-     'messages[0].content is empty'),
-    ({'messages': [{**_turns('user')[0], 'tool_calls': [1]}]},
-     "messages[0] has 'role', 'content', 'tool_calls'")])
+    *(({'messages': messages}, got) for messages, got in (
+        ('hi', "messages is 'hi'"), (['hi'], "messages[0] is 'hi'"),
+        ([], 'messages has no model turn at its end'),
+        (_turns('system'), 'no model turn at its end'),
+        (_turns('user'), 'no model turn at its end'),
+        (_turns('user', 'model', 'user'), 'no model turn'),
+        (_turns('model'), "messages[0] has the role 'model' wh"),
+        (_turns('user', 'user'),
+         "messages[1] has the role 'user' where 'model' is due"),
+        (_turns('user', 'system', 'model'),
+         "messages[1] has the role 'system' where 'model' is due"),
+        (_turns('system', 'system', 'user', 'model'),
+         "messages[1] has the role 'system' where 'user' is due"),
+        (_turns('user', 'tool'), "the role 'tool'"),
+        ([{'from': 'human', 'value': 'x'}], "'from', 'value'"),
+        ([{'role': 'user', 'content': ''}], 'messages[0].content is empty'),
+        ([{**_turns('user')[0], 'tool_calls': [1]}],
+         "messages[0] has 'role', 'content', 'tool_calls'")))])
 def test_bad_record(tmp_path, fields, got):
   lines = [json.dumps(_PAIR), json.dumps(fields)]
   error = _error(_write(tmp_path, 'a.jsonl', '\n'.join(lines)))
@@ -249,49 +233,41 @@ def test_five_bad_records_are_shown_and_the_rest_counted(tmp_path):
 
 
 @pytest.mark.parametrize(('name', 'content', 'got', 'fix'), [
-    ('a.txt', '\nhi\n# INPUT\na\n# OUTPUT\nb', 'FILE:2: text before', 'above'),
-    ('a.txt', '# INPUT\na\n# INPUT\nb\n# OUTPUT\nc', 'FILE:1: no # OUT', 'Add'),
-    ('a.txt', '# INPUT\na\n# OUTPUT\nb\n# INPUT\n', 'FILE:5: no # OUT', 'Add'),
+    ('a.txt', '\nhi\n# INPUT\na\n# OUTPUT\nb', '@:2: text before', 'above'),
+    ('a.txt', '# INPUT\na\n# INPUT\nb\n# OUTPUT\nc', '@:1: no # OUT', 'Add'),
+    ('a.txt', '# INPUT\na\n# OUTPUT\nb\n# INPUT\n', '@:5: no # OUT', 'Add'),
     ('a.txt', '# INPUT\na\n# OUTPUT\nb\n# OUTPUT\n',
-     'FILE:5: no # INPUT before it', 'Add'),
+     '@:5: no # INPUT before it', 'Add'),
     ('a.txt', '# INPUT\na\n# OUTPUT\nb\n\n# Input:\nc\n# OUTPUT\nd',
-     "FILE:6: '# Input:' is almost a heading", 'jsonl'),
-    ('a.txt', '#input\na\n', "FILE:1: '#input' is almost a heading", 'Correct'),
-    ('a.txt', '# INPUT\na\n# OUTPUT\n\n', 'FILE:1: completion is empty',
-     'Fill'),
-    ('a.csv', 'prompt,completion\na,b\nc\n', 'FILE:3: 1 cells', 'quotes'),
-    ('a.csv', 'prompt,completion\n"a\n",b,c\n', 'FILE:2: 3 cells', 'quotes'),
-    ('a.csv', 'prompt,x,prompt\na,b,c\n', "FILE:1: the name 'prompt'",
-     'Rename'),
-    ('a.csv', 'prompt,completion\na,b\nc,"d\n', 'FILE:3: unexpected end',
-     'Close'),
-    ('a.csv', 'prompt,completion\na,""\n', 'FILE:2: completion is empty',
-     'Fill'),
-    ('a.csv', 'prompt,completion\n', 'no records in FILE', 'Add'),
-    ('a.jsonl', '', 'no records in FILE', 'Add'),
-    ('a.json', '[]', 'no records in FILE', 'Add'),
-    ('a.jsonl', '{"text": "a"}\n{"text" "b"}', 'FILE:2: column 9: Exp', 'Corr'),
-    ('a.jsonl', '{"text": "a", "text": "b"}', "FILE:1: the name 'text'",
-     'Corr'),
-    ('a.jsonl', '\n["a"]', "FILE:2: ['a']", 'names'),
-    ('a.json', '[\n {"text" "a"}\n]', 'FILE:2: column 10: Expecting',
-     'Correct'),
-    ('a.json', '{"text": "a"}\n{"text": "b"}', 'FILE:2: column 1: E', 'jsonl'),
-    ('a.json', '[{"a": 1, "a": 2}]', "FILE: the name 'a' appears", 'Keep one'),
-    ('a.json', '{"a": [], "b": []}', 'FILE: no list, or several', 'jsonl'),
-    ('a.json', '[1]', 'FILE[0]: 1', 'names'),
-    ('a.jsonl', b'{}\n\xe9', 'FILE:2: byte 0xE9 at byte offset 3',
-     'WINDOWS-1252'),
+     "@:6: '# Input:' is almost a heading", 'jsonl'),
+    ('a.txt', '#input\na\n', "@:1: '#input' is almost a heading", 'Correct'),
+    ('a.txt', '# INPUT\na\n# OUTPUT\n\n', '@:1: completion is empty', 'Fill'),
+    ('a.csv', 'prompt,completion\na,b\nc\n', '@:3: 1 cells', 'quotes'),
+    ('a.csv', 'prompt,completion\n"a\n",b,c\n', '@:2: 3 cells', 'quotes'),
+    ('a.csv', 'prompt,x,prompt\na,b,c\n', "@:1: the name 'prompt'", 'Rename'),
+    ('a.csv', 'prompt,completion\na,b\nc,"d\n', '@:3: unexpected end', 'Close'),
+    ('a.csv', 'prompt,completion\na,""\n', '@:2: completion is empty', 'Fill'),
+    ('a.csv', 'prompt,completion\n', 'no records in @', 'Add'),
+    ('a.jsonl', '', 'no records in @', 'Add'),
+    ('a.json', '[]', 'no records in @', 'Add'),
+    ('a.jsonl', '{"text": "a"}\n{"text" "b"}', '@:2: column 9: Exp', 'Corr'),
+    ('a.jsonl', '{"text": "a", "text": "b"}', "@:1: the name 'text'", 'Corr'),
+    ('a.jsonl', '\n["a"]', "@:2: ['a']", 'names'),
+    ('a.json', '[\n {"text" "a"}\n]', '@:2: column 10: Expecting', 'Correct'),
+    ('a.json', '{"text": "a"}\n{"text": "b"}', '@:2: column 1: E', 'jsonl'),
+    ('a.json', '[{"a": 1, "a": 2}]', "@: the name 'a' appears", 'Keep one'),
+    ('a.json', '{"a": [], "b": []}', '@: no list, or several', 'jsonl'),
+    ('a.json', '[1]', '@[0]: 1', 'names'),
+    ('a.jsonl', b'{}\n\xe9', '@:2: byte 0xE9 at byte offset 3', 'WINDOWS-1252'),
     ('a.txt', '春眠不覺曉'.encode('gb18030'),
-     'FILE:1: byte 0xB4 at byte offset 0', 'GB18030'),
-    ('a.csv', 'a,b'.encode('utf-16'), 'FILE:1: byte 0xFF at byte',
-     'f UTF-16 -t'),
-    ('a.txt', b'ab\nc\x00d', 'FILE:2: byte 0x00 at byte offset 4', 'UTF-16'),
-    ('a.docx', 'x', "FILE: unknown file ending 'docx'", 'jsonl')])
+     '@:1: byte 0xB4 at byte offset 0', 'GB18030'),
+    ('a.csv', 'a,b'.encode('utf-16'), '@:1: byte 0xFF at byte', 'f UTF-16 -t'),
+    ('a.txt', b'ab\nc\x00d', '@:2: byte 0x00 at byte offset 4', 'UTF-16'),
+    ('a.docx', 'x', "@: unknown file ending 'docx'", 'jsonl')])
 def test_bad_file(tmp_path, name, content, got, fix):
   path = _write(tmp_path, name, content)
   error = _error(path)
-  assert got in error.got.replace(path, 'FILE')
+  assert got in error.got.replace(path, '@')
   assert fix in error.fix
   assert error.expected
 
@@ -324,7 +300,7 @@ def test_bad_source(tmp_path, source, options, got, expected, fix):
   assert expected in ('', error.expected)
 
 
-def test_content_hash_and_kept_fields(tmp_path):
+def test_functions_of_records(tmp_path):
   first, second = {'prompt': 'é', 'completion': 'c'}, _PAIR
   a = [records.Record(first, 'a:1'), records.Record(second, 'a:2')]
   swapped = {'completion': 'c', 'prompt': 'é'}
@@ -342,3 +318,12 @@ def test_content_hash_and_kept_fields(tmp_path):
   with pytest.raises(errors.UserError, match="f:2: no field 'Slagn'") as error:
     records.keep_fields(record, ('Slagn',))
   assert 'Slang' in str(error.value)
+  # Validation returns a new record.
+  turns = _turns('system', 'user', 'assistant', 'user', 'model')
+  turns[3]['content'] = 7
+  record = records.Record({'messages': turns}, 'x:1')
+  found = records.validate(record).fields['messages']
+  roles = [turn['role'] for turn in found]
+  assert roles == ['system', 'user', 'model', 'user', 'model']
+  assert found[3]['content'] == '7'
+  assert turns[2]['role'] == 'assistant'

@@ -90,6 +90,12 @@ def test_an_entry_is_found_under_its_own_key_only(tmp_path, split):
   assert list(table) == [] and table.trained().tolist() == []
   token_cache.save(tmp_path, 'k', token_cache.CachedSplit(table, {}))
   assert list(token_cache.load(tmp_path, 'k').examples) == []
+  # A key knows where a part ends.
+  keys = {token_cache.make_key('ab', 'c'), token_cache.make_key('a', 'bc')}
+  for text in '12':
+    (tmp_path / 'a.py').write_text(text)
+    keys.add(token_cache.make_key('ab', 'c', sources=[tmp_path / 'a.py']))
+  assert len(keys) == 4
 
 
 def _flip(data, i):
@@ -109,14 +115,12 @@ def _flip(data, i):
     ids=('cut', 'empty', 'foreign', 'a bit', 'a bit of the header',
          'no facts', 'a bit of the facts', 'no index', 'not text', 'a list',
          'half an index', 'no key', 'no hash'))
-def test_a_damaged_entry_is_reported_and_written_again(
-    tmp_path, split, name, damage, caplog):
+def test_a_damaged_entry_is_reported(tmp_path, split, name, damage, caplog):
   token_cache.save(tmp_path, 'k', split)
   path = tmp_path / 'k' / name
   data = damage(path.read_bytes())
-  if data is None:
-    path.unlink()
-  else:
+  path.unlink()
+  if data is not None:
     path.write_bytes(data)
   with caplog.at_level(logging.WARNING, logger='absl'):
     assert token_cache.load(tmp_path, 'k') is None
@@ -149,8 +153,7 @@ def test_the_entries_unused_for_longest_go_first(tmp_path, split):
   assert names() == {'e'}
 
 
-def test_a_full_or_read_only_disk_costs_only_time(
-    tmp_path, split, caplog, monkeypatch):
+def test_a_full_disk_costs_only_time(tmp_path, split, caplog, monkeypatch):
   def full(path, array):
     del path, array
     raise OSError(28, 'No space left on device')
@@ -178,14 +181,6 @@ def test_two_processes_may_write_one_entry(tmp_path, split, monkeypatch):
   token_cache.save(tmp_path, 'k', split)
   assert [p.name for p in tmp_path.iterdir()] == ['k']
   assert token_cache.load(tmp_path, 'k') is not None
-
-
-def test_a_key_knows_where_a_part_ends(tmp_path):
-  keys = {token_cache.make_key('ab', 'c'), token_cache.make_key('a', 'bc')}
-  for text in '12':
-    (tmp_path / 'a.py').write_text(text)
-    keys.add(token_cache.make_key('ab', 'c', sources=[tmp_path / 'a.py']))
-  assert len(keys) == 4
 
 
 def _load(config, tokenizer, names=('train', 'validation')):
@@ -238,8 +233,7 @@ def test_all_that_decides_is_in_the_key(config, tokenizer, folder, tmp_path):
   assert len(list(folder.iterdir())) == len(changes) + 1
 
 
-def test_a_common_prompt_is_found_among_cached_splits(
-    config, tokenizer, folder, tmp_path):
+def test_a_common_prompt_is_found(config, tokenizer, folder, tmp_path):
   pairs = [('Why?', 'So.'), ('How?', 'Thus.')]
   config.data.train = conftest.write_pairs(tmp_path / 'a.txt', pairs)
   config.data.validation = conftest.write_pairs(

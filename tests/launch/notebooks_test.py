@@ -31,8 +31,6 @@ sys.path.insert(0, str(_FOLDER))
 import generate
 import session
 
-# Executed --------------------------------------------------------------------
-
 
 def _tiny_model():
   known = dict(config_lib.leaves(default.get_config()))
@@ -216,9 +214,6 @@ def test_the_tutorial_runs_every_step(tmp_path, monkeypatch):
   assert list((output / 'export-run' / 'gguf').glob('model-q8_0.gguf'))
 
 
-# Written ---------------------------------------------------------------------
-
-
 @pytest.mark.parametrize('name', generate.NAMES)
 def test_a_notebook_is_current_and_valid_and_has_its_metadata(name):
   text = generate.path(name).read_text('utf-8')
@@ -260,9 +255,6 @@ def test_the_kernel_may_be_an_older_python():
        str(_FOLDER / 'session.py'), str(_FOLDER / 'notebooks.py')],
       capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stdout
-
-
-# Where the project comes from -------------------------------------------------
 
 
 def _begin(folder, **names):
@@ -315,9 +307,6 @@ def test_a_missing_project_is_reported(tmp_path):
   done = _begin(tmp_path)
   assert done.returncode == 1 and 'Traceback' not in done.stderr
   assert 'attach the data set' in done.stderr
-
-
-# The session ------------------------------------------------------------------
 
 
 @pytest.fixture(name='local')
@@ -438,9 +427,6 @@ def test_an_export_that_does_not_fit_is_not_kept(local, tmp_path):
   assert sorted(os.listdir(kept)) == ['export.json', 'gguf']
 
 
-# To and from Kaggle -----------------------------------------------------------
-
-
 @pytest.fixture(name='project')
 def _project(tmp_path, monkeypatch):
   """A project, and programs that stand in for Kaggle's client and git."""
@@ -504,7 +490,6 @@ def test_a_dry_run_runs_nothing(script, name):
     ('push', 'tutorial', {'KAGGLE_USERNAME': ''}, 'KAGGLE_USERNAME='),
     ('push', 'tutorial', {'KAGGLE_USERNAME': 'a/b'}, 'KAGGLE_USERNAME=a/b'),
     ('push', 'tutorial', {'PATH': os.path.dirname(scripts.BASH)},
-     'no program kaggle'),
-])
+     'no program kaggle')])
 def test_a_mistake_is_reported_in_one_line(script, name, variables, got):
   scripts.check_refused(got, f'kaggle/{script}', name, **variables)

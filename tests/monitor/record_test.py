@@ -1,8 +1,4 @@
-"""run.json: what counts for a run's identity, and what is noted of each start.
-
-One real run of 6 updates; the other cases start it again from a copy of its
-workdir, with fewer checkpoints or another record.
-"""
+"""run.json: what decides a run's identity, and what is noted of each start."""
 
 import importlib.util
 import json
@@ -21,8 +17,6 @@ from gemma_sft import train
 from gemma_sft.inputs import records
 from gemma_sft.inputs import splits
 from gemma_sft.monitor import record as record_lib
-
-# Identity --------------------------------------------------------------------
 
 _DATA = {'train': 'a' * 64, 'validation': 'b' * 64, 'test': 'c' * 64}
 
@@ -60,16 +54,10 @@ def test_data_and_base_count_by_their_content():
             _identity(data={'train': 'a' * 64})}
   assert len(hashes) == 6
   assert all(len(h) == 16 and int(h, 16) >= 0 for h in hashes)
-
-
-def test_an_identity_outlives_json_and_the_order_of_splits():
+  # It outlives JSON and the order of splits.
   leaves = dict(config_lib.leaves(default.get_config()))
-  again = json.loads(json.dumps(leaves))
-  assert record_lib.identity(again, 'base', dict(
-      reversed(_DATA.items()))) == record_lib.identity(leaves, 'base', _DATA)
-
-
-# Records ---------------------------------------------------------------------
+  assert _identity() == record_lib.identity(
+      json.loads(json.dumps(leaves)), 'base', dict(reversed(_DATA.items())))
 
 
 @pytest.fixture(scope='module')
@@ -95,38 +83,29 @@ def _read(workdir):
   return json.loads((workdir / 'run.json').read_text('utf-8'))
 
 
-def _rewrite(workdir, **changes):
-  record = _read(workdir) | changes
-  (workdir / 'run.json').write_text(json.dumps(record), 'utf-8')
-
-
 def test_a_finished_run_says_what_it_was(finished):
   config, workdir = finished
   record = _read(workdir)
   assert record == record_lib.read(str(workdir))
   leaves = dict(config_lib.leaves(config))
-  assert record['config'] == leaves and record['seed'] == 0
-  assert record['config'] == json.loads(
+  assert record['config'] == leaves == json.loads(
       (workdir / 'config.json').read_text('utf-8'))
   assert record['data'] == {
       split: records.content_hash(splits.read_split(config.data, split))
       for split in ('train', 'validation')}
   assert record['identity'] == record_lib.identity(
       leaves, record['base'], record['data'])
-  assert record['base'] == 'random weights of seed 0'
-  assert record['total_steps'] == 6
-  # Rank 4 on two layers; the base is 0.1 M.
+  assert (record['base'], record['seed'], record['total_steps']) == (
+      'random weights of seed 0', 0, 6)
   assert 0 < record['trained_weights'] < record['base_weights'] < 200_000
 
   start, = record['starts']
-  assert start['step'] == 0 and start['hosts'] == 1
-  assert start['time'].endswith('+00:00')
-  assert start['devices'] == {
-      'platform': 'cpu', 'kind': jax.devices()[0].device_kind, 'count': 8}
+  expected = {
+      'step': 0, 'hosts': 1, 'python': sys.version.split()[0], 'devices': {
+          'platform': 'cpu', 'kind': jax.devices()[0].device_kind, 'count': 8}}
+  assert {key: start[key] for key in expected} == expected
+  assert start['time'].endswith('+00:00') and start['command'][0] == 'python'
   assert start['packages']['jax'] == jax.__version__
-  assert start['python'] == sys.version.split()[0]
-  assert start['command'][0] == 'python'
-
   end = record['end']
   assert (end['step'], end['reason'], end['finished']) == (6, 'finished', True)
   assert end['seconds'] == start['seconds'] > 0
@@ -141,7 +120,8 @@ def test_a_resume_is_noted_and_times_what_was_killed(stopped):
   config, workdir = stopped
   start, = _read(workdir)['starts']
   rows = conftest.train_rows(workdir)
-  _rewrite(workdir, end=None, starts=[start | {'seconds': None}])
+  (workdir / 'run.json').write_text(json.dumps(_read(workdir) | {
+      'end': None, 'starts': [start | {'seconds': None}]}), 'utf-8')
   config.train.log_every = 2
   assert train.main(config, str(workdir)) == 0
   record = _read(workdir)
@@ -170,16 +150,10 @@ def test_an_older_workdir_gets_a_record_without_secrets(stopped, monkeypatch):
   text = (workdir / 'run.json').read_text()
   assert secret not in text and 'hf_a' not in text
   assert '--note=[removed]' in text
-
-
-def test_a_broken_record_is_named(stopped):
-  config, workdir = stopped
+  # A broken record is named.
   (workdir / 'run.json').write_text('{"identity": 1}')
   with pytest.raises(errors.UserError, match='run.json cannot be read'):
     train.main(config, str(workdir))
-
-
-# The parts -------------------------------------------------------------------
 
 
 def _git(folder, *arguments):
@@ -192,10 +166,9 @@ def test_commit_of_a_clone_and_of_no_clone(tmp_path, monkeypatch):
   # The module itself, in a repository of its own.
   folder = tmp_path / 'gemma_sft'
   (folder / 'monitor').mkdir(parents=True)
-  (folder / '__init__.py').write_text('')
-  shutil.copy(record_lib.__file__, folder / 'monitor')
-  spec = importlib.util.spec_from_file_location(
-      'copied_record', folder / 'monitor' / 'record.py')
+  (folder / '__init__.py').touch()
+  path = shutil.copy(record_lib.__file__, folder / 'monitor')
+  spec = importlib.util.spec_from_file_location('copied_record', path)
   copied = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(copied)
   assert copied.commit() == ('', False)  # No repository.
@@ -203,7 +176,7 @@ def test_commit_of_a_clone_and_of_no_clone(tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setenv('PATH', '/nowhere')
     assert copied.commit() == ('', False)  # No git.
-  (tmp_path / 'other').write_text('')
+  (tmp_path / 'other').touch()
   _git(tmp_path, 'add', 'other')
   _git(tmp_path, 'commit', '-m', 'x')
   # Another project's repository, in whose environment this package lies.

@@ -51,8 +51,7 @@ def _choose(name, device, check=None, **facts):
     ('cudnn', _AMD, {}, 'NVIDIA'),
     ('tokamax', _A100, {}, 'compute capability 9.0 or 10.x, not 8.0'),
     ('tokamax', _RTX, {}, 'not 12.0'),
-    ('tokamax', _V5E, {}, 'NVIDIA'),
-))
+    ('tokamax', _V5E, {}, 'NVIDIA')))
 def test_a_named_kernel_is_taken_or_refused(kernel, device, facts, reason):
   with (pytest.raises(errors.UserError, match=reason) if reason else
         contextlib.nullcontext()) as caught:
@@ -72,8 +71,7 @@ def test_a_named_kernel_is_taken_or_refused(kernel, device, facts, reason):
     (_A100, {}, 'chunked'),
     (_A100, dict(head_dim=64), 'cudnn'),
     (_H200, {}, 'cudnn'),
-    (_AMD, {}, 'chunked'),
-))
+    (_AMD, {}, 'chunked')))
 def test_auto_takes_the_best(device, facts, kernel):
   got, why = _choose('auto', device, **facts)
   assert got == kernel and why

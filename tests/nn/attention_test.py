@@ -29,8 +29,7 @@ _SHAPES = {
     'gemma1_2b': (2, 1, None, None, False),
     'gemma1_7b': (2, 2, None, None, False),
     'gemma2': (4, 2, 24, 5.0, False),
-    'gemma3': (2, 1, 24, None, True),
-}
+    'gemma3': (2, 1, 24, None, True)}
 
 
 @pytest.fixture(autouse=True)
@@ -60,9 +59,6 @@ def _qkv(B=3, T=_T, N=2, K=1, H=_H, dtype=jnp.float32):
 
 # Tolerances are those of f32 sums in another order.
 _assert_close = functools.partial(tiny_models.assert_close, least=1)
-
-
-# Against the library ---------------------------------------------------------
 
 
 @functools.cache
@@ -115,9 +111,6 @@ def test_value_and_gradients_are_the_librarys(name, is_local, kernel):
   results = _library_case(name, is_local)
   # Peaked softmaxes.
   _assert_close(results(kernel), results(None), 2e-5)
-
-
-# Between kernels -------------------------------------------------------------
 
 
 @functools.cache
@@ -284,9 +277,6 @@ def test_the_call_of_a_fused_kernel(kernel, window, softcap):
   got = jnp.where(_filled(arrays[-1]), run(*arrays), 0)
   wanted, _ = _wanted(*arrays, window=window or 10_000, softcap=softcap)
   _assert_close(got, wanted, 1e-5)
-
-
-# Cost ------------------------------------------------------------------------
 
 
 def _cost(kernel, T, is_local):

@@ -87,9 +87,6 @@ def _execution(kind):
       remat='elementwise')
 
 
-# Close to float32 ------------------------------------------------------------
-
-
 @pytest.mark.parametrize('kind, changes', (
     *((kind, '') for kind in ('1', '1_fused', '2', '3', '4_shared')),
     ('2', 'full'), ('3', 'int8')))
@@ -162,9 +159,6 @@ def test_generation_gives_the_same_answer():
   assert got == wanted and len(got) == 6
 
 
-# What it is chosen for -------------------------------------------------------
-
-
 def _card(capability):
   return hardware.AbsentDevice(0, 'gpu', 'Tesla T4', capability)
 
@@ -205,9 +199,6 @@ def test_all_devices_are_used_and_the_run_says_so(config, tmp_path, capsys):
   out = capsys.readouterr().out
   assert 'devices: 8 x cpu, all in use, mesh data 8 x fsdp 1' in out
   assert 'dtype: float16' in out and 'loss scaled' in out
-
-
-# The loss scale --------------------------------------------------------------
 
 
 def _config(folder, **changes):
@@ -358,9 +349,6 @@ def test_a_run_goes_on_on_a_card_of_another_dtype(
       'scale' in path for path in conftest.saved_state(tmp_path, 1))
 
 
-# The guard -------------------------------------------------------------------
-
-
 def test_the_guard_names_layer_and_tensor_and_nothing_is_kept(tmp_path):
   config = _config(tmp_path)
 
@@ -397,9 +385,6 @@ def test_the_guard_names_where_the_backward_pass_overflows(prepared):
   assert 'forward pass is finite' in clause and 'layer_1/' in clause
   clause = overflow.explain(run, train.gradient_sums, state, 0, batch)
   assert 'gives finite numbers' in clause
-
-
-# The real model --------------------------------------------------------------
 
 
 @pytest.mark.slow

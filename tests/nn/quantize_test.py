@@ -39,8 +39,7 @@ _PUBLISHED_NF4 = (
 _LEVELS = {
     'int8': np.arange(-127, 128) / 127,
     'int4': np.arange(-7, 8) / 7,
-    'nf4': np.array(_PUBLISHED_NF4),
-}
+    'nf4': np.array(_PUBLISHED_NF4)}
 _BLOCKS = {'int8': 128, 'int4': 64, 'nf4': 64}
 _LARGEST = {'int8': 127, 'int4': 7, 'nf4': 1}
 
@@ -147,16 +146,13 @@ def test_what_is_quantised_is_what_can_have_an_adapter(model):
   assert quantize.is_quantized('layers/attn/q_einsum/w')
 
 
-# Products --------------------------------------------------------------------
-
 _EQUATIONS = {
     'BTD,NDH->BTNH': ((2, 3, 8), (4, 8, 128)),
     'BSD,CKDH->CBSKH': ((2, 3, 8), (2, 2, 8, 128)),
     'BTNH,NHD->BTD': ((2, 3, 4, 16), (4, 16, 128)),
     '...F,NFH->...NH': ((2, 3, 8), (2, 8, 128)),
     '...F,NHF->...NH': ((2, 3, 128), (2, 8, 128)),
-    '...H,HF->...F': ((2, 3, 8), (8, 128)),
-}
+    '...H,HF->...F': ((2, 3, 8), (8, 128))}
 
 
 @pytest.mark.parametrize('equation, kind', zip(_EQUATIONS, 2 * quantize.KINDS))
@@ -297,9 +293,6 @@ def test_sharded_over_devices(kind):
     np.testing.assert_allclose(g, w, atol=1e-5 * np.abs(w).max())
 
 
-# Loading ---------------------------------------------------------------------
-
-
 def _write_hf(model, folder):
   arrays = _load((model, load.resolve('random', '')), dtype=jnp.float32)
   tensors = dict(names.from_library(
@@ -419,9 +412,6 @@ def test_the_full_base_is_never_on_the_devices(source, monkeypatch):
   assert after == sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
   # The tiny model is a third embedding, which stays as it is.
   assert max(seen) <= after < 0.6 * full
-
-
-# Export ----------------------------------------------------------------------
 
 
 def test_what_is_exported_is_what_was_trained(config, tmp_path):

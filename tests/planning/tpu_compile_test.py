@@ -1,7 +1,6 @@
-"""The training step compiles for TPUs, on a machine without one.
+"""The training step compiles for a slice of eight v5e, with libtpu alone.
 
-At small shapes, for a slice of eight v5e, with libtpu. Nothing runs: what the
-kernel computes is tested in `attention_test`, by interpreting it.
+What the kernel computes is tested in `attention_test`, by interpreting it.
 """
 
 import jax
@@ -81,9 +80,13 @@ def test_a_broken_kernel_is_seen(devices, monkeypatch):
     _compile(traced.lower())
 
 
+def _shape(devices, *dims, dtype):
+  return jax.ShapeDtypeStruct(
+      dims, dtype, sharding=jax.sharding.SingleDeviceSharding(devices[0]))
+
+
 def test_what_cannot_fit_is_a_result(devices):
-  place = jax.sharding.SingleDeviceSharding(devices[0])
-  x = jax.ShapeDtypeStruct((2**16, 2**18), jax.numpy.float32, sharding=place)
+  x = _shape(devices, 2**16, 2**18, dtype=jnp.float32)
   compiled = _compile(jax.jit(lambda x: x * 2).lower(x))
   assert not compiled.fits
   assert compiled.available == _PLACE.chip.memory
@@ -93,15 +96,10 @@ def test_what_cannot_fit_is_a_result(devices):
 def test_packed_codes_are_not_all_held_twice(devices):
   """The stack of each of two weights, 67 MB, is laid out anew at most once:
   147 MB beside them; 247 without `quantize`'s constraint of their layout."""
-  sharding = jax.sharding.SingleDeviceSharding(devices[0])
   L, T, D, F = 8, 512, 2048, 8192
-
-  def shape(*dims, dtype):
-    return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
-
   weights = [quantize.Quantized(
-      shape(L, F, D // 2, dtype=jnp.uint8),
-      shape(L, F, D // 64, dtype=jnp.bfloat16), 'nf4') for _ in range(2)]
+      _shape(devices, L, F, D // 2, dtype=jnp.uint8),
+      _shape(devices, L, F, D // 64, dtype=jnp.bfloat16), 'nf4')] * 2
 
   def loss(x_TD, weights):
     def mlp(x_TD, layer):
@@ -112,5 +110,5 @@ def test_packed_codes_are_not_all_held_twice(devices):
     return x_TD.astype(jnp.float32).sum()
 
   compiled = jax.jit(jax.grad(loss)).lower(
-      shape(T, D, dtype=jnp.bfloat16), weights).compile()
+      _shape(devices, T, D, dtype=jnp.bfloat16), weights).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < 200e6

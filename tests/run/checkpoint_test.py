@@ -101,9 +101,6 @@ def test_no_checkpoints(tmp_path):
     checkpoint.choose_step(checkpoints, -1)
 
 
-# Damage ----------------------------------------------------------------------
-
-
 def _largest(folder: pathlib.Path) -> pathlib.Path:
   return max((p for p in folder.rglob('*') if p.is_file()),
              key=lambda p: p.stat().st_size)
@@ -229,9 +226,6 @@ def test_serving_skips_one_without_meta(copied, caplog, capsys, damage):
   _sample(copied)
   assert 'checkpoint 6 cannot be read' in caplog.text
   assert 'tuned 4 updates' in capsys.readouterr().err
-
-
-# A full disk -----------------------------------------------------------------
 
 
 def _train_with_limit(config, workdir, n_bytes):

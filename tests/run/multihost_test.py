@@ -263,9 +263,6 @@ def test_four_processes_resume_on_another_mesh(story, tmp_path):
   assert record['end']['finished'] and record['starts'][-1]['hosts'] == 4
 
 
-# Messages ---------------------------------------------------------------------
-
-
 def test_a_mistake_of_one_process_is_reported_by_it(run_config, tmp_path):
   both = _start(run_config, tmp_path / 'w', 2, changes={1: ['--config.seed=5']})
   assert _end(both) == [2, 2]
@@ -283,16 +280,12 @@ def test_a_mistake_of_all_is_reported_once(run_config, tmp_path):
   assert 'error: ' not in _log(tmp_path / 'w', 1)
 
 
-# Joining ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize('changed, text', (
     ({'JAX_PROCESS_ID': ''}, 'not JAX_PROCESS_ID'),
     ({'JAX_COORDINATOR_ADDRESS': ''}, 'not JAX_COORDINATOR_ADDRESS'),
     ({'JAX_COORDINATOR_ADDRESS': 'host'}, 'HOST:PORT'),
     ({'JAX_PROCESS_ID': '2'}, 'JAX_PROCESS_ID=2'),
-    ({'JAX_NUM_PROCESSES': 'two'}, 'JAX_NUM_PROCESSES=two'),
-))
+    ({'JAX_NUM_PROCESSES': 'two'}, 'JAX_NUM_PROCESSES=two')))
 def test_variables_half_set_or_wrong_are_refused(changed, text):
   environment = {'JAX_COORDINATOR_ADDRESS': 'host:1', 'JAX_NUM_PROCESSES': '2',
                  'JAX_PROCESS_ID': '1'}

@@ -12,30 +12,21 @@ from gemma_sft.tasks.lyrics import task
 from gemma_sft.tasks.lyrics import verse
 
 # A song whose first line comes back after every third line.
-_SONG = ['नाव चली रे धीरे-धीरे, दूर किनारा है',
-         'चाँद हमारे साथ चला है, साथ सितारा है',
-         'पानी बोला, गीत सुनाओ, रात बड़ी लंबी',
-         'हमने बोला, तुम भी गाओ, बात बड़ी लंबी',
-         'लहर-लहर में नाम किसी का हमने पुकारा है',
-         'नाव चली रे धीरे-धीरे, दूर किनारा है',
-         'भोर हुई तो घाट पे देखा, कोई नहीं आया',
-         'सूना आँगन, सूनी देहरी, सूनी है छाया',
-         'फिर भी उसके लौट आने का एक सहारा है',
-         'नाव चली रे धीरे-धीरे, दूर किनारा है']
+_SONG = ['नाव चली रे धीरे-धीरे, दूर किनारा है', 'चाँद हमारे साथ चला है, साथ सितारा है',
+         'पानी बोला, गीत सुनाओ, रात बड़ी लंबी', 'हमने बोला, तुम भी गाओ, बात बड़ी लंबी',
+         'लहर-लहर में नाम किसी का हमने पुकारा है', 'नाव चली रे धीरे-धीरे, दूर किनारा है',
+         'भोर हुई तो घाट पे देखा, कोई नहीं आया', 'सूना आँगन, सूनी देहरी, सूनी है छाया',
+         'फिर भी उसके लौट आने का एक सहारा है', 'नाव चली रे धीरे-धीरे, दूर किनारा है']
 # Couplets whose second lines end in the words that end both of the first.
-_GHAZAL = ['शाम से पहले दीप जलाना अच्छा लगता है',
-           'घर की सीढ़ी चढ़ कर आना अच्छा लगता है',
-           'बादल आएँ, बिजली चमके, खिड़की खोल के हम',
-           'सुनते हैं जो बूँदों का गाना अच्छा लगता है',
-           'यूँ तो सब कुछ मिल जाता है अब बाज़ारों में',
-           'माँ के हाथों का ही खाना अच्छा लगता है',
-           'दुनिया भर के महल भी देखे, देखे बाग़ मगर',
-           'लौट के अपने गाँव में जाना अच्छा लगता है']
-_BENGALI = ['মেঘের নৌকা ভেসে চলে নীল আকাশের গায়',
-            'আমার মনের একলা পাখি তারেই খুঁজতে যায়',
-            'বাড়ির পাশে তালের সারি, তাহার পাশে নদী',
-            'একটু বসে গল্প করো, সময় থাকে যদি',
-            'মেঘের নৌকা ভেসে চলে নীল আকাশের গায়']
+_GHAZAL = [
+    'शाम से पहले दीप जलाना अच्छा लगता है', 'घर की सीढ़ी चढ़ कर आना अच्छा लगता है',
+    'बादल आएँ, बिजली चमके, खिड़की खोल के हम', 'सुनते हैं जो बूँदों का गाना अच्छा लगता है',
+    'यूँ तो सब कुछ मिल जाता है अब बाज़ारों में', 'माँ के हाथों का ही खाना अच्छा लगता है',
+    'दुनिया भर के महल भी देखे, देखे बाग़ मगर', 'लौट के अपने गाँव में जाना अच्छा लगता है']
+_BENGALI = [
+    'মেঘের নৌকা ভেসে চলে নীল আকাশের গায়', 'আমার মনের একলা পাখি তারেই খুঁজতে যায়',
+    'বাড়ির পাশে তালের সারি, তাহার পাশে নদী', 'একটু বসে গল্প করো, সময় থাকে যদি',
+    'মেঘের নৌকা ভেসে চলে নীল আকাশের গায়']
 _URDU = ['ہوا کے ساتھ چلنا سیکھ لیں ہم', 'گرے تو پھر سنبھلنا سیکھ لیں ہم',
          'اندھیری رات لمبی ہے تو کیا ہے', 'چراغوں جیسا جلنا سیکھ لیں ہم']
 _ROMAN = ['dīpa jale to rāta ḍhale', 'rāha kahe tū calā cale',
@@ -181,24 +172,22 @@ def test_refrain(opening, rest, ending):
   assert found == (ending and re.compile(f'(.* )?{re.escape(ending)}'))
 
 
-@pytest.mark.parametrize('opening, rest, share', [
-    ([], ['रात जाए', 'दिन गाए'], 1),
-    ([], ['काली शाम', 'तेरा नाम'], 1),  # Without a vowel sign.
-    ([], ['rāta jāe', 'dina gāe'], 0),  # Three of Latin.
-    ([], ['मेरा गाना', 'तेरा जाला'], 0), ([], ['kālī śāma', 'terā nāma'], 1),
-    ([], ['रात जाए', 'रात जाए,'], 0),  # One line twice.
-    (['रात जाए'], ['क', 'दिन गाए'], 0.5), (_FAR[:1], _FAR[1:], 0),
-    (_FAR[:1], _FAR[2:], 1 / 3), (['रात जाए'], [], 0)])
-def test_rhyme_is_between_neighbours_of_other_words(opening, rest, share):
-  assert verse.rhyme(opening, rest) == share
-
-
-@pytest.mark.parametrize('text, n', [
-    ('क्षत्रिय राम', 5), ('क़लम', 3), ('क़लम', 3), ('आओ', 2), ('१२ ।', 0),
-    ('বাড়ির ক্ষণ', 5), ('বাড়ির', 3), ('خدا کے', 5), ('ḍhale rāta bhaiyā', 6),
-    ('jāūm̐', 1), ('राम\u200d', 2), ('सत्\u200dय', 2), ('', 0)])
-def test_syllables(text, n):
-  assert verse.syllables(text) == n
+@pytest.mark.parametrize('function, cases', [
+    (verse.rhyme, [  # Between neighbours that end in other words.
+        ([], ['रात जाए', 'दिन गाए'], 1),
+        ([], ['काली शाम', 'तेरा नाम'], 1),  # Without a vowel sign.
+        ([], ['rāta jāe', 'dina gāe'], 0),  # Three of Latin.
+        ([], ['मेरा गाना', 'तेरा जाला'], 0), ([], ['kālī śāma', 'terā nāma'], 1),
+        ([], ['रात जाए', 'रात जाए,'], 0),  # One line twice.
+        (['रात जाए'], ['क', 'दिन गाए'], 0.5), (_FAR[:1], _FAR[1:], 0),
+        (_FAR[:1], _FAR[2:], 1 / 3), (['रात जाए'], [], 0)]),
+    (verse.syllables, [
+        ('क्षत्रिय राम', 5), ('क़लम', 3), ('क़लम', 3), ('आओ', 2), ('१२ ।', 0),
+        ('বাড়ির ক্ষণ', 5), ('বাড়ির', 3), ('خدا کے', 5), ('ḍhale rāta bhaiyā', 6),
+        ('jāūm̐', 1), ('राम\u200d', 2), ('सत्\u200dय', 2), ('', 0)])])
+def test_functions_of_verse(function, cases):
+  for *arguments, expected in cases:
+    assert function(*arguments) == expected, arguments
 
 
 def test_copied_counts_lines_of_training_songs():
@@ -218,7 +207,21 @@ def test_copied_counts_lines_of_training_songs():
   assert verse.key('नीला') != verse.key('नील')  # Vowel signs stay.
 
 
-def test_overlap_with_the_reference():
+def test_totals():
+  asked = records.Record({'opening': _joined(_SONG[:2])}, 'form')
+  row, = task.judge([asked], [_joined(_WHOLE)]).rows
+  # There is no reference.
+  assert set(row) == {'script', 'rhyme', 'line_length'}
+  assert row['script'] == 1
+  assert task.judge([], []).metrics == {task.HEADLINE: 0, 'n': 0}
+  judged = task.judge([_record(_SONG)], [''])
+  assert judged.metrics['form'] == 0 and judged.metrics['chrf'] == 0
+  # A mean is over the rows that have the metric.
+  judged = task.judge([_record(_SONG), _record(_PLAIN), _record(_GHAZAL)],
+                      [_joined(_WHOLE), _joined(_PLAIN[2:]), 'x'])
+  assert 'refrain' not in judged.rows[1]
+  assert judged.metrics['refrain'] == 0.5 and judged.metrics['n'] == 3
+  # Overlap with the reference.
   judged = task.judge([_record(_SONG), _record(_GHAZAL)], [_joined(_WHOLE)] * 2)
   assert [row['exact'] for row in judged.rows] == [1, 0]
   assert judged.metrics['exact'] == 0.5
@@ -234,22 +237,6 @@ def test_overlap_with_the_reference():
   # A danda is split from its word; with the tokenisation 13a none would match.
   row = _judge([*_SONG[:2], 'राम। श्याम। काम। नाम।'], 'राम श्याम काम नाम')
   assert 0.05 < row['sentence_bleu'] < 1
-
-
-def test_judge_of_openings_and_of_nothing():
-  asked = records.Record({'opening': _joined(_SONG[:2])}, 'form')
-  row, = task.judge([asked], [_joined(_WHOLE)]).rows
-  # There is no reference.
-  assert set(row) == {'script', 'rhyme', 'line_length'}
-  assert row['script'] == 1
-  assert task.judge([], []).metrics == {task.HEADLINE: 0, 'n': 0}
-  judged = task.judge([_record(_SONG)], [''])
-  assert judged.metrics['form'] == 0 and judged.metrics['chrf'] == 0
-  # A mean is over the rows that have the metric.
-  judged = task.judge([_record(_SONG), _record(_PLAIN), _record(_GHAZAL)],
-                      [_joined(_WHOLE), _joined(_PLAIN[2:]), 'x'])
-  assert 'refrain' not in judged.rows[1]
-  assert judged.metrics['refrain'] == 0.5 and judged.metrics['n'] == 3
 
 
 def test_check_answers_names_what_is_wrong():

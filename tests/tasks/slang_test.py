@@ -195,22 +195,7 @@ def test_copied(changed, copied):
   assert not _judge('Slang: a\nDescription: c', training=training)['copied']
 
 
-def test_totals_of_acronyms():
-  records = [_record(**row) for row in (_ROW, _OTHER, _OTHER)]
-  wrong = _answer({**_OTHER, 'Description': 'A loud person.'})
-  judged = task.judge(records, [_answer(_ROW), _answer(_OTHER), wrong])
-  # Only acronyms have letters to spell.
-  assert [row.get('spelled') for row in judged.rows] == [None, True, False]
-  assert judged.metrics['spelled'] == 0.5
-  # The gap runs both ways.
-  gaps = [task.judge(records[:2], answers).metrics['acronym_gap']
-          for answers in ([_answer(_ROW), _answer(_OTHER)],
-                          [_answer(_ROW)] * 2, [_answer(_OTHER)] * 2)]
-  assert gaps == [0, 0.5, 0.5]
-  assert 'acronym_gap' in task.LOWER_IS_BETTER
-
-
-def test_real_answers_score_1():
+def test_totals():
   records = [_record(**_ROW), _record(**_OTHER)]
   judged = task.judge(
       records, [_answer(_ROW), _answer(_OTHER)], [_record(**_TRAINING)])
@@ -230,6 +215,18 @@ def test_real_answers_score_1():
   assert task.judge(records, right).metrics['on_topic'] == 1
   assert task.judge(records, right[1:] + right[:1]).metrics['on_topic'] < 0.5
   assert task.judge(records, [''] * 3).metrics['on_topic'] == 0.5
+  records = [_record(**row) for row in (_ROW, _OTHER, _OTHER)]
+  wrong = _answer({**_OTHER, 'Description': 'A loud person.'})
+  judged = task.judge(records, [_answer(_ROW), _answer(_OTHER), wrong])
+  # Only acronyms have letters to spell.
+  assert [row.get('spelled') for row in judged.rows] == [None, True, False]
+  assert judged.metrics['spelled'] == 0.5
+  # The gap runs both ways.
+  gaps = [task.judge(records[:2], answers).metrics['acronym_gap']
+          for answers in ([_answer(_ROW), _answer(_OTHER)],
+                          [_answer(_ROW)] * 2, [_answer(_OTHER)] * 2)]
+  assert gaps == [0, 0.5, 0.5]
+  assert 'acronym_gap' in task.LOWER_IS_BETTER
 
 
 def test_answers_to_forms_and_empty_ones():

@@ -16,37 +16,28 @@ from gemma_sft.inputs import splits
 
 _ROOT = pathlib.Path(tasks.__file__).parents[2]
 # {task: what a person may enter in its form}.
-_FORMS = {
-    'blop': {'prompt': 'What is Blop?'},
-    'chat': {'prompt': 'Hello?'},
-    'lyrics': {'opening': 'एक\nदो'},
-    'poetry': {'title': '春曉'},
-    'slang': {'context': 'The bus is late again.'},
-    'sql': {'question': 'How many bakers are there?',
-            'schema': 'CREATE TABLE baker (name TEXT)'},
-}
+_FORMS = {'blop': {'prompt': 'What is Blop?'}, 'chat': {'prompt': 'Hello?'},
+          'lyrics': {'opening': 'एक\nदो'}, 'poetry': {'title': '春曉'},
+          'slang': {'context': 'The bus is late again.'},
+          'sql': {'question': 'How many bakers are there?',
+                  'schema': 'CREATE TABLE baker (name TEXT)'}}
 _DOMAINS = sorted(_FORMS.keys() - {'chat'})
 # The variants that the docstrings of configs name.
 _VARIANTS = {
-    'blop': ('270m', 'gemma1_2b'),
-    'lyrics': ('hindi', 'bengali', 'gemma2_2b'),
+    'blop': ('270m', 'gemma1_2b'), 'lyrics': ('hindi', 'bengali', 'gemma2_2b'),
     'poetry': ('270m', 'seed', 'seed_model'),
     'slang': ('270m', 'attempt1', 'attempt2', 'attempt3'),
-    'sql': ('270m', 'int8', 'nf4', 'gemma1_2b'),
-    'tiny': ('1', '2', '3', '4'),
-}
+    'sql': ('270m', 'int8', 'nf4', 'gemma1_2b'), 'tiny': ('1', '2', '3', '4')}
 # Metrics over all answers together. All others are means over the rows, or the
 # report could not give them an interval.
 _CORPUS_METRICS = {
     'n', 'bleu', 'chrf', 'bleu4', 'distinct1', 'distinct2', 'acronym_gap'}
 # {function of a task: (its parameters, whether each task has it)}.
-_PROTOCOL = {
-    'to_messages': ('record', True), 'to_form': ('record', True),
-    'judge': ('records completions training', True),
-    'check_answers': ('records', True),
-    'referenced_files': ('records', False),
-    'judge_prompts': ('prompts completions', False),
-}
+_PROTOCOL = {'to_messages': ('record', True), 'to_form': ('record', True),
+             'judge': ('records completions training', True),
+             'check_answers': ('records', True),
+             'referenced_files': ('records', False),
+             'judge_prompts': ('prompts completions', False)}
 
 
 def _config(name, *args):
@@ -91,22 +82,17 @@ def test_every_task_keeps_the_protocol(name):
     (['abab'], 2 / 4, 2 / 3), (['ab', 'ab'], 2 / 4, 1 / 2),  # No pair across.
     (['a'], 1, 0)])
 def test_distinct(texts, of_words, of_pairs):
-  assert tasks.distinct(texts) == {
-      'distinct1': of_words, 'distinct2': of_pairs}
+  assert tasks.distinct(texts) == {'distinct1': of_words, 'distinct2': of_pairs}
 
 
 def test_each_domain_is_a_task_a_config_and_a_folder():
   assert tasks.names() == sorted(_FORMS)
   configs = {p.stem for p in (_ROOT / 'configs').glob('*.py')}
-  assert configs == {
-      '__init__', 'default', 'curation', 'tiny', *tasks.names()}
+  assert configs == {'__init__', 'default', 'curation', 'tiny', *tasks.names()}
   for name in _DOMAINS:
     assert _config(name).task == name
     assert (_ROOT / 'data' / name / 'README.md').exists()
     assert len(list((_ROOT / 'data' / name).glob('*_dataset_builder.py'))) == 1
-
-
-def test_an_unknown_task_names_the_nearest():
   with pytest.raises(
       errors.UserError, match="'slnag'(.*\n)*.*Did you mean 'slang'?"):
     tasks.load('slnag')
@@ -134,10 +120,9 @@ def test_own_answers_are_good_and_empty_ones_are_not(name):
   test, training = _split(name, 'test'), _split(name, 'train')
   gold = [task.to_messages(r)[-1].content for r in test]
   scores = {}
-  for label, answers in (
-      ('gold', gold), ('swapped', gold[1:] + gold[:1]),
-      ('empty', [''] * len(test)),
-      ('prose', ['I am sorry, I cannot.'] * len(test))):
+  for label, answers in (('gold', gold), ('swapped', gold[1:] + gold[:1]),
+                         ('empty', [''] * len(test)),
+                         ('prose', ['I am sorry, I cannot.'] * len(test))):
     judged = task.judge(test, answers, training)
     assert len(judged.rows) == len(test) and judged.metrics['n'] > 0
     assert all(0 <= v <= 1 for k, v in judged.metrics.items() if k != 'n')

@@ -24,8 +24,7 @@ _KNOWN = {
     'gemma3_1b': (1152, 6912, 26, 4, 1, 256, 256, 512, 32768, 1),
     'gemma3_4b': (2560, 10240, 34, 8, 4, 256, 256, 1024, 131072, 8),
     'gemma3_12b': (3840, 15360, 48, 16, 8, 256, 256, 1024, 131072, 8),
-    'gemma3_27b': (5376, 21504, 62, 32, 16, 128, 168, 1024, 131072, 8),
-}
+    'gemma3_27b': (5376, 21504, 62, 32, 16, 128, 168, 1024, 131072, 8)}
 
 
 _hf, _gguf = tiny_models.hf_config, tiny_models.gguf_metadata
@@ -157,8 +156,7 @@ _SCALING = {'factor': 8.0, 'rope_type': 'linear'}
         'model_type': 'gemma3_text', 'num_attention_heads': 32,
         'num_hidden_layers': 62, 'num_key_value_heads': 16,
         'query_pre_attn_scalar': 168, 'rope_scaling': _SCALING,
-        'sliding_window': 1024}),
-])
+        'sliding_window': 1024})])
 def test_text_config_of_a_multimodal_file(name, text):
   hf = {'model_type': 'gemma3', 'text_config': dict(text)}
   model = model_lib.make_model(name)
@@ -177,8 +175,7 @@ def test_text_config_of_a_multimodal_file(name, text):
     ('gemma3_1b', {
         'hidden_size': 1152, 'intermediate_size': 6912, 'sliding_window': 512,
         'num_attention_heads': 4, 'num_key_value_heads': 1,
-        'layer_types': None, 'sliding_window_pattern': 6}),
-])
+        'layer_types': None, 'sliding_window_pattern': 6})])
 def test_defaults_of_transformers(name, keys):
   model = model_lib.make_model(name)
   _check(model, {'model_type': _MODEL_TYPES[model.generation], **keys})
@@ -217,8 +214,7 @@ _WRONG = {
         {'rope_scaling.factor': {'type': 'linear', 'factor': 4}},
         {'rope_scaling.rope_type': {'rope_type': 'dynamic', 'factor': 8}},
         {'rope_theta': 1e4}, {'rope_local_base_freq': 1e6},
-        {'final_logit_softcapping': 30.0}, {'model_type': None}],
-}
+        {'final_logit_softcapping': 30.0}, {'model_type': None}]}
 
 
 @pytest.mark.parametrize('name, change', [
@@ -234,8 +230,7 @@ def test_the_first_contradiction_is_named(name, change):
     ('full_attention', 'factor', 1.0, 'factor'),
     ('full_attention', 'rope_type', 'default', 'factor'),
     ('sliding_attention', 'rope_theta', 1e6, 'rope_theta'),
-    ('sliding_attention', 'rope_type', 'llama3', 'rope_type'),
-])
+    ('sliding_attention', 'rope_type', 'llama3', 'rope_type')])
 def test_rope_in_the_keys_of_transformers_5(part, name, value, key):
   model = model_lib.make_model('gemma3_4b')
   hf = copy.deepcopy(_hf(model))
@@ -260,8 +255,7 @@ def test_rope_parameters_fall_back_on_the_older_keys():
 @pytest.mark.parametrize('change, message', [
     ({'global_base_frequency': 500_000}, 'rope_theta is 1000000.0'),
     ({'local_base_frequency': 20_000}, 'rope_local_base_freq is 10000.0'),
-    ({'global_scale_factor': 8.0}, 'rope_scaling.factor is 1'),
-])
+    ({'global_scale_factor': 8.0}, 'rope_scaling.factor is 1')])
 def test_missing_rope_keys_mean_the_defaults_of_transformers(change, message):
   model = model_lib.make_model('gemma3_1b')
   hf = {k: v for k, v in _hf(model).items() if not k.startswith('rope')}
@@ -312,8 +306,7 @@ _LIMITS = {
         {'final_logit_softcap': 30.0}, {'attn_logits_soft_cap': 50.0},
         _layers('GL'), _layers('LGGLG'), _BY_WIDTH, _layers(62 * 'L')],
     (3, False, False): [
-        _layers('LGLG'), _layers('LLL'), _BY_WIDTH | _layers(62 * 'L')],
-}
+        _layers('LGLG'), _layers('LLL'), _BY_WIDTH | _layers(62 * 'L')]}
 
 
 @pytest.mark.parametrize('generation, hf, gguf, change', [

@@ -11,5 +11,4 @@ TEXTS = (
     '\u041f\u0440\u0438\u0432\u0435\u0442', '\u0645\u0631\u062d\u0628\u0627',
     'caf\u00e9 cafe\u0301', 'na\u00efve \ufb01 \u00bd', '1234567890 3.14159',
     "don't can't I'll", '      six', 'a' * 40, 'x\u00a0y\u2003z', '\u2581low',
-    'SELECT * FROM t WHERE a<>b;', '\x01\x7f', '\ud7ff\ue000\ufffd',
-)
+    'SELECT * FROM t WHERE a<>b;', '\x01\x7f', '\ud7ff\ue000\ufffd')

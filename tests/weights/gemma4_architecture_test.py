@@ -50,8 +50,7 @@ _FORMS = {
     'e4b': _small(**_SHARED),
     '31b': _small(dict(
         k_eq_v_global=True, num_global_kv_heads=1,
-        use_bidirectional_attention='vision')),
-}
+        use_bidirectional_attention='vision'))}
 
 
 _hf, _gguf = tiny_models.hf_config, tiny_models.gguf_metadata
@@ -67,8 +66,7 @@ _KNOWN = {
     'gemma4_e4b': (
         2560, 10240, 42, 8, 2, None, 512, 256, 18, False, False, 131072, 6),
     'gemma4_31b': (
-        5376, 21504, 60, 32, 16, 4, 1024, 0, 0, True, False, 262144, 6),
-}
+        5376, 21504, 60, 32, 16, 4, 1024, 0, 0, True, False, 262144, 6)}
 _KEYS = (
     'hidden_size', 'intermediate_size', 'num_hidden_layers',
     'num_attention_heads', 'num_key_value_heads', 'num_global_key_value_heads',
@@ -131,8 +129,7 @@ def test_gguf_metadata():
 @pytest.mark.parametrize('changes, ones, pairs', [
     ({}, 64, 256),
     # 0.3 * 50 // 2 = 7 and not 8: rounded down, as the library does.
-    (dict(global_key_size=50, global_rope_proportion=0.3), 7, 25),
-])
+    (dict(global_key_size=50, global_rope_proportion=0.3), 7, 25)])
 def test_rope_freqs_stop_the_pairs_that_are_not_rotated(changes, ones, pairs):
   model = tiny_models.changed(model_lib.make_model('gemma4_e4b'), **changes)
   (name, freqs), = architecture.extra_gguf_tensors(model.config, 4).items()
@@ -169,8 +166,7 @@ _SHARING = _small(**_SHARED).config.kv_cache_sharing_config
     ('no per-layer inputs', {}, dict(shared_kv_layers=3), True),
     ('1 key-value heads', dict(num_global_kv_heads=1), {}, True),
     ('LLGL', {}, dict(num_layers=4), True),
-    ('width of 100', dict(override_kv_shared_ffw_hidden=100), _SHARED, True),
-])
+    ('width of 100', dict(override_kv_shared_ffw_hidden=100), _SHARED, True)])
 def test_what_cannot_be_expressed_is_refused(
     message, changes, dimensions, gguf):
   model = _small(changes, **dimensions)
@@ -229,8 +225,7 @@ def test_a_config_saved_by_transformers_passes():
     ('quantization_config', {'bits': 4}),
     (f'{_LOCAL}.rope_theta', 1e6), (f'{_GLOBAL}.rope_theta', 1e4),
     (f'{_GLOBAL}.rope_type', 'default'), (f'{_GLOBAL}.factor', 8.0),
-    (f'{_GLOBAL}.partial_rotary_factor', 0.5),
-])
+    (f'{_GLOBAL}.partial_rotary_factor', 0.5)])
 def test_a_contradiction_is_named(key, value):
   model = _FORMS['e4b']
   hf = json.loads(json.dumps(_hf(model)))

@@ -299,8 +299,7 @@ def _swap(tensors):
      r'got token_embd.weight of shape \(32,.*, not token_embd'),
     (lambda tensors: tensors.pop(), 'got no blk.1.'),
     (lambda tensors: tensors.append(('x', np.zeros(3))),
-     'got x of shape .*, not no further tensor'),
-])
+     'got x of shape .*, not no further tensor')])
 def test_other_tensors_than_announced(tmp_path, change, message):
   shapes = names.file_shapes(_layout(_ODD), 'gguf')
   tensors = list(_random_tensors(shapes))
@@ -313,8 +312,7 @@ def test_other_tensors_than_announced(tmp_path, change, message):
 @pytest.mark.parametrize('quantization, value, message', [
     ('q8_0', np.nan, 'blk.1.ffn_up.weight has values that are not finite'),
     ('f32', -np.inf, 'blk.1.ffn_up.weight has values that are not finite'),
-    ('f16', -65536.0, 'blk.1.ffn_up.weight has a value of size 65536'),
-])
+    ('f16', -65536.0, 'blk.1.ffn_up.weight has a value of size 65536')])
 def test_weights_that_cannot_be_stored(tmp_path, quantization, value, message):
   shapes = names.file_shapes(_layout(_ODD), 'gguf')
   arrays = dict(_random_tensors(shapes))
@@ -333,8 +331,7 @@ def test_weights_that_cannot_be_stored(tmp_path, quantization, value, message):
     ({'a.b': [1, 2.0]}, 'a.b: no GGUF type'),
     ({'a.b': np.float32(1)}, 'a.b: no GGUF type'),
     ({'general.file_type': 7}, 'general.file_type is 7 and 0'),
-    ({'general.architecture': 'gemma2'}, 'is .gemma2. and .gemma3.'),
-])
+    ({'general.architecture': 'gemma2'}, 'is .gemma2. and .gemma3.')])
 def test_metadata_that_cannot_be_stored(tmp_path, metadata, message):
   with pytest.raises(ValueError, match=message):
     _write(tmp_path / 'x.gguf', _ODD, 'f32', metadata=metadata)

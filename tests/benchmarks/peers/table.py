@@ -29,8 +29,7 @@ PEERS = {
     'tunix_loss': (
         "Tunix's default loss, our model", 'ours', False,
         'their loss in our harness: not their model or trainer'),
-    'unsloth': ('Unsloth', '', False, ''),
-}
+    'unsloth': ('Unsloth', '', False, '')}
 
 
 @dataclasses.dataclass

@@ -29,8 +29,7 @@ DRILLS = {
         as_json=True),
     'ratings': Drill(0.02, ('gemma_sft.serving.ratings',)),
     'sql': Drill(0.012, ('gemma_sft.tasks',), guided=False, as_json=True),
-    'blop': Drill(0.0005, ('gemma_sft.tasks',), guided=False),
-}
+    'blop': Drill(0.0005, ('gemma_sft.tasks',), guided=False)}
 
 
 @functools.cache
