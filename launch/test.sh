@@ -6,8 +6,6 @@ cd "$(dirname "$0")/.."
 . launch/environment.sh
 make_environment test
 bash launch/blop_compiler.sh
-# Tests start many processes, which share the bytecode of the project.
-unset PYTHONDONTWRITEBYTECODE
 .venv/bin/ruff check .
 .venv/bin/mypy
 .venv/bin/python -m pytest -n "${TEST_PROCESSES:-2}" \
