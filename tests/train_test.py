@@ -134,6 +134,10 @@ def _signalled(config, workdir, step, *signals):
   process = conftest.start(
       'train', *conftest.flags(config), f'--workdir={workdir}')
   _wait_for_step(process, workdir, step)
+  # A checkpoint is written beside the steps, and may take longer than they do.
+  while step > 4 and not _checkpoints(workdir).steps():
+    assert process.poll() is None, process.communicate()
+    time.sleep(0.005)
   for number in signals:
     process.send_signal(number)
   return conftest.finish(process)
