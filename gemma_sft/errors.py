@@ -6,7 +6,8 @@ class UserError(ValueError):
 
   `cli.run` prints the message without a traceback and exits with status 2, so
   the message has to be enough to correct the mistake: `got` says what was found
-  and where (file and line, or config key), `fix` what to type or change.
+  and where (file and line, or config key), `expected` what is valid there, and
+  `fix` what to type or change.
   """
 
   def __init__(self, got: str, expected: str, fix: str):

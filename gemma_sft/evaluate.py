@@ -298,8 +298,9 @@ def _identity(weights, data_hash, section, baseline) -> str:
 
 
 def _show_count(total: int) -> Any:
-  """Returns a function that prints the progress, on the first host only."""
+  """Returns a function that prints each tenth, on the first host only."""
   def show(done):
-    if jax.process_index() == 0 and (done % 16 == 0 or done == total):
+    if jax.process_index() == 0 and (
+        done == total or done % max(1, total // 10) == 0):
       print(f'  {done}/{total} answered', flush=True)
   return show

@@ -120,7 +120,7 @@ def main(
   programs, missing = formats_lib.find_runtimes(
       rows, {'transformers': runtime_python, 'llama.cpp': llama_server},
       allow_unproven)
-  # The name of the files until they are proven.
+  # The folder keeps this name until its files are proven.
   partial = final.with_name(final.name + '.partial')
   if partial.exists():
     print(f'removing {partial}, which an earlier export left')
@@ -190,8 +190,9 @@ def _check_disk(rows, source, final: pathlib.Path) -> None:
   """Prints the sizes; raises if the files and the proof do not fit."""
   total = 0
   for row in rows:
-    print(f'  {row.path}: {_megabytes(row.n_bytes(source))}')
-    total += row.n_bytes(source)
+    n_bytes = row.n_bytes(source)
+    print(f'  {row.path}: {_megabytes(n_bytes)}')
+    total += n_bytes
   scratch = max(row.scratch_bytes(source) for row in rows)
   parent = final.absolute().parent
   while not parent.exists():
@@ -323,5 +324,3 @@ def _push(targets, final, config, push_data, private) -> None:
     address = push_lib.push(final, target, private=private,
                             data_files=data_files, data_card=data_card)
     print(f'pushed to {address}')
-
-

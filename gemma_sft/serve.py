@@ -128,8 +128,8 @@ def _records(section, split):
 def listen(host: str, port: int) -> Iterator[tuple[socket.socket, str, str]]:
   """Yields (listening socket, address for a browser, token or '').
 
-  From now on a browser waits for the page instead of being refused. An address
-  that is not available is a `UserError`.
+  From now on a browser waits for the page instead of being refused. Raises
+  `UserError` if the address is not available.
   """
   from gemma_sft.serving import guard
 

@@ -1,4 +1,4 @@
-"""The letters of shapes, and the array types of public functions.
+"""The letters of shapes, types of arrays, and chunks of positions.
 
     B  rows of a batch        N  query heads        V  vocabulary
     T  query positions        K  key-value heads    F  MLP width

@@ -201,3 +201,6 @@ def test_prompts_and_tokenizers_are_checked(tokenizer):
       chat.render_prompt(messages, tokenizer, 'f:7')
   with pytest.raises(errors.UserError, match=r'no <\|turn> and <turn\|>'):
     chat.Tokenizer(tokenizer_file.byte_tokenizer(3), 4)
+  for damaged in (b'', tokenizer_file.byte_tokenizer(3)[:-7]):
+    with pytest.raises(errors.UserError, match='tokenizer cannot be read'):
+      chat.Tokenizer(damaged, 3)

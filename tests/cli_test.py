@@ -60,6 +60,7 @@ _TINY = 'train --config=configs/tiny.py --workdir=/nowhere/w '
       for command in ('train --workdir=w', 'preview')),
     *((command, ['--workdir is missing'])
       for command in ('train --config=configs/tiny.py', 'evaluate', 'sample')),
+    ('compare /nowhere/a /nowhere/b', ['/nowhere/a is not a folder']),
     ('evaluate --workdir=/nowhere/w', ['no config.json in'])], ids=str)
 def test_mistakes_on_the_command_line_are_named(command, parts):
   message = _error(*command.split())

@@ -9,6 +9,7 @@ import pytest
 from configs import default
 from gemma_sft import config as config_lib
 from gemma_sft import errors
+from gemma_sft.nn import attention
 
 
 @pytest.fixture
@@ -138,6 +139,16 @@ def test_a_value_out_of_range_is_named(valid, changes):
     config_lib.validate(valid)
   assert caught.value.got.startswith(f'config.{list(changes)[-1]} ')
   assert caught.value.fix
+
+
+@pytest.mark.parametrize('key, value, near, others', (
+    ('model.quantization', 'nf5', 'nf4', 'int8, int4, nf4'),
+    ('model.attention', 'spalsh', 'splash', ', '.join(attention.KERNELS))))
+def test_a_wrong_choice_names_the_nearest(valid, key, value, near, others):
+  valid.update_from_flattened_dict({key: value})
+  with pytest.raises(errors.UserError, match=f"mean '{near}'") as caught:
+    config_lib.validate(valid)
+  assert others in caught.value.expected
 
 
 @pytest.mark.parametrize('key', ('a1' * 20, 'wandb_v1_abc'))

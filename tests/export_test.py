@@ -53,7 +53,7 @@ _UNPROVEN = dict(
 
 @pytest.fixture(autouse=True, scope='module')
 def _once():
-  """Takes one device and thread; the reference and transformers once a run."""
+  """Uses one device and thread; makes the reference of a workdir once."""
   make, references = export._make_reference, {}
 
   def make_once(config, *key):
@@ -105,7 +105,7 @@ def _loud(params):
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-  """Returns what gives (config, workdir) of a finished tiny run."""
+  """Returns a function that trains a tiny run once: (config, workdir)."""
   @functools.cache
   def train_once(generation, **changes):
     folder = tmp_path_factory.mktemp('run')
@@ -272,6 +272,14 @@ def test_full_fine_tuning_is_exported(trained, tmp_path, capsys):
     np.testing.assert_array_equal(arrays.read(path), array)
     if path.endswith('einsum/w'):
       assert not np.array_equal(arrays.read_base(path), array)
+
+
+def test_the_command_takes_its_flags(run, tmp_path):
+  status, out, err = conftest.run_module(
+      'export', f'--workdir={run[1]}', f'--out={tmp_path / "out"}',
+      '--formats=gguf-f32', '--dry_run', devices=1)
+  assert status == 0, err
+  assert 'gguf/model-f32.gguf: ' in out and not (tmp_path / 'out').exists()
 
 
 def test_the_untouched_base_is_exported(run, tmp_path, capsys):

@@ -225,7 +225,9 @@ def test_the_internals_that_are_reached_are_as_they_were(kind):
   # Raises on a new argument that `run_library` does not give.
   inspect.signature(transformer._encode_and_get_inputs).bind(
       None, tokens=0, positions=0, attention_mask=0)
-  inspect.signature(transformer._apply_attention).bind(None, inputs=0, cache=0)
+  inspect.signature(transformer._apply_attention).bind(None, 0, 0)
+  assert [*inspect.signature(transformer._apply_attention).parameters][:3] == [
+      'self', 'inputs', 'cache']
   source = inspect.getsource(inspect.getmodule(transformer))
   assert 'nn.jit' in source, '__call__ may serve interceptors now'
   assert 'self._apply_attention(' in inspect.getsource(transformer)

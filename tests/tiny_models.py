@@ -46,11 +46,11 @@ def changed(model: model_lib.Model, **changes) -> model_lib.Model:
       model, transformer=model.transformer.clone(config=config))
 
 
-def hf_config(model: model_lib.Model) -> dict:
-  """The model's config.json in f32."""
+def hf_config(model: model_lib.Model, **changes) -> dict:
+  """The model's config.json in f32, or with other arguments."""
   return architecture_lib.hf_config(
-      model.config, model.generation, vocab_size=model.config.num_embed,
-      dtype='float32', eos_ids=[1, 106], bos_id=2, pad_id=0)
+      model.config, model.generation, eos_ids=[1, 106], bos_id=2, pad_id=0,
+      **dict(vocab_size=model.config.num_embed, dtype='float32') | changes)
 
 
 def check_hf_config(model: model_lib.Model, hf, match: str | None = None):

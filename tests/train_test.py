@@ -135,7 +135,8 @@ def _signalled(config, workdir, step, *signals):
       'train', *conftest.flags(config), f'--workdir={workdir}')
   _wait_for_step(process, workdir, step)
   # A checkpoint is written beside the steps, and may take longer than they do.
-  while step > 4 and not _checkpoints(workdir).steps():
+  folder = pathlib.Path(workdir) / 'checkpoints'
+  while step > 4 and not any(p.name.isdigit() for p in folder.glob('*')):
     assert process.poll() is None, process.communicate()
     time.sleep(0.005)
   for number in signals:
@@ -246,6 +247,14 @@ def test_resume_with_another_config_is_refused(stopped, change, message):
   _refused(_changed(config, change), workdir, 'another config', message)
   assert _checkpoints(workdir).steps() == [3]
   assert path.read_text('utf-8') == before
+
+
+def test_wrong_columns_of_a_table_are_named(run_config, tmp_path):
+  (tmp_path / 'table.csv').write_text('question,answer\nWhy?,So.\n')
+  run_config.data.update(train=str(tmp_path / 'table.csv'), validation='')
+  _refused(run_config, tmp_path / 'w', 'question', 'data.columns')
+  run_config.data.columns = 'prompt=question,completion=answer'
+  assert train.main(run_config, str(tmp_path / 'v'), True) == 0
 
 
 def test_resume_with_other_data_is_refused(stopped):

@@ -19,8 +19,7 @@ from gemma_sft.adapters import projections
 
 
 def norm(projection: projections.Projection, weight: jax.Array) -> jax.Array:
-  """Returns the f32 norm of a weight for each output: (N, H) of q's (N, D, H).
-  """
+  """Returns the f32 norm of a weight for each output: (N, H) for q."""
   layout, weight = projection.layout, weight.astype(jnp.float32)
   return jnp.sqrt(jnp.einsum(
       f'{layout},{layout}->{projection.outputs}', weight, weight))
@@ -49,6 +48,5 @@ def factor(
 
 
 def _ratio(m, norms):
-  """Returns m / norms; 1 where a layer has no adapter, m is NaN (`lora.stack`).
-  """
+  """Returns m / norms, or 1 where m is NaN: that layer has no adapter."""
   return jnp.where(jnp.isnan(m), 1, m / jnp.where(norms == 0, 1, norms))

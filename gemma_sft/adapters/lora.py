@@ -53,7 +53,10 @@ class Dropout:
 def make_dropout(
     rate: float, seed: int, step: jax.Array, rows_B: jax.Array
 ) -> Dropout | None:
-  """Returns the dropout of a step; `rows_B` are numbers in the whole run."""
+  """Returns the dropout of a step, or None at a rate of 0.
+
+  `rows_B` are the rows' numbers in the whole run.
+  """
   if not rate:
     return None
   key = jax.random.fold_in(jax.random.key(seed), step)
@@ -166,9 +169,10 @@ def add_update(
 
   `adapters` are those of one layer: {'attn': {'q_einsum': {'q': {'a', 'b'}}}},
   and `path` names the library's weight in it: ('attn', 'q_einsum', 'w'). Fused
-  slots of `y` are on axis 0 (k, v) or -2 (gate, up). DoRA needs the frozen
-  `weight`, and its layout. The default `einsum` multiplies in the dtype of `x`
-  (B, T, ...), so that the residual stream keeps the dtype of the base.
+  slots of `y` are on axis 0 (k, v) or -2 (gate, up). For DoRA `weight`
+  returns the frozen weight, whose layout is `transposed_gating`. The default
+  `einsum` multiplies in the dtype of `x` (B, T, ...), so that the residual
+  stream keeps the dtype of the base.
   """
   einsum = einsum or _einsum
   path = _without_w(path)

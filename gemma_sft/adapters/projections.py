@@ -64,7 +64,7 @@ BY_LAYER = {
 
 def oriented(
     name: str, projection: Projection, transposed_gating: bool) -> Projection:
-  """Returns one of `BY_LAYER[name]` for `Model.transposed_gating`."""
+  """Returns a projection for the gate's layout, which generations differ in."""
   if name == 'gating_einsum' and not transposed_gating:
     return dataclasses.replace(projection, update='DR,RF->DF')
   return projection

@@ -230,18 +230,19 @@ def _results(run):
     seconds = max(times) - min(times) if times else None
     speed = statistics.median(speeds) if speeds else None
   return {
-      'updates': steps and (
+      'updates': '' if not steps else (
           f'{max(steps)} of {total}' if total else str(max(steps))),
-      'ended by': end.get('reason'),
-      'best': best and '{metric} {value:.4g} after {step}'.format(**best),
-      'last loss, train': losses and f'{losses[-1]:.4f}',
-      'last loss, validation': eval_losses and f'{eval_losses[-1]:.4f}',
-      'time': seconds is not None and (
+      'ended by': end.get('reason') or '',
+      'best': '' if not best else (
+          f'{best["metric"]} {best["value"]:.4g} after {best["step"]}'),
+      'last loss, train': f'{losses[-1]:.4f}' if losses else '',
+      'last loss, validation': f'{eval_losses[-1]:.4f}' if eval_losses else '',
+      'time': '' if seconds is None else (
           ('' if end else 'about ') + metrics.duration(seconds)),
-      'tokens/s, median': speed and f'{speed:,.0f}',
-      'peak memory': end.get('peak_bytes') and (
-          f'{end["peak_bytes"] / 1e9:.2f} GB'),
-      'trained weights': trained and f'{trained:,}'}
+      'tokens/s, median': f'{speed:,.0f}' if speed else '',
+      'peak memory': f'{end["peak_bytes"] / 1e9:.2f} GB'
+                     if end.get('peak_bytes') else '',
+      'trained weights': f'{trained:,}' if trained else ''}
 
 
 def best_of(run: FinishedRun) -> dict[str, Any] | None:

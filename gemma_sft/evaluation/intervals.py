@@ -21,7 +21,8 @@ def wilson(rate: float, n: int) -> tuple[float, float]:
 def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
   """Returns the 95 % percentile bootstrap interval of a mean (Efron 1979).
 
-  Of the differences of two models, one for each record, it is a paired one.
+  Of the differences of two models, one for each record, it is the interval of a
+  paired comparison. The same values and seed give the same interval.
   """
   n = len(values)
   if n == 1:  # SciPy refuses a single value.

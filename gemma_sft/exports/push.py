@@ -184,7 +184,7 @@ def _reach_kaggle():
   import requests
 
   endpoint = kaggle_env.get_endpoint(kaggle_env.get_env())
-  # bandit wants a number.
+  # There is a timeout; bandit recognises only a literal one.
   requests.head(  # nosec B113
       endpoint, timeout=_TIMEOUT_OF_LOGIN[:2])
 

@@ -36,7 +36,8 @@ class Proof:
 def find_python(path: str | None) -> str:
   """Returns an interpreter that has torch, transformers and peft.
 
-  It is the given one, else that of .venv-runtimes, else this one.
+  It is the given one, else that of .venv-runtimes (launch/runtimes.sh makes
+  it), else this one.
 
   Raises:
     UserError: The interpreter lacks one of the packages.

@@ -39,9 +39,9 @@ class Sampling:
   top_k: int = 0  # Keeps the k likeliest tokens; 0 keeps all.
   top_p: float = 1.0  # Keeps the likeliest tokens that add up to p.
   # Divides positive logits of recent tokens and multiplies negative ones (CTRL,
-  # arXiv 1909.05858). Recent are so many tokens, prompt included; 64 as in
-  # llama.cpp and Ollama.
+  # arXiv 1909.05858).
   repetition_penalty: float = 1.0
+  # How many tokens are recent, prompt included; 64 as in llama.cpp and Ollama.
   repetition_window: int = 64
   max_new_tokens: int = 256
 

@@ -54,7 +54,7 @@ class Prompter:
 
   def __init__(
       self, baseline: Baseline, training: Sequence[Conversation], seed: int):
-    """Draws the examples, or indexes them; too few are a `UserError`."""
+    """Draws the examples, or indexes them; raises `UserError` for too few."""
     if baseline.n > len(training):
       raise errors.UserError(
           f'{baseline}, with {len(training)} training examples',
@@ -108,7 +108,7 @@ def before(
   """Returns a conversation with examples as turns before it.
 
   The system text of the conversation stays first; those of the examples are
-  dropped. An example that is plain text is a `UserError`.
+  dropped. Raises `UserError` for an example that is plain text.
   """
   if any(isinstance(example, str) for example in examples):
     raise errors.UserError(

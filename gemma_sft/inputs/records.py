@@ -49,8 +49,9 @@ def read(
   """Reads all records of a source, in its order, and validates them.
 
   If no record has a field of `CANONICAL`, the task interprets the fields, and
-  only their characters are checked here; otherwise see `validate`. `curate`
-  repairs records, and has them not `validated` either.
+  only their characters are checked here; otherwise see `validate`. With
+  `validated=False` that is all too, because the caller (`curate`) repairs what
+  is missing or blank.
 
   Args:
     source: A file, a glob pattern (all its files, sorted by name), a directory

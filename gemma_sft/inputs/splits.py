@@ -34,11 +34,13 @@ class Split:
 
 def check_named(section: Any, split: str) -> None:
   """Raises a `UserError` unless `config.data` names a file for a split."""
-  named = [s for s in ('train', 'validation', 'test') if section[s]]
+  names = ('train', 'validation', 'test')
+  named = [name for name in names if section[name]]
   if split not in named:
     raise errors.UserError(
         f'--split={split}', f'a split that the config names: {named}',
-        f'set --config.data.{split} or choose another split')
+        f'set --config.data.{split} or choose another split'
+        if split in names else f'choose one of {", ".join(names)}')
 
 
 def read_split(section: Any, name: str) -> list[records_lib.Record]:

@@ -16,7 +16,7 @@ from gemma_sft.inputs import records as records_lib
 
 
 class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """A data set of three files, which the docstring of a subclass describes."""
+  """A data set of train, validation and test; subclasses describe it."""
 
   VERSION = tfds.core.Version('1.0.0')
   RELEASE_NOTES = {'1.0.0': 'First release.'}
@@ -65,7 +65,7 @@ def text_features(*names: str) -> dict[str, tfds.features.Text]:
 
 def prepare(
     builder: type[Builder], source: pathlib.Path, out: pathlib.Path) -> None:
-  """Writes all configs of a data set, unless they are up to date in `out`."""
+  """Writes the configs of a data set that `out` lacks, and prints where."""
   for config in builder.builder_configs or {None: None}:
     made = builder(source=source, config=config, data_dir=out,
                    file_format='array_record')

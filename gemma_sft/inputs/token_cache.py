@@ -146,7 +146,7 @@ def save(
   """Writes an entry for `load`, then removes the entries unused for longest.
 
   The new entry stays even if it exceeds `max_bytes` by itself. A full or
-  read-only disk is only a warning.
+  read-only disk only causes a warning.
   """
   path = folder / key
   facts = np.frombuffer(json.dumps(split.facts).encode(), np.uint8)
@@ -207,10 +207,11 @@ def _hashes(path):
 
 def _remove_oldest(folder, newest, max_bytes):
   entries = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
-  total = sum(map(_size, entries))
-  for path in entries:
+  sizes = {path: _size(path) for path in entries}
+  total = sum(sizes.values())
+  for path, size in sizes.items():
     if total > max_bytes and path != newest:
-      total -= _size(path)
+      total -= size
       if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
       else:

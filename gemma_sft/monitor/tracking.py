@@ -69,9 +69,10 @@ def start(target: str, record: Any) -> 'Mirror | None':
       if offline:
         wandb.teardown()  # The failed run still holds the id.
       run = wandb.init(**options | offline)
-    except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
-      raise _no_login(target, scrub.scrub(str(error), paths=False)) from None
     except Exception as error:  # Network, disk or service may raise anything.
+      if not offline and isinstance(error, (
+          wandb.errors.AuthenticationError, wandb.errors.UsageError)):
+        raise _no_login(target, scrub.scrub(str(error), paths=False)) from None
       hosts.say(f'warning: Weights & Biases: {_short(error)}')
       continue
     hosts.say('tracked on the disk; to send it: wandb sync '

@@ -30,8 +30,8 @@ from gemma_sft.nn import blocks
 from gemma_sft.nn import quantize
 
 LARGEST = 65504.0  # numpy.finfo('float16').max
-# Rows are brought below 2 to this, half of the largest: dropout at the adapters
-# then multiplies what it keeps by up to 2 (at a rate of a half).
+# Rows are scaled below 2**15, half of the largest: at a rate of a half, the
+# adapters' dropout doubles what it keeps.
 _FITTING_EXPONENT = 15
 # The layers whose inputs float16 can hold.
 _BOUNDED = frozenset(projections.BY_LAYER) - {'linear'}

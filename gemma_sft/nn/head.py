@@ -81,8 +81,8 @@ def masked_hits(
 ) -> shapes.Scalar:
   """Returns the number of trained targets that are the likeliest token, f32.
 
-  The arguments are those of `masked_nll`, but (chunk_size, V) f32 logits exist
-  at a time. A cap on the logits does not change their order, so there is none.
+  The arguments are those of `masked_nll`. (chunk_size, V) f32 logits exist at a
+  time. A cap on the logits does not change their order, so there is none.
   Not differentiable.
   """
   arrays, n_G, C = _gather(
@@ -90,7 +90,7 @@ def masked_hits(
 
   def hits(chunk):
     x_GCD, targets_GC, weights_GC = chunk
-    logits_GCV = _logits(
+    logits_GCV = _einsum_f32(
         'GCD,VD->GCV', _products(embedding_VD).operand(x_GCD), embedding_VD)
     return jnp.sum((logits_GCV.argmax(axis=2) == targets_GC) * weights_GC)
 
@@ -124,7 +124,7 @@ def _gather(x_BTD, targets_BT, loss_mask_BT, max_trained, groups, chunk_size):
   return (x_GPD, targets_GP, weights_GP), n_G, C
 
 
-_logits = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+_einsum_f32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _capped(logits, softcap):
@@ -150,7 +150,7 @@ class Products:
   def multiply(
       self, equation: str, probs: jax.Array, other: jax.Array) -> jax.Array:
     """Returns the f32 einsum of numbers in [-1, 1], rounded as `other` is."""
-    return _logits(equation, probs.astype(other.dtype), other)
+    return _einsum_f32(equation, probs.astype(other.dtype), other)
 
   def gradients(
       self, dlogits_GCV: jax.Array, x_GCD: jax.Array, embedding_VD: jax.Array
@@ -237,7 +237,7 @@ def _stream_vocabulary(
   def add_block(carry, block_ZVD):
     max_ZGC, sum_ZGC, dx_ZGCD = carry
     logits_ZGCV, slope_ZGCV = _capped(
-        _logits('GCD,ZVD->ZGCV', operand_GCD, block_ZVD), softcap)
+        _einsum_f32('GCD,ZVD->ZGCV', operand_GCD, block_ZVD), softcap)
     new_max_ZGC = jnp.maximum(max_ZGC, logits_ZGCV.max(axis=3))
     rescale_ZGC = jnp.exp(max_ZGC - new_max_ZGC)
     exp_ZGCV = jnp.exp(logits_ZGCV - new_max_ZGC[..., None])
@@ -257,7 +257,7 @@ def _stream_vocabulary(
   sum_GC = (sum_ZGC * share_ZGC).sum(axis=0)
   target_GCD = embedding_VD[targets_GC]
   target_GC, slope_GC = _capped(
-      _logits('GCD,GCD->GC', operand_GCD, target_GCD), softcap)
+      _einsum_f32('GCD,GCD->GC', operand_GCD, target_GCD), softcap)
   nll_GC = max_GC + jnp.log(sum_GC) - target_GC
   dx_GCD = None
   if with_grad:
@@ -291,7 +291,7 @@ def _trained_head(
     x_GCD, targets_GC, weights_GC = chunk
     operand_GCD = products.operand(x_GCD)
     logits_GCV, slope_GCV = _capped(
-        _logits('GCD,VD->GCV', operand_GCD, embedding_VD), softcap)
+        _einsum_f32('GCD,VD->GCV', operand_GCD, embedding_VD), softcap)
     lse_GC = jax.nn.logsumexp(logits_GCV, axis=2)
     target_GC = jnp.take_along_axis(
         logits_GCV, targets_GC[:, :, None], axis=2)[:, :, 0]

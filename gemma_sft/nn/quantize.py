@@ -63,7 +63,7 @@ class Quantized:
 def is_quantized(path: str) -> bool:
   """Whether the weight at a path, as 'layer_0/mlp/linear', can be quantised.
 
-  Those can that can have an adapter.
+  These are the weights that can have an adapter.
   """
   return path.removesuffix('/w').rpartition('/')[2] in projections.BY_LAYER
 

@@ -15,7 +15,7 @@ from gemma_sft.nn import attention_choice
 def enable_compilation_cache() -> None:
   """Keeps compiled programs between runs."""
   jax.config.update('jax_compilation_cache_dir', str(cache.folder('compiled')))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
 
 
 def choose_dtype(name: str, device: Any = None) -> tuple[Any, str]:

@@ -42,8 +42,8 @@ class Run:
   eval_every: int  # Updates between evaluations.
   save_every: int  # Updates between checkpoints.
   base: Any  # The frozen weights; None when all weights are trained.
-  base_hash: str  # Of the content, as is `data_hash` (training records).
-  data_hash: str
+  base_hash: str  # Of the content of the base weights.
+  data_hash: str  # Of the content of the training records.
   settings: state_lib.StepSettings
   schedule: optax.Schedule  # step -> learning rate.
   optimizer: optax.GradientTransformation

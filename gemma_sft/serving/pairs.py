@@ -42,11 +42,11 @@ def labels(runs: tuple[str, str]) -> tuple[str, str]:
 
 
 def read(runs: tuple[str, str], split: str) -> list[AnswerPair]:
-  """Returns the pairs of two runs, as `parse_run` takes them, by their hashes.
+  """Returns the pairs of two runs (see `parse_run`), ordered by their hashes.
 
   Every rater sees this order. Whoever stops early has rated a random part, and
-  the same part as the others, which their agreement needs. A `UserError` says
-  that an evaluation is missing, or that they share no record.
+  the same part as the others, which their agreement needs. Raises `UserError`
+  if an evaluation is missing, or they share no record.
   """
   a, b = (_read_answers(run, split) for run in runs)
   shared = [place for place in a if place in b]
@@ -100,5 +100,13 @@ def _read_prompts(run: str, split: str) -> dict[str, str]:
 
   config = cli.load_run_config(parse_run(run)[0])
   task = tasks.load(config.task)
-  return {record.where: prompting.question(task.to_messages(record))
+
+  def prompt(record):
+    conversation = task.to_messages(record)
+    if isinstance(conversation, str):
+      return prompting.question(conversation)
+    # The system text too: stored ratings are found by a hash of this text.
+    return '\n\n'.join(message.content for message in conversation[:-1])
+
+  return {record.where: prompt(record)
           for record in splits.read_split(config.data, split)}

@@ -145,7 +145,7 @@ class Playground:
         len(v) <= _MAX_CHOICE_LENGTH for v in values) else []
 
   def prepare(self, question: _Question) -> PreparedQuestion:
-    """Prepares a question for answering; a mistake in it is a `UserError`."""
+    """Prepares a question for answering; raises `UserError` for a mistake."""
     served = self._served
     config = served.config.copy_and_resolve_references()
     config.sampling.update(question.sampling.model_dump(exclude={'stop'}))

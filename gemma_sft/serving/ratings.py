@@ -66,7 +66,7 @@ class Store:
   """The file of ratings; each call is a transaction of its own."""
 
   def __init__(self, path: str):
-    """Opens the file, or creates it; another kind of file is a `UserError`."""
+    """Opens or creates the file; raises `UserError` for one of another kind."""
     self.path = path
     try:
       os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
@@ -123,17 +123,19 @@ class Store:
     """
     now = datetime.datetime.now(datetime.timezone.utc)
     with self._transaction() as connection:
-      added = connection.execute(
+      cursor = connection.execute(
           'INSERT INTO ratings (time, rater, run_a, run_b, item, place,'
           ' shown_first, choice) VALUES (?, ?, ?, ?, ?, ?, ?, ?)'
-          ' ON CONFLICT DO NOTHING RETURNING id',
+          ' ON CONFLICT DO NOTHING',
           (now.isoformat(timespec='seconds'), rating.rater, *runs,
-           rating.item, place, rating.shown_first, rating.choice)).fetchall()
-      for (rating_id,) in added:
+           rating.item, place, rating.shown_first, rating.choice))
+      added = cursor.rowcount == 1
+      if added:
         connection.executemany(
             'INSERT INTO marks VALUES (?, ?, ?, ?)',
-            [(rating_id, *key, mark) for key, mark in rating.marks.items()])
-    return bool(added)
+            [(cursor.lastrowid, *key, mark)
+             for key, mark in rating.marks.items()])
+    return added
 
   def undo(self, rater: str, items: Collection[str]) -> Rating | None:
     """Undoes the rater's last rating of these pairs, and returns it."""
@@ -245,8 +247,8 @@ def win_rate(
 def krippendorff_alpha(units: Sequence[Sequence[int]]) -> float | None:
   """Returns the raters' agreement beyond chance: 1 is full, 0 is chance.
 
-  Krippendorff's alpha for ordinal values; a unit lists those it was given. None
-  if no unit has two values, or all values are the same.
+  Krippendorff's alpha for ordinal values; a unit lists the values that it
+  was given. None if no unit has two values, or all values are the same.
   """
   units = [unit for unit in units if len(unit) > 1]
   values = sorted(set(itertools.chain.from_iterable(units)))

@@ -200,7 +200,8 @@ def check_hf_config(
   if generation > 2 and (
       hf.get('model_type') == kind.model_type.removesuffix('_text')):
     tied = hf.get('tie_word_embeddings', True)
-    if not tied:
+    # Gemma 3's files may leave it null.
+    if tied is False or generation == 4 and not tied:
       raise errors.UserError(
           f'{where}: tie_word_embeddings is {tied}',
           'an output head that is the embedding', 'use other weights')

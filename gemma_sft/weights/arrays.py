@@ -25,6 +25,7 @@ from gemma_sft.weights import safetensors_file
 _MULTIMODAL = ('vision_encoder/', 'embedder/mm_input_projection/',
                'embedder/mm_soft_embedding_norm/')
 
+
 def open_arrays(
     resolved: Any,
     shapes: Mapping[str, names.Shape],

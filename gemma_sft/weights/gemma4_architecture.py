@@ -53,7 +53,7 @@ def hf_fields(config: Any) -> dict[str, Any]:
 
 
 def hf_heads_and_rope(config: Any) -> dict[str, Any]:
-  """Returns the other keys of `config.json`."""
+  """Returns the keys of heads and rope, which `hf_fields` leaves out."""
   return {
       'global_head_dim': _head_dims(config)[-1],
       'num_global_key_value_heads': config.num_global_kv_heads,
@@ -78,7 +78,7 @@ def check_hf_heads_and_rope(
     config: Any,
     compare: Callable[[str, Any, Any], None],
 ) -> None:
-  """Compares the keys of a file, whose `hf_fields` are those of the config.
+  """Compares heads and rope; `hf_fields` must have been compared before.
 
   Args:
     values: The file's keys and the defaults of transformers.

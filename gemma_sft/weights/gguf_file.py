@@ -78,8 +78,8 @@ def open_gguf(
 
   Reading the header of a 262144-token vocabulary takes about 15 seconds.
 
-  The file must have the weights of `layout`, or else, if it is a Gemma 1 to 3,
-  those that its metadata announce.
+  The file must have the tensors of `layout`. Without a layout it must be a
+  Gemma 1, 2 or 3 and have the tensors that its metadata announce.
 
   Raises:
     UserError: The file is not a GGUF, is cut short, has another architecture,

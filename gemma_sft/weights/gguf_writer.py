@@ -227,6 +227,8 @@ def write_adapter(
   """
   tensors = {f'{adapter.name}.lora_{side}': getattr(adapter, side)
              for adapter in adapters for side in 'ab'}
+  if not tensors:
+    raise ValueError('an adapter without tensors')
   own = {
       'general.type': 'adapter',
       'general.file_type': QUANTIZATIONS['f32'].file_type,

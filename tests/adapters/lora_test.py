@@ -85,6 +85,9 @@ def test_an_adapter_of_k_leaves_v_alone():
   merged = _merge('3', adapters)['layer_1']['attn']['kv_einsum']['w']
   np.testing.assert_allclose(merged, by_hand, rtol=0, atol=1e-6)  # f32.
   np.testing.assert_array_equal(merged[1], before[1])
+  # The forward pass too.
+  _assert_close(_hidden('3', _params('3'), adapters),
+                _hidden('3', _merge('3', adapters)), 1e-5)
 
 
 def _as_linear(kind, layer, name):

@@ -10,17 +10,18 @@ times; the hash chain of the batches; the SHA-256 of every exported file but
 README.md and export.json. The table says `equal` or the first difference of
 each variant; the status is 1 if anything differs or fails.
 
-A run that lies complete in --results is not run again, if it is of the same
-commit, so that one `before` serves many an `after`. Both sides run in this
-interpreter's environment, each with its own gemma_sft, and share one cache of
-compiled programs. A checkout must be clean and must not change while its code
-runs. `_RENAMED` has the config keys that `after` has renamed.
+A complete run in --results is not run again if commit, settings and packages
+are the same, so that one `before` serves many an `after`. Both sides run in
+this interpreter's environment, each with its own gemma_sft, and share one cache
+of compiled programs. A checkout must be clean and must not change while its
+code runs. `_RENAMED` has the config keys that `after` has renamed.
 """
 
 import argparse
 from concurrent import futures
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -110,10 +111,13 @@ def run(
     checkout: pathlib.Path, name: str, folder: pathlib.Path, cache: pathlib.Path
 ) -> dict[str, Any]:
   """Trains and exports a variant; returns its 'metrics' and 'files'."""
-  commit, kept = commit_of(checkout), folder / 'result.json'
-  if kept.exists() and json.loads(kept.read_text())['commit'] == commit:
-    return json.loads(kept.read_text())
-  variant = VARIANTS[name]
+  variant, kept = VARIANTS[name], folder / 'result.json'
+  made_by = [commit_of(checkout), sys.version, repr((_SETTINGS, variant)), *(
+      importlib.metadata.version(p) for p in ('jax', 'gemma', 'gguf'))]
+  if kept.exists():
+    result = json.loads(kept.read_text())
+    if result['made_by'] == made_by:
+      return result
   shutil.rmtree(folder, ignore_errors=True)
   folder.mkdir(parents=True)
   settings = _SETTINGS | variant.settings
@@ -150,7 +154,7 @@ def run(
   exported = folder / 'exported'
   lines = (folder / 'workdir' / 'metrics.jsonl').read_text().splitlines()
   result = {
-      'commit': commit, 'metrics': [json.loads(line) for line in lines],
+      'made_by': made_by, 'metrics': [json.loads(line) for line in lines],
       'files': {
           str(path.relative_to(exported)):
               hashlib.sha256(path.read_bytes()).hexdigest()
@@ -222,6 +226,8 @@ def main():
       return f'FAILED {error}', 1
     found = differences(before, after)
     steps = sum('chain' in row for row in after['metrics'])
+    if steps != _SETTINGS['train.steps'] or len(after['files']) < 5:
+      return f'FAILED {steps} steps, {len(after["files"])} files', 1
     return (f'DIFFERENT {"; ".join(found)}' if found else
             f'equal: {steps} steps, {len(after["files"])} files'), len(found)
 

@@ -176,9 +176,9 @@ def test_parity_table():
     ({'parity': [_parity('hf'), _parity('hf', proven=False), _parity(_F16),
                  _parity(_Q8)]}, ['hf']),
     ({'parity': [_parity('hf')]}, [_F16, _Q8]),  # No row at all.
-    *(({'templates': [{'runtime': 'llama.cpp', 'conversations': 4,
+    *(({'templates': [{'runtime': 'llama.cpp', 'conversations': n,
                        'equal': equal, 'note': ''}]},
-       ['the template in llama.cpp']) for equal in (False, None))])
+       ['the template in llama.cpp']) for n, equal in ((4, False), (0, None)))])
 def test_unproven_is_warned_of_on_top(changes, names):
   summary = _summary(**changes)
   assert card.unproven(summary) == names
@@ -228,7 +228,9 @@ def test_commands():
     assert line in text.splitlines()
   assert 'hf download' not in text
   pushed = card.render({**summary, 'repository': 'org/blop'})
-  for code in re.findall(r'```python\n(.*?)```', text + pushed, re.DOTALL):
+  codes = re.findall(r'```python\n(.*?)```', text + pushed, re.DOTALL)
+  assert len(codes) == 4
+  for code in codes:
     compile(code, 'card', 'exec')
   assert "name = 'org/blop'\n" in pushed
   assert "from_pretrained(base, 'org/blop', subfolder='peft')" in pushed
@@ -309,7 +311,8 @@ def test_nothing_private_in_card_or_json(private):
     ('/scratch/alice', f'.../{scrub.REMOVED}'),
     ('at /a/b, and /c/d.', 'at .../b, and .../d.'),
     (f'a {_TOKEN} b', 'a [removed] b'), ('KGAT_0123456789abcdef', '[removed]'),
-    (_KAGGLE, '[removed]'), ('api_org_' + 'x' * 34, '[removed]'),
+    # A key that no variable of the environment holds.
+    ('fedcba98' * 4, '[removed]'), ('api_org_' + 'x' * 34, '[removed]'),
     ('Authorization: Bearer abc.def', 'Authorization: Bearer [removed]'),
     # No paths of this machine; hashes and names of programs.
     *((text, text) for text in (

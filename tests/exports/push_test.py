@@ -39,8 +39,8 @@ class _Service:
   async def __call__(self, scope, receive, send):
     request = requests.Request(scope, receive)
     name, body = f'{request.method} {request.url.path}', await request.body()
-    self.requests.append(
-        (request.method, request.url.path, dict(request.headers), body))
+    path = request.url.path + (request.url.query and f'?{request.url.query}')
+    self.requests.append((request.method, path, dict(request.headers), body))
     status, answer = next(
         (answer for pattern, answer in self.answers.items()
          if re.search(pattern, name)), (404, {'error': f'unknown {name}'}))

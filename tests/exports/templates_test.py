@@ -154,7 +154,11 @@ def _go(template, root):
     return f'{function}({", ".join(arguments)})' if arguments else function
 
   def value(text):
-    return call(re.findall(r'"[^"]*"|[()]|[^\s()]+', text))
+    assert text.count('(') == text.count(')'), text
+    tokens = re.findall(r'"[^"]*"|[()]|[^\s()]+', text)
+    result = call(tokens)
+    assert not tokens, text
+    return result
 
   parts = re.split(r'(?:\s*\{\{-\s|\{\{)(.*?)(?:\s-\}\}\s*|\}\})', template)
   assert '{{' not in ''.join(parts[::2])

@@ -262,6 +262,7 @@ def _hashes(out):
 
 def plant() -> dict[str, Row]:
   """Returns a row for each fault that tests plant."""
+  os.chdir(_TESTS.parent)  # The tests name data and configs from there.
   rows = {name: Row() for name in PLANTED}
   for name, row in rows.items():
     pytest.main(['-q', '-n', '0', '-m', '', '-W', 'ignore',

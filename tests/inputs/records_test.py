@@ -300,7 +300,7 @@ def test_bad_source(tmp_path, source, options, got, expected, fix):
   assert expected in ('', error.expected)
 
 
-def test_functions_of_records(tmp_path):
+def test_functions_of_records():
   first, second = {'prompt': 'é', 'completion': 'c'}, _PAIR
   a = [records.Record(first, 'a:1'), records.Record(second, 'a:2')]
   swapped = {'completion': 'c', 'prompt': 'é'}

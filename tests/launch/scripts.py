@@ -73,10 +73,14 @@ def calls(*parts: str) -> list[str]:
 
 def check_dry_run(script: str, *arguments: str, **environment) -> list[str]:
   """Asserts that a dry run changes and calls nothing; returns its output."""
-  before = sorted(pathlib.Path().rglob('*'))
+  def files():
+    return {(path, path.stat().st_mtime_ns)
+            for path in pathlib.Path().rglob('*')}
+
+  before = files()
   done = launch(script, *arguments, DRY_RUN='1', **environment)
   assert done.returncode == 0, done.stderr
-  assert not calls() and sorted(pathlib.Path().rglob('*')) == before
+  assert not calls() and files() == before
   return done.stdout.splitlines()
 
 

@@ -205,7 +205,7 @@ def test_shapes_that_do_not_belong_together_are_refused(wrong):
 
 
 @pytest.mark.parametrize('frozen_head, softcap', (
-    (True, None), (True, 5.0), (False, 5.0)))
+    (True, None), (True, 5.0), (False, None), (False, 5.0)))
 def test_a_vocabulary_in_shards_gives_the_same(frozen_head, softcap):
   mesh = sharding.make_mesh(data=2, fsdp=1, tensor=4)
   inputs = _inputs()

@@ -8,6 +8,7 @@ from configs import slang as slang_config
 from gemma_sft import errors
 from gemma_sft import model as model_lib
 from gemma_sft import sharding
+from gemma_sft import train
 from gemma_sft.inputs import splits
 from gemma_sft.run import base
 from gemma_sft.run import devices
@@ -31,6 +32,12 @@ def test_rows_beyond_the_models_positions_are_refused():
     with pytest.raises(errors.UserError) as caught:
       base.check_length(limit + 1, model)
     assert str(limit) in caught.value.expected
+
+
+def test_a_run_with_such_rows_stops_before_the_data(run_config, tmp_path):
+  run_config.data.update(max_length=40_000, train='no such file')
+  with pytest.raises(errors.UserError, match='max_length is 40000'):
+    train.main(run_config, str(tmp_path / 'w'))
 
 
 def test_layers_are_scanned_where_they_are_alike():

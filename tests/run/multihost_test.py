@@ -32,7 +32,6 @@ from gemma_sft.run import prepare
 # updates.
 _SAME = dict(rtol=2e-5)
 _STEPS = 40
-_SILENCE = 15.0  # Instead of `hosts.SILENCE`, which is for slow networks.
 
 # `python -m gemma_sft.train`, each step slowed down, so that signals find it at
 # work, and every example that a batch reads written down.
@@ -40,8 +39,6 @@ _TRAIN = """
 import json, runpy, sys, threading, time
 from gemma_sft import batches
 from gemma_sft.inputs import token_cache
-from gemma_sft.run import hosts
-hosts.SILENCE = float(sys.argv.pop(1))
 seconds, path = float(sys.argv.pop(1)), sys.argv.pop(1)
 here, log = threading.local(), open(path, 'a')
 make_batch, read = batches.Batches.__getitem__, token_cache.Examples.__getitem__
@@ -78,9 +75,9 @@ def _start(config, workdir, n, *, devices=2, seconds=0.0, only=None,
   for i in range(n) if only is None else only:
     with open(f'{workdir}.{i}.log', 'ab') as log:
       processes.append(subprocess.Popen(
-          [sys.executable, '-c', _TRAIN, str(_SILENCE), str(seconds),
-           f'{workdir}.{i}.read', *conftest.flags(config),
-           f'--workdir={workdir}', *dict(changes).get(i, ())],
+          [sys.executable, '-c', _TRAIN, str(seconds), f'{workdir}.{i}.read',
+           *conftest.flags(config), f'--workdir={workdir}',
+           *dict(changes).get(i, ())],
           cwd=conftest.ROOT, stdout=log, stderr=log, env=os.environ | {
               'PYTHONPATH': str(conftest.ROOT),
               'XLA_FLAGS':
@@ -205,7 +202,7 @@ def test_a_killed_process_ends_the_other(story):
   assert story['killed'] == [1, -signal.SIGKILL]
   assert story['seconds'] < 60
   message = story['kill_logs'][0]
-  assert 'error: process 1 (' in message and 'silent for 15 s' in message
+  assert 'error: process 1 (' in message and 'silent for 30 s' in message
   assert 'start the same command on all of them again' in message
   assert 'Traceback' not in message
   # The one that was killed has a child which says so.

@@ -44,6 +44,13 @@ def test_all_presets_are_known():
       name for name, g in model_lib.PRESETS.items() if g < 4}
 
 
+def test_rows_and_dtype_are_those_of_the_exported_arrays():
+  hf = tiny_models.hf_config(
+      tiny_models.model('2'), vocab_size=500, dtype='bfloat16')
+  assert (hf['vocab_size'], hf['dtype'], hf['torch_dtype']) == (
+      500, 'bfloat16', 'bfloat16')
+
+
 @pytest.mark.parametrize('name', _KNOWN)
 def test_config_json_of_the_presets(name):
   model = model_lib.make_model(name)

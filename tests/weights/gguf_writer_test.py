@@ -23,7 +23,7 @@ from gemma_sft.weights import tokenizer_file
 _Type = gguf.GGMLQuantizationType
 _TOKENIZER = tokenizer_file.to_gguf(tokenizer_file.byte_tokenizer(), 3)
 _VOCAB = len(_TOKENIZER['tokenizer.ggml.tokens'])
-_SIZES = {  # By what the rows can be divided into; 'odd': not of ffn_down.
+_SIZES = {  # By the blocks that rows divide into; 'odd': not ffn_down's.
     'blocks_of_256': dict(
         num_layers=3, embed_dim=256, hidden_dim=256, num_heads=2, head_dim=128),
     'blocks_of_32': dict(

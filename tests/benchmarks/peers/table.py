@@ -64,8 +64,9 @@ def check_losses(outcomes: list[Outcome], dtype: str) -> list[Outcome]:
   """Hides the speed of every peer whose losses differ from ours."""
   shown = list(outcomes)
   for i, outcome in enumerate(outcomes):
-    if outcome.results and (
-        by := deviation(outcome, outcomes[0])) > TOLERANCES[dtype]:
+    # `not`, because NaN is not above a limit either.
+    if outcome.results and not (
+        by := deviation(outcome, outcomes[0])) <= TOLERANCES[dtype]:
       shown[i] = dataclasses.replace(
           outcome,
           problem=f'no speed: its losses differ from ours by {by:.1e}')
