@@ -142,8 +142,8 @@ def test_a_value_out_of_range_is_named(valid, changes):
 
 
 @pytest.mark.parametrize('key, value, near, others', (
-    ('model.quantization', 'nf5', 'nf4', 'int8, int4, nf4'),
-    ('model.attention', 'spalsh', 'splash', ', '.join(attention.KERNELS))))
+    ('model.quantization', 'nf5', 'nf4', 'int8 or int4 or nf4'),
+    ('model.attention', 'spalsh', 'splash', ' or '.join(attention.KERNELS))))
 def test_a_wrong_choice_names_the_nearest(valid, key, value, near, others):
   valid.update_from_flattened_dict({key: value})
   with pytest.raises(errors.UserError, match=f"mean '{near}'") as caught:
