@@ -17,9 +17,10 @@ cannot be stacked with them, and its last layers read the keys of earlier ones.
 A Flax interceptor, `Forward`, changes what the library's modules do. It knows
 them by the name of their class, because Gemma 4 has classes of its own:
 
-    Einsum     dequantises the weight, adds the adapters' update
-    Attention  runs a kernel of `attention` instead of building all logits
-    Block      is recomputed in the backward pass
+    Einsum       dequantises the weight, adds the adapters' update
+    Attention    runs a kernel of `attention` instead of building all logits
+    FeedForward  has our `gated_gelu` between its products
+    Block        is recomputed in the backward pass
 
 The code below is for weights in bfloat16 or float32. Weights in float16 need
 other products: `float16.HalfOperations` replaces the class `Operations`.
@@ -27,6 +28,7 @@ other products: `float16.HalfOperations` replaces the class `Operations`.
 
 from collections.abc import Callable
 import dataclasses
+import sys
 from typing import Any
 
 import flax.linen as nn
@@ -39,6 +41,7 @@ from jax.sharding import PartitionSpec
 from gemma_sft import shapes
 from gemma_sft.adapters import lora
 from gemma_sft.nn import attention
+from gemma_sft.nn import gelu
 from gemma_sft.nn import quantize
 
 Params = Any
@@ -246,6 +249,8 @@ class Forward:
       return next_fun(*args, **kwargs)
     if kind == 'Einsum':
       return self.project(next_fun, module, *args)
+    if kind == 'FeedForward':
+      return feed_forward(module, *args)
     if kind == 'Attention' and self.segment_ids_BT is not None:
       return None, self.attend(module, args[0])
     if kind == 'Block' and self.layer is None:
@@ -304,6 +309,23 @@ class Forward:
         mesh=self.execution.mesh)
     return module.attn_vec_einsum(
         'BTNH,NHD->BTD', checkpoint_name(out_BTNH, _SAVED))
+
+
+def feed_forward(module: nn.Module, x: jax.Array) -> jax.Array:
+  """Runs the library's FeedForward with our GELU between its two Einsums."""
+  # Gemma 4's has no such attribute: its weights are all transposed.
+  transposed = getattr(module, 'transpose_gating_einsum', True)
+  sizes = module.hidden_dim, module.features
+  layers = sys.modules[type(module).__module__]._layers
+
+  def einsum(name, shape):
+    made = layers.Einsum(shape=shape, weight_name=name)
+    nn.share_scope(module, made)
+    return made
+
+  gating = einsum('gating_einsum', (2, *(sizes if transposed else sizes[::-1])))
+  gate_up = gating('...F,NHF->...NH' if transposed else '...F,NFH->...NH', x)
+  return einsum('linear', sizes)('...H,HF->...F', gelu.gated_gelu(gate_up))
 
 
 def _rope_tables(config, positions_BT):
