@@ -40,10 +40,10 @@ def get_config() -> config_dict.ConfigDict:
   model.num_kv_heads = 4
   model.head_dim = 64
   model.sliding_window = 512
-  # Dtype of the frozen base and of compute. auto is bfloat16 where the device
-  # supports it, float16 on NVIDIA cards below compute capability 8.0 (T4, V100)
-  # and float32 on a CPU, where bfloat16 is no faster. With float16 only matrix
-  # products use it, and the loss is scaled (gemma_sft/nn/float16.py).
+  # Dtype of the frozen base and of compute. auto is bfloat16 where the device, or
+  # the CPU, has instructions for it, float16 on NVIDIA cards below compute
+  # capability 8.0 (T4, V100), else float32. With float16 only matrix products
+  # use it, and the loss is scaled (gemma_sft/nn/float16.py).
   model.dtype = 'auto'
   # Quantises the projections of the frozen base to int8, int4 or nf4, with a
   # scale for each block of 128 or 64 weights (QLoRA); '' keeps them in dtype.

@@ -220,14 +220,16 @@ def _split(rows, log, config, text) -> dict[str, list[table.TableRow]]:
 
 
 def _romanise(rows, log, names, scheme) -> None:
+  for row in rows:
+    for column in (f'{name}_{scheme}' for name in names):
+      if column in row.read:
+        raise errors.UserError(
+            f'config.romanise: {row.where} has a column {column!r}',
+            'an unused name',
+            f"rename it: --config.rename='{column}_original={column}'")
   unknown: set[str] = set()
   for row, name, cell in table.text_cells(rows, names):
     column = f'{name}_{scheme}'
-    if column in row.read:
-      raise errors.UserError(
-          f'config.romanise: {row.where} has a column {column!r}',
-          'an unused name',
-          f"rename it: --config.rename='{column}_original={column}'")
     latin = table.applied(romanise.romanise, cell, scheme)
     unknown.update(romanise.leftover(table.as_text(latin)))
     log.change(row, column, 'romanise', latin, f'{name} in {scheme}')

@@ -145,9 +145,18 @@ def make_plan(
 
 
 def training_seconds(config: Any, target: hardware.Slice) -> estimate.Seconds:
-  """Returns the range of the time of all updates, from their FLOPs."""
-  plan = make_plan(config, target, analytic=True, search=False)
-  return plan.seconds.times(plan.work.steps)
+  """Returns the range of the time of all updates, from their FLOPs.
+
+  Loading, compiling, evaluations and checkpoints come on top.
+  """
+  devices = hardware.devices_of(target, analytic=True)
+  work = count_work(
+      config, sharding.make_mesh(**config.mesh, devices=devices))
+  program = compile_step.make_program(
+      config, devices, max_trained=work.max_trained)
+  traced, _ = compile_step.cached(
+      train.train_step, program, target, compiled=False)
+  return estimate.step_seconds(program, target, traced.flops).times(work.steps)
 
 
 def count_work(config: Any, mesh: Any) -> Work:

@@ -114,13 +114,17 @@ def main(
       source, config, grid=grid, seeds=seeds, baseline=baseline_cell)
   planned = runs_lib.Planner(source, workdir, evaluate).plan(
       sweep.cells, sweep.seeds)
-  mine = Schedule(planned[part::n_parts], parallel)
+
+  def schedule():
+    return Schedule(planned[part::n_parts], parallel)
+
   if dry_run:
-    _list(source, mine, target)
+    _list(source, schedule(), target)
     return 0
+  # Under the lock, so that no other sweep changes which runs are finished.
   with workdir_lib.lock_workdir(workdir if not shard else os.path.join(
       workdir, 'shards', f'{part}-of-{n_parts}')):
-    return _run(sweep, planned, mine, slots, workdir, source.path)
+    return _run(sweep, planned, schedule(), slots, workdir, source.path)
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -56,6 +56,7 @@ _TINY = 'train --config=configs/tiny.py --workdir=/nowhere/w '
     (_TINY + '--dry_run=maybe', ['dry_run=maybe']),
     (_TINY + 'stray', ["the argument 'stray'", '--workdir']),
     (_TINY + '--prompt=Hi', ["'prompt'"]),  # A flag of `sample`.
+    ('plan --config=configs/tiny.py --topology=v5e-9', ["mean 'v5e-"]),
     *((command, ['--config is missing'])
       for command in ('train --workdir=w', 'preview')),
     *((command, ['--workdir is missing'])

@@ -25,6 +25,7 @@ def test_a_few_updates_on_the_real_model(tmp_path):
        f'--workdir={tmp_path}', '--config.train.steps=6',
        '--config.eval.judged=0', '--config.eval.prompts=()',
        '--config.eval.metric=loss', '--config.eval.mode=min',
+       '--config.model.dtype=float32',
        '--config.optimizer.schedule=constant',
        '--config.optimizer.learning_rate=1e-3'],
       cwd=conftest.ROOT, env=environment, check=True, timeout=1200)

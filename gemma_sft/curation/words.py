@@ -33,7 +33,7 @@ def words(text: str) -> list[str]:
 
 
 def aksharas(text: str) -> list[str]:
-  """Returns the visible characters, in Indic scripts क्ष, त्रि, य of क्षत्रिय.
+  """Returns the characters that a reader sees: क्ष, त्रि, य of क्षत्रिय.
 
   They are Unicode's grapheme clusters (UAX 29, GB9c).
   """

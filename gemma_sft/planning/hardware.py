@@ -72,7 +72,7 @@ class Slice:
   topology: str
   n_devices: int  # 0 for this machine, whose devices are counted when needed.
   hours: float = 0.0  # Longest session; 0 for no limit.
-  disk: float = 0.0  # Bytes that outlive a session; 0 for no limit.
+  disk: float = 0.0  # Bytes of the disk that outlives a session; 0: no limit.
 
 
 # Cloud TPU counts chips in the names of v5e and v6e, cores (two a chip) in v5p.
@@ -222,5 +222,6 @@ def compiler_name(target: Slice) -> str:
   if target.chip is None:
     return f'XLA of jaxlib {importlib.metadata.version("jaxlib")}'
   folder = pathlib.Path(find_libtpu()).parent.parent
-  found = ['', *sorted(p.name for p in folder.glob('libtpu-*.dist-info'))]
-  return ' '.join(found[-1].removesuffix('.dist-info').split('-')) or 'libtpu'
+  found = sorted(p.name for p in folder.glob('libtpu-*.dist-info'))
+  name = found[-1].removesuffix('.dist-info') if found else 'libtpu'
+  return name.replace('-', ' ')

@@ -1,6 +1,8 @@
 """Choices that depend on the device: dtype, layers, attention kernel."""
 
 import functools
+import pathlib
+import re
 from typing import Any
 
 import jax
@@ -16,6 +18,11 @@ def enable_compilation_cache() -> None:
   """Keeps compiled programs between runs."""
   jax.config.update('jax_compilation_cache_dir', str(cache.folder('compiled')))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
+
+
+# Of a step of the 270M; see tests/benchmarks/RESULTS.md.
+_EMULATED = ('this CPU has no bfloat16 instructions: a step takes FACTOR times as'
+             ' long as in float32')
 
 
 def choose_dtype(name: str, device: Any = None) -> tuple[Any, str]:
@@ -34,12 +41,16 @@ def choose_dtype(name: str, device: Any = None) -> tuple[Any, str]:
         f' capability {capability} lacks it: it would be computed as float32,'
         ' eight times slower than float16', 'float16 or float32 there',
         'set --config.model.dtype=auto, which takes float16')
+  cpu = device.platform == 'cpu'
+  instructions = cpu_bfloat16() if cpu else ''
   if name != 'auto':
-    exact = name == 'bfloat16' and device.platform == 'cpu'
+    slow = name == 'bfloat16' and cpu and not instructions
     return jnp.dtype(name), 'config.model.dtype says so' + (
-        '; float32 is no slower on a CPU, and exact' if exact else '')
-  if device.platform == 'cpu':
-    return jnp.dtype('float32'), 'a CPU: bfloat16 is no faster there'
+        f'; warning: {_EMULATED}' if slow else '')
+  if instructions:
+    return jnp.dtype('bfloat16'), f'this CPU has {instructions}'
+  if cpu:
+    return jnp.dtype('float32'), 'no bfloat16 instructions found in this CPU'
   if without:
     return jnp.dtype('float16'), (
         f'compute capability {capability} has no bfloat16: matrix products in'
@@ -47,6 +58,24 @@ def choose_dtype(name: str, device: Any = None) -> tuple[Any, str]:
   if device.platform == 'gpu' and not capability:
     return jnp.dtype('float32'), 'its compute capability is not known'
   return jnp.dtype('bfloat16'), f'{device.device_kind} has it'
+
+
+_CPU_INFO = '/proc/cpuinfo'
+
+
+def cpu_bfloat16() -> str:
+  """Returns the name of this CPU's bfloat16 instructions.
+
+  '' if it has none, or if its features cannot be read (not Linux).
+  """
+  try:
+    text = pathlib.Path(_CPU_INFO).read_text(encoding='utf-8')
+  except (OSError, UnicodeDecodeError):
+    return ''
+  line = re.search(r'^(?:flags|Features)\s*:(.*)$', text, re.MULTILINE)
+  features = line[1].split() if line else ()
+  return next((name for name in (
+      'amx_bf16', 'avx512_bf16', 'bf16') if name in features), '')
 
 
 def choose_layers(name: str, model: model_lib.Model) -> tuple[str, str]:

@@ -123,8 +123,9 @@ def _check_types(changes, config) -> dict[str, Any]:
       checked[key] = str(value)
       continue
     default = source_lib.get_value(config, key)
-    if type(value) is not type(default) and (
-        type(value), type(default)) != (int, float):
+    is_bool = isinstance(value, bool), isinstance(default, bool)
+    kinds = (int, float) if isinstance(default, float) else type(default)
+    if not isinstance(value, kinds) or is_bool[0] != is_bool[1]:
       raise errors.UserError(
           f'sweep(): {key}={value!r}',
           f'a value like its default {default!r}', 'correct sweep()')

@@ -22,7 +22,10 @@ Environment = Mapping[str, str]
 
 
 class Stop(stop_lib.StopRequest):
-  """Notes SIGINT and SIGTERM: the first stops the runs, a second kills them."""
+  """Notes SIGINT and SIGTERM: the first stops the runs, a second kills them.
+
+  Ask `signal`: only the installation of handlers is inherited.
+  """
 
   def __init__(self):
     super().__init__(deadline_minutes=0)

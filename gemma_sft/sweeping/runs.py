@@ -112,7 +112,7 @@ class Planner:
     """Returns the folder of this identity, or else a new one."""
     folder = os.path.join(self._workdir, 'runs')
     found = sorted(glob.glob(f'*-{identity}', root_dir=folder))
-    return os.path.join(folder, *found[:1] or [f'{name}-{identity}'])
+    return os.path.join(folder, found[0] if found else f'{name}-{identity}')
 
   def _base_hash(self, config, seed):
     key = config.model.weights, config.model.weights_sha256
@@ -122,7 +122,9 @@ class Planner:
 
   def _data_hashes(self, config):
     task, section, hashes = tasks.load(config.task), config.data, {}
-    for name in filter(section.__getitem__, ('train', 'validation', 'test')):
+    for name in ('train', 'validation', 'test'):
+      if not section[name]:
+        continue
       key = (name, config.task, section[name], section.format, section.columns,
              section.limit, tuple(section.fields))
       if key not in self._known:

@@ -205,7 +205,7 @@ class Search:
     running, self._n_failed = {}, 0
 
     def start(environment):
-      while len(self.rows()) < trials:
+      while not stop.signal and len(self.rows()) < trials:
         trial = self.study.ask(self._space)
         cell = _cell(trial.params, self._config)
         try:

@@ -62,10 +62,25 @@ def test_gemma_4_has_the_librarys_attention():
     _attention('chunked', _model(4))
 
 
-def test_bfloat16_on_a_cpu_is_advised_against():
-  dtype, why = devices.choose_dtype('bfloat16')
-  assert dtype == jnp.bfloat16 and 'float32 is no slower' in why
-  assert devices.choose_dtype('auto')[0] == jnp.float32
+@pytest.mark.parametrize('info, auto, why', (
+    ('model name : X\nflags\t\t: sse amx_bf16 avx512_bf16\n', jnp.bfloat16,
+     'this CPU has amx_bf16'),
+    ('flags : avx2 avx512_bf16\nflags : avx2\n', jnp.bfloat16, 'avx512_bf16'),
+    ('Features\t: asimd i8mm bf16 sve\n', jnp.bfloat16, 'has bf16'),
+    ('flags : avx2 avx512f not_bf16\n', jnp.float32, 'no bfloat16'),
+    ('', jnp.float32, 'no bfloat16'), (b'flags : \xff bf16', jnp.float32, 'no'),
+    (None, jnp.float32, 'no bfloat16')))
+def test_a_cpu_takes_bfloat16_if_it_has_instructions_for_it(
+    tmp_path, monkeypatch, info, auto, why):
+  path = tmp_path / 'cpuinfo'
+  monkeypatch.setattr(devices, '_CPU_INFO', path)
+  if info is not None:
+    path.write_bytes(info if isinstance(info, bytes) else info.encode())
+  dtype, reason = devices.choose_dtype('auto')
+  assert dtype == auto and why in reason
+  dtype, reason = devices.choose_dtype('bfloat16')
+  assert dtype == jnp.bfloat16
+  assert ('warning: this CPU has no' in reason) == (auto == jnp.float32)
 
 
 def test_the_first_attempt_of_the_slang_seed(monkeypatch):

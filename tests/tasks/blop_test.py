@@ -97,11 +97,12 @@ def test_code_looks_like_code(text):
 
 @needs_compiler
 def test_what_is_not_called_code_does_not_compile_either():
-  rows = records.read(str(conftest.ROOT / 'data' / 'blop' / '*.txt'))
-  prose = [answer for answer in map(chat_task.answer, rows)
-           if not task.looks_like_code(answer)]
-  assert not any(row['strict'] for row in task.compile_snippets(prose))
-  assert 0 < len(prose) < len(rows) / 2
+  for split in ('train', 'validation', 'test'):
+    rows = records.read(str(conftest.ROOT / 'data' / 'blop' / f'{split}.txt'))
+    prose = [answer for answer in map(chat_task.answer, rows)
+             if not task.looks_like_code(answer)]
+    assert not any(row['strict'] for row in task.compile_snippets(prose))
+    assert 0 < len(prose) < len(rows) / 2
 
 
 @pytest.mark.parametrize('has_node, has_compiler, note', [

@@ -121,6 +121,7 @@ def folder(tmp_path):
   """A Spider folder with one database in text and one in binary form."""
   for name in ('text', 'binary'):
     (tmp_path / 'database' / name).mkdir(parents=True)
+  (tmp_path / 'database' / 'text' / 'text').mkdir()
   _text_file(tmp_path).write_text(_SCRIPT)
   with contextlib.closing(sqlite3.connect(
       tmp_path / 'database' / 'binary' / 'binary.sqlite')) as connection:

@@ -81,7 +81,10 @@ def read_prompt(text: str) -> Prompt:
 
 
 def defined(reference: Trace, answer: Trace) -> bool | None:
-  """Whether what was asked for is defined and works; None if nothing can be."""
+  """Whether the answer defines what was asked for, and it works.
+
+  None if nothing of the reference can be tried.
+  """
   verdicts = []
   for name, trace in reference['traces'].items():
     worked = [run['k'] for run in trace['runs'] if _works(run)]
@@ -322,14 +325,14 @@ def open_names(reference: Trace, answer: Trace,
   The fields that the answer reads and does not find (a movie's `name`) stand,
   in order, for those that only the reference reads (its `title`).
   """
+  def unnamed(names):
+    return [name for name in names
+            if not re.search(rf'\b{re.escape(name)}\b', prompt.text)]
+
   aliases = {}
   for path, reads in answer['reads'].items():
     known = reference['reads'].get(path, {'read': []})['read']
-    missing, free = (
-        [name for name in names
-         if not re.search(rf'\b{re.escape(name)}\b', prompt.text)]
-        for names in (reads['missing'],
-                      [name for name in known if name not in reads['read']]))
-    if pairs := dict(zip(missing, free)):
+    free = unnamed(name for name in known if name not in reads['read'])
+    if pairs := dict(zip(unnamed(reads['missing']), free)):
       aliases[path] = pairs
   return aliases

@@ -109,8 +109,8 @@ def judge(
     strict: the compiler accepts the answer as a whole file.
     wrapped: it accepts it as a file or as the body of a function.
     parses: the grammar accepts it; names may be undefined.
-    reach: the share of its lines before the compiler's first error, a mean with
-      less noise than a rate of yes and no.
+    reach: the share of its lines before the compiler's first error; its mean
+      has less noise than a rate of yes and no.
     fallback: it has habits of JavaScript, JSX or Python, which the row lists.
 
   As shares of the prompts whose reference can be run:
@@ -154,7 +154,8 @@ def judge_prompts(
   """Scores answers to free prompts by the key facts that they state.
 
   `knows` is as in `judge`, and `invented` is the share of answers that
-  contradict a key fact. Rows of code have the compiler's verdict, no total has.
+  contradict a key fact. The row of an answer with code also has the compiler's
+  verdict, which counts in no total.
   """
   rows = [text_lib.knowledge(p, c) or {}
           for p, c in zip(prompts, completions)]

@@ -119,7 +119,8 @@ def judge(
     line_length: how close the lines are to the opening's length in aksharas.
     exact: whether the completion is the reference, word for word.
     repeated: the share of lines that appeared before, beyond the reference's.
-    copied: the share of lines that are in `training` and not in the opening.
+    copied: the share of lines that are in `training` and not in the opening;
+      missing without `training`.
 
   Over all completions together: `bleu` (sacreBLEU's international tokenisation)
   and `chrf` (chrF++); each row has its own as sentence_bleu and sentence_chrf.

@@ -125,9 +125,9 @@ def refrain(
     opening: Sequence[str], rest: Sequence[str]) -> re.Pattern | None:
   """Returns a pattern for the part of an opening that returns in the rest.
 
-  It matches keys of whole lines if any returns (a mukhda, a tek); else of lines
-  that end in the most words that end both opening lines and at least a third of
-  the rest (a ghazal's radif ends every second line).
+  It matches keys of whole lines if any returns (a mukhda, a tek), else those of
+  lines with the longest ending that both opening lines and at least a third of
+  the rest share (a ghazal's radif ends every second line).
   """
   keys = [key(line) for line in opening]
   if returning := {*keys} & {*map(key, rest)} - {''}:

@@ -210,7 +210,7 @@ def judge(
       record's own poem; `sentence_bleu4` is the mean over poems.
     distinct1, distinct2: different characters, and pairs of them within a line,
       over all characters or pairs.
-    copied: the share of a poem's lines that are in `training`.
+    copied: the share of a poem's lines that are in `training`, if given.
     repeated: the share of a poem's lines that repeat an earlier one.
   """
   known = {line for record in training if has_poem(record)

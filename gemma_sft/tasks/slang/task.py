@@ -242,9 +242,9 @@ class _Contexts:
                     for s, n in n_with.items()}
 
   def on_topic(self, i, answer) -> float | None:
-    """Returns the share of other contexts that the answer covers less, if any.
+    """Returns the share of other contexts that the answer covers less.
 
-    Ties count as a half.
+    Ties count as a half. None without a context, or without others.
     """
     others = [s for s in self._stems if s and s != self._stems[i]]
     if not self._stems[i] or not others:

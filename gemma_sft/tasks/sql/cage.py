@@ -125,12 +125,15 @@ def _fetch(cursor):
 
 def has_rows(connection: sqlite3.Connection) -> bool:
   """Whether any table has a row; without rows a result says nothing."""
-  tables = [name.replace('"', '""') for name, in connection.execute(
-      "SELECT name FROM sqlite_master WHERE type = 'table'")
-            if not name.startswith('sqlite_')]
-  # The names are quoted, and the connection is read-only.
-  return any(connection.execute(f'SELECT 1 FROM "{name}" LIMIT 1')  # nosec B608
-             .fetchone() for name in tables)
+  tables = connection.execute(
+      "SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+  for name, in tables:
+    quoted = name.replace('"', '""')
+    # The name is quoted, and the connection is read-only.
+    query = f'SELECT 1 FROM "{quoted}" LIMIT 1'  # nosec B608
+    if not name.startswith('sqlite_') and connection.execute(query).fetchone():
+      return True
+  return False
 
 
 def _bound(connection):
