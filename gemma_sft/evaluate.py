@@ -40,6 +40,7 @@ import json
 import os
 import time
 from typing import Any
+from typing import Callable
 from typing import Sequence
 
 import jax
@@ -47,6 +48,7 @@ import jax
 from gemma_sft import config as config_lib
 from gemma_sft import errors
 from gemma_sft import pages
+from gemma_sft import progress as progress_lib
 from gemma_sft import tasks
 from gemma_sft.evaluation import judge
 from gemma_sft.evaluation import report
@@ -217,7 +219,7 @@ def _score_gguf(request, gguf, llama_server):
       weights, repr(conversation), sorted(sampling.items()), max_new_tokens)
           for conversation, sampling in conversations]
 
-  def answer(indices, keep):
+  def answer(indices, keep, report):
     with llama_runtime.Server(
         server, gguf, parallel=_PARALLEL, f32_cache=False,
         # As many tokens for the prompt as a training example has.
@@ -225,8 +227,9 @@ def _score_gguf(request, gguf, llama_server):
     ) as running, futures.ThreadPoolExecutor(_PARALLEL) as pool:
       texts = pool.map(lambda i: _ask_server(
           running, *conversations[i], max_new_tokens), indices)
-      for i, text in zip(indices, texts):
+      for n, (i, text) in enumerate(zip(indices, texts), 1):
         keep(i, text)
+        report(n)
 
   start = time.monotonic()
   with request.open_answers() as cached:
@@ -297,10 +300,8 @@ def _identity(weights, data_hash, section, baseline) -> str:
       ' '.join(section.prompts)])
 
 
-def _show_count(total: int) -> Any:
-  """Returns a function that prints each tenth, on the first host only."""
-  def show(done):
-    if jax.process_index() == 0 and (
-        done == total or done % max(1, total // 10) == 0):
-      print(f'  {done}/{total} answered', flush=True)
-  return show
+def _show_count(total: int) -> Callable[[float], None]:
+  """Returns a function that shows how many are answered, on the first host."""
+  if jax.process_index():
+    return lambda done: None
+  return progress_lib.Progress(total, 'answered')

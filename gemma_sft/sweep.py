@@ -67,7 +67,7 @@ import jax
 
 from gemma_sft import errors
 from gemma_sft import plan as plan_entry
-from gemma_sft.monitor import metrics
+from gemma_sft import progress
 from gemma_sft.planning import estimate
 from gemma_sft.planning import hardware
 from gemma_sft.run import workdir as workdir_lib
@@ -195,7 +195,7 @@ class Schedule:
       self, process: processes.Process, outcome: processes.Outcome) -> None:
     """Notes how a run ended."""
     run = process.run
-    text = f'{outcome.state} after {metrics.duration(outcome.seconds)}'
+    text = f'{outcome.state} after {progress.duration(outcome.seconds)}'
     self.unfinished.remove(run)
     result = results_lib.read(run)
     if outcome.state != 'finished':
@@ -219,7 +219,7 @@ class Schedule:
     if None in seconds:
       return ', time unknown' + (
           '' if self.finished else ' until one is finished')
-    left = metrics.duration(sum(seconds) / self.parallel)
+    left = progress.duration(sum(seconds) / self.parallel)
     return f', about {left}' if seconds else ''
 
 
@@ -235,7 +235,7 @@ def _list(source, schedule, target) -> None:
       seconds = schedule.seconds(run)
       name = run.cell.name
       if seconds is not None:
-        time = f' | about {metrics.duration(seconds)}'
+        time = f' | about {progress.duration(seconds)}'
       else:
         if name not in by_flops:
           by_flops[name] = plan_entry.training_seconds(

@@ -14,7 +14,7 @@ _PACKAGE = _ROOT / 'gemma_sft'
 # A room is a module of the ground floor or a folder; it imports rooms of lower
 # floors only. A new room takes its place here.
 _FLOORS = (
-    ('errors', 'shapes', 'cache', 'optimizer'),
+    ('errors', 'shapes', 'cache', 'optimizer', 'progress'),
     ('adapters', 'chat', 'config', 'pages'),
     ('cli', 'curation', 'inputs', 'nn'),
     ('batches', 'model', 'tasks'),

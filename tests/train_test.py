@@ -453,6 +453,20 @@ def test_patience_stops_early_and_stays_stopped(run_config, tmp_path, capsys):
   assert max(conftest.losses(workdir)) == 6
 
 
+def test_the_untouched_base_is_not_judged(long):
+  rows = metrics.read_jsonl(os.path.join(long[1], 'metrics.jsonl'))
+  assert {row['step']: 'eval/judge/exact' in row for row in rows
+          if 'eval/loss' in row} == {0: False, 6: True, 12: True, 18: True}
+
+
+def test_a_metric_that_the_judge_lacks_stops_before_the_first_step(
+    run_config, tmp_path):
+  run_config.eval.update(metric='judge/exakt', mode='max', judged=2)
+  with pytest.raises(errors.UserError, match="mean 'judge/exact'"):
+    _run(run_config, tmp_path / 'w')
+  assert not conftest.losses(tmp_path / 'w')
+
+
 def test_a_changed_metric_begins_a_new_best(stopped):
   config, workdir = stopped
   config.eval.update(metric='judge/exact', mode='max', judged=2)

@@ -11,6 +11,7 @@ from typing import Sequence
 
 from gemma_sft import config as config_lib
 from gemma_sft import errors
+from gemma_sft import progress
 from gemma_sft.evaluation import report
 from gemma_sft.monitor import metrics
 from gemma_sft.monitor import record as record_lib
@@ -238,7 +239,7 @@ def _results(run):
       'last loss, train': f'{losses[-1]:.4f}' if losses else '',
       'last loss, validation': f'{eval_losses[-1]:.4f}' if eval_losses else '',
       'time': '' if seconds is None else (
-          ('' if end else 'about ') + metrics.duration(seconds)),
+          ('' if end else 'about ') + progress.duration(seconds)),
       'tokens/s, median': f'{speed:,.0f}' if speed else '',
       'peak memory': f'{end["peak_bytes"] / 1e9:.2f} GB'
                      if end.get('peak_bytes') else '',

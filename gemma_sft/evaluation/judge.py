@@ -26,7 +26,7 @@ def answer_records(
     as_text: bool = False,
     identity: str = '',
     cached: answers_lib.Answers | None = None,
-    progress: Callable[[int], None] = lambda n: None,
+    progress: Callable[[float], None] = lambda n: None,
 ) -> list[str]:
   """Answers the last question of each conversation.
 
@@ -56,13 +56,14 @@ def answer_records(
     text = tokenizer.decode(tokens)
     return prompting.first_answer(text) if as_text else (text, False)
 
-  def answer(indices, keep):
+  def answer(indices, keep, report):
     generate.generate(
         model, params, [prompts[i] for i in indices], sampling, seed=seed,
         row_ids=indices, stop_ids=tokenizer.stop_ids,
         vocab_size=tokenizer.vocab_size, batch_size=batch_size,
         on_answer=lambda row, tokens: keep(indices[row], decode(tokens)[0]),
-        is_done=lambda _, tokens: as_text and decode(tokens)[1])
+        is_done=lambda _, tokens: as_text and decode(tokens)[1],
+        progress=report)
 
   return (cached or answers_lib.Answers()).complete(keys, answer, progress)
 

@@ -5,7 +5,6 @@ scores the answers in seconds, and a killed evaluation continues.
 """
 
 import hashlib
-import itertools
 import json
 import os
 from typing import Callable
@@ -44,27 +43,24 @@ class Answers:
   def complete(
       self,
       keys: Sequence[str],
-      answer_fn: Callable[[list[int], Callable[[int, str], None]], None],
-      progress: Callable[[int], None] = lambda n: None,
+      answer_fn: Callable[..., None],
+      progress: Callable[[float], None] = lambda n: None,
   ) -> list[str]:
     """Returns the answers under the keys, after making those that are missing.
 
     Args:
       keys: May repeat; a key is answered once.
       answer_fn: Called, if an answer is missing, with the indices of the keys
-        to answer and with a function that takes each index and its answer.
-      progress: Called after each answer with the number of keys answered.
+        to answer, a function that takes each index and its answer, and one that
+        takes how many of them are answered, also in fractions.
+      progress: Called with the number of keys answered.
     """
     missing = sorted({key: i for i, key in reversed(list(enumerate(keys)))
                       if key not in self._answers}.values())
-    counter = itertools.count(len(keys) - len(missing) + 1)
-
-    def keep(i, answer):
-      self.add(keys[i], answer)
-      progress(next(counter))
-
     if missing:
-      answer_fn(missing, keep)
+      answer_fn(
+          missing, lambda i, answer: self.add(keys[i], answer),
+          lambda done: progress(len(keys) - len(missing) + done))
     return [self._answers[key] for key in keys]
 
   def close(self) -> None:

@@ -59,6 +59,7 @@ def generate(
     row_ids: Sequence[int] | None = None,
     is_done: Callable[[int, list[int]], bool] = lambda i, tokens: False,
     on_answer: Callable[[int, list[int]], None] = lambda i, tokens: None,
+    progress: Callable[[float], None] = lambda done: None,
 ) -> list[list[int]]:
   """Returns the new tokens of each prompt, without the stop token.
 
@@ -74,6 +75,8 @@ def generate(
     is_done: Called every few tokens with (index of the prompt, its tokens so
       far); True ends the row.
     on_answer: Called with (index of the prompt, its tokens) after its batch.
+    progress: Called every few tokens with the number of answers made, to which
+      an unfinished one adds its share of the longest possible.
   """
   answers: list[list[int]] = [[] for _ in prompts]
   # Sorted by length, so that less is padded.
@@ -88,11 +91,12 @@ def generate(
         > _MAX_PROMPT_TOKENS):
       rows = -(-rows // 2)  # Few sizes, as each is compiled.
     numbers = order[finished:finished + rows]
+    finished += len(numbers)
     _generate_batch(
         model, params, [prompts[i] for i in numbers], numbers,
         numbers if row_ids is None else [row_ids[i] for i in numbers], answers,
-        sampling, tuple(stop_ids), vocab_size, rows, seed, is_done)
-    finished += len(numbers)
+        sampling, tuple(stop_ids), vocab_size, rows, seed, is_done,
+        lambda missing, finished=finished: progress(finished - missing))
     for i in numbers:
       on_answer(i, answers[i])
   return answers
@@ -100,7 +104,7 @@ def generate(
 
 def _generate_batch(
     model, params, prompts, numbers, row_ids, answers, sampling, stop_ids,
-    vocab_size, batch_size, seed, is_done):
+    vocab_size, batch_size, seed, is_done, show_missing):
   longest = max(len(p) for p in prompts)
   T = -(-longest // _PROMPT_BUCKET) * _PROMPT_BUCKET
   n_chunks = -(-sampling.max_new_tokens // _CHUNK)
@@ -120,7 +124,7 @@ def _generate_batch(
   carry = _prefill(
       model, params, tokens_BT, mask_BT, n_new, keys_B, choice, vocab_size)
   open_rows = set(range(len(prompts)))
-  for _ in range(n_chunks):
+  for chunk in range(n_chunks):
     if not open_rows:
       break
     size = 1 << (len(open_rows) - 1).bit_length()  # A power of two.
@@ -142,6 +146,7 @@ def _generate_batch(
         answer.append(int(token))
       if is_done(numbers[r], answer):
         open_rows.discard(r)
+    show_missing(len(open_rows) * (1 - (chunk + 1) / n_chunks))
 
 
 @jax.jit

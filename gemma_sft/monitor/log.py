@@ -78,6 +78,23 @@ class Log:
     say(f'best: {self.best.describe()}; checkpoints in {self._run.workdir}')
 
 
+def check_metric(section: Any, scores: Mapping[str, float]) -> None:
+  """Raises if scores lack config.eval.metric although its source was there.
+
+  Without validation data, or with a judge that cannot run here, no evaluation
+  is the best, and the latest checkpoint counts.
+  """
+  source = section.metric.partition('/')[0]
+  if section.metric not in scores and scores and (source != 'judge' or any(
+      k.startswith('judge/') for k in scores)):
+    raise errors.UserError(
+        f'config.eval.metric is {section.metric!r}',
+        f'one of {", ".join(scores)}',
+        errors.nearest(section.metric, list(scores))
+        + 'Set --config.eval.metric, and --config.eval.judged=-1 for the'
+        " judge's.")
+
+
 class Best:
   """Follows one metric over the evaluations of a run.
 
@@ -91,30 +108,17 @@ class Best:
 
     The checkpoint's best does not count if it is of another metric or mode.
     """
+    self._section = section
     self._metric, self._mode = section.metric, section.mode
-    self._patience = section.patience
     self.found, self.stale = {}, 0
     if meta and (meta.best.get('metric'), meta.best.get('mode')) == (
         self._metric, self._mode):
       self.found, self.stale = dict(meta.best), meta.stale
 
   def update(self, step: int, scores: Mapping[str, float]) -> None:
-    """Takes in an evaluation. Ties go to the later step.
-
-    Raises if the scores lack the metric although its source was there.
-    """
+    """Takes in an evaluation, as `check_metric`. Ties go to the later step."""
+    check_metric(self._section, scores)
     if self._metric not in scores:
-      # Without validation data, or with a judge that cannot run here, no
-      # evaluation is the best, and the latest checkpoint counts.
-      source = self._metric.partition('/')[0]
-      if scores and (source != 'judge' or any(
-          k.startswith('judge/') for k in scores)):
-        raise errors.UserError(
-            f'config.eval.metric is {self._metric!r}',
-            f'one of {", ".join(scores)}',
-            errors.nearest(self._metric, list(scores))
-            + 'Set --config.eval.metric, and --config.eval.judged=-1 for the'
-            " judge's.")
       return
     value = scores[self._metric]
     sign = 1 if self._mode == 'max' else -1
@@ -129,7 +133,8 @@ class Best:
   @property
   def exhausted(self) -> bool:
     """Whether patience has run out."""
-    return bool(self._patience) and self.stale >= self._patience
+    patience = self._section.patience
+    return bool(patience) and self.stale >= patience
 
   def reason(self, step: int) -> str:
     """Returns why the run stopped early, or ''."""

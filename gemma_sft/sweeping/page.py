@@ -8,7 +8,7 @@ from typing import Mapping
 from typing import Sequence
 
 from gemma_sft import pages
-from gemma_sft.monitor import metrics
+from gemma_sft import progress
 from gemma_sft.sweeping import grid
 from gemma_sft.sweeping import pictures
 from gemma_sft.sweeping import results as results_lib
@@ -146,7 +146,7 @@ def _comparison(tables, summary, lower):
               wording.show_gain(name, scores.difference),
               wording.show_p(scores.difference)]
     if cost := costs.get(cell):
-      row += [metrics.duration(cost['seconds'])
+      row += [progress.duration(cost['seconds'])
               + (' (front)' if cost['on_time'] else ''),
               f'{cost["gigabytes"]:.2f} GB'
               + (' (front)' if cost['on_memory'] else ''),
@@ -177,7 +177,7 @@ def _runs(summaries, metric):
       run['cell'], str(run['seed']), run['state'],
       wording.show(metric, run.get('scores', {}).get(metric)),
       str(run.get('steps', '-')),
-      metrics.duration(run['seconds'] + run['evaluating'])
+      progress.duration(run['seconds'] + run['evaluating'])
       if 'seconds' in run else '-',
       str(run.get('starts', '-')), run['folder'], run['message']]
           for run in summaries]

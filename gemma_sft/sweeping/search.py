@@ -15,6 +15,7 @@ from typing import Sequence
 import warnings
 
 from gemma_sft import errors
+from gemma_sft import progress
 from gemma_sft.monitor import metrics
 from gemma_sft.run import workdir as workdir_lib
 from gemma_sft.sweeping import grid
@@ -269,7 +270,7 @@ class Search:
       self.study.tell(trial, value)
       text = (f'{wording.label(self.metric)}'
               f' {wording.show(self.metric, value)} after'
-              f' {metrics.duration(outcome.seconds)}')
+              f' {progress.duration(outcome.seconds)}')
     elif outcome.message.startswith('pruned'):
       self.study.tell(trial, state=self._states.PRUNED)
     elif stop.signal:
@@ -302,7 +303,7 @@ class Search:
                    'updates', 'time', 'folder', ''],
         [[str(r['number']), r['state'], wording.show(self.metric, r['value']),
           *(grid.show_value(r['parameters'].get(k, '-')) for k in self._space),
-          str(r['updates']), metrics.duration(r['seconds']), r['folder'],
+          str(r['updates']), progress.duration(r['seconds']), r['folder'],
           r['message']] for r in ranked],
         marks={0: 'best'} if best else {},
         note='Pruned: ended early because it was below the median of earlier'

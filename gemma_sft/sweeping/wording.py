@@ -5,7 +5,7 @@ from typing import Any
 from typing import Mapping
 from typing import Sequence
 
-from gemma_sft.monitor import metrics
+from gemma_sft import progress
 from gemma_sft.sweeping import grid
 from gemma_sft.sweeping import significance
 
@@ -82,7 +82,7 @@ def sentences(
     lines.append(
         f'Not different from the best beyond chance: {"; ".join(alike)}. The'
         f' fastest of them{everyone} is {fastest["cell"]}'
-        f' ({metrics.duration(fastest["seconds"])} per run).')
+        f' ({progress.duration(fastest["seconds"])} per run).')
   return lines
 
 

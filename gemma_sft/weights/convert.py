@@ -18,6 +18,7 @@ from flax import traverse_util
 import jax
 import numpy as np
 
+from gemma_sft import progress
 from gemma_sft.weights import gguf_file
 from gemma_sft.weights import names
 from gemma_sft.weights import tokenizer_file
@@ -92,12 +93,16 @@ def convert_gguf(
       leftover.unlink()
   partial = target.with_name(target.name + '.partial')
   partial.mkdir(parents=True)
-  logging.info('Converting %s once into %s.', source, target)
+  print(f'converting {source} once into {target}', flush=True)
   file = gguf_file.open_gguf(source)
   tokenizer = tokenizer_file.from_gguf(file.metadata, str(source))
   (partial / 'tokenizer.model').write_bytes(tokenizer)
-  params = traverse_util.unflatten_dict(
-      dict(names.to_library(file.layout, 'gguf', file.read)), sep='/')
+  show = progress.Progress(len(file.layout.shapes), 'arrays')
+  arrays = {}
+  for path, array in names.to_library(file.layout, 'gguf', file.read):
+    arrays[path] = array
+    show(len(arrays))
+  params = traverse_util.unflatten_dict(arrays, sep='/')
   meta = {
       'source': str(source),
       'source_sha256': sha256,

@@ -42,15 +42,16 @@ def test_complete_makes_what_is_missing_once(tmp_path, on_disk):
   cached.add('b', 'known')
   asked, counts = [], []
 
-  def answer(indices, keep):
+  def answer(indices, keep, report):
     asked.append(indices)
-    for i in reversed(indices):  # In any order.
+    for n, i in enumerate(reversed(indices)):  # In any order.
+      report(n + 0.5)
       keep(i, f'answer {i}')
 
   expected = ['answer 0', 'known', 'answer 0', 'answer 3']
   for _ in range(2):
     assert cached.complete('abac', answer, counts.append) == expected
-  assert asked == [[0, 3]] and counts == [3, 4]
+  assert asked == [[0, 3]] and counts == [2.5, 3.5]
   cached.close()
   assert _read(path).get('c') == ('answer 3' if on_disk else None)
 
@@ -58,7 +59,8 @@ def test_complete_makes_what_is_missing_once(tmp_path, on_disk):
 def test_an_interrupted_complete_keeps_what_it_has(tmp_path):
   path = str(tmp_path / 'answers.jsonl')
 
-  def interrupted(indices, keep):
+  def interrupted(indices, keep, report):
+    del report
     keep(indices[0], 'first')
     raise KeyboardInterrupt
 
@@ -66,7 +68,7 @@ def test_an_interrupted_complete_keeps_what_it_has(tmp_path):
     answers.Answers(path).complete('ab', interrupted)
   rest = []
   assert answers.Answers(path).complete(
-      'ab', lambda indices, keep: (rest.extend(indices), keep(1, 'x'))) == [
+      'ab', lambda indices, keep, _: (rest.extend(indices), keep(1, 'x'))) == [
           'first', 'x']
   assert rest == [1]
 

@@ -59,14 +59,6 @@ def test_lines_are_written_during_the_run_by_the_first_host(tmp_path):
     assert active or not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('seconds, text', (
-    (0, '0 s'), (11.6, '12 s'), (59.4, '59 s'), (59.6, '1 m 00 s'),
-    (200, '3 m 20 s'), (3599.6, '1 h 00 m'), (7500, '2 h 05 m'),
-    (100_000, '27 h 46 m')))
-def test_duration(seconds, text):
-  assert metrics.duration(seconds) == text
-
-
 _PROGRESS = dict(
     step=7, total_steps=100, loss=1.23456, grad_norm=0.5,
     tokens_per_second=12_345.6, flops_per_second=50e12, seconds_left=65)
