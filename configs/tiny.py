@@ -18,9 +18,8 @@ def get_config(arg: str = '3') -> config_dict.ConfigDict:
       name='custom', weights='random', tokenizer='byte', generation=int(arg),
       vocab_size=512, num_layers=2, embed_dim=32, hidden_dim=64, num_heads=4,
       num_kv_heads=2, head_dim=16, sliding_window=64)
-  config.model.dtype = 'float32'  # Tests compare exact numbers.
   config.data.update(max_length=768, batch_size=8)
-  config.lora.update(rank=4, dropout=0.0)
+  config.lora.update(rank=4, dropout=0.0)  # Tests compare exact numbers.
   config.optimizer.learning_rate = 1e-3
   config.train.update(steps=6, epochs=1, log_every=1)
   config.eval.update(

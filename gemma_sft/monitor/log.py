@@ -110,6 +110,7 @@ class Best:
     """
     self._section = section
     self._metric, self._mode = section.metric, section.mode
+    self._patience = section.patience
     self.found, self.stale = {}, 0
     if meta and (meta.best.get('metric'), meta.best.get('mode')) == (
         self._metric, self._mode):
@@ -133,8 +134,7 @@ class Best:
   @property
   def exhausted(self) -> bool:
     """Whether patience has run out."""
-    patience = self._section.patience
-    return bool(patience) and self.stale >= patience
+    return bool(self._patience) and self.stale >= self._patience
 
   def reason(self, step: int) -> str:
     """Returns why the run stopped early, or ''."""

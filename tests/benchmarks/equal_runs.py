@@ -48,7 +48,8 @@ _NOT_COMPARED = ('README.md', 'export.json')
 
 # Six layers: five of them local, and one global.
 _SETTINGS = {
-    'seed': 1, 'task': 'chat', 'model.num_layers': 6, 'data.test': '',
+    'seed': 1, 'task': 'chat', 'data.test': '',
+    'model.num_layers': 6, 'model.dtype': 'float32',
     'data.max_length': 128, 'data.batch_size': 4, 'train.steps': 6,
     # Large enough for the last updates to show in rounded weights.
     'optimizer.learning_rate': 1e-2, 'optimizer.weight_decay': 0.01,

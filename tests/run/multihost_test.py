@@ -146,6 +146,7 @@ def story(tmp_path_factory):
   """One run: two processes, stopped; two again, one killed; one to the end."""
   folder = tmp_path_factory.mktemp('story')
   config = tiny.get_config()
+  config.model.dtype = 'float32'
   config.task = 'chat'
   pairs = [(f'What is {i} and {i}?', f'It is {2 * i}.') for i in range(1, 27)]
   config.data.update(
