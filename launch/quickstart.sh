@@ -13,15 +13,18 @@ workdir="${WORKDIR:-workdirs/quickstart}"
 config=configs/blop.py
 
 step() {
+  local began=$SECONDS
   echo "== $1"
   shift
   if [ -n "${DRY_RUN:-}" ]; then
     echo "   $*"
   else
     "$@"
+    echo "   ($((SECONDS - began)) s)"
   fi
 }
 
+echo "Seven steps: half an hour on two cores, more on slow or busy ones."
 start=$SECONDS
 step "Python environment in .venv (about 3.5 GB the first time)" \
   make_environment base,export

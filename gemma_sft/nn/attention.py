@@ -22,7 +22,6 @@ import math
 from typing import Any
 
 import jax
-from jax.experimental.pallas.ops.tpu import splash_attention
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import numpy as np
@@ -275,6 +274,9 @@ def _pad(x_BT, length):
 
 def _splash(q, k, v, positions_BT, segment_ids_BT, window, softcap, mesh):
   """Runs JAX's Pallas kernel for TPUs; on a CPU it is interpreted, slowly."""
+  # Here, because the import takes a twelfth of the start of every command.
+  from jax.experimental.pallas.ops.tpu import splash_attention
+
   del positions_BT
   interpret = _platform(mesh) != 'tpu'
 
@@ -301,6 +303,8 @@ def _splash_kernel(T, N, block, window, softcap, interpret):
   As JAX arrays they would belong to the first trace, and later traces reuse
   them.
   """
+  from jax.experimental.pallas.ops.tpu import splash_attention
+
   mask = (splash_attention.CausalMask((T, T)) if window is None else
           splash_attention.LocalMask((T, T), (window - 1, 0), 0))
   sizes = splash_attention.BlockSizes(**{name: block for name in (
