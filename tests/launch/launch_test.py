@@ -33,8 +33,9 @@ def test_shellcheck():
 
 def test_dry_run_prints_the_steps_and_changes_nothing(tmp_path, monkeypatch):
   scripts.make_project(tmp_path, monkeypatch, {})
-  lines = scripts.check_dry_run(
+  first, *lines = scripts.check_dry_run(
       'quickstart', '--config.lora.rank=8', WORKDIR='mine')
+  assert first.startswith('Seven steps: ')
   assert [line[:3] for line in lines[::2]] == ['== '] * (len(lines) // 2)
   assert len(lines) == 14
   commands = '\n'.join(lines[1::2])
