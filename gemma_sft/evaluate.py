@@ -40,15 +40,11 @@ import json
 import os
 import time
 from typing import Any
-from typing import Callable
 from typing import Sequence
-
-import jax
 
 from gemma_sft import config as config_lib
 from gemma_sft import errors
 from gemma_sft import pages
-from gemma_sft import progress as progress_lib
 from gemma_sft import tasks
 from gemma_sft.evaluation import judge
 from gemma_sft.evaluation import report
@@ -170,7 +166,7 @@ def _score(request, base, baselines):
           training=training, prompter=prompter,
           as_text=base and config.eval.base_prompt == 'text',
           identity=served.identity, cached=cached,
-          progress=_show_count(len(records) + len(prompts)))
+          progress=judge.show_answered(len(records) + len(prompts)))
       shown = [] if prompter is None else [
           {'shown': [training[i].where for i in prompter.indices(
               served.task.to_messages(record))]} for record in records]
@@ -233,7 +229,7 @@ def _score_gguf(request, gguf, llama_server):
 
   start = time.monotonic()
   with request.open_answers() as cached:
-    answers = cached.complete(keys, answer, _show_count(len(keys)))
+    answers = cached.complete(keys, answer, judge.show_answered(len(keys)))
   free, answers = answers[:len(prompts)], answers[len(prompts):]
   judged = judge.judge_answers(
       task, records, answers, prompts=prompts, free=free, training=training)
@@ -298,10 +294,3 @@ def _identity(weights, data_hash, section, baseline) -> str:
   return ' '.join([
       weights, data_hash, str(baseline), str(section.max_new_tokens),
       ' '.join(section.prompts)])
-
-
-def _show_count(total: int) -> Callable[[float], None]:
-  """Returns a function that shows how many are answered, on the first host."""
-  if jax.process_index():
-    return lambda done: None
-  return progress_lib.Progress(total, 'answered')

@@ -48,7 +48,7 @@ def evaluate(run: prepare.Run, state: Any, step: int) -> dict[str, float]:
         run.model, run.merged(state.trainable), run.tokenizer, run.task,
         records, section=config.eval, seed=config.seed,
         prompts=config.eval.prompts, training=run.splits['train'].records,
-        progress=_show(len(records) + len(config.eval.prompts)))
+        progress=judge.show_answered(len(records) + len(config.eval.prompts)))
     if records:
       scores |= _prefixed(judged)
       text += ''.join(f' | {k} {v:.4g}' for k, v in judged.metrics.items())
@@ -63,9 +63,3 @@ def evaluate(run: prepare.Run, state: Any, step: int) -> dict[str, float]:
 
 def _prefixed(judged):
   return {f'judge/{k}': v for k, v in judged.metrics.items()}
-
-
-def _show(total):
-  """Returns a function that shows how many are answered, on the first host."""
-  return (lambda done: None) if hosts.index() else progress.Progress(
-      total, 'answered')

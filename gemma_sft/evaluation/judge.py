@@ -5,8 +5,11 @@ from typing import Any
 from typing import Callable
 from typing import Sequence
 
+import jax
+
 from gemma_sft import chat
 from gemma_sft import model as model_lib
+from gemma_sft import progress as progress_lib
 from gemma_sft import tasks
 from gemma_sft.generation import answers as answers_lib
 from gemma_sft.generation import generate
@@ -66,6 +69,13 @@ def answer_records(
         progress=report)
 
   return (cached or answers_lib.Answers()).complete(keys, answer, progress)
+
+
+def show_answered(total: int) -> Callable[[float], None]:
+  """Returns a `progress` that the first host prints, and no other."""
+  if jax.process_index():
+    return lambda done: None
+  return progress_lib.Progress(total, 'answered')
 
 
 def ask(prompt: str) -> list[chat.Message]:

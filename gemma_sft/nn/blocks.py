@@ -316,6 +316,7 @@ def feed_forward(module: nn.Module, x: jax.Array) -> jax.Array:
   # Gemma 4's has no such attribute: its weights are all transposed.
   transposed = getattr(module, 'transpose_gating_einsum', True)
   sizes = module.hidden_dim, module.features
+  # Gemma 4 has an Einsum of its own.
   layers = sys.modules[type(module).__module__]._layers
 
   def einsum(name, shape):

@@ -20,9 +20,9 @@ def enable_compilation_cache() -> None:
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
 
 
-# A step of the 270M, see tests/benchmarks/RESULTS.md.
-_EMULATED = ('this CPU has no bfloat16 instructions: a step takes 1.0 times as'
-             ' long as in float32, which is exact')
+# The factor is that of the 270M in tests/benchmarks/RESULTS.md.
+_EMULATED = ('this CPU has no bfloat16 instructions: a step takes 1.25 times as'
+             ' long as in float32')
 
 
 def choose_dtype(name: str, device: Any = None) -> tuple[Any, str]:
@@ -44,9 +44,9 @@ def choose_dtype(name: str, device: Any = None) -> tuple[Any, str]:
   cpu = device.platform == 'cpu'
   instructions = cpu_bfloat16() if cpu else ''
   if name != 'auto':
-    slow = name == 'bfloat16' and cpu and not instructions
+    emulated = name == 'bfloat16' and cpu and not instructions
     return jnp.dtype(name), 'config.model.dtype says so' + (
-        f'; warning: {_EMULATED}' if slow else '')
+        f'; warning: {_EMULATED}' if emulated else '')
   if instructions:
     return jnp.dtype('bfloat16'), f'this CPU has {instructions}'
   if cpu:
